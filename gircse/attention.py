@@ -1,0 +1,233 @@
+"""The attention of a rollout: the prompt once, then one position per soft token, on keys and values of our own.
+
+`transformers` hands every extra keyword of a decoder body's call down to the attention function, so one object per pass
+(`RolloutKV.prompt_pass()`, `RolloutKV.step_pass(t)`) carries all state: nothing is kept on the module, no `Cache`
+class is involved and the model builds no mask. Shapes: B rows, H query and H_kv key heads, N prompt slots.
+
+    prompt pass   q, k, v [B, H|H_kv, N, d]   causal attention within the prompt; k and v are kept, contiguous, once
+    step pass t   q, k, v [B, H|H_kv, 1, d]   one softmax over [prompt N | steps 1..t+1]: the prompt's k and v are never
+                                              copied, the few generated ones are concatenated
+
+Rows are padded on the *right*, so a causal mask alone hides the padding from every real token and SDPA needs no mask;
+a step masks the slots beyond its row's length. Slot j holds position j; step t has position length + t.
+
+Everything is recorded by autograd. Non-reentrant activation checkpointing replays a pass in backward: the replay finds
+its entries already written and leaves them alone. Re-entrant checkpointing runs layers without autograd, which would
+cut the gradient through keys and values silently, so it is refused.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+ATTENTION_NAME = "gircse"
+
+
+class RolloutKV:
+    """Keys and values of one rollout, per layer index.
+
+    Args:
+        lengths: [B] int64, number of prompt tokens of each row (>= 1), on the model's device.
+    """
+
+    def __init__(self, lengths: Tensor) -> None:
+        self.lengths = lengths
+        self.differentiable = torch.is_grad_enabled()
+        self.prompt: dict[int, tuple[Tensor, Tensor]] = {}
+        self.steps: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def prompt_pass(self) -> PromptPass:
+        return PromptPass(self)
+
+    def step_pass(self, step: int) -> StepPass:
+        return StepPass(self, step)
+
+
+class _Pass:
+    """One forward call of the decoder body. Masks are built once per window size and shared by the layers."""
+
+    def __init__(self, kv: RolloutKV) -> None:
+        self.kv = kv
+        self._masks: dict[int | None, Tensor | None] = {}
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        dropout: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """[B, H, Q, d] queries and [B, H_kv, Q, d] keys and values of this pass -> [B, H, Q, d_v]."""
+        raise NotImplementedError
+
+
+class PromptPass(_Pass):
+    def attend(self, layer, query, key, value, *, scaling, dropout, window, softcap):
+        key, value = key.contiguous(), value.contiguous()
+        self.kv.prompt.setdefault(layer, (key, value))  # a checkpoint's replay finds them there
+        slots = key.shape[2]
+        window = window if window is not None and window < slots else None
+        if window not in self._masks:
+            self._masks[window] = None if window is None else _band(slots, window, key.device)
+        return causal_attention(
+            query, key, value, mask=self._masks[window], scaling=scaling, dropout=dropout, softcap=softcap
+        )
+
+
+class StepPass(_Pass):
+    def __init__(self, kv: RolloutKV, step: int) -> None:
+        super().__init__(kv)
+        self.step = step
+
+    def attend(self, layer, query, key, value, *, scaling, dropout, window, softcap):
+        prompt_key, prompt_value = self.kv.prompt[layer]
+        earlier = self.kv.steps.setdefault(layer, [])
+        if len(earlier) == self.step:  # a checkpoint's replay finds its entry there
+            earlier.append((key, value))
+        earlier = earlier[: self.step]
+        key = torch.cat([k for k, _ in earlier] + [key], dim=2)
+        value = torch.cat([v for _, v in earlier] + [value], dim=2)
+
+        batch, heads, _, head_dim = query.shape
+        kv_heads, slots = prompt_key.shape[1:3]
+        query = query.reshape(batch, kv_heads, heads // kv_heads, head_dim) * scaling
+        scores = torch.cat([query @ prompt_key.transpose(-1, -2), query @ key.transpose(-1, -2)], dim=-1)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        mask = self._masks.get(window)
+        if mask is None:
+            mask = self._masks[window] = self._mask(slots, window)
+        scores = scores.masked_fill(mask, float("-inf"))
+        # float32 softmax for half precision, as every stock implementation does
+        probs = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+        probs = F.dropout(probs, dropout) if dropout else probs
+        out = probs[..., :slots] @ prompt_value + probs[..., slots:] @ value
+        return out.reshape(batch, heads, 1, value.shape[-1])
+
+    def _mask(self, slots: int, window: int | None) -> Tensor:
+        """[B, 1, 1, slots + step + 1], True where step `self.step` must not look."""
+        lengths = self.kv.lengths[:, None]
+        slot = torch.arange(slots, device=lengths.device)
+        step = torch.arange(self.step + 1, device=lengths.device).expand(lengths.shape[0], -1)
+        hidden = slot >= lengths
+        generated = torch.zeros_like(step, dtype=torch.bool)
+        if window is not None:  # a key at distance >= window is out of sight
+            hidden = hidden | (lengths + self.step - slot >= window)
+            generated = self.step - step >= window
+        return torch.cat([hidden, generated], dim=1)[:, None, None, :]
+
+
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """Causal grouped-query attention; `mask` (bool, True = visible, [B, H, Q, S] or broadcastable) replaces the causal.
+
+    SDPA where it can express it; a logit soft-cap (Gemma 2) goes through plain matrix products.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if softcap is None and mask is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, is_causal=query.shape[2] > 1, scale=scaling, enable_gqa=groups > 1
+        )
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    if mask is None:
+        mask = _band(key.shape[2], None, key.device)[..., -query.shape[2] :, :]
+    scores = softcap * torch.tanh((query * scaling) @ key.transpose(-1, -2) / softcap)
+    # a finite floor: in an ordinary call the rows of left padding see nothing, and NaN would spread from their values
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    probs = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    return (F.dropout(probs, dropout) if dropout else probs) @ value
+
+
+def _band(slots: int, window: int | None, device: torch.device) -> Tensor:
+    """[1, 1, slots, slots] bool: query i sees key j when 0 <= i - j (< window)."""
+    visible = torch.ones(slots, slots, dtype=torch.bool, device=device).tril()
+    if window is not None:
+        visible = visible.triu(1 - window)
+    return visible[None, None]
+
+
+def _attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    kv: _Pass | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """The function registered with `transformers`: [B, H, Q, d], [B, H_kv, Q, d] twice -> [B, Q, H, d], None.
+
+    Without `kv` (somebody calls the model in the ordinary way) it is SDPA with the model's own mask.
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if kv is None:
+        if softcap is None:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            )
+        out = causal_attention(
+            query, key, value, mask=attention_mask, scaling=scaling, dropout=dropout, softcap=softcap
+        )
+        return out.transpose(1, 2).contiguous(), None
+    if not getattr(module, "is_causal", True):
+        raise NotImplementedError(
+            f"{type(module).__name__} is not causal: a rollout needs a decoder that looks only backwards"
+        )
+    unknown = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
+    if unknown:
+        raise NotImplementedError(
+            f"{type(module).__name__} uses {', '.join(unknown)}, which the rollout does not support"
+        )
+    if kv.kv.differentiable and not torch.is_grad_enabled():
+        raise RuntimeError(
+            "activation checkpointing with use_reentrant=True cuts the gradient through the rollout's keys and values; "
+            "call gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+        )
+    out = kv.attend(
+        cast(int, module.layer_idx),
+        query,
+        key,
+        value,
+        scaling=scaling,
+        dropout=dropout,
+        window=sliding_window,
+        softcap=softcap,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def no_mask(like: Tensor) -> Tensor:
+    """A 4-D stand-in mask: `transformers` passes 4-D masks through untouched, so the body builds none of its own."""
+    return torch.empty(1, 1, 1, 1, dtype=torch.bool, device=like.device)
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention_function)
+# The ordinary call gets SDPA's masks; a rollout hands in `no_mask` and never comes here.
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)

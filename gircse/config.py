@@ -1,0 +1,69 @@
+"""What makes a causal LM a GIRCSE model besides its weights: `gircse_config.json` in a saved folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from gircse.ops.pooling import POOLINGS
+from gircse.prompts import DEFAULT_TEMPLATE, check_template
+
+CONFIG_NAME = "gircse_config.json"
+
+
+@dataclass(frozen=True)
+class GircseConfig:
+    """Settings of a GIRCSE model.
+
+    Attributes:
+        num_steps: K, soft tokens per text; 0 is the encoder-only baseline (the prompt's last hidden state).
+        pooling: how the steps become one vector: "mean" (default), "last" or "weighted" (SPEC 1.3).
+        temperature: logit temperature T of the soft tokens, > 0.
+        prompt_template: how an instruction and a text become a prompt; holds {instruction} and {text}.
+        append_eos: append the end-of-sequence token to every prompt (EOS pooling of encoder-only baselines).
+    """
+
+    num_steps: int = 5
+    pooling: str = "mean"
+    temperature: float = 1.0
+    prompt_template: str = DEFAULT_TEMPLATE
+    append_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 0:
+            raise ValueError(f"num_steps: got {self.num_steps!r}, expected an integer >= 0")
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling: got {self.pooling!r}, expected one of {', '.join(map(repr, POOLINGS))}")
+        if not isinstance(self.temperature, (int, float)) or not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature: got {self.temperature!r}, expected a finite number > 0")
+        if not isinstance(self.append_eos, bool):
+            raise ValueError(f"append_eos: got {self.append_eos!r}, expected true or false")
+        check_template(self.prompt_template)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> GircseConfig | None:
+        """The config of a saved folder, or None if it has none (a plain PEFT adapter, a plain causal LM).
+
+        Raises:
+            ValueError: the file is no JSON object, or holds an unknown key or an impossible value; names the file.
+        """
+        path = Path(folder) / CONFIG_NAME
+        if not path.is_file():
+            return None
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(values, dict):
+                raise ValueError(f"got {type(values).__name__}, expected a JSON object")
+            unknown = sorted(set(values) - {field.name for field in fields(cls)})
+            if unknown:
+                raise ValueError(f"unknown keys {', '.join(unknown)} (written by a newer gircse?)")
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    def with_steps(self, num_steps: int | None) -> GircseConfig:
+        return self if num_steps is None else replace(self, num_steps=num_steps)

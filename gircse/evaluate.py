@@ -1,0 +1,78 @@
+"""Retrieval quality of a model at many numbers of steps, out of one encoding pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gircse.data import Row, is_symmetric
+from gircse.metrics import metrics_by_step
+
+if TYPE_CHECKING:
+    from gircse.model import GIRCSE
+
+DEFAULT_STEPS = (1, 2, 3, 5, 7, 10, 15, 20)
+
+
+@dataclass(frozen=True)
+class RetrievalTask:
+    """Queries, the documents to search, and for each query the indices of its relevant documents."""
+
+    instruction: str | None
+    queries: list[str]
+    documents: list[str]
+    relevant: list[set[int]]
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[Row]) -> RetrievalTask:
+        """Training rows as a task: all their distinct positives and negatives are the documents.
+
+        Raises:
+            ValueError: the rows have more than one instruction (evaluate them apart).
+        """
+        rows = list(rows)
+        instructions = sorted({row.instruction for row in rows})
+        if len(instructions) > 1:
+            raise ValueError(f"rows: got {len(instructions)} instructions, expected one; first two: {instructions[:2]}")
+        index: dict[str, int] = {}
+        for row in rows:
+            for text in (*row.positives, *row.negatives):
+                index.setdefault(text, len(index))
+        relevant: dict[str, set[int]] = {}
+        for row in rows:
+            relevant.setdefault(row.query, set()).update(index[text] for text in row.positives)
+        return cls(instructions[0] if instructions else None, list(relevant), list(index), list(relevant.values()))
+
+
+def evaluate_retrieval(
+    model: GIRCSE,
+    task: RetrievalTask,
+    *,
+    steps: Sequence[int] = DEFAULT_STEPS,
+    batch_size: int | None = None,
+    max_length: int = 512,
+    show_progress_bar: bool | None = None,
+) -> dict[int, dict[str, float]]:
+    """{K: {"ndcg@10", "mrr@10", "recall@10", ..}} at each K of `steps`; every text is encoded once, at the largest.
+
+    Queries carry the task's instruction; documents do when the task is symmetric (SPEC 1.6). K = 0, the prompt's own
+    state, costs nothing either but stands for itself: it must be the only one.
+
+    Raises:
+        ValueError: `steps` is empty, or mixes 0 with others.
+    """
+    if not steps or (0 in steps and len(set(steps)) > 1) or min(steps) < 0:
+        raise ValueError(f"steps: got {list(steps)}, expected numbers >= 1, or 0 alone")
+    options: dict[str, Any] = {
+        "num_steps": max(steps),
+        "batch_size": batch_size,
+        "max_length": max_length,
+        "return_steps": True,
+        "show_progress_bar": show_progress_bar,
+    }
+    queries = model.encode(task.queries, instruction=task.instruction, **options)
+    both = is_symmetric(task.instruction)
+    documents = model.encode(task.documents, instruction=task.instruction if both else None, **options)
+    by_entry = metrics_by_step(queries, documents, task.relevant, [max(k, 1) for k in steps])
+    return {k: by_entry[max(k, 1)] for k in steps}

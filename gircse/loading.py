@@ -1,0 +1,169 @@
+"""From a name or folder to a base model, tokenizer and config, and back.
+
+A folder is a causal LM, a PEFT LoRA adapter (its config names the base), or one of these with our `gircse_config.json`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from gircse.atomic import into_folder
+from gircse.attention import ATTENTION_NAME
+from gircse.config import CONFIG_NAME, GircseConfig
+
+if TYPE_CHECKING:
+    from gircse.model import GIRCSE
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def load_pretrained(
+    name_or_path: str | Path,
+    *,
+    adapter: str | Path | None,
+    dtype: str | torch.dtype,
+    device: str | torch.device | None,
+    attn_implementation: str | None,
+    trust_remote_code: bool,
+) -> tuple[Any, PreTrainedTokenizerBase, GircseConfig]:
+    """See `GIRCSE.from_pretrained`: -> base (with the adapter on it), tokenizer, config."""
+    if attn_implementation not in (None, ATTENTION_NAME):
+        raise ValueError(
+            f"attn_implementation: got {attn_implementation!r}, expected None or {ATTENTION_NAME!r}: the rollout keeps "
+            "its own keys and values and needs its own attention function (SDPA underneath)"
+        )
+    dtype = _dtype(dtype)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    base_name, adapter = _base_and_adapter(name_or_path, adapter)
+    _check_exists("adapter", adapter)
+    _check_exists("name_or_path", base_name)
+
+    base: Any = AutoModelForCausalLM.from_pretrained(
+        str(base_name), dtype=dtype, trust_remote_code=trust_remote_code, low_cpu_mem_usage=True
+    )
+    base = base.to(device)
+    if adapter is not None:
+        base = _with_adapter(base, adapter)
+    config = (adapter is not None and GircseConfig.load(adapter)) or GircseConfig.load(base_name) or GircseConfig()
+    return base, load_tokenizer(base_name, adapter, trust_remote_code), config
+
+
+def load_tokenizer(
+    base_name: str | Path, adapter: str | Path | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The adapter's tokenizer if its folder holds one, else the base's; padding is the end-of-sequence token if unset.
+
+    Raises:
+        ValueError: a tokenizer with neither a padding nor an end-of-sequence token.
+    """
+    own = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
+    name = str(adapter if own else base_name)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"the tokenizer of {name} has neither a padding nor an end-of-sequence token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def save_pretrained(model: GIRCSE, path: str | Path) -> None:
+    """See `GIRCSE.save_pretrained`."""
+    with into_folder(Path(path)) as folder:
+        cast(Any, model.base).save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
+        (folder / CONFIG_NAME).write_text(model.config.to_json(), encoding="utf-8")
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card says nothing
+
+
+def _base_and_adapter(name_or_path: str | Path, adapter: str | Path | None) -> tuple[str | Path, str | Path | None]:
+    """A folder (or hub repository) with an adapter_config.json is an adapter, and names its base."""
+    if not _is_adapter(name_or_path):
+        return name_or_path, adapter
+    if adapter is not None:
+        raise ValueError(
+            f"name_or_path: {name_or_path} is an adapter itself, expected a base model beside adapter={adapter}"
+        )
+    from peft import PeftConfig
+
+    base = PeftConfig.from_pretrained(str(name_or_path)).base_model_name_or_path
+    if not base:
+        raise ValueError(
+            f"name_or_path: {name_or_path}/{ADAPTER_CONFIG} names no base model; "
+            f"load it with from_pretrained(base, adapter={str(name_or_path)!r})"
+        )
+    if (Path(base).is_absolute() or base.startswith(".")) and not Path(base).is_dir():
+        raise FileNotFoundError(
+            f"name_or_path: the base model of {name_or_path} is {base}, which does not exist here; "
+            f"load it with from_pretrained(base, adapter={str(name_or_path)!r})"
+        )
+    return base, name_or_path
+
+
+def _is_adapter(name_or_path: str | Path) -> bool:
+    if Path(name_or_path).is_dir():
+        return (Path(name_or_path) / ADAPTER_CONFIG).is_file()
+    if _is_local(name_or_path):
+        raise FileNotFoundError(f"name_or_path: {name_or_path} does not exist")
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        str(name_or_path),
+        ADAPTER_CONFIG,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return found is not None
+
+
+def _is_local(name: str | Path) -> bool:
+    """Whether a name can only mean a folder: a Path, or more or other than the hub's `owner/name`."""
+    return isinstance(name, Path) or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1
+
+
+def _check_exists(argument: str, name: str | Path | None) -> None:
+    if name is not None and _is_local(name) and not Path(name).is_dir():
+        raise FileNotFoundError(f"{argument}: {name} does not exist or is not a folder")
+
+
+def _with_adapter(base: Any, adapter: str | Path) -> Any:
+    """Puts the adapter on the base, and refuses one whose weights do not all find their place."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    try:
+        model = PeftModel.from_pretrained(base, str(adapter), is_trainable=False)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(f"adapter: {adapter} does not fit {type(base).__name__}: {error}") from error
+    stored = _stored_keys(adapter)
+    if stored is not None:
+        expected = set(get_peft_model_state_dict(model))
+        missing, unexpected = sorted(expected - stored), sorted(stored - expected)
+        if missing or unexpected:
+            raise ValueError(
+                f"adapter: {adapter} does not fit {type(base).__name__}: {len(missing)} weights missing, "
+                f"{len(unexpected)} unexpected, for example {(missing + unexpected)[0]}"
+            )
+    return model
+
+
+def _stored_keys(adapter: str | Path) -> set[str] | None:
+    path = Path(adapter) / "adapter_model.safetensors"
+    if not path.is_file():  # a hub name, or the older .bin layout, which PEFT reads by itself
+        return None
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return set(file.keys())
+
+
+def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    found = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype: got {dtype!r}, expected 'auto', 'float32', 'bfloat16' or 'float16'")
+    return found

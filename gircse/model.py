@@ -1,0 +1,254 @@
+"""`GIRCSE`: a causal LM that embeds texts by speaking soft tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gircse.architecture import CausalLM
+from gircse.config import GircseConfig
+from gircse.ops.pooling import pool_steps
+from gircse.rollout import rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from gircse.inspection import TextInspection
+
+
+class GIRCSE(nn.Module):
+    """Generative text embeddings from a causal LM (GIRCSE, arXiv 2509.24291).
+
+    Args:
+        base: a `PreTrainedModel` with a language-model head, or a `peft.PeftModel` (LoRA) around one. It is switched to
+            the rollout's attention function; its ordinary calls keep working.
+        tokenizer: its tokenizer.
+        config: K, pooling, temperature and prompt template; the defaults are the paper's.
+
+    Raises:
+        gircse.UnsupportedModelError: the architecture fails a probe (see `gircse.architecture`).
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel | nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        config: GircseConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.tokenizer = tokenizer
+        self.config = config or GircseConfig()
+        self.causal_lm = CausalLM.from_model(self._unwrapped())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        adapter: str | Path | None = None,
+        num_steps: int | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> GIRCSE:
+        """Loads a causal LM, a saved GIRCSE folder, or a PEFT LoRA folder (its base is read from adapter_config.json).
+
+        Args:
+            name_or_path: a folder or a hub name.
+            adapter: a PEFT LoRA folder or hub name to put on the base `name_or_path`.
+            num_steps: K; default: the folder's `gircse_config.json`, else 5.
+            dtype: a torch dtype or its name; "auto" takes the checkpoint's.
+            device: default: CUDA if there is one, else the CPU.
+            attn_implementation: None or "gircse", the rollout's own attention (SDPA underneath); nothing else can carry
+                its keys and values.
+            trust_remote_code: allow the checkpoint to run its own modelling code.
+
+        Raises:
+            FileNotFoundError: a folder or a base named by an adapter does not exist.
+            ValueError: bad arguments, or an adapter that does not fit the base.
+            gircse.UnsupportedModelError: the architecture fails a probe.
+        """
+        from gircse.loading import load_pretrained
+
+        base, tokenizer, config = load_pretrained(
+            name_or_path,
+            adapter=adapter,
+            dtype=dtype,
+            device=device,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+        return cls(base, tokenizer, config.with_steps(num_steps)).eval()
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Saves the LoRA adapter (or, without one, the whole model), the tokenizer and `gircse_config.json`.
+
+        Every file is written aside first and then moved into place; other files in `path` stay.
+        """
+        from gircse.loading import save_pretrained
+
+        save_pretrained(self, path)
+
+    @property
+    def device(self) -> torch.device:
+        return self.causal_lm.device
+
+    @property
+    def num_steps(self) -> int:
+        return self.config.num_steps
+
+    @property
+    def embedding_dimension(self) -> int:
+        return self.causal_lm.hidden_size
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, num_steps: int | None = None) -> Tensor:
+        """The same as `rollout`."""
+        return self.rollout(input_ids, attention_mask, num_steps)
+
+    def rollout(self, input_ids: Tensor, attention_mask: Tensor, num_steps: int | None = None) -> Tensor:
+        """The generated hidden states g_1..g_K, differentiable; the prompt is encoded once.
+
+        Args:
+            input_ids: [B, N] integer token ids, padded on either side.
+            attention_mask: [B, N], nonzero at real tokens; every row has at least one.
+            num_steps: K; default: the config's.
+
+        Returns:
+            [B, K, D] in the model's dtype. With K = 0, the encoder-only baseline: [B, 1, D], the prompt's last state,
+            so that pooling, loss and training take the same path.
+
+        Raises:
+            TypeError, ValueError: wrong ranks, shapes or dtypes, or a row without a token.
+        """
+        steps = self.config.num_steps if num_steps is None else num_steps
+        GircseConfig(num_steps=steps)  # the same check and message as everywhere
+        _check_prompt(input_ids, attention_mask, self.causal_lm.max_positions, steps)
+        states = rollout(
+            self.causal_lm,
+            input_ids.to(self.device),
+            attention_mask.to(self.device),
+            steps,
+            temperature=self.config.temperature,
+        )
+        return states.steps if steps else states.prompt[:, None]
+
+    def pool(self, steps: Tensor) -> Tensor:
+        """[B, K, D] states of `rollout` -> [B, K, D] embeddings after 1..K steps, not normalised, float32 (or 64)."""
+        return pool_steps(steps, self.config.pooling)
+
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        *,
+        instruction: str | None = None,
+        num_steps: int | None = None,
+        batch_size: int | None = None,
+        max_length: int = 512,
+        normalize: bool = True,
+        truncate_dim: int | None = None,
+        return_steps: bool = False,
+        show_progress_bar: bool | None = None,
+    ) -> np.ndarray:
+        """Embeds texts.
+
+        Args:
+            texts: a list of strings; a single string gives its embedding without the leading axis.
+            instruction: what the embedding is for; None embeds the bare text (passages of retrieval tasks).
+            num_steps: K; default: the config's. 0 gives the encoder-only baseline.
+            batch_size: rows per batch; default: as many as fit a token budget.
+            max_length: tokens of a prompt, instruction included; longer ones are cut at the end, with one warning that
+                counts them.
+            normalize: scale every embedding to length 1.
+            truncate_dim: keep the first dimensions only (before normalisation).
+            return_steps: the embeddings after 1, 2, .., K steps, for the price of the last. Entry k - 1 is exactly
+                `encode(texts, num_steps=k)`.
+            show_progress_bar: default: when there is more than one batch and a terminal.
+
+        Returns:
+            float32 [n, D], or [n, K, D] with `return_steps`; in the order of `texts`. An empty text is embedded as its
+            end-of-sequence token.
+
+        Raises:
+            TypeError: a text that is not a string (its index is named).
+            ValueError: an argument out of range.
+        """
+        from gircse.encode import encode
+
+        return encode(
+            self,
+            texts,
+            instruction=instruction,
+            num_steps=num_steps,
+            batch_size=batch_size,
+            max_length=max_length,
+            normalize=normalize,
+            truncate_dim=truncate_dim,
+            return_steps=return_steps,
+            show_progress_bar=show_progress_bar,
+        )
+
+    def inspect(
+        self,
+        texts: str | Sequence[str],
+        *,
+        instruction: str | None = None,
+        num_steps: int | None = None,
+        top_n: int = 8,
+        max_length: int = 512,
+    ) -> list[TextInspection]:
+        """What the soft tokens say: per text and step the top tokens, their probabilities, the entropy, and how far the
+        embedding moved (cosine to the step before). See `gircse.inspection`."""
+        from gircse.inspection import inspect
+
+        return inspect(self, texts, instruction=instruction, num_steps=num_steps, top_n=top_n, max_length=max_length)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute the prompt pass in backward instead of keeping its activations (training only, `model.train()`).
+
+        Non-reentrant, so the gradient through keys and values is exact; the K steps are not checkpointed.
+        """
+        base = self._unwrapped()
+        # the newer name of the two where there are both: the older one warns there
+        enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+
+    def _unwrapped(self) -> PreTrainedModel:
+        """The transformers model, below a PEFT wrapper."""
+        base: Any = self.base
+        if not hasattr(base, "peft_config"):
+            return base
+        kinds = sorted({str(c.peft_type).rsplit(".", 1)[-1] for c in base.peft_config.values() if c.is_prompt_learning})
+        if kinds:
+            raise ValueError(
+                f"base: got a PEFT model of type {', '.join(kinds)}, expected LoRA-like layers in the decoder"
+            )
+        return base.get_base_model() if hasattr(base, "get_base_model") else base
+
+
+def _check_prompt(input_ids: Tensor, attention_mask: Tensor, max_positions: int | None, num_steps: int) -> None:
+    for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+        if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name}: got {got}, expected an integer tensor [B, N]")
+        if value.ndim != 2 or value.shape[1] == 0:
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [B, N] with N >= 1")
+    if input_ids.shape != attention_mask.shape:
+        raise ValueError(
+            f"attention_mask: got shape {tuple(attention_mask.shape)}, expected input_ids' {tuple(input_ids.shape)}"
+        )
+    if max_positions is not None and input_ids.shape[1] + num_steps > max_positions:
+        raise ValueError(
+            f"input_ids: got {input_ids.shape[1]} tokens and num_steps={num_steps}, expected at most {max_positions} "
+            "positions together (max_position_embeddings)"
+        )
+    # values are only looked at where that costs no device synchronisation
+    if attention_mask.device.type == "cpu" and not attention_mask.bool().any(dim=1).all():
+        rows = (~attention_mask.bool().any(dim=1)).nonzero().flatten().tolist()
+        raise ValueError(f"attention_mask: rows {rows[:8]} have no token, expected at least one in every row")

@@ -1,0 +1,17 @@
+"""Public operations: soft tokens, their inspection, and the stepwise contrastive objective."""
+
+from .info_nce import stepwise_info_nce
+from .objective import icr_objective
+from .pooling import l2_normalize, pool_steps
+from .soft_embed import SoftTokenStats, soft_embed
+from .top_tokens import top_tokens
+
+__all__ = [
+    "SoftTokenStats",
+    "icr_objective",
+    "l2_normalize",
+    "pool_steps",
+    "soft_embed",
+    "stepwise_info_nce",
+    "top_tokens",
+]

@@ -1,0 +1,123 @@
+"""The definitions of the ops in plain PyTorch: the one reference that tests and benchmarks compare with.
+
+They compute in the dtype they are given and let autograd differentiate; pass float64 for the truth, or a lower dtype
+for "what eager PyTorch does". They hold [T, V] and [B, M] tensors, which the ops never do.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .soft_embed import SoftTokenStats
+
+
+def scores_reference(
+    hidden: Tensor,
+    head_weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """``softcap(logit_scale * (hidden @ head_weight.T + bias)) / temperature``, [..., V]."""
+    logits = hidden @ head_weight.T
+    if bias is not None:
+        logits = logits + bias
+    logits = logit_scale * logits
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.broadcast_to(hidden.shape[:-1])[..., None]
+    return logits / temperature
+
+
+def soft_embed_reference(
+    hidden: Tensor,
+    head_weight: Tensor,
+    embed_weight: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    embed_scale: float = 1.0,
+) -> tuple[Tensor, SoftTokenStats]:
+    """`gircse.ops.soft_embed` with ``return_stats=True``."""
+    scores = scores_reference(
+        hidden, head_weight, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale
+    )
+    log_probs = torch.log_softmax(scores, -1)
+    probs = log_probs.exp()
+    out = embed_scale * (probs @ (head_weight if embed_weight is None else embed_weight))
+    # An entry removed by a bias of -inf counts 0 * -inf = 0.
+    entropy = -(probs * log_probs.masked_fill(log_probs == -torch.inf, 0.0)).sum(-1)
+    peak = probs.detach().max(-1)
+    return out, SoftTokenStats(torch.logsumexp(scores, -1), entropy, peak.values, scores.detach().argmax(-1))
+
+
+def top_tokens_reference(
+    hidden: Tensor,
+    head_weight: Tensor,
+    n: int,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """`gircse.ops.top_tokens`."""
+    scores = scores_reference(
+        hidden, head_weight, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale
+    )
+    ids = scores.sort(dim=-1, descending=True, stable=True).indices[..., :n]
+    return ids, torch.softmax(scores, -1).gather(-1, ids)
+
+
+def pool_steps_reference(steps: Tensor, pooling: str = "mean") -> Tensor:
+    """`gircse.ops.pool_steps`, one step after the other."""
+    pooled = []
+    for k in range(1, steps.shape[-2] + 1):
+        first = steps[..., :k, :]
+        if pooling == "mean":
+            pooled.append(first.sum(-2) / k)
+        elif pooling == "last":
+            pooled.append(first[..., -1, :])
+        else:
+            weights = torch.arange(1, k + 1, dtype=steps.dtype, device=steps.device)
+            pooled.append((weights[:, None] * first).sum(-2) / weights.sum())
+    return torch.stack(pooled, -2)
+
+
+def info_nce_reference(
+    query_steps: Tensor,
+    doc_steps: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float = 0.02,
+    pooling: str = "mean",
+) -> Tensor:
+    """`gircse.ops.stepwise_info_nce`; vectors shorter than 1e-12 are divided by 1e-12, not by their norm."""
+    if target is None:
+        rows = query_steps.shape[0]
+        target = torch.arange(rows, device=query_steps.device) * (doc_steps.shape[0] // rows)
+    queries = torch.nn.functional.normalize(pool_steps_reference(query_steps, pooling), dim=-1)
+    docs = torch.nn.functional.normalize(pool_steps_reference(doc_steps, pooling), dim=-1)
+    losses = [
+        torch.nn.functional.cross_entropy(queries[:, k] @ docs[:, k].T / temperature, target)
+        for k in range(queries.shape[1])
+    ]
+    return torch.stack(losses)
+
+
+def icr_objective_reference(
+    losses: Tensor, *, reg_weight: float = 1.0, eps: float = 1e-8, reduction: str = "mean"
+) -> Tensor:
+    """`gircse.ops.icr_objective`, term by term."""
+    total = (losses.mean() if reduction == "mean" else losses.sum()).clone()
+    for before, after in pairwise(losses):
+        total = total + reg_weight * torch.relu(torch.log(after + eps) - torch.log(before + eps)) / (len(losses) - 1)
+    return total

@@ -1,0 +1,373 @@
+"""The torch backend of ``soft_embed``: a chunked online softmax over the vocabulary, and its recomputing backward.
+
+What is in memory, for T rows, V vocabulary entries, hidden size D, embedding size E::
+
+    whole run   hidden [T, D], acc [T, E], running max and sum [T]            (state, accumulation dtype)
+    one chunk   C rows of the head (and embedding) matrix, up-cast if half    [C, D] ([C, E])
+    one tile    scores of R rows against the chunk, in two to four buffers    [R, C]
+
+The outer loop walks the vocabulary, so that each matrix is read once (a tied one is still in cache for the second
+product); the inner loop walks row tiles, so that chunk and tile together stay inside ``WORKSPACE_BYTES`` whatever T
+is. Nothing of size [T, V] exists, forward or backward. Half-precision inputs are computed in float32, float64 in
+float64.
+
+The two functions ``forward`` and ``backward`` are pure (no autograd, no mutation of their arguments): they are the
+seam where other backends and ``torch.library`` wrappers attach. ``scan`` is the part of the forward that a vocabulary
+shard runs; its ``OnlineState`` is what shards would merge before ``finish``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .tiles_torch import ChunkReader, accumulation_dtype, matmul_nt, slices, tiling
+
+# Below this, exp is exactly 0 in every dtype. A finite stand-in for -inf, whose product with that 0 would be NaN.
+LOG_FLOOR = -1e4
+
+
+class Options(NamedTuple):
+    """The scalar parameters of ``soft_embed``: part of the operation's definition, never tensors."""
+
+    temperature: float = 1.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    embed_scale: float = 1.0
+
+
+class Forward(NamedTuple):
+    """What a backend's forward returns, in the accumulation dtype (``argmax``: int64); None: not asked for."""
+
+    out: Tensor  # [T, E]
+    lse: Tensor  # [T]
+    entropy: Tensor | None  # [T]
+    max_prob: Tensor | None  # [T]
+    argmax: Tensor | None  # [T]
+    peak: Tensor  # [T, 1] largest score
+    total: Tensor  # [T, 1] sum of exp(score - peak)
+
+
+class Saved(NamedTuple):
+    """What backward needs of the forward, in the order of ``save_for_backward``; the backend never mutates it.
+
+    The log-sum-exp is saved as ``peak`` and ``total``: rounded to one number, it would give every recomputed
+    probability of a row one common relative error of half a unit of lse (1e-6 at 30, 1e-3 at 30,000), which eager
+    PyTorch does not make.
+    """
+
+    hidden: Tensor
+    head: Tensor
+    embed: Tensor | None
+    bias: Tensor | None
+    temperature: Tensor | None
+    out: Tensor
+    peak: Tensor
+    total: Tensor
+    entropy: Tensor | None
+
+
+class Needs(NamedTuple):
+    """Which gradients somebody asked for."""
+
+    hidden: bool
+    head: bool
+    embed: bool
+    bias: bool
+    temperature: bool
+
+
+class Grads(NamedTuple):
+    """What a backend's backward returns: a gradient for each tensor input, in its dtype; None: not asked for."""
+
+    hidden: Tensor | None
+    head: Tensor | None  # of a tied matrix: the sum of both uses
+    embed: Tensor | None
+    bias: Tensor | None
+    temperature: Tensor | None
+
+
+class OnlineState(NamedTuple):
+    """Running softmax over the vocabulary rows seen so far, relative to ``peak``. Mergeable across shards."""
+
+    peak: Tensor  # [T, 1] largest score, never below the smallest finite number
+    total: Tensor  # [T, 1] sum of exp(score - peak)
+    acc: Tensor  # [T, E] sum of exp(score - peak) * embedding row
+    moment: Tensor | None  # [T, 1] sum of exp(score - peak) * (score - peak), for the entropy
+    argmax: Tensor | None  # [T, 1] vocabulary index of the peak, the lowest one of a tie
+
+
+class Scorer:
+    """Scores ``softcap(logit_scale * (hidden @ head.T + bias)) / temperature`` of a row tile against a vocabulary
+    chunk.
+
+    All that is constant along a row is folded into one scaled copy of hidden (``inner``) and one factor after the
+    soft-cap (``outer``), so that the plain case costs no pass over the scores.
+    """
+
+    def __init__(
+        self, hidden: Tensor, head: Tensor, bias: Tensor | None, temperature: Tensor | None, options: Options
+    ) -> None:
+        self.dtype = accumulation_dtype(hidden.dtype)
+        self.head, self.bias, self.capped = head, bias, options.softcap is not None
+        inner: float | Tensor = options.logit_scale
+        outer: float | Tensor = 1.0 / options.temperature
+        if temperature is not None:
+            outer = outer / temperature.to(self.dtype)[:, None]
+        if options.softcap is not None:
+            inner, outer = inner / options.softcap, outer * options.softcap
+        else:
+            inner, outer = outer * inner, 1.0
+        self.inner, self.outer = inner, outer  # numbers, or [T, 1]
+        rows = hidden.to(self.dtype)
+        self.rows = (rows if isinstance(inner, float) and inner == 1.0 else rows * inner).contiguous()  # [T, D]
+
+    def __call__(self, rows: slice, vocab: slice, chunk: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scores [R, C], which the caller may overwrite, and tanh of the capped logits (None without soft-cap)."""
+        scores = matmul_nt(self.rows[rows], chunk)
+        if self.bias is not None:
+            bias = self.bias[vocab].to(self.dtype)
+            if isinstance(self.inner, Tensor):
+                scores.addr_(self.inner[rows, 0], bias)
+            else:
+                scores.add_(bias, alpha=self.inner)
+        if not self.capped:
+            return scores, None
+        tanh = scores.tanh_()
+        return tanh * row_factor(self.outer, rows), tanh
+
+    def backpropagate(self, grad: Tensor, tanh: Tensor | None, rows: slice) -> Tensor:
+        """Gradient of ``scaled hidden @ head.T`` from the gradient of the scores, in place."""
+        if tanh is None:
+            return grad
+        # d(outer * tanh(x)) = outer * (1 - tanh^2) dx
+        grad.addcmul_(grad * tanh, tanh, value=-1.0)
+        return grad.mul_(row_factor(self.outer, rows))
+
+
+def row_factor(factor: float | Tensor, rows: slice) -> float | Tensor:
+    """The part of a per-row factor that belongs to a tile; a number as it is."""
+    return factor[rows] if isinstance(factor, Tensor) else factor
+
+
+def forward(
+    hidden: Tensor,
+    head: Tensor,
+    embed: Tensor | None,
+    bias: Tensor | None,
+    temperature: Tensor | None,
+    options: Options,
+    *,
+    with_stats: bool = False,
+) -> Forward:
+    """Soft tokens of hidden [T, D] over head [V, D] and embed [V, E] (None: tied), bias [V], temperature [T]."""
+    return finish(scan(hidden, head, embed, bias, temperature, options, with_stats=with_stats), options)
+
+
+def scan(
+    hidden: Tensor,
+    head: Tensor,
+    embed: Tensor | None,
+    bias: Tensor | None,
+    temperature: Tensor | None,
+    options: Options,
+    *,
+    with_stats: bool = False,
+) -> OnlineState:
+    """One pass over the vocabulary (or over one shard of it)."""
+    scorer = Scorer(hidden, head, bias, temperature, options)
+    (num_rows, width), num_vocab, dtype = hidden.shape, head.shape[0], scorer.dtype
+    values = head if embed is None else embed
+    state = OnlineState(
+        # A finite floor instead of -inf: a chunk whose scores are all -inf then gives exp(-inf) = 0, not NaN.
+        peak=torch.full((num_rows, 1), torch.finfo(dtype).min, dtype=dtype, device=hidden.device),
+        total=torch.zeros((num_rows, 1), dtype=dtype, device=hidden.device),
+        acc=torch.zeros((num_rows, values.shape[1]), dtype=dtype, device=hidden.device),
+        moment=torch.zeros((num_rows, 1), dtype=dtype, device=hidden.device) if with_stats else None,
+        argmax=torch.zeros((num_rows, 1), dtype=torch.int64, device=hidden.device) if with_stats else None,
+    )
+    up_cast = (width if head.dtype != dtype else 0) + (
+        values.shape[1] if embed is not None and embed.dtype != dtype else 0
+    )
+    tile, size = tiling(
+        num_rows,
+        num_vocab,
+        tiles=1 + (options.softcap is not None) + with_stats,
+        per_vocab=up_cast,
+        per_row=values.shape[1],
+        itemsize=dtype.itemsize,
+    )
+    read_head = ChunkReader(head, dtype, size)
+    read_embed = None if embed is None else ChunkReader(embed, dtype, size)
+    for vocab in slices(num_vocab, size):
+        chunk = read_head(vocab)
+        chunk_values = chunk if read_embed is None else read_embed(vocab)
+        for rows in slices(num_rows, tile):
+            scores, _ = scorer(rows, vocab, chunk)
+            _accumulate(state, scores, chunk_values, rows, vocab.start)
+    return state
+
+
+def _accumulate(state: OnlineState, scores: Tensor, values: Tensor, rows: slice, offset: int) -> None:
+    """Merge one tile of scores [R, C] with its value rows [C, E] into the running softmax, in place."""
+    peak, total, acc = state.peak[rows], state.total[rows], state.acc[rows]
+    if state.argmax is None:
+        highest = scores.amax(1, keepdim=True)
+    else:
+        highest, index = scores.max(1, keepdim=True)
+        argmax = state.argmax[rows]
+        torch.where(highest > peak, index + offset, argmax, out=argmax)
+    new_peak = torch.maximum(peak, highest)
+    shift = peak - new_peak
+    decay = shift.exp()
+    scores.sub_(new_peak)
+    if state.moment is None:
+        weights = scores.exp_()
+    else:
+        weights = scores.exp()
+        # The moment moves with the peak: sum e^(x + shift) * (x + shift).
+        moment = state.moment[rows]
+        moment.add_(shift.clamp_min_(LOG_FLOOR) * total).mul_(decay)
+        moment.add_(scores.clamp_min_(LOG_FLOOR).mul_(weights).sum(1, keepdim=True))
+    total.mul_(decay).add_(weights.sum(1, keepdim=True))
+    acc.mul_(decay).add_(matmul_nt(weights, values.T))
+    peak.copy_(new_peak)
+
+
+def finish(state: OnlineState, options: Options) -> Forward:
+    """Normalise the running softmax. Consumes ``state.acc``."""
+    peak, total, acc, moment, argmax = state
+    out = acc.div_(total)
+    if options.embed_scale != 1.0:
+        out.mul_(options.embed_scale)
+    log_total = total.log()
+    lse = (peak + log_total)[:, 0]
+    if moment is None or argmax is None:
+        return Forward(out, lse, None, None, None, peak, total)
+    # H = lse - E[s] = log(total) - E[s - peak]; the peak's own weight is exp(0), so max_prob = 1 / total.
+    entropy = (log_total - moment / total)[:, 0]
+    return Forward(out, lse, entropy, total.reciprocal()[:, 0], argmax[:, 0], peak, total)
+
+
+def backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_entropy: Tensor | None,
+    saved: Saved,
+    options: Options,
+    needs: Needs,
+) -> Grads:
+    """Gradients from ``grad_out`` [T, E], ``grad_lse`` [T], ``grad_entropy`` [T] (None: zero); scores are recomputed
+    by chunk.
+
+    With P the probabilities, H their entropy and dP = embed_scale * grad_out @ embed.T, the gradient of the scores is
+    ``dS = P * (dP - sum(grad_out * out) + grad_lse) - grad_entropy * P * (log P + H)``.
+    """
+    hidden, head, embed, bias, temperature, out, peak, total, entropy = saved
+    scorer = Scorer(hidden, head, bias, temperature, options)
+    (num_rows, width), num_vocab, dtype = hidden.shape, head.shape[0], scorer.dtype
+    values = head if embed is None else embed
+    # With w = exp(score - peak), P = w / total: 1 / total and all that is constant along a row go into the upstream
+    # gradient and one number per row, so that dS = w * (upstream @ embed.T - constant - slope * (score - peak)).
+    upstream = torch.zeros_like(out) if grad_out is None else grad_out.to(dtype)
+    constant = (upstream * out).sum(1, keepdim=True)
+    if grad_lse is not None:
+        constant -= grad_lse.to(dtype)[:, None]
+    slope = None
+    if grad_entropy is not None and entropy is not None:
+        slope = grad_entropy.to(dtype)[:, None] / total
+        constant += grad_entropy.to(dtype)[:, None] * (entropy[:, None] - total.log())
+    constant /= total
+    upstream = (upstream * (options.embed_scale / total)).contiguous()
+
+    need_values = needs.embed if embed is not None else needs.head
+    need_scores = needs.hidden or needs.head or needs.bias or needs.temperature
+    keep_log = slope is not None or needs.temperature
+    grad_rows = torch.zeros((num_rows, width), dtype=dtype, device=hidden.device) if needs.hidden else None
+    grad_head = torch.empty_like(head, memory_format=torch.contiguous_format) if needs.head else None
+    grad_embed = (
+        torch.empty_like(embed, memory_format=torch.contiguous_format) if embed is not None and needs.embed else None
+    )
+    grad_bias = torch.zeros(num_vocab, dtype=dtype, device=hidden.device) if bias is not None and needs.bias else None
+    grad_temperature = torch.zeros((num_rows, 1), dtype=dtype, device=hidden.device) if needs.temperature else None
+
+    value_width = values.shape[1]
+    tile, size = tiling(
+        num_rows,
+        num_vocab,
+        tiles=2 + keep_log + 2 * (options.softcap is not None) + 2 * (needs.head or need_values),
+        per_vocab=(width if head.dtype != dtype else 0)
+        + (value_width if embed is not None and embed.dtype != dtype else 0)
+        + (2 * width if needs.head else 0)
+        + (2 * value_width if need_values else 0),
+        per_row=width,
+        itemsize=dtype.itemsize,
+    )
+    read_head = ChunkReader(head, dtype, size)
+    read_embed = None if embed is None else ChunkReader(embed, dtype, size)
+    for vocab in slices(num_vocab, size):
+        chunk = read_head(vocab)
+        chunk_values = chunk if read_embed is None else read_embed(vocab)
+        chunk_grad_head: Tensor | None = None
+        chunk_grad_embed: Tensor | None = None
+        for rows in slices(num_rows, tile):
+            scores, tanh = scorer(rows, vocab, chunk)
+            scores.sub_(peak[rows])
+            logs = scores.clamp_min(LOG_FLOOR) if keep_log else None
+            weights = scores.exp_()
+            if need_values:
+                part = matmul_nt(weights.T, upstream[rows].T)
+                if embed is None:
+                    chunk_grad_head = _add(chunk_grad_head, part)
+                else:
+                    chunk_grad_embed = _add(chunk_grad_embed, part)
+            if not need_scores:
+                continue
+            grad = matmul_nt(upstream[rows], chunk_values).sub_(constant[rows])
+            if slope is not None and logs is not None:
+                grad.addcmul_(logs, slope[rows], value=-1.0)
+            grad.mul_(weights)
+            if grad_temperature is not None and logs is not None:
+                grad_temperature[rows] -= logs.mul_(grad).sum(1, keepdim=True)
+            grad = scorer.backpropagate(grad, tanh, rows)
+            if grad_rows is not None:
+                grad_rows[rows] += matmul_nt(grad, chunk.T)
+            if grad_head is not None:
+                chunk_grad_head = _add(chunk_grad_head, matmul_nt(grad.T, scorer.rows[rows].T))
+            if grad_bias is not None:
+                grad_bias[vocab] += _bias_gradient(grad, scorer.inner, rows)
+        if grad_head is not None and chunk_grad_head is not None:
+            grad_head[vocab] = chunk_grad_head
+        if grad_embed is not None and chunk_grad_embed is not None:
+            grad_embed[vocab] = chunk_grad_embed
+    if num_rows == 0:  # the chunk gradients were never made
+        for matrix in (grad_head, grad_embed):
+            if matrix is not None:
+                matrix.zero_()
+    if grad_rows is not None and not (isinstance(scorer.inner, float) and scorer.inner == 1.0):
+        grad_rows.mul_(scorer.inner)
+    if grad_temperature is not None and temperature is not None:
+        # d(score)/dT = -score / T. The loop summed dS * (score - peak); peak * sum(dS) remains, sum(dS) = grad_lse.
+        if grad_lse is not None:
+            grad_temperature -= peak * grad_lse.to(dtype)[:, None]
+        grad_temperature.div_(temperature.to(dtype)[:, None])
+    return Grads(
+        None if grad_rows is None else grad_rows.to(hidden.dtype),
+        grad_head,
+        grad_embed,
+        None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+        None if grad_temperature is None or temperature is None else grad_temperature[:, 0].to(temperature.dtype),
+    )
+
+
+def _add(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)
+
+
+def _bias_gradient(grad: Tensor, inner: float | Tensor, rows: slice) -> Tensor:
+    """The bias enters each row's scaled logits with that row's factor ``inner``."""
+    if isinstance(inner, Tensor):
+        return grad.T @ inner[rows, 0]
+    return grad.sum(0).mul_(inner)

@@ -1,0 +1,105 @@
+"""``top_tokens``: the most probable vocabulary entries of a soft token, for inspection."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .soft_embed import check_scores, resolve_backend, row_temperature
+from .soft_embed_torch import Scorer
+from .tiles_torch import ChunkReader, slices, tiling
+
+
+@torch.no_grad()
+def top_tokens(
+    hidden: Tensor,
+    head_weight: Tensor,
+    n: int,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The n most probable entries of ``softmax(softcap(logit_scale * (hidden @ head_weight.T + bias)) / temperature)``.
+
+    Exact and deterministic: the probabilities are those of the full softmax, and of equal scores the lower index
+    comes first. The vocabulary is walked in chunks; no tensor of size [T, V] is made. Not differentiable.
+
+    Args:
+        hidden: [..., D], floating point. Rows with NaN give NaN probabilities and arbitrary valid ids.
+        head_weight: [V, D], same dtype and device.
+        n: 1 to V.
+        bias, temperature, softcap, logit_scale, backend: as for `soft_embed`.
+
+    Returns:
+        ids [..., n], int64, and probabilities [..., n], float32 (float64 for float64 inputs), in descending order.
+
+    Raises:
+        As `soft_embed`; ValueError for n outside 1..V, TypeError if it is no int.
+    """
+    options = check_scores(hidden, head_weight, bias, temperature, softcap, logit_scale)
+    if not isinstance(n, int) or isinstance(n, bool):
+        raise TypeError(f"n: got {type(n).__name__}, expected an int")
+    num_vocab = head_weight.shape[0]
+    if not 1 <= n <= num_vocab:
+        raise ValueError(f"n: got {n}, expected 1 to {num_vocab}, the V of head_weight")
+    resolve_backend(backend)
+    leading = hidden.shape[:-1]
+    with torch.autocast(hidden.device.type, enabled=False):
+        ids, probs = _top(
+            Scorer(
+                hidden.reshape(-1, hidden.shape[-1]), head_weight, bias, row_temperature(temperature, leading), options
+            ),
+            n,
+        )
+    return ids.reshape(*leading, n), probs.reshape(*leading, n)
+
+
+def _top(scorer: Scorer, n: int) -> tuple[Tensor, Tensor]:
+    (num_rows, width), num_vocab, dtype, device = (
+        scorer.rows.shape,
+        scorer.head.shape[0],
+        scorer.dtype,
+        scorer.rows.device,
+    )
+    ids = torch.zeros((num_rows, n), dtype=torch.int64, device=device)
+    scores = torch.full((num_rows, n), -torch.inf, dtype=dtype, device=device)
+    peak = torch.full((num_rows, 1), torch.finfo(dtype).min, dtype=dtype, device=device)
+    total = torch.zeros((num_rows, 1), dtype=dtype, device=device)
+    # Besides the scores a tile holds candidates, keys and ids of the chunk and of the n best so far: some eight words
+    # each.
+    tile, size = tiling(num_rows, num_vocab, tiles=10, per_vocab=width, per_row=10 * n, itemsize=dtype.itemsize)
+    read_head = ChunkReader(scorer.head, dtype, size)
+    for vocab in slices(num_vocab, size):
+        chunk = read_head(vocab)
+        for rows in slices(num_rows, tile):
+            found, _ = scorer(rows, vocab, chunk)
+            new_peak = torch.maximum(peak[rows], found.amax(1, keepdim=True))
+            total[rows] *= (peak[rows] - new_peak).exp_()
+            total[rows] += (found - new_peak).exp_().sum(1, keepdim=True)
+            peak[rows] = new_peak
+            # The best so far come first and have the lower ids: position breaks ties as the id does.
+            seen = min(vocab.start, n)
+            candidates = torch.cat([scores[rows, :seen], found], 1)
+            keep = min(n, candidates.shape[1])
+            best = _top_positions(candidates, keep)
+            chunk_ids = torch.arange(vocab.start, vocab.stop, device=device).expand(found.shape)
+            ids[rows, :keep] = torch.cat([ids[rows, :seen], chunk_ids], 1).gather(1, best)
+            scores[rows, :keep] = candidates.gather(1, best)
+    return ids, scores.sub_(peak).exp_().div_(total)
+
+
+def _top_positions(scores: Tensor, n: int) -> Tensor:
+    """Positions of the n largest of each row, descending, the lower position first among equals."""
+    if scores.dtype != torch.float32:
+        return scores.sort(dim=1, descending=True, stable=True).indices[:, :n]
+    # topk leaves the order of ties open, and a stable sort of every chunk is slow: make the keys distinct instead. A
+    # float's bits order like an integer once the magnitude bits of negative numbers are flipped; adding 0 turns -0.0
+    # into 0.0.
+    bits = (scores + 0.0).view(torch.int32)
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
+    last = scores.shape[1] - 1
+    keys = (ordered << 32) | torch.arange(last, -1, -1, device=scores.device)
+    return last - (keys.topk(n, dim=1).values & 0xFFFFFFFF)

@@ -1,0 +1,120 @@
+"""How results look: plain-text tables for the terminal, two plots for a training run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gircse.atomic import new_file
+from gircse.inspection import TextInspection
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns aligned: the first to the left, the others to the right; floats with four digits."""
+    cells = [list(header), *([f"{c:.4f}" if isinstance(c, float) else str(c) for c in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    ]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def metrics_table(metrics: Mapping[int, Mapping[str, float]]) -> str:
+    """One line a number of steps, one column a metric."""
+    names = list(next(iter(metrics.values())))
+    return text_table(["K", *names], [[k, *(values[name] for name in names)] for k, values in metrics.items()])
+
+
+def inspection_table(inspections: Sequence[TextInspection], *, width: int = 100) -> str:
+    """Per text a heading and one line a step: entropy, movement, top tokens with their probabilities."""
+    blocks = []
+    for inspection in inspections:
+        text = " ".join(inspection.text.split())
+        lines = [text if len(text) <= width else text[: width - 1] + "…"]
+        lines.append(f"  {'k':>3} {'entropy':>8} {'cos to k-1':>10}  top tokens")
+        for step in inspection.steps:
+            tokens = "  ".join(
+                f"{token!r} {probability:.3f}"
+                for token, probability in zip(step.tokens, step.probabilities, strict=True)
+            )
+            lines.append(f"  {step.step:>3} {step.entropy:>8.3f} {step.cosine_to_previous:>10.4f}  {tokens}")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def plot_quality(
+    curves: Mapping[str, Mapping[int, Mapping[str, float]]], path: Path, *, metric: str = "ndcg@10", trained_steps: int
+) -> None:
+    """Quality versus number of steps at inference, one line a model; the K it was trained with is marked."""
+    figure, axes = _figure()
+    for (name, curve), marker in zip(curves.items(), "osD^v", strict=False):
+        steps = list(curve)
+        axes.plot(steps, [curve[k][metric] for k in steps], marker=marker, label=name)
+    axes.axvline(trained_steps, color="0.5", linestyle=":", linewidth=1)
+    axes.annotate(
+        f"trained with K = {trained_steps}",
+        (trained_steps, 0.03),
+        xycoords=("data", "axes fraction"),
+        xytext=(4, 0),
+        textcoords="offset points",
+        color="0.4",
+        fontsize=9,
+    )
+    axes.set(xlabel="soft tokens K at inference", ylabel=metric, title="Retrieval quality versus number of steps")
+    axes.set_ylim(bottom=0)
+    axes.set_xticks(sorted({k for curve in curves.values() for k in curve}))
+    axes.legend()
+    _save(figure, path)
+
+
+def plot_losses(log: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The contrastive losses L_1..L_K over training, smoothed by a running mean of about a tenth of the run."""
+    import numpy as np
+
+    figure, axes = _figure()
+    losses = np.array([entry["losses"] for entry in log], dtype=float)
+    steps = np.array([entry["step"] for entry in log])
+    window = max(1, len(log) // 10)
+    kernel = np.ones(window) / window
+    for k in range(losses.shape[1]):
+        shade = 0.15 + 0.7 * k / max(1, losses.shape[1] - 1)
+        colour = _viridis(1 - shade)
+        axes.plot(steps, losses[:, k], color=colour, alpha=0.2, linewidth=1)
+        smooth = np.convolve(losses[:, k], kernel, mode="valid")
+        axes.plot(steps[window - 1 :], smooth, color=colour, label=f"$L_{{{k + 1}}}$", linewidth=1.8)
+    axes.set(xlabel="training step", ylabel="contrastive loss (nats)", title="Loss of each step during training")
+    axes.set_ylim(bottom=0)
+    axes.legend(title=f"mean of {window}" if window > 1 else None)
+    _save(figure, path)
+
+
+def _figure():
+    try:
+        import matplotlib
+    except ImportError:
+        raise ModuleNotFoundError("plots need matplotlib: pip install 'gircse[demo]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.3), layout="constrained")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _viridis(value: float):
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](value)
+
+
+def _save(figure, path: Path) -> None:
+    from matplotlib import pyplot
+
+    with new_file(Path(path)) as partial:
+        figure.savefig(partial, dpi=150)
+    pyplot.close(figure)

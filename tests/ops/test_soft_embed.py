@@ -1,0 +1,610 @@
+"""soft_embed against its float64 definition, relative to the error of eager PyTorch in the same dtype."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gircse.ops import SoftTokenStats, soft_embed, soft_embed_torch, tiles_torch
+from gircse.ops.reference import soft_embed_reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "temperature": {"temperature": 0.7},
+    "softcap": {"softcap": 3.0},
+    "logit_scale": {"logit_scale": 0.25},
+    "embed_scale": {"embed_scale": 8.0},
+    "all": {"temperature": 1.6, "softcap": 5.0, "logit_scale": 1.5, "embed_scale": 3.0},
+}
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Several chunks and tiles, the last of each ragged, at the shapes of these tests."""
+    if not request.node.name.startswith("test_memory"):
+        monkeypatch.setattr(tiles_torch, "VOCAB_CHUNK", 16)
+        monkeypatch.setattr(tiles_torch, "ROW_TILE", 4)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Shapes this small gain nothing from threads, and on a busy machine each parallel loop waits for a time slice."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def random_inputs(
+    leading: tuple[int, ...] = (11,),
+    vocab: int = 53,
+    width: int = 9,
+    embed: int | None = None,
+    bias: bool = False,
+    row_temperature: bool = False,
+    scale: float = 1.0,
+    shift: float = 0.0,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """The tensor arguments, drawn in float64 and rounded to dtype, so that every dtype sees representable values."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    tensors = {"hidden": normal(*leading, width) * scale, "head_weight": normal(vocab, width)}
+    if embed is not None:
+        tensors["embed_weight"] = normal(vocab, embed)
+    if bias:
+        tensors["bias"] = normal(vocab) + shift
+    if row_temperature:
+        tensors["temperature"] = torch.rand(leading, dtype=torch.float64, generator=generator) + 0.5
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+def upstream_gradients(out: Tensor, stats: SoftTokenStats | None) -> list[Tensor]:
+    """Random gradients for out and, with stats, for lse and entropy, of values that every dtype represents."""
+    generator = torch.Generator().manual_seed(17)
+    targets = [out] if stats is None else [out, stats.lse, stats.entropy]
+    draws = [torch.randn(t.shape, dtype=torch.float64, generator=generator) for t in targets]
+    return [draw.bfloat16().half().double() for draw in draws]
+
+
+def run(
+    function: Any, tensors: dict[str, Tensor], dtype: torch.dtype, with_stats: bool, options: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Results and the gradients of all tensors, in one dictionary."""
+    leaves = {name: tensor.detach().to(dtype).requires_grad_() for name, tensor in tensors.items()}
+    if function is soft_embed:
+        out, stats = soft_embed(**leaves, **options, return_stats=True)
+    else:
+        out, stats = function(**leaves, **options)
+    gradients = upstream_gradients(out, stats if with_stats else None)
+    targets = [out, stats.lse, stats.entropy][: len(gradients)]
+    grads = torch.autograd.grad(
+        targets, list(leaves.values()), [g.to(t) for g, t in zip(gradients, targets, strict=True)]
+    )
+    results = {
+        "out": out,
+        "lse": stats.lse,
+        "entropy": stats.entropy,
+        "max_prob": stats.max_prob,
+        "argmax": stats.argmax,
+    }
+    return {**results, **{f"grad {name}": grad for name, grad in zip(leaves, grads, strict=True)}}
+
+
+def rms(values: list[Tensor]) -> float:
+    """Root mean square over all elements of all tensors."""
+    return torch.cat([value.double().flatten() for value in values]).square().mean().sqrt().item()
+
+
+def assert_as_accurate_as_eager(with_stats: bool = True, options: dict[str, Any] | None = None, **shape: Any) -> None:
+    """Root mean square error over several draws <= 2x eager's in the same dtype + a unit of rounding.
+
+    Over several draws: the ratio of two single maxima says more about luck than about the arithmetic. For float64
+    itself, where eager is the truth and its error reads 0, 64 units.
+    """
+    options = options or {}
+    errors: dict[str, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
+    for seed in range(6):
+        tensors = random_inputs(seed=seed, **shape)
+        dtype = tensors["hidden"].dtype
+        ours = run(soft_embed, tensors, dtype, with_stats, options)
+        eager = run(soft_embed_reference, tensors, dtype, with_stats, options)
+        truth = run(soft_embed_reference, tensors, torch.float64, with_stats, options)
+        for name, exact in truth.items():
+            if name == "argmax":
+                assert torch.equal(ours[name], exact)
+                continue
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            assert ours[name].dtype == (dtype if name == "out" or name.startswith("grad") else wide), name
+            of_ours, of_eager, values = errors.setdefault(name, ([], [], []))
+            of_ours.append(ours[name].double() - exact)
+            of_eager.append(eager[name].double() - exact)
+            values.append(exact)
+    for name, (of_ours, of_eager, values) in errors.items():
+        rounding = (64 if dtype == torch.float64 else 1) * torch.finfo(dtype).eps * rms(values)
+        error, allowed = rms(of_ours), 2 * rms(of_eager) + rounding
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize(("embed", "bias"), [(None, False), (None, True), (9, False), (14, True)])
+def test_accuracy(dtype: torch.dtype, options: dict[str, Any], embed: int | None, bias: bool) -> None:
+    assert_as_accurate_as_eager(options=options, embed=embed, bias=bias, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_accuracy_temperature_per_row(dtype: torch.dtype, softcap: float | None) -> None:
+    options = {"softcap": softcap, "logit_scale": 1.3, "embed_scale": 2.0}
+    shape = {"leading": (3, 5), "embed": 6, "bias": True, "row_temperature": True, "dtype": dtype}
+    assert_as_accurate_as_eager(options=options, **shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("embed", [None, 7])
+def test_accuracy_nearly_one_hot(dtype: torch.dtype, embed: int | None) -> None:
+    """Large logits: dS is a difference of nearly equal numbers, which a rounded saved output would spoil."""
+    assert_as_accurate_as_eager(with_stats=False, scale=12.0, embed=embed, dtype=dtype)
+
+
+def test_shapes_by_default_tiles_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert (tiles_torch.VOCAB_CHUNK, tiles_torch.ROW_TILE) != (16, 4)
+    vocab = 2 * tiles_torch.VOCAB_CHUNK + 7
+    leading = (tiles_torch.ROW_TILE + 3,)
+    assert_as_accurate_as_eager(leading=leading, vocab=vocab, width=12, dtype=torch.float32)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(0, 9),
+    vocab=st.integers(1, 40),
+    width=st.integers(1, 7),
+    embed=st.none() | st.integers(1, 7),
+    bias=st.booleans(),
+    row_temperature=st.booleans(),
+    chunk=st.integers(1, 45),
+    tile=st.integers(1, 10),
+)
+def test_any_shape(
+    rows: int,
+    vocab: int,
+    width: int,
+    embed: int | None,
+    bias: bool,
+    row_temperature: bool,
+    chunk: int,
+    tile: int,
+) -> None:
+    tensors = random_inputs((rows,), vocab, width, embed, bias, row_temperature)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles_torch, "VOCAB_CHUNK", chunk)
+        patch.setattr(tiles_torch, "ROW_TILE", tile)
+        ours = run(soft_embed, tensors, torch.float64, True, {})
+    truth = run(soft_embed_reference, tensors, torch.float64, True, {})
+    for name, exact in truth.items():
+        torch.testing.assert_close(
+            ours[name], exact, rtol=1e-11, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_gradcheck() -> None:
+    tensors = random_inputs((5,), vocab=21, width=4, embed=3, bias=True, row_temperature=True)
+    names = list(tensors)
+
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
+        arguments: dict[str, Any] = dict(zip(names, values, strict=True))
+        out, stats = soft_embed(**arguments, softcap=2.5, logit_scale=1.2, embed_scale=1.7, return_stats=True)
+        return out, stats.lse, stats.entropy
+
+    assert torch.autograd.gradcheck(function, [tensor.requires_grad_() for tensor in tensors.values()])
+
+
+def test_gradcheck_tied() -> None:
+    tensors = random_inputs((5,), vocab=21, width=4)
+    assert torch.autograd.gradcheck(soft_embed, [tensor.requires_grad_() for tensor in tensors.values()])
+
+
+def test_every_subset_of_gradients() -> None:
+    """Each subset gives the gradients of the full set, bitwise, and nothing for the others."""
+    tensors = random_inputs(embed=6, bias=True, row_temperature=True, dtype=torch.float32)
+    full = run(soft_embed, tensors, torch.float32, True, {"softcap": 4.0})
+    for wanted in itertools.product([False, True], repeat=len(tensors)):
+        leaves = {
+            name: tensor.clone().requires_grad_(want)
+            for want, (name, tensor) in zip(wanted, tensors.items(), strict=True)
+        }
+        out, stats = soft_embed(**leaves, softcap=4.0, return_stats=True)  # type: ignore[misc, arg-type]
+        assert out.requires_grad == any(wanted)
+        if not any(wanted):
+            continue
+        targets = [out, stats.lse, stats.entropy]
+        torch.autograd.backward(
+            targets, [g.to(t) for g, t in zip(upstream_gradients(out, stats), targets, strict=True)]
+        )
+        for want, (name, leaf) in zip(wanted, leaves.items(), strict=True):
+            assert (leaf.grad is not None) == want, name
+            if leaf.grad is not None:
+                assert torch.equal(leaf.grad, full[f"grad {name}"]), name
+
+
+@pytest.mark.parametrize(("needs", "products"), [("none", 2), ("hidden", 2 + 3), ("head", 2 + 4)])
+def test_gradients_not_asked_for_are_not_computed(monkeypatch: pytest.MonkeyPatch, needs: str, products: int) -> None:
+    """Products for one chunk: 2 forward; hidden: + scores, dP, dS W; tied head: + scores, dP, P^T grad, dS^T h."""
+    monkeypatch.setattr(tiles_torch, "VOCAB_CHUNK", 64)
+    monkeypatch.setattr(tiles_torch, "ROW_TILE", 64)
+    calls = []
+    matmul = soft_embed_torch.matmul_nt
+    monkeypatch.setattr(soft_embed_torch, "matmul_nt", lambda a, b: calls.append(1) or matmul(a, b))
+    tensors = random_inputs(dtype=torch.float32)
+    hidden, head = tensors["hidden"], tensors["head_weight"]
+    out = soft_embed(hidden.requires_grad_(needs == "hidden"), head.requires_grad_(needs == "head"))
+    assert isinstance(out, Tensor)
+    if needs != "none":
+        out.backward(torch.randn_like(out))
+    assert len(calls) == products
+
+
+def test_tied_gradient_is_the_sum_of_both_uses() -> None:
+    tensors = random_inputs(dtype=torch.float64)
+    head = tensors["head_weight"]
+    upstream = torch.randn(11, 9, dtype=torch.float64)
+
+    def gradients(first: Tensor, second: Tensor | None) -> None:
+        soft_embed(tensors["hidden"], first, second).backward(upstream)
+
+    untied_head, untied_embed = head.clone().requires_grad_(), head.clone().requires_grad_()
+    gradients(untied_head, untied_embed)
+    assert untied_head.grad is not None
+    expected = untied_head.grad + untied_embed.grad
+    for same in (False, True):
+        tied = head.clone().requires_grad_()
+        gradients(tied, tied if same else None)
+        torch.testing.assert_close(tied.grad, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_frozen_use_of_a_shared_matrix() -> None:
+    """A detached alias is a use of its own: its gradient must not be added."""
+    tensors = random_inputs(dtype=torch.float64)
+    head = tensors["head_weight"].requires_grad_()
+    upstream = torch.randn(11, 9, dtype=torch.float64)
+    (ours,) = torch.autograd.grad(soft_embed(tensors["hidden"], head, head.detach()), head, upstream)
+    reference, _ = soft_embed_reference(tensors["hidden"], head, head.detach())
+    (expected,) = torch.autograd.grad(reference, head, upstream)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("shift", [-3e4, -300.0, 300.0, 3e4])
+def test_extreme_logits(shift: float) -> None:
+    """A common offset of all logits, far outside the range of exp, changes nothing but lse."""
+    tensors = random_inputs(bias=True)
+    plain, stats = soft_embed(**tensors, return_stats=True)  # type: ignore[misc, arg-type]
+    tensors["bias"] = tensors["bias"] + shift
+    moved, moved_stats = soft_embed(**tensors, return_stats=True)  # type: ignore[misc, arg-type]
+    torch.testing.assert_close(moved, plain, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(moved_stats.lse, stats.lse + shift, rtol=1e-12, atol=1e-10)
+    torch.testing.assert_close(moved_stats.entropy, stats.entropy, rtol=1e-9, atol=1e-9)
+    assert_as_accurate_as_eager(with_stats=False, bias=True, shift=shift, dtype=torch.float32)
+
+
+def test_one_hot_is_exact() -> None:
+    """Scores apart by thousands: exactly the best row, no entropy, no gradient through the scores."""
+    hidden = torch.eye(3, 9).mul(1e4).requires_grad_()
+    head = torch.eye(53, 9)[torch.randperm(53)]
+    head[head.sum(1) == 0, 8] = -1.0
+    out, stats = soft_embed(hidden, head, return_stats=True)
+    assert torch.equal(out, torch.eye(3, 9))
+    assert torch.equal(stats.max_prob, torch.ones(3))
+    assert torch.equal(stats.entropy, torch.zeros(3))
+    (grad,) = torch.autograd.grad([out, stats.entropy], hidden, [torch.randn(3, 9), torch.randn(3)])
+    assert torch.equal(grad, torch.zeros(3, 9))
+
+
+def test_entries_removed_by_a_bias_of_minus_infinity() -> None:
+    """Whole chunks removed: the result and every gradient are those of the shorter vocabulary."""
+    tensors = random_inputs(embed=6, bias=True)
+    kept = torch.zeros(53, dtype=torch.bool)
+    kept[20:31] = True
+    removed = {**tensors, "bias": tensors["bias"].masked_fill(~kept, -torch.inf)}
+    short = {name: tensor if name == "hidden" else tensor[kept] for name, tensor in tensors.items()}
+    ours = run(soft_embed, removed, torch.float64, True, {"temperature": 0.8})
+    truth = run(soft_embed_reference, short, torch.float64, True, {"temperature": 0.8})
+    for name, exact in truth.items():
+        if name == "argmax":
+            assert torch.equal(ours[name], exact + 20)
+        elif name in ("grad head_weight", "grad embed_weight", "grad bias"):
+            torch.testing.assert_close(ours[name][kept], exact, rtol=1e-11, atol=1e-12)
+            assert not ours[name][~kept].any()
+        else:
+            torch.testing.assert_close(ours[name], exact, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("leading", [(0,), (0, 3), (2, 0), (1,), (1, 1), ()])
+def test_no_rows_and_one_row(leading: tuple[int, ...]) -> None:
+    tensors = random_inputs(leading, embed=6, bias=True)
+    leaves = [tensor.requires_grad_() for tensor in tensors.values()]
+    out, stats = soft_embed(**tensors, return_stats=True)  # type: ignore[misc, arg-type]
+    assert out.shape == (*leading, 6)
+    assert all(stat.shape == leading for stat in stats)
+    grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    if out.numel() == 0:
+        assert all(not grad.any() for grad in grads)
+    else:
+        expected, _ = soft_embed_reference(**tensors)  # type: ignore[arg-type]
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_non_contiguous_inputs_and_gradients(dtype: torch.dtype) -> None:
+    tensors = random_inputs((4, 5), embed=6, bias=True, dtype=dtype)
+    expected = run(soft_embed, tensors, dtype, False, {})
+    strided = {
+        "hidden": tensors["hidden"].transpose(0, 1).contiguous().transpose(0, 1),
+        "head_weight": tensors["head_weight"].T.contiguous().T,
+        "embed_weight": torch.stack([tensors["embed_weight"]] * 2, -1)[..., 0],
+        "bias": torch.stack([tensors["bias"]] * 3, -1)[..., 1],
+    }
+    assert not any(tensor.is_contiguous() for tensor in strided.values())
+    leaves = {name: tensor.requires_grad_() for name, tensor in strided.items()}
+    out = soft_embed(**leaves)  # type: ignore[arg-type]
+    assert isinstance(out, Tensor)
+    upstream = upstream_gradients(out, None)[0].to(dtype).transpose(0, 1).contiguous().transpose(0, 1)
+    grads = torch.autograd.grad(out, list(leaves.values()), upstream)
+    # Other strides may take another product kernel, which rounds differently: a few units, no more.
+    tolerance = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(out, expected["out"], rtol=tolerance, atol=tolerance)
+    for name, grad in zip(leaves, grads, strict=True):
+        torch.testing.assert_close(grad, expected[f"grad {name}"], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}], ids=["plain", "softcap"])
+def test_a_bad_row_stays_alone(bad: float, options: dict[str, Any]) -> None:
+    tensors = random_inputs(dtype=torch.float32)
+    clean = run(soft_embed, tensors, torch.float32, True, options)
+    tensors["hidden"][5, 3] = bad
+    spoilt = run(soft_embed, tensors, torch.float32, True, options)
+    others = torch.arange(11) != 5
+    for name in ("out", "lse", "entropy", "max_prob", "argmax", "grad hidden"):
+        assert torch.equal(spoilt[name][others], clean[name][others]), name
+    if not options or bad != bad:
+        assert spoilt["out"][5].isnan().all()
+    assert 0 <= spoilt["argmax"][5] < 53
+
+
+def test_second_backward_gives_the_same() -> None:
+    """Nothing saved is mutated, and inputs stay as they were; two runs are bitwise equal."""
+    tensors = random_inputs(embed=6, bias=True, row_temperature=True, dtype=torch.float32)
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    leaves = [tensor.requires_grad_() for tensor in tensors.values()]
+    out, stats = soft_embed(**tensors, softcap=4.0, return_stats=True)  # type: ignore[misc, arg-type]
+    targets = [out, stats.lse, stats.entropy]
+    gradients = [g.to(t) for g, t in zip(upstream_gradients(out, stats), targets, strict=True)]
+    first = torch.autograd.grad(targets, leaves, gradients, retain_graph=True)
+    second = torch.autograd.grad(targets, leaves, gradients)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(before[name], tensors[name]) for name in tensors)
+
+
+def test_second_derivative_is_refused() -> None:
+    tensors = random_inputs()
+    hidden = tensors["hidden"].requires_grad_()
+    (grad,) = torch.autograd.grad(soft_embed(**tensors).square().sum(), hidden, create_graph=True)  # type: ignore[arg-type, union-attr]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_unused_results_need_no_gradient() -> None:
+    """Only one of out, lse, entropy in the loss."""
+    tensors = random_inputs()
+    hidden = tensors["hidden"].requires_grad_()
+    for index in range(3):
+        ours_out, ours = soft_embed(**tensors, return_stats=True)  # type: ignore[misc, arg-type]
+        exact_out, exact = soft_embed_reference(**tensors)  # type: ignore[arg-type]
+        target, truth = (ours_out, ours.lse, ours.entropy)[index], (exact_out, exact.lse, exact.entropy)[index]
+        upstream = torch.randn(target.shape, dtype=torch.float64)
+        torch.testing.assert_close(
+            torch.autograd.grad(target, hidden, upstream),
+            torch.autograd.grad(truth, hidden, upstream),
+            rtol=1e-11,
+            atol=1e-12,
+        )
+    _, stats = soft_embed(**tensors, return_stats=True)  # type: ignore[misc, arg-type]
+    assert stats.lse.requires_grad
+    assert stats.entropy.requires_grad
+    assert not stats.max_prob.requires_grad
+    assert not stats.argmax.requires_grad
+
+
+def test_argmax_takes_the_lowest_index_of_a_tie() -> None:
+    head = torch.ones(53, 4)
+    head[:18] = 0.0
+    _, stats = soft_embed(torch.ones(6, 4), head, return_stats=True)
+    assert stats.argmax.tolist() == [18] * 6
+
+
+def test_autocast_casts_like_a_linear_layer() -> None:
+    tensors = random_inputs(embed=6, bias=True, dtype=torch.float32)
+    hidden = tensors["hidden"].bfloat16().requires_grad_()
+    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items() if name != "hidden"}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = soft_embed(hidden, **leaves)  # type: ignore[arg-type]
+        assert isinstance(out, Tensor)
+        assert out.dtype == torch.bfloat16
+        # Backward inside the region too: its float32 products must not be autocast.
+        inside = torch.autograd.grad(out, [hidden, *leaves.values()], torch.ones_like(out), retain_graph=True)
+    outside = torch.autograd.grad(out, [hidden, *leaves.values()], torch.ones_like(out))
+    plain = soft_embed(hidden, **{name: tensor.bfloat16() for name, tensor in leaves.items()})  # type: ignore[arg-type]
+    assert torch.equal(out, plain)  # type: ignore[arg-type]
+    assert [grad.dtype for grad in outside] == [torch.bfloat16, torch.float32, torch.float32, torch.float32]
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    tensors = random_inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = soft_embed(**tensors)  # type: ignore[arg-type]
+    assert torch.equal(out, soft_embed(**tensors))  # type: ignore[arg-type]
+
+
+def test_functional_gradient() -> None:
+    tensors = random_inputs()
+    hidden, head = tensors["hidden"], tensors["head_weight"]
+    ours = torch.func.grad(lambda h: soft_embed(h, head).square().sum())(hidden)  # type: ignore[union-attr]
+    exact = torch.func.grad(lambda h: soft_embed_reference(h, head)[0].square().sum())(hidden)
+    torch.testing.assert_close(ours, exact, rtol=1e-11, atol=1e-12)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the bytes of the largest tensor that any operator returned, views of existing ones aside."""
+
+    def __init__(self, existing: list[Tensor]) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in existing}
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_no_tensor_of_rows_times_vocabulary(dtype: torch.dtype) -> None:
+    """V is large and D small, so that [T, V] would be far larger than anything that may be allocated."""
+    rows, vocab, width = 1500, 40_000, 8
+    hidden = torch.randn(rows, width, dtype=dtype, requires_grad=True)
+    head = torch.randn(vocab, width, dtype=dtype, requires_grad=True)
+    with LargestTensor([hidden, head]) as mode:
+        out, stats = soft_embed(hidden, head, return_stats=True)
+        (out.float().square().sum() + stats.entropy.sum() + stats.lse.sum()).backward()
+    tile = 4 * tiles_torch.ROW_TILE * tiles_torch.VOCAB_CHUNK
+    assert tile <= mode.largest <= max(tile, vocab * width * 4) < rows * vocab
+
+
+@pytest.mark.parametrize(("width", "rows"), [(64, 3000), (4096, 600), (16384, 700)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_memory_budget_of_a_tile(width: int, rows: int, dtype: torch.dtype) -> None:
+    """The tiling keeps what backward holds at once within the budget for any width."""
+    itemsize = 8 if dtype == torch.float64 else 4
+    tile, chunk = tiles_torch.tiling(rows, 200_000, tiles=7, per_vocab=5 * width, per_row=width, itemsize=itemsize)
+    assert itemsize * (7 * tile * chunk + 5 * width * chunk + width * tile) <= tiles_torch.WORKSPACE_BYTES
+    assert tile >= 16
+    assert chunk >= 16
+
+
+PEAK_SCRIPT = """
+import resource, sys, torch
+from gircse.ops import soft_embed
+torch.set_num_threads(2)
+rows, vocab, width = 256, 60_000, 512
+hidden = torch.randn(rows, width, requires_grad=True)
+head = torch.randn(vocab, width)
+upstream = torch.randn(rows, width)
+small = torch.randn(8, width, requires_grad=True)
+soft_embed(small, head).sum().backward()  # libraries, thread pools, page tables
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+soft_embed(hidden, head).backward(upstream)
+print(peak() - before)
+"""
+
+
+def test_memory_peak_of_the_process() -> None:
+    """The promise itself: 64 MiB and four [T, D] matrices beyond the inputs; eager needs [T, V], 59 MiB, four times."""
+    done = subprocess.run([sys.executable, "-c", PEAK_SCRIPT], capture_output=True, text=True, timeout=120, check=True)
+    extra = int(done.stdout)
+    assert extra <= (64 << 20) + 4 * 256 * 512 * 4
+
+
+def valid_arguments() -> dict[str, Any]:
+    return {"hidden": torch.randn(3, 4), "head_weight": torch.randn(5, 4)}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"hidden": [1.0]}, TypeError, r"hidden: got list, expected a torch.Tensor"),
+        ({"hidden": torch.tensor(1.0)}, ValueError, r"hidden: got a 0-dimensional tensor, expected \[..., D\]"),
+        ({"hidden": torch.randn(3, 5)}, ValueError, r"hidden: got shape \(3, 5\), expected a last dimension of 4"),
+        ({"hidden": torch.ones(3, 4, dtype=torch.int64)}, TypeError, r"hidden: got dtype torch.int64, expected one of"),
+        ({"hidden": torch.randn(3, 4, device="meta")}, ValueError, r"head_weight: got device cpu, expected meta"),
+        ({"head_weight": torch.randn(5)}, ValueError, r"head_weight: got shape \(5,\), expected \[V, D\]"),
+        (
+            {"head_weight": torch.randn(0, 4)},
+            ValueError,
+            r"head_weight: got shape \(0, 4\), expected V and D of at least 1",
+        ),
+        (
+            {"head_weight": torch.randn(5, 0), "hidden": torch.randn(3, 0)},
+            ValueError,
+            r"head_weight: got shape \(5, 0\), expected V and D of at least 1",
+        ),
+        ({"head_weight": torch.ones(5, 4, dtype=torch.int32)}, TypeError, r"head_weight: got dtype torch.int32"),
+        (
+            {"head_weight": torch.randn(5, 4).half()},
+            TypeError,
+            r"head_weight: got dtype torch.float16, expected torch.float32",
+        ),
+        ({"embed_weight": torch.randn(6, 4)}, ValueError, r"embed_weight: got shape \(6, 4\), expected \[5, E\]"),
+        ({"embed_weight": torch.randn(5, 0)}, ValueError, r"embed_weight: got shape \(5, 0\), expected \[5, E\]"),
+        ({"embed_weight": torch.randn(5)}, ValueError, r"embed_weight: got shape \(5,\), expected \[5, E\]"),
+        (
+            {"embed_weight": torch.randn(5, 4).double()},
+            TypeError,
+            r"embed_weight: got dtype torch.float64, expected torch.f",
+        ),
+        (
+            {"embed_weight": torch.randn(5, 4, device="meta")},
+            ValueError,
+            r"embed_weight: got device meta, expected cpu",
+        ),
+        ({"bias": torch.randn(4)}, ValueError, r"bias: got shape \(4,\), expected \(5,\)"),
+        ({"bias": torch.randn(5).double()}, TypeError, r"bias: got dtype torch.float64, expected torch.float32"),
+        ({"temperature": 0.0}, ValueError, r"temperature: got 0.0, expected a finite number above 0"),
+        ({"temperature": -1}, ValueError, r"temperature: got -1, expected a finite number above 0"),
+        ({"temperature": float("nan")}, ValueError, r"temperature: got nan, expected a finite number above 0"),
+        ({"temperature": "1"}, TypeError, r"temperature: got str, expected a number"),
+        (
+            {"temperature": torch.ones(4)},
+            ValueError,
+            r"temperature: got shape \(4,\), expected one broadcastable to \(3,\)",
+        ),
+        (
+            {"temperature": torch.ones(2, 3)},
+            ValueError,
+            r"temperature: got shape \(2, 3\), expected one broadcastable to \(3,",
+        ),
+        ({"temperature": torch.tensor([1.0, 0.0, 2.0])}, ValueError, r"temperature: got 0.0, expected values above 0"),
+        ({"temperature": torch.ones(3, dtype=torch.int64)}, TypeError, r"temperature: got dtype torch.int64"),
+        ({"temperature": torch.ones(3, device="meta")}, ValueError, r"temperature: got device meta, expected cpu"),
+        ({"softcap": 0.0}, ValueError, r"softcap: got 0.0, expected a finite number above 0"),
+        ({"softcap": -3}, ValueError, r"softcap: got -3, expected a finite number above 0"),
+        ({"logit_scale": float("inf")}, ValueError, r"logit_scale: got inf, expected a finite number"),
+        ({"embed_scale": True}, TypeError, r"embed_scale: got bool, expected a number"),
+        ({"backend": "cuda"}, ValueError, r"backend: got 'cuda', expected None or one of 'torch', 'triton'"),
+        ({"backend": "triton"}, RuntimeError, r"backend: 'triton' is not available"),
+    ],
+)
+def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        soft_embed(**{**valid_arguments(), **change})

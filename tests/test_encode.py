@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import gircse.encode
+from gircse import GIRCSE, GircseConfig
+from tests.tiny_models import tiny_model, tiny_tokenizer
+
+TEXTS = ["a", "the quick brown fox jumps over the lazy dog", "", "soft tokens", "x" * 70, "two words"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return GIRCSE(tiny_model("llama"), tiny_tokenizer(), GircseConfig(num_steps=4))
+
+
+def test_shapes_dtype_and_normalisation(model):
+    embeddings = model.encode(TEXTS)
+    assert embeddings.shape == (6, 32)
+    assert embeddings.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, rtol=1e-6)
+    assert not np.allclose(np.linalg.norm(model.encode(TEXTS, normalize=False), axis=1), 1)
+
+
+def test_a_single_string_gives_a_single_embedding(model):
+    assert model.encode("soft tokens").shape == (32,)
+    np.testing.assert_allclose(model.encode("soft tokens"), model.encode(TEXTS)[3], atol=1e-6)
+
+
+def test_no_texts(model):
+    assert model.encode([]).shape == (0, 32)
+    assert model.encode([], return_steps=True, num_steps=7).shape == (0, 7, 32)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_the_same_whatever_the_batch(name):
+    model = GIRCSE(tiny_model(name), tiny_tokenizer())
+    together = model.encode(TEXTS)
+    for batch_size in (1, 2, 5):
+        np.testing.assert_allclose(model.encode(TEXTS, batch_size=batch_size), together, atol=1e-5)
+    order = [4, 2, 0, 5, 1, 3]
+    np.testing.assert_allclose(model.encode([TEXTS[i] for i in order]), together[order], atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last", "weighted"])
+def test_steps_are_exactly_the_prefixes(pooling):
+    model = GIRCSE(tiny_model("llama"), tiny_tokenizer(), GircseConfig(num_steps=4, pooling=pooling))
+    steps = model.encode(TEXTS, num_steps=20, return_steps=True)
+    assert steps.shape == (6, 20, 32)
+    for k in (1, 2, 5, 20):
+        assert np.array_equal(model.encode(TEXTS, num_steps=k), steps[:, k - 1])
+
+
+def test_embedding_is_the_normalised_mean_of_the_generated_states(model):
+    ids = torch.tensor([model.tokenizer("soft tokens", add_special_tokens=False)["input_ids"]])
+    states = model.rollout(ids, torch.ones_like(ids), 4)[0]
+    expected = torch.nn.functional.normalize(states.mean(0), dim=0).detach().numpy()
+    np.testing.assert_allclose(model.encode("soft tokens"), expected, atol=1e-6)
+
+
+def test_zero_steps_is_the_prompt_state(model):
+    ids = torch.tensor([model.tokenizer("soft tokens", add_special_tokens=False)["input_ids"]])
+    state = model.rollout(ids, torch.ones_like(ids), 0)[0, 0]
+    expected = torch.nn.functional.normalize(state, dim=0).detach().numpy()
+    np.testing.assert_allclose(model.encode("soft tokens", num_steps=0), expected, atol=1e-6)
+    assert model.encode(TEXTS, num_steps=0, return_steps=True).shape == (6, 1, 32)
+
+
+def test_truncate_dim_keeps_the_first_and_normalises_again(model):
+    full, short = model.encode(TEXTS, normalize=False), model.encode(TEXTS, truncate_dim=5)
+    assert short.shape == (6, 5)
+    expected = full[:, :5] / np.linalg.norm(full[:, :5], axis=1, keepdims=True)
+    np.testing.assert_allclose(short, expected, atol=1e-6)
+
+
+def test_instruction_is_put_before_the_text(model):
+    np.testing.assert_allclose(
+        model.encode("a {text}", instruction="find {text}"),
+        model.encode("Instruct: find {text}\nQuery:a {text}"),
+        atol=1e-6,
+    )
+
+
+def test_too_long_texts_are_cut_and_counted(model):
+    with pytest.warns(UserWarning, match="2 of 6 texts are longer than max_length=12 tokens"):
+        cut = model.encode(TEXTS, max_length=12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_allclose(model.encode([t[:12] for t in TEXTS]), cut, atol=1e-6)
+
+
+def test_max_length_leaves_room_for_the_steps_within_the_positions():
+    model = GIRCSE(tiny_model("gpt2"), tiny_tokenizer())
+    with pytest.warns(UserWarning, match="1 of 1 texts are longer than max_length=251"):
+        assert np.isfinite(model.encode(["x" * 300])).all()
+
+
+def test_empty_text_is_the_end_of_sequence_token(model):
+    ids = torch.tensor([[model.tokenizer.eos_token_id]])
+    states = model.rollout(ids, torch.ones_like(ids))
+    expected = torch.nn.functional.normalize(states.mean(1), dim=-1)[0].detach().numpy()
+    np.testing.assert_allclose(model.encode(""), expected, atol=1e-6)
+
+
+def test_eos_can_be_appended():
+    plain = GIRCSE(tiny_model("llama"), tiny_tokenizer(), GircseConfig(num_steps=0))
+    eos = GIRCSE(tiny_model("llama"), tiny_tokenizer(), GircseConfig(num_steps=0, append_eos=True))
+    assert not np.allclose(plain.encode("abc"), eos.encode("abc"), atol=1e-3)
+    np.testing.assert_allclose(eos.encode(["abc"], max_length=2), eos.encode(["a"]), atol=1e-6)
+
+
+def test_training_mode_is_restored_and_dropout_is_off_meanwhile(model):
+    model.train()
+    try:
+        np.testing.assert_array_equal(model.encode(TEXTS), model.encode(TEXTS))
+        assert model.training
+    finally:
+        model.eval()
+
+
+def test_batches_respect_the_token_budget(model, monkeypatch):
+    monkeypatch.setitem(gircse.encode.TOKEN_BUDGET, "cpu", 80)
+    shapes = []
+    rollout = model.rollout
+    monkeypatch.setattr(model, "rollout", lambda ids, *rest: shapes.append(tuple(ids.shape)) or rollout(ids, *rest))
+    model.encode(TEXTS)
+    assert all(rows == 1 or rows * length <= 80 for rows, length in shapes)
+    assert sum(rows for rows, _ in shapes) == len(TEXTS)
+    assert len(shapes) < len(TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "error", "message"),
+    [
+        (["a", 3], {}, TypeError, r"texts\[1\]: got int"),
+        (["a", None], {}, TypeError, r"texts\[1\]: got NoneType"),
+        (7, {}, TypeError, "texts: got int"),
+        (b"abc", {}, TypeError, "texts: got bytes"),
+        ({"a": 1}, {}, TypeError, "texts: got dict"),
+        (["a"], {"num_steps": -1}, ValueError, "num_steps: got -1"),
+        (["a"], {"num_steps": 2.5}, ValueError, "num_steps: got 2.5"),
+        (["a"], {"batch_size": 0}, ValueError, "batch_size: got 0"),
+        (["a"], {"max_length": 0}, ValueError, "max_length: got 0"),
+        (["a"], {"truncate_dim": 33}, ValueError, "truncate_dim: got 33, expected at most 32"),
+        (["a"], {"instruction": 5}, TypeError, "instruction: got int"),
+        (["a"], {"num_steps": 300}, ValueError, "num_steps: got 300"),
+    ],
+)
+def test_bad_input_is_named(model, texts, options, error, message):
+    with pytest.raises(error, match=message):
+        model.encode(texts, **options)
+
+
+def test_inspect_agrees_with_the_plain_distribution(model):
+    inspections = model.inspect(["soft tokens", "a"], num_steps=3, top_n=4)
+    assert [i.text for i in inspections] == ["soft tokens", "a"]
+    ids = torch.tensor([model.tokenizer("soft tokens", add_special_tokens=False)["input_ids"]])
+    with torch.no_grad():
+        probs = model.causal_lm.model(input_ids=ids).logits[0, -1].softmax(-1)
+    first = inspections[0].steps[0]
+    values, indices = probs.topk(4)
+    assert first.step == 1
+    assert first.token_ids == indices.tolist()
+    assert first.tokens == [model.tokenizer.decode([i]) for i in indices.tolist()]
+    np.testing.assert_allclose(first.probabilities, values.numpy(), rtol=1e-4)
+    assert first.entropy == pytest.approx(-(probs * probs.log()).sum().item(), rel=1e-4)
+    assert first.max_probability == pytest.approx(values[0].item(), rel=1e-4)
+    steps = model.encode("soft tokens", num_steps=3, return_steps=True)
+    assert inspections[0].steps[2].cosine_to_previous == pytest.approx(float(steps[1] @ steps[2]), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"num_steps": 0}, "num_steps: got 0"), ({"top_n": 0}, "top_n: got 0")]
+)
+def test_inspect_refuses_nonsense(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        model.inspect(["a"], **options)

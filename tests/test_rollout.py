@@ -1,0 +1,177 @@
+"""The cached rollout against the plain uncached method: states, losses and every LoRA gradient, in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from gircse import GIRCSE, ops
+from tests.plain import plain_losses, plain_objective, plain_rollout
+from tests.tiny_models import CONFIGS, VOCAB, tiny_model, tiny_tokenizer
+
+K = 5
+LENGTHS = {"queries": [9, 1, 6], "docs": [12, 3, 8, 7, 11, 2]}
+TARGETS = {
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+}
+
+
+def with_lora(model, *, seed=1, dropout=0.0):
+    targets = TARGETS["gpt2" if model.config.model_type == "gpt2" else "llama"]
+    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets, init_lora_weights=False)
+    torch.manual_seed(seed)
+    return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def left_padded(lengths, seed):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, (len(lengths), max(lengths)), generator=generator)
+    mask = (torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]).long()
+    return ids * mask, mask
+
+
+def lora_gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_equal_to_plain(name, tolerance, *, attn=None, checkpointing=False, training=False):
+    plain = with_lora(tiny_model(name, dtype=torch.float64, attn=attn))
+    ours = GIRCSE(with_lora(tiny_model(name, dtype=torch.float64)), tiny_tokenizer())
+    if checkpointing:
+        ours.gradient_checkpointing_enable()
+    ours.train(training)
+    batches = {kind: left_padded(lengths, seed) for seed, (kind, lengths) in enumerate(LENGTHS.items())}
+    target = torch.tensor([0, 2, 4])
+
+    stock = plain.get_base_model()
+    expected = {
+        kind: torch.stack([plain_rollout(stock, row[keep.bool()], K)[1] for row, keep in zip(*batch, strict=True)])
+        for kind, batch in batches.items()
+    }
+    expected_losses = plain_losses(expected["queries"], expected["docs"], target)
+    plain_objective(expected_losses).backward()
+
+    got = {kind: ours.rollout(*batch, K) for kind, batch in batches.items()}
+    losses = ops.stepwise_info_nce(got["queries"], got["docs"], target)
+    ops.icr_objective(losses).backward()
+
+    for kind in batches:
+        assert relative_error(got[kind], expected[kind]) <= tolerance, kind
+    assert relative_error(losses, expected_losses) <= tolerance
+    theirs, mine = lora_gradients(plain), lora_gradients(ours.base)
+    assert theirs.keys() == mine.keys()
+    assert len(mine) > 0
+    for key, gradient in theirs.items():
+        assert gradient.norm() > 0, key
+        assert relative_error(mine[key], gradient) <= tolerance, key
+
+
+def relative_error(got, expected):
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_loss_and_lora_gradients_as_the_models_come(name):
+    assert_equal_to_plain(name, 1e-6)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.usefixtures("no_downcast")
+def test_loss_and_lora_gradients_without_the_stock_float32_casts(name):
+    assert_equal_to_plain(name, 1e-10, attn="eager")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.usefixtures("no_downcast")
+def test_activation_checkpointing_gives_the_same_gradients(name):
+    assert_equal_to_plain(name, 1e-10, attn="eager", checkpointing=True, training=True)
+
+
+def test_checkpointing_really_checkpoints_the_prompt_and_only_it(monkeypatch):
+    model = GIRCSE(with_lora(tiny_model("llama")), tiny_tokenizer())
+    model.gradient_checkpointing_enable()
+    model.train()
+    calls = []
+    layer = model.causal_lm.body.layers[0].self_attn
+    forward = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda *a, **k: calls.append(k["kv"]) or forward(*a, **k))
+    ids, mask = left_padded([4, 2], 0)
+    out = model.rollout(ids, mask, 2)
+    assert [type(c).__name__ for c in calls] == ["PromptPass", "StepPass", "StepPass"]
+    out.sum().backward()
+    assert [type(c).__name__ for c in calls[3:]] == ["PromptPass"]
+
+
+def test_reentrant_checkpointing_is_refused():
+    model = GIRCSE(with_lora(tiny_model("llama")), tiny_tokenizer())
+    model.base.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.train()
+    with pytest.raises(RuntimeError, match="use_reentrant"):
+        model.rollout(*left_padded([4, 2], 0), 2)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.usefixtures("no_downcast")
+def test_rows_do_not_depend_on_their_batch_or_on_the_padding_side(name):
+    model = GIRCSE(tiny_model(name, dtype=torch.float64), tiny_tokenizer())
+    ids, mask = left_padded([9, 1, 14], 3)
+    with torch.no_grad():
+        together = model.rollout(ids, mask, 3)
+        lengths = mask.sum(1)
+        for row, length in enumerate(lengths.tolist()):
+            alone_ids = ids[row : row + 1, -length:]
+            alone = model.rollout(alone_ids, torch.ones_like(alone_ids), 3)
+            torch.testing.assert_close(alone[0], together[row], rtol=1e-10, atol=1e-10)
+        right = torch.zeros_like(ids)
+        for row, length in enumerate(lengths.tolist()):
+            right[row, :length] = ids[row, -length:]
+        right_mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        assert torch.equal(model.rollout(right, right_mask, 3), together)
+
+
+def test_zero_steps_is_the_last_prompt_state():
+    stock = tiny_model("llama", dtype=torch.float64, attn="eager")
+    model = GIRCSE(copy.deepcopy(stock), tiny_tokenizer())
+    ids, mask = left_padded([5, 8], 0)
+    got = model.rollout(ids, mask, 0)
+    assert got.shape == (2, 1, 32)
+    expected, _ = plain_rollout(stock, ids[0, -5:], 0)
+    torch.testing.assert_close(got[0, 0], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_padded_prompt_may_have_its_padding_in_the_middle():
+    model = GIRCSE(tiny_model("llama", dtype=torch.float64), tiny_tokenizer())
+    ids = torch.tensor([[5, 0, 6, 7, 0]])
+    with_hole = model.rollout(ids, torch.tensor([[1, 0, 1, 1, 0]]), 2)
+    torch.testing.assert_close(with_hole, model.rollout(torch.tensor([[5, 6, 7]]), torch.ones(1, 3).long(), 2))
+
+
+def test_temperature_reaches_the_soft_tokens():
+    stock = tiny_model("llama", dtype=torch.float64, attn="eager")
+    from gircse import GircseConfig
+
+    model = GIRCSE(copy.deepcopy(stock), tiny_tokenizer(), GircseConfig(num_steps=3, temperature=0.5))
+    ids, mask = left_padded([6], 0)
+    _, expected = plain_rollout(stock, ids[0], 3, temperature=0.5)
+    torch.testing.assert_close(model.rollout(ids, mask)[0], expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "steps", "error", "message"),
+    [
+        (torch.ones(2, 3), torch.ones(2, 3).long(), 1, TypeError, "input_ids: got torch.float32"),
+        (torch.ones(3).long(), torch.ones(3).long(), 1, ValueError, r"input_ids: got shape \(3,\)"),
+        (torch.ones(2, 3).long(), torch.ones(2, 4).long(), 1, ValueError, r"attention_mask: got shape \(2, 4\)"),
+        (torch.ones(2, 3).long(), torch.tensor([[1, 1, 1], [0, 0, 0]]), 1, ValueError, r"rows \[1\] have no token"),
+        (torch.ones(2, 3).long(), torch.ones(2, 3).long(), -1, ValueError, "num_steps: got -1"),
+        (torch.ones(2, 3).long(), torch.ones(2, 3).long(), 254, ValueError, "at most 256"),
+    ],
+)
+def test_bad_input_is_named(ids, mask, steps, error, message):
+    model = GIRCSE(tiny_model("llama"), tiny_tokenizer())
+    with pytest.raises(error, match=message):
+        model.rollout(ids, mask, steps)

@@ -1,0 +1,273 @@
+"""The training loop: it learns, logs, checkpoints whole, and resumes to bitwise the same losses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gircse import GIRCSE, GircseConfig, ops
+from gircse.checkpoint import list_checkpoints
+from gircse.data import BatchSampler, DataError, Row
+from gircse.train import collate, train, trainable_model
+from gircse.train_config import TrainConfig
+from tests.plain import plain_losses, plain_objective, plain_rollout
+from tests.tiny_models import tiny_model, tiny_tokenizer
+
+WORDS = ["red", "blue", "fox", "dog", "tree", "sea", "hill", "rain"]
+ROWS = [
+    Row("find the echo", f"{a} {b}", (f"{b} {a}",), (f"{a} {a}", f"{b} {b}")[: i % 3])
+    for i, (a, b) in enumerate((a, b) for a in WORDS for b in WORDS if a != b)
+]
+
+
+@pytest.fixture
+def base(tmp_path):
+    folder = tmp_path / "base"
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def config(base, tmp_path, **options):
+    defaults = {
+        "model": str(base),
+        "output": str(tmp_path / "run"),
+        "batch_size": 4,
+        "num_steps": 3,
+        "max_steps": 6,
+        "learning_rate": 3e-3,
+        "save_every": 2,
+        "progress": False,
+    }
+    return TrainConfig(**{**defaults, **options})
+
+
+def test_it_learns_and_leaves_a_loadable_model(base, tmp_path):
+    settings = config(base, tmp_path, max_steps=60, contrastive_temperature=0.1)
+    result = train(settings, rows=ROWS)
+    first = np.mean([entry["loss"] for entry in result.log[:10]])
+    last = np.mean([entry["loss"] for entry in result.log[-10:]])
+    assert last < 0.8 * first
+    assert [entry["step"] for entry in result.log] == list(range(1, 61))
+    logged = [json.loads(line) for line in (tmp_path / "run" / "train_log.jsonl").read_text().splitlines()]
+    assert logged == result.log
+    assert len(logged[0]["losses"]) == 3
+    again = GIRCSE.from_pretrained(result.folder)
+    assert again.config == GircseConfig(num_steps=3)
+    assert np.array_equal(again.encode(["red fox", "sea"]), result.model.encode(["red fox", "sea"]))
+
+
+def test_only_lora_weights_move(base, tmp_path):
+    result = train(config(base, tmp_path), rows=ROWS)
+    stock = dict(tiny_model("llama").named_parameters())
+    trained = result.model.base.get_base_model()
+    for name, parameter in trained.named_parameters():
+        plain = name.replace(".base_layer", "")
+        if "lora_" in name:
+            assert parameter.requires_grad
+            assert parameter.dtype == torch.float32
+        else:
+            assert not parameter.requires_grad
+            assert torch.equal(parameter, stock[plain])
+
+
+def test_the_step_is_the_plain_objective_of_the_batch(base, tmp_path):
+    """The logged losses of the first step are SPEC 1's, computed row by row without cache."""
+    settings = config(base, tmp_path, max_steps=1, lora_dropout=0.0)
+    result = train(settings, rows=ROWS)
+    model = GIRCSE.from_pretrained(base, num_steps=3)
+    stock = tiny_model("llama")
+    queries, docs, target = [], [], []
+    sampler = BatchSampler(len(ROWS), 4, seed=0)
+    tokens = lambda text: torch.tensor(model.tokenizer(text, add_special_tokens=False)["input_ids"])  # noqa: E731
+    for i in sampler.batch(0):
+        instruct = f"Instruct: {ROWS[i].instruction}\nQuery:"
+        queries.append(plain_rollout(stock, tokens(instruct + ROWS[i].query), 3)[1])
+        target.append(len(docs))
+        docs += [plain_rollout(stock, tokens(instruct + t), 3)[1] for t in (*ROWS[i].positives, *ROWS[i].negatives)]
+    losses = plain_losses(torch.stack(queries), torch.stack(docs), torch.tensor(target))
+    np.testing.assert_allclose(result.log[0]["losses"], losses.tolist(), rtol=1e-4)
+    assert result.log[0]["loss"] == pytest.approx(plain_objective(losses).item(), rel=1e-4)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(base, tmp_path):
+    plain = train(config(base, tmp_path, output=str(tmp_path / "a")), rows=ROWS)
+    checkpointed = train(config(base, tmp_path, output=str(tmp_path / "b"), gradient_checkpointing=True), rows=ROWS)
+    for one, other in zip(plain.log, checkpointed.log, strict=True):
+        np.testing.assert_allclose(one["losses"], other["losses"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_steps", [0, 1])
+def test_the_baselines_are_options(base, tmp_path, num_steps):
+    result = train(config(base, tmp_path, num_steps=num_steps, stepwise=False), rows=ROWS)
+    assert len(result.log[0]["losses"]) == 1
+    assert result.log[0]["loss"] == result.log[0]["losses"][0]
+    assert result.model.encode(["red"]).shape == (1, 32)
+
+
+def test_without_stepwise_only_the_last_loss_counts(base, tmp_path):
+    result = train(config(base, tmp_path, stepwise=False, max_steps=1), rows=ROWS)
+    assert len(result.log[0]["losses"]) == 3
+    assert result.log[0]["loss"] == result.log[0]["losses"][2]
+
+
+def test_negatives_and_targets_of_a_batch(base, tmp_path):
+    settings = config(base, tmp_path, max_negatives=1)
+    model = trainable_model(settings)
+    sampler = BatchSampler(len(ROWS), 4, seed=0)
+    queries, passages, target = collate(model, ROWS, sampler, 0, settings)
+    counts = [1 + min(1, len(ROWS[i].negatives)) for i in sampler.batch(0)]
+    assert queries[0].shape[0] == 4
+    assert passages[0].shape[0] == sum(counts)
+    assert target.tolist() == np.cumsum([0, *counts[:-1]]).tolist()
+
+
+def losses_of(run: Path) -> list[list[float]]:
+    return [json.loads(line)["losses"] for line in (run / "train_log.jsonl").read_text().splitlines()]
+
+
+def command(base, data, output, *extra):
+    # fmt: off
+    return [
+        sys.executable, "-m", "gircse", "train", "--model", str(base), "--data", str(data), "--output", str(output),
+        "--batch-size", "4", "--num-steps", "3", "--max-steps", "12", "--save-every", "3",
+        "--learning-rate", "3e-3", *extra,
+    ]
+    # fmt: on
+
+
+def test_a_killed_run_resumes_to_bitwise_the_same_losses(base, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text(
+        "".join(
+            json.dumps({"prompt": r.instruction, "query": r.query, "pos": list(r.positives), "neg": list(r.negatives)})
+            + "\n"
+            for r in ROWS
+        )
+    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command(base, data, tmp_path / "whole"), check=True, env=env, capture_output=True)
+    # killed after the seventh step has been logged: its newest checkpoint is step 6
+    log = tmp_path / "cut" / "train_log.jsonl"
+    killed = subprocess.Popen(command(base, data, tmp_path / "cut"), env=env, stderr=subprocess.DEVNULL)
+    while killed.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= 7):
+        pass
+    killed.kill()
+    killed.wait()
+    done = int(list_checkpoints(tmp_path / "cut")[-1].name.removeprefix("step-"))
+    assert done >= 6
+    with log.open("a") as file:
+        file.write('{"step": 9, "los')  # the line a kill can leave behind
+    subprocess.run(command(base, data, tmp_path / "cut", "--resume"), check=True, env=env, capture_output=True)
+    assert losses_of(tmp_path / "cut") == losses_of(tmp_path / "whole")
+    weights = [(tmp_path / run / "model" / "adapter_model.safetensors").read_bytes() for run in ("cut", "whole")]
+    assert weights[0] == weights[1]
+
+
+def test_checkpoints_are_loadable_models_and_only_the_newest_are_kept(base, tmp_path):
+    train(config(base, tmp_path), rows=ROWS)
+    checkpoints = list_checkpoints(tmp_path / "run")
+    assert [c.name for c in checkpoints] == ["step-000004", "step-000006"]
+    assert GIRCSE.from_pretrained(checkpoints[0]).encode(["red"]).shape == (1, 32)
+
+
+def test_a_run_is_not_overwritten(base, tmp_path):
+    train(config(base, tmp_path, max_steps=1), rows=ROWS)
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        train(config(base, tmp_path, max_steps=1), rows=ROWS)
+
+
+def test_resume_with_other_settings_is_refused(base, tmp_path):
+    settings = config(base, tmp_path)
+    train(settings, rows=ROWS)
+    with pytest.raises(ValueError, match=r"learning_rate: was 0.003, is 1e-05"):
+        train(replace(settings, learning_rate=1e-5, resume=True), rows=ROWS)
+
+
+def test_nothing_to_resume(base, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        train(config(base, tmp_path, resume=True), rows=ROWS)
+
+
+@pytest.mark.parametrize("name", ["training_state.pt", "adapter_model.safetensors"])
+def test_a_damaged_checkpoint_is_named(base, tmp_path, name):
+    settings = config(base, tmp_path)
+    train(settings, rows=ROWS)
+    path = list_checkpoints(tmp_path / "run")[-1] / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match="checkpoint .*step-000006 cannot be read"):
+        train(replace(settings, resume=True), rows=ROWS)
+
+
+def test_a_bad_row_stops_before_anything_starts(base, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "p", "query": "q", "pos": ["d"]}\n{"prompt": "p", "query": 3, "pos": ["d"]}\n')
+    with pytest.raises(DataError, match=r"rows.jsonl:2: "):
+        train(config(base, tmp_path, data=(str(data),)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_infinite_loss_stops_and_keeps_the_checkpoint(base, tmp_path, monkeypatch):
+    objective, calls = ops.icr_objective, []
+
+    def breaks_at_the_fourth(losses, **options):
+        calls.append(1)
+        return objective(losses, **options) * (float("nan") if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(ops, "icr_objective", breaks_at_the_fourth)
+    with pytest.raises(FloatingPointError, match="step 4: the loss is nan"):
+        train(config(base, tmp_path), rows=ROWS)
+    assert [c.name for c in list_checkpoints(tmp_path / "run")] == ["step-000002"]
+
+
+def test_evaluation_hook_runs_and_leaves_training_alone(base, tmp_path):
+    seen = []
+
+    def evaluate(model):
+        seen.append(model.encode(["red"]).shape)
+        return {"score": 1.0}
+
+    with_hook = train(config(base, tmp_path, output=str(tmp_path / "a"), eval_every=2), rows=ROWS, evaluate=evaluate)
+    without = train(config(base, tmp_path, output=str(tmp_path / "b")), rows=ROWS)
+    assert len(seen) == 3
+    assert [e["step"] for e in with_hook.log if "evaluation" in e] == [2, 4, 6]
+    assert [e["losses"] for e in with_hook.log] == [e["losses"] for e in without.log]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size: got 0"),
+        ({"learning_rate": -1.0}, "learning_rate: got -1.0"),
+        ({"num_steps": -1}, "num_steps: got -1"),
+        ({"reduction": "max"}, "reduction: got 'max'"),
+        ({"warmup_ratio": 1.0}, "warmup_ratio: got 1.0"),
+        ({"lora_dropout": float("nan")}, "lora_dropout: got nan"),
+        ({"pooling": "cls"}, "pooling: got 'cls'"),
+    ],
+)
+def test_bad_settings_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**options)
+
+
+def test_too_few_rows_and_unknown_targets(base, tmp_path):
+    with pytest.raises(ValueError, match="batch_size: got 4, expected at most the number of rows, 3"):
+        train(config(base, tmp_path), rows=ROWS[:3])
+    with pytest.raises(ValueError, match="no layer named nothing"):
+        train(config(base, tmp_path, lora_targets=("nothing",)), rows=ROWS)
+
+
+def test_models_with_other_layer_names_adapt_all_linear_layers(tmp_path):
+    model = GIRCSE(tiny_model("gpt2"), tiny_tokenizer())
+    adapted = trainable_model(TrainConfig(num_steps=2), model)
+    names = {n.split(".lora_A")[0].rsplit(".", 1)[-1] for n, _ in adapted.named_parameters() if "lora_A" in n}
+    assert names == {"c_attn", "c_proj", "c_fc"}
