@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from gircse import ops
 from gircse.attention import ATTENTION_NAME, PromptPass, RolloutKV, StepPass, no_mask
+from gircse.cpu_linear import use_onednn
 
 # Relative error ||ours - theirs|| / ||theirs|| that rounding explains; a wrong fact is off by far more.
 _PROBE_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 1e-2}
@@ -46,7 +47,8 @@ class CausalLM:
 
     @classmethod
     def from_model(cls, model: PreTrainedModel) -> CausalLM:
-        """Reads the facts from `model`, probes them, and switches the model to the rollout's attention function.
+        """Reads the facts from `model`, probes them, and switches the model to the rollout's attention function (and,
+        for float32 on the CPU, to oneDNN's products).
 
         Ordinary calls of the model keep working (they run SDPA).
 
@@ -60,6 +62,7 @@ class CausalLM:
             logit_scale=_logit_scale(model.config),
             softcap=getattr(model.config, "final_logit_softcapping", None),
         )
+        use_onednn(model)
         lm._probe()
         return lm
 
