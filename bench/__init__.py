@@ -1,0 +1,1 @@
+"""Benchmarks. `python bench/run.py` is the entry point; nothing here is installed with the package."""

@@ -1,0 +1,172 @@
+"""Plots of the records. Colours of Okabe and Ito, and a marker and a dash of its own for each line, so that they can be
+told apart in print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bench.engines import REFERENCE, SINGLE_PASS
+
+_STYLES: list[dict[str, Any]] = [
+    {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    {"color": "#D55E00", "marker": "s", "linestyle": "--"},
+    {"color": "#009E73", "marker": "^", "linestyle": "-."},
+    {"color": "#CC79A7", "marker": "D", "linestyle": (0, (3, 1, 1, 1))},
+    {"color": "#E69F00", "marker": "v", "linestyle": (0, (5, 1))},
+]
+_FIRST = ("cached", REFERENCE)  # keep their style whatever else is in the plot
+_GREY, _BLACK = "#777777", "#222222"
+
+
+def plot_throughput(record: dict[str, Any], path: Path) -> None:
+    """Texts per second against K, one line per engine, the single pass as a level, the floor as a dotted line."""
+    plt = _pyplot()
+    rows = record["points"]
+    names = [name for name in dict.fromkeys(row["engine"] for row in rows) if name != SINGLE_PASS]
+    figure, axes = plt.subplots(figsize=(8.2, 5.0), layout="constrained")
+    texts = record["batch"]["texts"]
+    floor = {row["num_steps"]: texts / row["floor_seconds"] for row in rows}
+    axes.plot(
+        sorted(floor),
+        [floor[k] for k in sorted(floor)],
+        color=_GREY,
+        linestyle=":",
+        linewidth=1.6,
+        label="floor of the job",
+    )
+    for row in rows:
+        if row["engine"] == SINGLE_PASS:
+            axes.axhline(row["texts_per_second"], color=_BLACK, linewidth=0.8, zorder=1)
+            axes.plot([0], [row["texts_per_second"]], "*", color=_BLACK, markersize=11, label="single pass (K = 0)")
+    for name in names:
+        line = [row for row in rows if row["engine"] == name]
+        steps = [row["num_steps"] for row in line]
+        low = [row["texts_per_second"] - texts / max(row["runs"]) for row in line]
+        high = [texts / min(row["runs"]) - row["texts_per_second"] for row in line]
+        rates = [row["texts_per_second"] for row in line]
+        axes.errorbar(
+            steps, rates, yerr=[low, high], capsize=3, linewidth=2, markersize=6, label=name, **_style(name, names)
+        )
+    for row in rows:
+        if row["engine"] not in (REFERENCE, SINGLE_PASS) and row["num_steps"] and row["speedup_over_recompute"]:
+            axes.annotate(
+                f"{row['speedup_over_recompute']:.1f}x",
+                (row["num_steps"], row["texts_per_second"]),
+                textcoords="offset points",
+                xytext=(0, 8),
+                ha="center",
+                fontsize=9,
+                color=_style(row["engine"], names)["color"],
+            )
+    axes.set_yscale("log")
+    _plain_log_ticks(axes)
+    axes.set_xticks(sorted(floor))
+    axes.set_xlabel("K, generated soft tokens per text")
+    axes.set_ylabel("texts per second")
+    axes.grid(True, which="both", alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="best", fontsize=9)
+    _title(figure, axes, record, f"Encoding speed against K (labels: times as fast as {REFERENCE})")
+    _save(plt, figure, path)
+
+
+def plot_training(record: dict[str, Any], path: Path) -> None:
+    """Two bar charts, seconds and peak memory of one training step per engine."""
+    plt = _pyplot()
+    rows = record["points"]
+    names = [row["engine"] for row in rows]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.4, 1.9 + 0.55 * len(rows)), layout="constrained", sharey=True)
+    colors = [_style(name, names)["color"] for name in names]
+    seconds = [row["seconds"] for row in rows]
+    bars = left.barh(names, seconds, color=colors, height=0.55)
+    left.bar_label(bars, [f"{s:.3g} s" + _speedup(row) for s, row in zip(seconds, rows, strict=True)], padding=4)
+    left.axvline(rows[0]["floor_seconds"], color=_GREY, linestyle=":", linewidth=1.8)
+    left.annotate(
+        "floor",
+        (rows[0]["floor_seconds"], 1.0),
+        xycoords=("data", "axes fraction"),
+        color=_GREY,
+        ha="center",
+        va="bottom",
+        fontsize=9,
+    )
+    left.set_xlabel("seconds per step")
+    left.set_xlim(0, 1.3 * max(seconds))
+    gib = [(row["loaded_bytes"] / 2**30, row["peak_extra_bytes"] / 2**30) for row in rows]
+    right.barh(names, [base for base, _ in gib], color="#cccccc", height=0.55, label="model loaded")
+    bars = right.barh(
+        names,
+        [extra for _, extra in gib],
+        left=[base for base, _ in gib],
+        color=colors,
+        height=0.55,
+        hatch="//",
+        edgecolor="white",
+    )
+    right.bar_label(bars, [f"{base + extra:.2f} GiB" for base, extra in gib], padding=4)
+    right.set_xlabel("peak memory, GiB (grey: before the step)")
+    right.set_xlim(0, 1.3 * max(base + extra for base, extra in gib))
+    left.invert_yaxis()
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(True, axis="x", alpha=0.25, linewidth=0.6)
+        axes.set_axisbelow(True)
+    _title(figure, None, record, "One training step")
+    _save(plt, figure, path)
+
+
+def _speedup(row: dict[str, Any]) -> str:
+    ratio = row["speedup_over_recompute"]
+    return "" if ratio is None or row["engine"] == REFERENCE else f" ({ratio:.1f}x)"
+
+
+def _style(name: str, names: list[str]) -> dict[str, Any]:
+    order = [*_FIRST, *(other for other in names if other not in _FIRST)]
+    return _STYLES[order.index(name) % len(_STYLES)]
+
+
+def _plain_log_ticks(axes: Any) -> None:
+    """1, 2, 5, 10, .. instead of powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _title(figure: Any, axes: Any, record: dict[str, Any], title: str) -> None:
+    from bench.records import describe
+
+    origin = record["provenance"]
+    model, batch = describe(record)
+    figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
+    small = {"fontsize": 9, "color": "#444444"}
+    text = f"{model}\n{batch}"
+    if axes is None:
+        figure.supxlabel(f"{model}; {batch}\n{_origin(origin)}", fontsize=7.5, color=_GREY, x=0.01, ha="left")
+    else:
+        axes.set_title(text, loc="left", **small)
+        figure.supxlabel(_origin(origin), fontsize=7.5, color=_GREY, x=0.01, ha="left")
+
+
+def _origin(origin: dict[str, Any]) -> str:
+    return (
+        f"{origin['device']}, torch {origin['torch']}, transformers {origin['transformers']}, {origin['date'][:10]}, "
+        f"commit {origin['commit'] or 'none'}, sources {origin['sources']}"
+    )
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(plt: Any, figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,101 @@
+"""Where a number comes from: machine, versions, date, commit, and a hash of the sources that it depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+_PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
+
+
+def provenance(device: str | torch.device) -> dict[str, Any]:
+    """A JSON object for every record; what is not there (no GPU, no git) is None."""
+    device = torch.device(device)
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": device_name(device),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "driver": _driver() if device.type == "cuda" else None,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in _PACKAGES},
+        "commit": commit(),
+        "sources": sources_hash(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def sources_hash(packages: Sequence[str] = ("gircse.ops", "gircse_kernels")) -> str:
+    """16 hex digits over every Python file of these packages as they would be imported: names and contents.
+
+    A record whose hash differs from the present one was measured with other kernels.
+    """
+    digest = hashlib.sha256()
+    for package in packages:
+        spec = importlib.util.find_spec(package)
+        for folder in sorted(spec.submodule_search_locations or ()) if spec else ():
+            for file in sorted(Path(folder).rglob("*.py")):
+                digest.update(f"{package}/{file.relative_to(folder).as_posix()}\0".encode())
+                digest.update(file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def device_name(device: str | torch.device) -> str:
+    """ "NVIDIA H100 80GB HBM3", or the processor's name."""
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+def cpu_name() -> str:
+    """The processor as Linux names it, with the number of its cores that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = (
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        )
+        name = next(names, name)
+    return f"{name}, {cores} core{'s' if cores != 1 else ''}"
+
+
+def commit() -> str | None:
+    """The checkout's commit, with "-dirty" where files differ from it."""
+    head = _run("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
+    if head is None:
+        return None
+    return head + ("-dirty" if _run("git", "-C", str(ROOT), "status", "--porcelain") else "")
+
+
+def _driver() -> str | None:
+    found = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return found.splitlines()[0] if found else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _run(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

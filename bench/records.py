@@ -1,0 +1,82 @@
+"""The record of a run: what is printed, saved and plotted, all from the same dictionary."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bench.tables import THROUGHPUT, TRAINING, table
+
+_UNSTEADY = 0.3  # spread above which a median of a few runs says little
+
+
+def describe(record: dict[str, Any]) -> tuple[str, str]:
+    """(model, batch), a line each."""
+    model, batch = record["model"], record["batch"]
+    depth = f", cut to {model['layers']} layers" if model["truncated"] else ""
+    weights = "random weights" if model["random"] else "its own weights"
+    what = f"{model['name']} ({model['parameters'] / 1e6:,.1f}M parameters, {weights}{depth}), {model['dtype']}"
+    lengths = f"{batch['length']} prompt tokens each"
+    if batch["mixed"]:
+        lengths = f"1 to {batch['length']} prompt tokens ({batch['prompt_tokens']} in all)"
+    rows = f"{batch['texts']} texts"
+    if record["benchmark"] == "training":
+        rows = (
+            f"{batch['queries']} queries + {batch['texts'] - batch['queries']} passages, K = {record['num_steps'][0]}"
+        )
+    return what, f"{rows}, {lengths}"
+
+
+def report(record: dict[str, Any]) -> str:
+    """The screen: what, where, how well the engines agree, the table, how to read it."""
+    model, batch = describe(record)
+    origin, ceilings = record["provenance"], record["ceilings"]
+    threads = f", {origin['threads']} threads" if record["model"]["device"] == "cpu" else f", driver {origin['driver']}"
+    agreed = ", ".join(f"{name} {value:.1e}" for name, value in record["agreement"]["worst"].items())
+    checks = record["agreement"]["checks"]
+    columns = TRAINING if record["benchmark"] == "training" else THROUGHPUT
+    lines = [
+        model,
+        batch,
+        f"{origin['device']}{threads}; torch {origin['torch']}, transformers {origin['transformers']}, "
+        f"triton {origin['triton']}; commit {origin['commit']}, sources {origin['sources']}",
+        f"measured ceilings: {ceilings['flops_per_s'] / 1e9:,.0f} GFLOP/s ({record['model']['dtype']}), "
+        f"{ceilings['bytes_per_s'] / 1e9:,.1f} GB/s",
+        f"engines agree with recompute ({len(checks)} checks): worst {agreed}"
+        if checks
+        else "one engine, nothing to compare",
+        "",
+        table(columns, record["points"]),
+        "",
+        f"medians of {record['repeats']} interleaved runs; spread = (slowest - fastest) / median",
+        "tokens = prompt tokens + K generated positions per text, whatever the engine computes",
+        "floor = least time of the job (prompt once, K cached steps) at the measured ceilings: bench/floors.py",
+    ]
+    unsteady = [row for row in record["points"] if row["spread"] > _UNSTEADY]
+    if unsteady:
+        lines.append(
+            f"UNSTEADY: {len(unsteady)} of {len(record['points'])} points spread over more than {_UNSTEADY:.0%}; "
+            "the machine was busy with something else, do not quote these"
+        )
+    return "\n".join(lines)
+
+
+def save(record: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(to_json(record) + "\n", encoding="utf-8")
+
+
+def to_json(record: dict[str, Any]) -> str:
+    """One line; numbers to six significant digits."""
+    return json.dumps(_rounded(record), ensure_ascii=False, allow_nan=False)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    return value
