@@ -109,7 +109,7 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument("--output", default="runs/demo", help="folder of the results")
     parser.add_argument("--max-steps", type=int, help="training steps (default: as many as the time allows)")
     parser.add_argument("--seed", type=int, default=0, help="seed")
-    parser.add_argument("--dtype", help="dtype of the base (default: bfloat16 where the CPU multiplies it fast)")
+    parser.add_argument("--dtype", help="dtype of the base (default: float32; bfloat16 on CUDA)")
 
 
 def _demo(arguments: argparse.Namespace) -> None:
