@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import resource
@@ -42,18 +41,10 @@ def main() -> int:
             if count == 0:
                 torch.save(results(lm, losses[0]), setup["results"])
             lm.model.zero_grad(set_to_none=True)
-            hand_back(device)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # the other engines' processes share the device
             print(json.dumps(answer), file=answers, flush=True)
     return 0
-
-
-def hand_back(device: torch.device) -> None:
-    """Gives freed memory back, for the other engines' processes share the machine."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    else:
-        with contextlib.suppress(OSError, AttributeError):  # glibc keeps freed heap otherwise
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 def reset_peak(device: torch.device) -> int:
