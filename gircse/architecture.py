@@ -121,6 +121,8 @@ class CausalLM:
             with torch.no_grad():
                 ids = torch.linspace(0, vocab - 1, _PROBE_TOKENS, device=self.device).long()[None]
                 self._probe_embedding(ids)
+                # eager is every model's own definition; older SDPA integrations drop Gemma 2's soft-cap without a word
+                self.model.set_attn_implementation("eager")
                 expected = self.body(input_ids=ids, use_cache=False).last_hidden_state
                 theirs = self.model(input_ids=ids, use_cache=False).logits
                 self._check("head_weight and its scale, bias and soft-cap", self.logits(expected), theirs)

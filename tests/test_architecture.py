@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gircse import GIRCSE, UnsupportedModelError
 from gircse.architecture import CausalLM
-from tests.tiny_models import _COMMON, CONFIGS, tiny_model, tiny_tokenizer
+from tests.tiny_models import _COMMON, CONFIGS, definition, tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -101,7 +101,7 @@ def test_a_model_without_head_is_refused():
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3", "gpt2"])
 def test_ordinary_calls_keep_working(name):
     """Padding and sliding windows still hold when somebody calls the model as usual."""
-    stock, ours = tiny_model(name), tiny_model(name)
+    stock, ours = tiny_model(name, attn=definition(name)), tiny_model(name)
     GIRCSE(ours, tiny_tokenizer())
     ids = torch.randint(3, 131, (2, 11))
     mask = torch.ones_like(ids)

@@ -74,7 +74,17 @@ def tiny_model(
         setattr(config, key, value)
     torch.manual_seed(seed)
     kwargs = {} if attn is None else {"attn_implementation": attn}
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **kwargs).to(dtype).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **kwargs).to(dtype).eval()
+    for module in model.modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            if "inv_freq" in key:  # rotary frequencies are float32 by definition, whatever the weights are
+                setattr(module, key, buffer.type(torch.float32))
+    return model
+
+
+def definition(name: str) -> str | None:
+    """The stock attention that computes what the config says: older SDPA integrations ignore Gemma 2's soft-cap."""
+    return "eager" if name == "gemma2" else None
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
