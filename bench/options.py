@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from bench.engines import ENGINES, REFERENCE, SINGLE_PASS
 from bench.provenance import ROOT
 from bench.shapes import SHAPES, pretrained_config
+from gircse.loading import is_local
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 OFFICIAL = "recompute-official"
@@ -112,8 +113,7 @@ def _check(options: argparse.Namespace) -> PretrainedConfig:
     if options.plot == options.out:
         raise ValueError(f"--plot: got the same file as --out, {options.out}")
     if options.model is not None:
-        local = options.model.startswith((".", "/", "~")) or options.model.count("/") > 1
-        if local and not Path(options.model).is_dir():
+        if is_local(options.model) and not Path(options.model).is_dir():
             raise ValueError(f"--model: {options.model} does not exist or is not a folder")
         config = pretrained_config(options.model, options.layers)
     else:

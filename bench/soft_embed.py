@@ -167,8 +167,12 @@ def measure_peak(options: argparse.Namespace, name: str, what: str, rows: int) -
     return peak(device) - before
 
 
+def mebibytes(peak_bytes: int | None) -> str:
+    """A dash where the measuring process failed: that is not zero."""
+    return "-" if peak_bytes is None else f"{peak_bytes / 2**20:.0f}"
+
+
 def report(record: dict[str, Any]) -> str:
-    mebibytes = 2**20
     columns = [
         ("pass", lambda p: p["pass"]),
         ("T", lambda p: str(p["rows"])),
@@ -176,8 +180,8 @@ def report(record: dict[str, Any]) -> str:
         ("ours ms", lambda p: f"{p['milliseconds']['ours']:.1f}"),
         ("spread", lambda p: f"{max(p['spread'].values()):.0%}"),
         ("speed-up", lambda p: f"{p['speedup']:.2f}x"),
-        ("eager MiB", lambda p: f"{(p['peak_extra_bytes']['eager'] or 0) / mebibytes:.0f}"),
-        ("ours MiB", lambda p: f"{(p['peak_extra_bytes']['ours'] or 0) / mebibytes:.0f}"),
+        ("eager MiB", lambda p: mebibytes(p["peak_extra_bytes"]["eager"])),
+        ("ours MiB", lambda p: mebibytes(p["peak_extra_bytes"]["ours"])),
     ]
     tied = "tied" if record["tied"] else "untied"
     origin = record["provenance"]

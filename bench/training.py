@@ -29,7 +29,8 @@ from bench.timing import Timing
 from gircse import ops
 from gircse.architecture import CausalLM
 from gircse.ops.reference import icr_objective_reference, info_nce_reference
-from gircse.train_config import LORA_TARGETS, TrainConfig
+from gircse.train import lora_targets
+from gircse.train_config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,6 @@ def trainable(job: TrainJob) -> CausalLM:
             SHAPES[job.shape].config(job.layers), dtype=job.torch_dtype, device=job.device, seed=job.seed
         )
     defaults = TrainConfig()
-    names = {name.rsplit(".", 1)[-1] for name, _ in base.named_modules()}
     torch.manual_seed(job.seed)
     adapted: Any = get_peft_model(
         base,
@@ -98,7 +98,7 @@ def trainable(job: TrainJob) -> CausalLM:
             r=defaults.lora_r,
             lora_alpha=defaults.lora_alpha,
             lora_dropout=0.0,
-            target_modules=[name for name in LORA_TARGETS if name in names] or "all-linear",
+            target_modules=lora_targets(base),
             task_type="CAUSAL_LM",
         ),
     )

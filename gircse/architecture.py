@@ -116,6 +116,7 @@ class CausalLM:
 
     def _probe(self) -> None:
         vocab, was_training = self.embed_weight.shape[0], self.model.training
+        attention = self.config._attn_implementation
         self.model.eval()
         try:
             with torch.no_grad():
@@ -128,6 +129,7 @@ class CausalLM:
                 self._check("head_weight and its scale, bias and soft-cap", self.logits(expected), theirs)
                 self.model.set_attn_implementation(ATTENTION_NAME)
                 self._probe_rollout(ids, expected)
+                attention = ATTENTION_NAME
         except (UnsupportedModelError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a body raises that was not made for this
@@ -135,6 +137,7 @@ class CausalLM:
                 f"{self._name} cannot be rolled out: a probe raised {type(error).__name__}: {error}"
             ) from error
         finally:
+            self.model.set_attn_implementation(attention)  # a refused model keeps what it came with
             self.model.train(was_training)
 
     def _probe_embedding(self, ids: Tensor) -> None:

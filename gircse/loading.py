@@ -106,7 +106,7 @@ def _base_and_adapter(name_or_path: str | Path, adapter: str | Path | None) -> t
 def _is_adapter(name_or_path: str | Path) -> bool:
     if Path(name_or_path).is_dir():
         return (Path(name_or_path) / ADAPTER_CONFIG).is_file()
-    if _is_local(name_or_path):
+    if is_local(name_or_path):
         raise FileNotFoundError(f"name_or_path: {name_or_path} does not exist")
     from transformers.utils import cached_file
 
@@ -120,13 +120,13 @@ def _is_adapter(name_or_path: str | Path) -> bool:
     return found is not None
 
 
-def _is_local(name: str | Path) -> bool:
+def is_local(name: str | Path) -> bool:
     """Whether a name can only mean a folder: a Path, or more or other than the hub's `owner/name`."""
     return isinstance(name, Path) or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1
 
 
 def _check_exists(argument: str, name: str | Path | None) -> None:
-    if name is not None and _is_local(name) and not Path(name).is_dir():
+    if name is not None and is_local(name) and not Path(name).is_dir():
         raise FileNotFoundError(f"{argument}: {name} does not exist or is not a folder")
 
 

@@ -163,23 +163,30 @@ def trainable_model(config: TrainConfig, model: GIRCSE | None = None) -> GIRCSE:
         raise ValueError(
             f"model: got {config.model or type(base).__name__} with an adapter on it, expected a plain base model"
         )
-    names = {name.rsplit(".", 1)[-1] for name, _ in base.named_modules()}
-    targets: list[str] | str = [name for name in config.lora_targets if name in names]
-    if not targets:
-        if config.lora_targets != LORA_TARGETS:
-            raise ValueError(f"lora_targets: the model has no layer named {', '.join(config.lora_targets)}")
-        targets = "all-linear"
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=targets,
+        target_modules=lora_targets(base, config.lora_targets),
         task_type="CAUSAL_LM",
     )
     adapted = GIRCSE(get_peft_model(base, lora), tokenizer, config.gircse_config())
     if config.gradient_checkpointing:
         adapted.gradient_checkpointing_enable()
     return adapted
+
+
+def lora_targets(base: torch.nn.Module, wanted: Sequence[str] = LORA_TARGETS) -> list[str] | str:
+    """The layer names of `wanted` that `base` has; "all-linear" where it has none of the default ones.
+
+    Raises:
+        ValueError: names were asked for that the model does not have.
+    """
+    names = {name.rsplit(".", 1)[-1] for name, _ in base.named_modules()}
+    targets = [name for name in wanted if name in names]
+    if not targets and tuple(wanted) != LORA_TARGETS:
+        raise ValueError(f"lora_targets: the model has no layer named {', '.join(wanted)}")
+    return targets or "all-linear"
 
 
 def collate(
