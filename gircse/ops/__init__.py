@@ -5,9 +5,11 @@ from .objective import icr_objective
 from .pooling import l2_normalize, pool_steps
 from .soft_embed import SoftTokenStats, soft_embed
 from .top_tokens import top_tokens
+from .vocab_parallel import VocabShard
 
 __all__ = [
     "SoftTokenStats",
+    "VocabShard",
     "icr_objective",
     "l2_normalize",
     "pool_steps",

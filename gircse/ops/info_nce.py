@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import info_nce_torch as torch_backend
+from .backends import check_backend
 from .pooling import check_pooling, l2_normalize, pool_steps
-from .soft_embed import check_floating, check_number, resolve_backend
+from .soft_embed import check_floating, check_number
 
 
 def stepwise_info_nce(
@@ -50,7 +51,9 @@ def stepwise_info_nce(
     """
     temperature = _check(query_steps, doc_steps, temperature, pooling)
     target = _check_target(target, query_steps, doc_steps)
-    resolve_backend(backend)
+    check_backend(backend)
+    if backend == "triton":
+        raise RuntimeError("backend: 'triton' is not available for this op yet; use None or 'torch'")
     queries, docs = (
         l2_normalize(pool_steps(steps, pooling)).transpose(0, 1).contiguous() for steps in (query_steps, doc_steps)
     )

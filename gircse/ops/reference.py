@@ -22,14 +22,17 @@ def scores_reference(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    noise: Tensor | None = None,
 ) -> Tensor:
-    """``softcap(logit_scale * (hidden @ head_weight.T + bias)) / temperature``, [..., V]."""
+    """``(softcap(logit_scale * (hidden @ head_weight.T + bias)) + noise) / temperature``, [..., V]."""
     logits = hidden @ head_weight.T
     if bias is not None:
         logits = logits + bias
     logits = logit_scale * logits
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    if noise is not None:
+        logits = logits + noise
     if isinstance(temperature, Tensor):
         temperature = temperature.broadcast_to(hidden.shape[:-1])[..., None]
     return logits / temperature
@@ -45,10 +48,11 @@ def soft_embed_reference(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     embed_scale: float = 1.0,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, SoftTokenStats]:
-    """`gircse.ops.soft_embed` with ``return_stats=True``."""
+    """`gircse.ops.soft_embed` with ``return_stats=True``; noise [..., V] is what its ``gumbel_seed`` draws."""
     scores = scores_reference(
-        hidden, head_weight, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale
+        hidden, head_weight, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale, noise=noise
     )
     log_probs = torch.log_softmax(scores, -1)
     probs = log_probs.exp()

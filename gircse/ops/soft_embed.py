@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import soft_embed_torch as torch_backend
-from .soft_embed_torch import Options
+from . import soft_embed_op
+from .backends import check_backend
+from .soft_embed_torch import Inputs, Options
+from .vocab_parallel import VocabShard, group_name
 
-BACKENDS = ("torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -39,6 +39,8 @@ def soft_embed(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     embed_scale: float = 1.0,
+    gumbel_seed: int | Tensor | None = None,
+    vocab_parallel: VocabShard | None = None,
     return_stats: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, SoftTokenStats]:
@@ -46,18 +48,24 @@ def soft_embed(
 
         logits = logit_scale * (hidden @ head_weight.T + bias)
         if softcap is not None: logits = softcap * tanh(logits / softcap)
+        if gumbel_seed is not None: logits += standard Gumbel noise
         out = embed_scale * softmax(logits / temperature) @ embed_weight
 
     Exact and dense, yet no tensor of size [T, V] (T = rows of hidden) is made in forward or backward: temporaries are
     a fixed chunk budget below 64 MiB plus O(T * (D + E)). Scores, softmax and sums are float32 (float64 for float64
-    inputs) whatever the input dtype; on CUDA the process-wide TF32 setting of PyTorch, off by default, applies to
-    float32 products. The first derivative is defined for every tensor argument; a second one raises RuntimeError.
-    Gradients come in their input's dtype, and those that nobody asks for are not computed.
+    inputs) whatever the input dtype; float32 products are never rounded to TF32 by the kernels, while the torch backend
+    on CUDA follows PyTorch's process-wide setting, off by default. The first derivative is defined for every
+    floating-point tensor argument; a second one raises RuntimeError. Gradients come in their input's dtype, and those
+    that nobody asks for are not computed. Two runs give bitwise the same.
+
+    Works under ``torch.compile(fullgraph=True)``, ``torch.func.grad`` and ``vmap``, and inside a captured CUDA graph,
+    which replays an int ``gumbel_seed`` unchanged: capture with a tensor and write new seeds into it.
 
     Args:
         hidden: [..., D], float32, float64, bfloat16 or float16. A row with NaN or inf spoils that row of the result
             only.
-        head_weight: [V, D], same dtype and device as hidden. Entries of -inf belong into ``bias``, not here.
+        head_weight: [V, D], same dtype and device as hidden. Entries of -inf belong into ``bias``, not here. Any
+            strides, as for all matrices; rows that are contiguous and aligned to 16 bytes are fastest.
         embed_weight: [V, E], same dtype and device; None, or the same tensor as head_weight, means a tied matrix,
             whose gradient is the sum of both uses.
         bias: [V], same dtype and device; -inf removes an entry (unless soft-capped).
@@ -66,8 +74,16 @@ def soft_embed(
         softcap: > 0 or None; applied before the temperature (Gemma 2's ``final_logit_softcapping``).
         logit_scale: factor of the logits, bias included, before the soft-cap.
         embed_scale: factor of the result, the one that the model's own embedding layer applies (Gemma: sqrt(D)).
+        gumbel_seed: None, an int64 number, or an int64 tensor broadcastable to ``hidden.shape[:-1]`` with a seed for
+            each row. A row's noise depends on its seed and the vocabulary index alone, not on its place in the batch:
+            rows with the same seed, and all rows of a call with a number, get the same noise. Statistics and gradients
+            are those of the noisy distribution.
+        vocab_parallel: the matrices (and bias) are this rank's `VocabShard` of the vocabulary; every rank of its group
+            must make the same call with the same hidden. The result is that of the whole vocabulary, on every rank;
+            backward needs the same upstream gradient on every rank (as it is when all compute the same loss).
         return_stats: also return a `SoftTokenStats`, from the same pass.
-        backend: None (choose) or "torch".
+        backend: None (choose: triton on CUDA from compute capability 8.0 on, else torch), "torch" or "triton".
+            "triton" takes CPU tensors if TRITON_INTERPRET=1 was set before.
 
     Under ``torch.autocast`` all tensors but float64 ones are cast to the autocast dtype first, as for a linear layer.
 
@@ -76,72 +92,42 @@ def soft_embed(
         statistics.
 
     Raises:
-        TypeError: an argument is of the wrong type or dtype. ValueError: of the wrong rank, shape, device or value.
-        RuntimeError: the backend is not available.
+        TypeError: an argument is of the wrong type or dtype, or a DTensor. ValueError: of the wrong rank, shape, device
+        or value. RuntimeError: the backend is not available.
     """
     hidden, head_weight, embed_weight, bias = _autocast(hidden, head_weight, embed_weight, bias)
     options = check_scores(hidden, head_weight, bias, temperature, softcap, logit_scale)
-    options = options._replace(embed_scale=check_number("embed_scale", embed_scale))
+    if embed_scale != 1.0 or type(embed_scale) is not float:
+        options = options._replace(embed_scale=check_number("embed_scale", embed_scale))
     if embed_weight is not None:
         _check_embed(embed_weight, head_weight)
-    resolve_backend(backend)
-    if embed_weight is head_weight:
-        embed_weight = None
+        if embed_weight is head_weight:
+            embed_weight = None
     leading = hidden.shape[:-1]
-    # The operation returns the accumulation dtype: that is what backward needs saved (a rounded output would spoil the
-    # cancellation in dS for nearly one-hot rows), and the cast's own gradient is the up-cast of the upstream one.
-    out, lse, entropy, max_prob, argmax, *_ = _SoftEmbed.apply(
-        hidden.reshape(-1, hidden.shape[-1]),
+    seeds = None
+    if gumbel_seed is not None:
+        seed, seeds = _check_seed(gumbel_seed, hidden)
+        options = options._replace(seed=seed)
+    group = None
+    if vocab_parallel is not None:
+        group = _check_shard(vocab_parallel, head_weight)
+        options = options._replace(vocab_start=vocab_parallel.start)
+    check_backend(backend)
+    inputs = Inputs(
+        hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1]),
         head_weight,
         embed_weight,
         bias,
         row_temperature(temperature, leading),
-        options,
-        return_stats,
+        seeds,
     )
-    result = out.to(hidden.dtype).reshape(*leading, out.shape[-1])
+    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    found = soft_embed_op.run(inputs, soft_embed_op.Call(options, group, return_stats, differentiable, backend))
+    result = found.out if hidden.dim() == 2 else found.out.reshape(*leading, found.out.shape[-1])
     if not return_stats:
         return result
-    return result, SoftTokenStats(*(stat.reshape(leading) for stat in (lse, entropy, max_prob, argmax)))
-
-
-class _SoftEmbed(torch.autograd.Function):
-    """Connects a backend's ``forward`` and ``backward`` to autograd."""
-
-    @staticmethod
-    def forward(hidden, head, embed, bias, temperature, options, with_stats):
-        with torch.autocast(hidden.device.type, enabled=False):
-            result = torch_backend.forward(hidden, head, embed, bias, temperature, options, with_stats=with_stats)
-        return tuple(result)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, options, _ = inputs
-        out, _lse, entropy, max_prob, argmax, peak, total = output
-        ctx.mark_non_differentiable(*(tensor for tensor in (max_prob, argmax, peak, total) if tensor is not None))
-        ctx.set_materialize_grads(False)
-        ctx.options = options
-        ctx.save_for_backward(*tensors, out, peak, total, entropy)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out, grad_lse, grad_entropy, *_):
-        if grad_out is None and grad_lse is None and grad_entropy is None:
-            return (None,) * 7
-        saved = torch_backend.Saved(*ctx.saved_tensors)
-        needs = torch_backend.Needs(*ctx.needs_input_grad[:5])
-        with torch.autocast(saved.hidden.device.type, enabled=False):
-            grads = torch_backend.backward(grad_out, grad_lse, grad_entropy, saved, ctx.options, needs)
-        return (*grads, None, None)
-
-
-def resolve_backend(backend: str | None) -> str:
-    """The backend to use; None chooses."""
-    if backend is None or backend == "torch":
-        return "torch"
-    if backend == "triton":
-        raise RuntimeError("backend: 'triton' is not available in this build; use None or 'torch'")
-    raise ValueError(f"backend: got {backend!r}, expected None or one of {', '.join(map(repr, BACKENDS))}")
+    stats = (found.lse, found.entropy, found.max_prob, found.argmax)
+    return result, SoftTokenStats(*(stat.reshape(leading) for stat in stats))
 
 
 def check_scores(
@@ -187,14 +173,47 @@ def check_scores(
 def row_temperature(temperature: float | Tensor, leading: torch.Size) -> Tensor | None:
     """A tensor temperature as one value for each row, [T]; None for a number."""
     if isinstance(temperature, Tensor):
-        return temperature.broadcast_to(leading).reshape(-1)
+        return temperature.broadcast_to(leading).reshape(-1).contiguous()
     return None
 
 
+def _check_seed(seed: object, hidden: Tensor) -> tuple[int | None, Tensor | None]:
+    """A seed for all rows, or one for each, [T]."""
+    leading = hidden.shape[:-1]
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"gumbel_seed: got dtype {seed.dtype}, expected torch.int64")
+        _check_rows("gumbel_seed", seed, hidden)
+        return None, seed.broadcast_to(leading).reshape(-1).contiguous()
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"gumbel_seed: got {type(seed).__name__}, expected an int or an int64 tensor")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"gumbel_seed: got {seed}, expected a number of 64 bits, -2**63 to 2**63 - 1")
+    return seed, None
+
+
+def _check_shard(shard: object, head_weight: Tensor) -> str:
+    """The name of the shard's process group."""
+    if not isinstance(shard, VocabShard):
+        raise TypeError(f"vocab_parallel: got {type(shard).__name__}, expected a VocabShard")
+    if shard.stop - shard.start != head_weight.shape[0]:
+        raise ValueError(
+            f"head_weight: got {head_weight.shape[0]} rows, expected {shard.stop - shard.start}, "
+            f"those of vocab_parallel from {shard.start} to {shard.stop}"
+        )
+    return group_name(shard)
+
+
 def check_floating(name: str, value: object) -> None:
-    """``value`` must be a tensor of a dtype that the backends compute."""
+    """``value`` must be an ordinary tensor of a dtype that the backends compute."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+    if type(value) is not Tensor and type(value).__name__ == "DTensor":
+        raise TypeError(
+            f"{name}: got a DTensor with placements {value.placements}, expected a plain tensor: "  # type: ignore[attr-defined]
+            "use it inside the forward of the module that FSDP shards, or pass .full_tensor(), or this rank's rows of "
+            "the matrices with vocab_parallel="
+        )
     if value.dtype not in DTYPES:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected one of {', '.join(map(str, DTYPES))}")
 
@@ -204,7 +223,7 @@ def check_number(name: str, value: object, *, positive: bool = False) -> float:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
     number = float(value)
-    if not math.isfinite(number) or (positive and number <= 0):
+    if not -math.inf < number < math.inf or (positive and number <= 0):  # math.isfinite cannot be compiled
         raise ValueError(f"{name}: got {value}, expected a finite number{' above 0' if positive else ''}")
     return number
 
@@ -244,20 +263,32 @@ def _check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
 
 def _check_temperature(temperature: Tensor, hidden: Tensor) -> None:
     check_floating("temperature", temperature)
-    if temperature.device != hidden.device:
-        raise ValueError(
-            f"temperature: got device {temperature.device}, expected {hidden.device}, the device of hidden"
-        )
+    _check_rows("temperature", temperature, hidden)
+    # On an accelerator the comparison would wait for the device; a compiler has no values.
+    if temperature.device.type == "cpu" and not _has_no_values(temperature) and not bool((temperature > 0).all()):
+        raise ValueError(f"temperature: got {temperature.detach().min().item()}, expected values above 0")
+
+
+def _has_no_values(tensor: Tensor) -> bool:
+    """Whether the tensor stands for values not yet known: compilation, fake tensors, functional transforms."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+    )
+
+
+def _check_rows(name: str, value: Tensor, hidden: Tensor) -> None:
+    """One value for each row of hidden, or something that broadcasts to it."""
+    if value.device != hidden.device:
+        raise ValueError(f"{name}: got device {value.device}, expected {hidden.device}, the device of hidden")
     leading = hidden.shape[:-1]
     try:
-        fits = torch.broadcast_shapes(temperature.shape, leading) == leading
+        fits = torch.broadcast_shapes(value.shape, leading) == leading
     except RuntimeError:
         fits = False
     if not fits:
         raise ValueError(
-            f"temperature: got shape {tuple(temperature.shape)}, expected one broadcastable to {tuple(leading)}, "
+            f"{name}: got shape {tuple(value.shape)}, expected one broadcastable to {tuple(leading)}, "
             "the leading dimensions of hidden"
         )
-    # On an accelerator the comparison would wait for the device.
-    if temperature.device.type == "cpu" and not bool((temperature > 0).all()):
-        raise ValueError(f"temperature: got {temperature.detach().min().item()}, expected values above 0")

@@ -11,9 +11,9 @@ product); the inner loop walks row tiles, so that chunk and tile together stay i
 is. Nothing of size [T, V] exists, forward or backward. Half-precision inputs are computed in float32, float64 in
 float64.
 
-The two functions ``forward`` and ``backward`` are pure (no autograd, no mutation of their arguments): they are the
-seam where other backends and ``torch.library`` wrappers attach. ``scan`` is the part of the forward that a vocabulary
-shard runs; its ``OnlineState`` is what shards would merge before ``finish``.
+The three functions ``scan``, ``forward`` and ``backward`` are pure (no autograd, no mutation of their arguments): they
+are the seam that every backend offers and to which ``soft_embed_op`` attaches autograd. ``scan`` is the part of the
+forward that a vocabulary shard runs; its ``OnlineState`` is what shards merge before ``finish``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .noise import gumbel
 from .tiles_torch import ChunkReader, accumulation_dtype, matmul_nt, slices, tiling
 
 # Below this, exp is exactly 0 in every dtype. A finite stand-in for -inf, whose product with that 0 would be NaN.
@@ -36,37 +37,46 @@ class Options(NamedTuple):
     softcap: float | None = None
     logit_scale: float = 1.0
     embed_scale: float = 1.0
+    seed: int | None = None  # of the Gumbel noise, one for all rows
+    vocab_start: int = 0  # first vocabulary index of this shard, for the noise
+
+
+class Inputs(NamedTuple):
+    """The tensors of the forward."""
+
+    hidden: Tensor  # [T, D]
+    head: Tensor  # [V, D]
+    embed: Tensor | None = None  # [V, E]; None: tied
+    bias: Tensor | None = None  # [V]
+    temperature: Tensor | None = None  # [T], instead of the number
+    seeds: Tensor | None = None  # [T] int64, instead of the number
 
 
 class Forward(NamedTuple):
-    """What a backend's forward returns, in the accumulation dtype (``argmax``: int64); None: not asked for."""
+    """What a backend's forward returns, in the accumulation dtype but for ``out``; None: not asked for."""
 
-    out: Tensor  # [T, E]
+    out: Tensor  # [T, E], input dtype
+    exact: Tensor | None  # [T, E]: out before it is rounded; None where out is not rounded, or unless asked for
     lse: Tensor  # [T]
     entropy: Tensor | None  # [T]
     max_prob: Tensor | None  # [T]
     argmax: Tensor | None  # [T]
-    peak: Tensor  # [T, 1] largest score
-    total: Tensor  # [T, 1] sum of exp(score - peak)
+    peak: Tensor  # [T] largest score
+    total: Tensor  # [T] sum of exp(score - peak)
 
 
 class Saved(NamedTuple):
-    """What backward needs of the forward, in the order of ``save_for_backward``; the backend never mutates it.
+    """What backward needs of the forward; the backend never mutates it.
 
     The log-sum-exp is saved as ``peak`` and ``total``: rounded to one number, it would give every recomputed
     probability of a row one common relative error of half a unit of lse (1e-6 at 30, 1e-3 at 30,000), which eager
     PyTorch does not make.
     """
 
-    hidden: Tensor
-    head: Tensor
-    embed: Tensor | None
-    bias: Tensor | None
-    temperature: Tensor | None
-    out: Tensor
-    peak: Tensor
-    total: Tensor
-    entropy: Tensor | None
+    out: Tensor  # [T, E], as exact as there is
+    peak: Tensor  # [T]
+    total: Tensor  # [T]
+    entropy: Tensor | None  # [T]
 
 
 class Needs(NamedTuple):
@@ -80,13 +90,17 @@ class Needs(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """What a backend's backward returns: a gradient for each tensor input, in its dtype; None: not asked for."""
+    """What a backend's backward returns; None: not asked for.
+
+    Those of hidden and temperature are in the accumulation dtype: over shards of a vocabulary they are shares of sums,
+    which ``soft_embed_op`` adds up and finishes.
+    """
 
     hidden: Tensor | None
-    head: Tensor | None  # of a tied matrix: the sum of both uses
-    embed: Tensor | None
-    bias: Tensor | None
-    temperature: Tensor | None
+    head: Tensor | None  # in its dtype; of a tied matrix the sum of both uses
+    embed: Tensor | None  # in its dtype
+    bias: Tensor | None  # in the accumulation dtype
+    temperature: Tensor | None  # -sum of dS (score - peak), still to be finished
 
 
 class OnlineState(NamedTuple):
@@ -107,15 +121,18 @@ class Scorer:
     soft-cap (``outer``), so that the plain case costs no pass over the scores.
     """
 
-    def __init__(
-        self, hidden: Tensor, head: Tensor, bias: Tensor | None, temperature: Tensor | None, options: Options
-    ) -> None:
+    def __init__(self, inputs: Inputs, options: Options) -> None:
+        hidden, head, _, bias, temperature, seeds = inputs
         self.dtype = accumulation_dtype(hidden.dtype)
         self.head, self.bias, self.capped = head, bias, options.softcap is not None
         inner: float | Tensor = options.logit_scale
         outer: float | Tensor = 1.0 / options.temperature
         if temperature is not None:
             outer = outer / temperature.to(self.dtype)[:, None]
+        self.inverse_temperature, self.vocab_start = outer, options.vocab_start
+        if options.seed is not None:  # the same noise in every row
+            seeds = torch.tensor([options.seed], device=hidden.device)
+        self.seeds = seeds
         if options.softcap is not None:
             inner, outer = inner / options.softcap, outer * options.softcap
         else:
@@ -133,10 +150,23 @@ class Scorer:
                 scores.addr_(self.inner[rows, 0], bias)
             else:
                 scores.add_(bias, alpha=self.inner)
-        if not self.capped:
-            return scores, None
-        tanh = scores.tanh_()
-        return tanh * row_factor(self.outer, rows), tanh
+        tanh = None
+        if self.capped:
+            tanh = scores.tanh_()
+            scores = tanh * row_factor(self.outer, rows)
+        if self.seeds is not None:
+            self._add_noise(scores, rows, vocab)
+        return scores, tanh
+
+    def _add_noise(self, scores: Tensor, rows: slice, vocab: slice) -> None:
+        """Gumbel noise over the temperature, a few columns at a time: the generator has a dozen temporaries."""
+        assert self.seeds is not None
+        seeds = self.seeds if self.seeds.shape[0] == 1 else self.seeds[rows]
+        factor = row_factor(self.inverse_temperature, rows)
+        for part in slices(vocab.stop - vocab.start, max(4, (1 << 16) // max(1, seeds.shape[0]))):
+            start = self.vocab_start + vocab.start
+            noise = gumbel(seeds, start + part.start, start + part.stop).to(scores.dtype)
+            scores[:, part] += noise * factor
 
     def backpropagate(self, grad: Tensor, tanh: Tensor | None, rows: slice) -> Tensor:
         """Gradient of ``scaled hidden @ head.T`` from the gradient of the scores, in place."""
@@ -152,32 +182,15 @@ def row_factor(factor: float | Tensor, rows: slice) -> float | Tensor:
     return factor[rows] if isinstance(factor, Tensor) else factor
 
 
-def forward(
-    hidden: Tensor,
-    head: Tensor,
-    embed: Tensor | None,
-    bias: Tensor | None,
-    temperature: Tensor | None,
-    options: Options,
-    *,
-    with_stats: bool = False,
-) -> Forward:
-    """Soft tokens of hidden [T, D] over head [V, D] and embed [V, E] (None: tied), bias [V], temperature [T]."""
-    return finish(scan(hidden, head, embed, bias, temperature, options, with_stats=with_stats), options)
+def forward(inputs: Inputs, options: Options, *, stats: bool, exact: bool) -> Forward:
+    """Soft tokens, with ``stats`` their statistics, with ``exact`` also before rounding."""
+    return finish(scan(inputs, options, stats=stats), options, inputs.hidden.dtype, exact=exact)
 
 
-def scan(
-    hidden: Tensor,
-    head: Tensor,
-    embed: Tensor | None,
-    bias: Tensor | None,
-    temperature: Tensor | None,
-    options: Options,
-    *,
-    with_stats: bool = False,
-) -> OnlineState:
+def scan(inputs: Inputs, options: Options, *, stats: bool) -> OnlineState:
     """One pass over the vocabulary (or over one shard of it)."""
-    scorer = Scorer(hidden, head, bias, temperature, options)
+    hidden, head, embed = inputs[:3]
+    scorer = Scorer(inputs, options)
     (num_rows, width), num_vocab, dtype = hidden.shape, head.shape[0], scorer.dtype
     values = head if embed is None else embed
     state = OnlineState(
@@ -185,8 +198,8 @@ def scan(
         peak=torch.full((num_rows, 1), torch.finfo(dtype).min, dtype=dtype, device=hidden.device),
         total=torch.zeros((num_rows, 1), dtype=dtype, device=hidden.device),
         acc=torch.zeros((num_rows, values.shape[1]), dtype=dtype, device=hidden.device),
-        moment=torch.zeros((num_rows, 1), dtype=dtype, device=hidden.device) if with_stats else None,
-        argmax=torch.zeros((num_rows, 1), dtype=torch.int64, device=hidden.device) if with_stats else None,
+        moment=torch.zeros((num_rows, 1), dtype=dtype, device=hidden.device) if stats else None,
+        argmax=torch.zeros((num_rows, 1), dtype=torch.int64, device=hidden.device) if stats else None,
     )
     up_cast = (width if head.dtype != dtype else 0) + (
         values.shape[1] if embed is not None and embed.dtype != dtype else 0
@@ -194,7 +207,7 @@ def scan(
     tile, size = tiling(
         num_rows,
         num_vocab,
-        tiles=1 + (options.softcap is not None) + with_stats,
+        tiles=1 + (options.softcap is not None) + stats,
         per_vocab=up_cast,
         per_row=values.shape[1],
         itemsize=dtype.itemsize,
@@ -236,25 +249,28 @@ def _accumulate(state: OnlineState, scores: Tensor, values: Tensor, rows: slice,
     peak.copy_(new_peak)
 
 
-def finish(state: OnlineState, options: Options) -> Forward:
-    """Normalise the running softmax. Consumes ``state.acc``."""
+def finish(state: OnlineState, options: Options, dtype: torch.dtype, *, exact: bool) -> Forward:
+    """Normalise the running softmax; ``out`` in dtype. Consumes ``state.acc``."""
     peak, total, acc, moment, argmax = state
     out = acc.div_(total)
     if options.embed_scale != 1.0:
         out.mul_(options.embed_scale)
     log_total = total.log()
     lse = (peak + log_total)[:, 0]
+    rounded = out.to(dtype)
+    kept = out if exact and dtype != out.dtype else None
     if moment is None or argmax is None:
-        return Forward(out, lse, None, None, None, peak, total)
+        return Forward(rounded, kept, lse, None, None, None, peak[:, 0], total[:, 0])
     # H = lse - E[s] = log(total) - E[s - peak]; the peak's own weight is exp(0), so max_prob = 1 / total.
     entropy = (log_total - moment / total)[:, 0]
-    return Forward(out, lse, entropy, total.reciprocal()[:, 0], argmax[:, 0], peak, total)
+    return Forward(rounded, kept, lse, entropy, total.reciprocal()[:, 0], argmax[:, 0], peak[:, 0], total[:, 0])
 
 
 def backward(
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
     grad_entropy: Tensor | None,
+    inputs: Inputs,
     saved: Saved,
     options: Options,
     needs: Needs,
@@ -265,12 +281,15 @@ def backward(
     With P the probabilities, H their entropy and dP = embed_scale * grad_out @ embed.T, the gradient of the scores is
     ``dS = P * (dP - sum(grad_out * out) + grad_lse) - grad_entropy * P * (log P + H)``.
     """
-    hidden, head, embed, bias, temperature, out, peak, total, entropy = saved
-    scorer = Scorer(hidden, head, bias, temperature, options)
+    hidden, head, embed, bias, _, _ = inputs
+    out, entropy = saved.out, saved.entropy
+    peak, total = saved.peak[:, None], saved.total[:, None]
+    scorer = Scorer(inputs, options)
     (num_rows, width), num_vocab, dtype = hidden.shape, head.shape[0], scorer.dtype
     values = head if embed is None else embed
     # With w = exp(score - peak), P = w / total: 1 / total and all that is constant along a row go into the upstream
     # gradient and one number per row, so that dS = w * (upstream @ embed.T - constant - slope * (score - peak)).
+    out = out.to(dtype)
     upstream = torch.zeros_like(out) if grad_out is None else grad_out.to(dtype)
     constant = (upstream * out).sum(1, keepdim=True)
     if grad_lse is not None:
@@ -348,17 +367,8 @@ def backward(
                 matrix.zero_()
     if grad_rows is not None and not (isinstance(scorer.inner, float) and scorer.inner == 1.0):
         grad_rows.mul_(scorer.inner)
-    if grad_temperature is not None and temperature is not None:
-        # d(score)/dT = -score / T. The loop summed dS * (score - peak); peak * sum(dS) remains, sum(dS) = grad_lse.
-        if grad_lse is not None:
-            grad_temperature -= peak * grad_lse.to(dtype)[:, None]
-        grad_temperature.div_(temperature.to(dtype)[:, None])
     return Grads(
-        None if grad_rows is None else grad_rows.to(hidden.dtype),
-        grad_head,
-        grad_embed,
-        None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-        None if grad_temperature is None or temperature is None else grad_temperature[:, 0].to(temperature.dtype),
+        grad_rows, grad_head, grad_embed, grad_bias, None if grad_temperature is None else grad_temperature[:, 0]
     )
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .soft_embed import check_scores, resolve_backend, row_temperature
-from .soft_embed_torch import Scorer
-from .tiles_torch import ChunkReader, slices, tiling
+from .backends import kernels, resolve_backend
+from .soft_embed import check_scores, row_temperature
+from .soft_embed_torch import Inputs, Options, Scorer
+from .tiles_torch import ChunkReader, accumulation_dtype, slices, tiling
 
 
 @torch.no_grad()
@@ -45,25 +46,43 @@ def top_tokens(
     num_vocab = head_weight.shape[0]
     if not 1 <= n <= num_vocab:
         raise ValueError(f"n: got {n}, expected 1 to {num_vocab}, the V of head_weight")
-    resolve_backend(backend)
     leading = hidden.shape[:-1]
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    inputs = Inputs(rows, head_weight, bias=bias, temperature=row_temperature(temperature, leading))
     with torch.autocast(hidden.device.type, enabled=False):
-        ids, probs = _top(
-            Scorer(
-                hidden.reshape(-1, hidden.shape[-1]), head_weight, bias, row_temperature(temperature, leading), options
-            ),
-            n,
-        )
+        ids, probs = _top(inputs, options, n, resolve_backend(backend, hidden))
     return ids.reshape(*leading, n), probs.reshape(*leading, n)
 
 
-def _top(scorer: Scorer, n: int) -> tuple[Tensor, Tensor]:
-    (num_rows, width), num_vocab, dtype, device = (
-        scorer.rows.shape,
-        scorer.head.shape[0],
-        scorer.dtype,
-        scorer.rows.device,
-    )
+class _TorchScores:
+    """Scores of a row tile against a vocabulary chunk; chunks come in order, and each is read once."""
+
+    def __init__(self, inputs: Inputs, options: Options, size: int) -> None:
+        self.scorer = Scorer(inputs, options)
+        self.read = ChunkReader(inputs.head, self.scorer.dtype, size)
+        self.vocab, self.chunk = slice(0, 0), inputs.head[:0]
+
+    def __call__(self, rows: slice, vocab: slice) -> Tensor:
+        if vocab != self.vocab:
+            self.vocab, self.chunk = vocab, self.read(vocab)
+        return self.scorer(rows, vocab, self.chunk)[0]
+
+
+class _TritonScores:
+    """The same by the kernel of the two-pass forward."""
+
+    def __init__(self, inputs: Inputs, options: Options, size: int) -> None:
+        self.inputs, self.options = inputs, options
+
+    def __call__(self, rows: slice, vocab: slice) -> Tensor:
+        temperature = None if self.inputs.temperature is None else self.inputs.temperature[rows]
+        part = self.inputs._replace(hidden=self.inputs.hidden[rows], temperature=temperature)
+        return kernels().chunk_scores(part, self.options, vocab.start, vocab.stop - vocab.start)
+
+
+def _top(inputs: Inputs, options: Options, n: int, backend: str) -> tuple[Tensor, Tensor]:
+    (num_rows, width), num_vocab = inputs.hidden.shape, inputs.head.shape[0]
+    dtype, device = accumulation_dtype(inputs.hidden.dtype), inputs.hidden.device
     ids = torch.zeros((num_rows, n), dtype=torch.int64, device=device)
     scores = torch.full((num_rows, n), -torch.inf, dtype=dtype, device=device)
     peak = torch.full((num_rows, 1), torch.finfo(dtype).min, dtype=dtype, device=device)
@@ -71,11 +90,10 @@ def _top(scorer: Scorer, n: int) -> tuple[Tensor, Tensor]:
     # Besides the scores a tile holds candidates, keys and ids of the chunk and of the n best so far: some eight words
     # each.
     tile, size = tiling(num_rows, num_vocab, tiles=10, per_vocab=width, per_row=10 * n, itemsize=dtype.itemsize)
-    read_head = ChunkReader(scorer.head, dtype, size)
+    score = (_TritonScores if backend == "triton" else _TorchScores)(inputs, options, size)
     for vocab in slices(num_vocab, size):
-        chunk = read_head(vocab)
         for rows in slices(num_rows, tile):
-            found, _ = scorer(rows, vocab, chunk)
+            found = score(rows, vocab)
             new_peak = torch.maximum(peak[rows], found.amax(1, keepdim=True))
             total[rows] *= (peak[rows] - new_peak).exp_()
             total[rows] += (found - new_peak).exp_().sum(1, keepdim=True)

@@ -15,18 +15,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gircse.ops import SoftTokenStats, soft_embed, soft_embed_torch, tiles_torch
+from gircse.ops import VocabShard, soft_embed, soft_embed_torch, tiles_torch
 from gircse.ops.reference import soft_embed_reference
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "temperature": {"temperature": 0.7},
-    "softcap": {"softcap": 3.0},
-    "logit_scale": {"logit_scale": 0.25},
-    "embed_scale": {"embed_scale": 8.0},
-    "all": {"temperature": 1.6, "softcap": 5.0, "logit_scale": 1.5, "embed_scale": 3.0},
-}
+from tests.ops.accuracy import (
+    DTYPES,
+    OPTIONS,
+    assert_as_accurate_as_eager,
+    random_inputs,
+    run,
+    upstream_gradients,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -44,101 +42,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def random_inputs(
-    leading: tuple[int, ...] = (11,),
-    vocab: int = 53,
-    width: int = 9,
-    embed: int | None = None,
-    bias: bool = False,
-    row_temperature: bool = False,
-    scale: float = 1.0,
-    shift: float = 0.0,
-    dtype: torch.dtype = torch.float64,
-    seed: int = 0,
-) -> dict[str, Tensor]:
-    """The tensor arguments, drawn in float64 and rounded to dtype, so that every dtype sees representable values."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=generator)
-
-    tensors = {"hidden": normal(*leading, width) * scale, "head_weight": normal(vocab, width)}
-    if embed is not None:
-        tensors["embed_weight"] = normal(vocab, embed)
-    if bias:
-        tensors["bias"] = normal(vocab) + shift
-    if row_temperature:
-        tensors["temperature"] = torch.rand(leading, dtype=torch.float64, generator=generator) + 0.5
-    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
-
-
-def upstream_gradients(out: Tensor, stats: SoftTokenStats | None) -> list[Tensor]:
-    """Random gradients for out and, with stats, for lse and entropy, of values that every dtype represents."""
-    generator = torch.Generator().manual_seed(17)
-    targets = [out] if stats is None else [out, stats.lse, stats.entropy]
-    draws = [torch.randn(t.shape, dtype=torch.float64, generator=generator) for t in targets]
-    return [draw.bfloat16().half().double() for draw in draws]
-
-
-def run(
-    function: Any, tensors: dict[str, Tensor], dtype: torch.dtype, with_stats: bool, options: dict[str, Any]
-) -> dict[str, Tensor]:
-    """Results and the gradients of all tensors, in one dictionary."""
-    leaves = {name: tensor.detach().to(dtype).requires_grad_() for name, tensor in tensors.items()}
-    if function is soft_embed:
-        out, stats = soft_embed(**leaves, **options, return_stats=True)
-    else:
-        out, stats = function(**leaves, **options)
-    gradients = upstream_gradients(out, stats if with_stats else None)
-    targets = [out, stats.lse, stats.entropy][: len(gradients)]
-    grads = torch.autograd.grad(
-        targets, list(leaves.values()), [g.to(t) for g, t in zip(gradients, targets, strict=True)]
-    )
-    results = {
-        "out": out,
-        "lse": stats.lse,
-        "entropy": stats.entropy,
-        "max_prob": stats.max_prob,
-        "argmax": stats.argmax,
-    }
-    return {**results, **{f"grad {name}": grad for name, grad in zip(leaves, grads, strict=True)}}
-
-
-def rms(values: list[Tensor]) -> float:
-    """Root mean square over all elements of all tensors."""
-    return torch.cat([value.double().flatten() for value in values]).square().mean().sqrt().item()
-
-
-def assert_as_accurate_as_eager(with_stats: bool = True, options: dict[str, Any] | None = None, **shape: Any) -> None:
-    """Root mean square error over several draws <= 2x eager's in the same dtype + a unit of rounding.
-
-    Over several draws: the ratio of two single maxima says more about luck than about the arithmetic. For float64
-    itself, where eager is the truth and its error reads 0, 64 units.
-    """
-    options = options or {}
-    errors: dict[str, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
-    for seed in range(6):
-        tensors = random_inputs(seed=seed, **shape)
-        dtype = tensors["hidden"].dtype
-        ours = run(soft_embed, tensors, dtype, with_stats, options)
-        eager = run(soft_embed_reference, tensors, dtype, with_stats, options)
-        truth = run(soft_embed_reference, tensors, torch.float64, with_stats, options)
-        for name, exact in truth.items():
-            if name == "argmax":
-                assert torch.equal(ours[name], exact)
-                continue
-            wide = torch.float64 if dtype == torch.float64 else torch.float32
-            assert ours[name].dtype == (dtype if name == "out" or name.startswith("grad") else wide), name
-            of_ours, of_eager, values = errors.setdefault(name, ([], [], []))
-            of_ours.append(ours[name].double() - exact)
-            of_eager.append(eager[name].double() - exact)
-            values.append(exact)
-    for name, (of_ours, of_eager, values) in errors.items():
-        rounding = (64 if dtype == torch.float64 else 1) * torch.finfo(dtype).eps * rms(values)
-        error, allowed = rms(of_ours), 2 * rms(of_eager) + rounding
-        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
@@ -494,7 +397,7 @@ def test_memory_no_tensor_of_rows_times_vocabulary(dtype: torch.dtype) -> None:
     hidden = torch.randn(rows, width, dtype=dtype, requires_grad=True)
     head = torch.randn(vocab, width, dtype=dtype, requires_grad=True)
     with LargestTensor([hidden, head]) as mode:
-        out, stats = soft_embed(hidden, head, return_stats=True)
+        out, stats = soft_embed(hidden, head, return_stats=True, backend="torch")
         (out.float().square().sum() + stats.entropy.sum() + stats.lse.sum()).backward()
     tile = 4 * tiles_torch.ROW_TILE * tiles_torch.VOCAB_CHUNK
     assert tile <= mode.largest <= max(tile, vocab * width * 4) < rows * vocab
@@ -602,7 +505,17 @@ def valid_arguments() -> dict[str, Any]:
         ({"logit_scale": float("inf")}, ValueError, r"logit_scale: got inf, expected a finite number"),
         ({"embed_scale": True}, TypeError, r"embed_scale: got bool, expected a number"),
         ({"backend": "cuda"}, ValueError, r"backend: got 'cuda', expected None or one of 'torch', 'triton'"),
-        ({"backend": "triton"}, RuntimeError, r"backend: 'triton' is not available"),
+        ({"gumbel_seed": 1.5}, TypeError, r"gumbel_seed: got float, expected an int or an int64 tensor"),
+        ({"gumbel_seed": 2**63}, ValueError, r"gumbel_seed: got 9223372036854775808, expected a number of 64 bits"),
+        ({"gumbel_seed": torch.ones(3)}, TypeError, r"gumbel_seed: got dtype torch.float32, expected torch.int64"),
+        (
+            {"gumbel_seed": torch.ones(2, dtype=torch.int64)},
+            ValueError,
+            r"gumbel_seed: got shape \(2,\), expected one broadcastable to \(3,\)",
+        ),
+        ({"vocab_parallel": (0, 5)}, TypeError, r"vocab_parallel: got tuple, expected a VocabShard"),
+        ({"vocab_parallel": VocabShard(0, 4)}, ValueError, r"head_weight: got 5 rows, expected 4, those of vocab_par"),
+        ({"vocab_parallel": VocabShard(0, 5)}, RuntimeError, r"vocab_parallel: torch.distributed is not initialised"),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:

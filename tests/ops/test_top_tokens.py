@@ -124,7 +124,6 @@ def test_gradients_and_autocast_do_not_matter() -> None:
         (2.0, {}, TypeError, r"n: got float, expected an int"),
         (1, {"temperature": 0}, ValueError, r"temperature: got 0, expected a finite number above 0"),
         (1, {"bias": torch.zeros(4)}, ValueError, r"bias: got shape \(4,\), expected \(5,\)"),
-        (1, {"backend": "triton"}, RuntimeError, r"backend: 'triton' is not available"),
     ],
 )
 def test_bad_arguments(n: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:

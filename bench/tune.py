@@ -1,0 +1,271 @@
+#!/usr/bin/env python
+"""Write the kernels' config table, `kernels/gircse_kernels/configs.json`: offline, never in a user's process.
+
+    python bench/tune.py --static              # no GPU: by what the compiler reports
+    python bench/tune.py --out configs.json    # on a GPU: by time, for its own architecture
+
+Every candidate is compiled for the target first, in the variants in which it is launched (with and without
+statistics, tied and untied, all gradients): it must fit the shared memory and spill nothing. Without a GPU the first
+that passes, in the order below (deepest pipeline and largest tiles first), is taken; on a GPU the fastest, over the
+plain variant. Entries of other architectures stay as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from gircse_kernels import compile_report, plan, soft_embed
+from gircse_kernels.compile_report import NUM_SMS, SHARED_LIMIT, Case
+from gircse_kernels.plan import Config, Device, Problem
+
+VOCAB = 151_936
+MANY = plan.ROW_BLOCK
+FORWARD = ("one_pass", "score", "weigh")
+
+
+class Slot(NamedTuple):
+    """One entry of the table to fill."""
+
+    kernel: str
+    itemsize: int
+    rows: int
+    width: int  # 0: any
+
+    def cases(self) -> list[Case]:
+        """The variants in which an entry must compile."""
+        dtype = "float32" if self.itemsize == 4 else "bfloat16"
+        width = self.width or 1024
+        tied, untied = (Problem(self.rows, VOCAB, width, width, is_tied, self.itemsize) for is_tied in (True, False))
+        if self.kernel == "one_pass":
+            return [Case("plain", tied, dtype), Case("statistics", tied, dtype, stats=True)]
+        if self.kernel in FORWARD:
+            return [Case("plain", untied, dtype), Case("statistics", untied, dtype, stats=True)]
+        return [
+            Case("frozen", tied, dtype, "hidden"),
+            Case("tied", tied, dtype, "all", stats=True),
+            Case("untied", untied, dtype, "all", stats=True),
+        ]
+
+
+def slots() -> Iterator[Slot]:
+    for rows in (16, 32, 64):
+        for width in (128, 256, 512, 768, 1024, 1536, 2048):
+            yield Slot("one_pass", 2, rows, width)
+    for kernel in ("score", "weigh", "score_grad", "product", "vocab_grad"):
+        for itemsize in (2, 4):
+            for rows in (16, 64, MANY):
+                yield Slot(kernel, itemsize, rows, 0)
+
+
+def candidates(slot: Slot) -> Iterator[Config]:
+    """In order of preference where nothing can be measured."""
+    if slot.kernel == "one_pass":
+        # three stages are the least that load one tile while another is in use
+        for tile, warps, stages in (
+            (128, 4, 3), (128, 8, 3), (64, 8, 3), (64, 4, 3), (32, 8, 4), (32, 8, 3), (32, 16, 3), (16, 8, 4),
+            (16, 8, 3), (16, 16, 3), (64, 8, 2), (32, 8, 2), (32, 16, 2), (16, 8, 2), (16, 16, 2),
+        ):  # fmt: skip
+            yield Config({"BLOCK_T": slot.rows, "BLOCK_V": tile}, warps, stages)
+        return
+    rows = min(slot.rows, 128)
+    deep = 64 if slot.itemsize == 2 else 32  # of the summed dimension: 128 bytes of a row
+    few = slot.rows < 128
+    shapes: tuple[tuple[int, int, int, int], ...]  # rows, columns, warps, stages
+    if few:
+        shapes = tuple(
+            (rows, cols, warps, stages) for cols, warps in ((128, 4), (128, 8), (64, 4)) for stages in (4, 3, 2)
+        )
+    else:
+        shapes = (
+            (128, 256, 8, 3), (128, 128, 8, 4), (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3),
+        )  # fmt: skip
+    for block_rows, cols, warps, stages in shapes:
+        for depth in (deep, deep // 2):
+            if slot.kernel in ("score", "score_grad"):
+                blocks = {"BLOCK_T": block_rows, "BLOCK_V": cols, "BLOCK_K": depth}
+            elif slot.kernel in ("weigh", "product"):
+                blocks = {"BLOCK_T": block_rows, "BLOCK_E": cols, "BLOCK_V": depth}
+            else:
+                blocks = {"BLOCK_V": 128 if cols > 64 else 64, "BLOCK_E": min(cols, 128), "BLOCK_T": min(depth, rows)}
+            yield Config({**blocks, "GROUP": 8}, warps, stages, 3 if few else 1)
+
+
+def accept(slot: Slot, config: Config, arch: int) -> bool:
+    """Whether every variant compiles within the limits."""
+    if slot.kernel == "weigh":  # the score tile it walks
+        with using(slot, config), using(Slot("score", slot.itemsize, slot.rows, 0), _any_score(slot)):
+            return _compiles(slot, arch)
+    with using(slot, config):
+        return _compiles(slot, arch)
+
+
+def _any_score(slot: Slot) -> Config:
+    return Config({"BLOCK_T": min(slot.rows, 128), "BLOCK_V": 128, "BLOCK_K": 32, "GROUP": 8}, 8, 2)
+
+
+def _compiles(slot: Slot, arch: int) -> bool:
+    name = f"{slot.kernel}_kernel"
+    for case in slot.cases():
+        for launch in compile_report.record(case, Device(arch, NUM_SMS[arch])):
+            if launch.kernel.__name__ != name:
+                continue
+            try:
+                facts = compile_report.compile_launch(launch, arch)
+            except Exception:  # the compiler itself gave up (out of registers, unsupported shape)
+                return False
+            if facts["stack"] or facts["shared"] > SHARED_LIMIT[arch] or not facts["instructions"]:
+                return False
+    return True
+
+
+class using:
+    """Inside, `slot`'s kernel runs with this config, whatever the table says."""
+
+    def __init__(self, slot: Slot, config: Config) -> None:
+        self.kernel, self.config = slot.kernel, config
+
+    def __enter__(self) -> None:
+        self.find = plan.find
+        previous, kernel, config = plan.find, self.kernel, self.config
+        plan.find = lambda name, *rest: config if name == kernel else previous(name, *rest)
+        self._forget()
+
+    def __exit__(self, *_: object) -> None:
+        plan.find = self.find
+        self._forget()
+
+    @staticmethod
+    def _forget() -> None:
+        plan.plan_forward.cache_clear()
+        plan.plan_backward.cache_clear()
+
+
+def choose_static(job: tuple[Slot, int]) -> dict[str, Any] | None:
+    slot, arch = job
+    chosen = next((config for config in candidates(slot) if accept(slot, config, arch)), None)
+    return None if chosen is None else entry(slot, chosen)
+
+
+def choose_measured(job: tuple[Slot, int]) -> dict[str, Any] | None:
+    slot, arch = job
+    passing = [config for config in candidates(slot) if accept(slot, config, arch)]
+    if not passing:
+        return None
+    times = {}
+    for index, config in enumerate(passing):
+        with using(slot, config):
+            times[index] = _milliseconds(call(slot))
+    best = min(times, key=lambda index: times[index])
+    return {**entry(slot, passing[best]), "ms": round(times[best], 4), "tried": len(passing)}
+
+
+def call(slot: Slot) -> Callable[[], Any]:
+    """The whole op of the slot's plain variant on the present GPU."""
+    case = slot.cases()[0]
+    problem, dtype = case.problem, compile_report.DTYPES[case.dtype]
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda").to(dtype)
+
+    inputs = soft_embed.Inputs(
+        3 * normal(problem.rows, problem.width),
+        normal(problem.vocab, problem.width) * problem.width**-0.5,
+        None if problem.tied else normal(problem.vocab, problem.value_width),
+    )
+    options = soft_embed.Options()
+    if slot.kernel in FORWARD:
+        return lambda: soft_embed.forward(inputs, options)
+    result = soft_embed.forward(inputs, options, exact=True)
+    saved = soft_embed.Saved(result.exact if result.exact is not None else result.out, result.peak, result.total, None)
+    grad = normal(problem.rows, problem.value_width)
+    weights = slot.kernel == "vocab_grad"
+    needs = soft_embed.Needs(True, weights, weights and not problem.tied, False, False)
+    return lambda: soft_embed.backward(grad, None, None, inputs, saved, options, needs)
+
+
+def _milliseconds(run: Callable[[], Any], repeats: int = 15) -> float:
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def entry(slot: Slot, config: Config) -> dict[str, Any]:
+    found: dict[str, Any] = {"itemsize": slot.itemsize, "rows": slot.rows}
+    if slot.width:
+        found["width"] = slot.width
+    return {
+        **found,
+        "blocks": config.blocks,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "per_sm": config.per_sm,
+    }
+
+
+def to_text(table: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
+    """JSON with one entry a line, so that a change of the table reads as one."""
+    kernels = []
+    for kernel, by_arch in table.items():
+        archs = []
+        for arch, entries in by_arch.items():
+            lines = ",\n".join(f"      {json.dumps(e)}" for e in entries)
+            archs.append(f'    "{arch}": [\n{lines}\n    ]')
+        kernels.append(f'  "{kernel}": {{\n' + ",\n".join(archs) + "\n  }")
+    return "{\n" + ",\n".join(kernels) + "\n}\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--static", action="store_true", help="no GPU: choose by what the compiler reports")
+    parser.add_argument(
+        "--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED_LIMIT), help="static only"
+    )
+    parser.add_argument("--kernel", nargs="+", help="fill these kernels' entries only")
+    parser.add_argument("--jobs", type=int, default=2, help="static only: processes")
+    parser.add_argument("--out", type=Path, default=plan.TABLE, help="where the table is written")
+    options = parser.parse_args()
+    if not options.static and not torch.cuda.is_available():
+        parser.error("no GPU here: use --static")
+    archs = options.arch if options.static else [soft_embed.device_of(torch.device("cuda", 0)).arch]
+    wanted = [slot for slot in slots() if not options.kernel or slot.kernel in options.kernel]
+    jobs = [(slot, arch) for slot in wanted for arch in archs]
+    if options.static:
+        with ProcessPoolExecutor(options.jobs) as pool:
+            chosen = list(pool.map(choose_static, jobs))
+    else:
+        chosen = [choose_measured(job) for job in jobs]
+    table = {kernel: dict(by_arch) for kernel, by_arch in plan.table().items()}
+    for kernel in dict.fromkeys(slot.kernel for slot in wanted):
+        for arch in archs:
+            table.setdefault(kernel, {})[f"sm_{arch}"] = [
+                found
+                for (slot, slot_arch), found in zip(jobs, chosen, strict=True)
+                if found and slot.kernel == kernel and slot_arch == arch
+            ]
+    options.out.write_text(to_text(table), encoding="utf-8")
+    for (slot, arch), found in zip(jobs, chosen, strict=True):
+        print(f"sm_{arch} {slot}: {found or 'none fits'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""The triton backend of ``soft_embed``: the kernels' launchers behind the seam of ``soft_embed_torch``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .backends import kernels
+from .soft_embed_torch import Forward, Grads, Inputs, Needs, OnlineState, Options, Saved
+
+
+def forward(inputs: Inputs, options: Options, *, stats: bool, exact: bool) -> Forward:
+    """As ``soft_embed_torch.forward``."""
+    return kernels().forward(inputs, options, stats=stats, exact=exact)
+
+
+def scan(inputs: Inputs, options: Options, *, stats: bool) -> OnlineState:
+    """As ``soft_embed_torch.scan``."""
+    sums: Any = kernels().forward(inputs, options, stats=stats, finish=False)
+    moment, argmax = (None if tensor is None else tensor[:, None] for tensor in (sums.entropy, sums.argmax))
+    return OnlineState(sums.peak[:, None], sums.total[:, None], sums.out, moment, argmax)
+
+
+def backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_entropy: Tensor | None,
+    inputs: Inputs,
+    saved: Saved,
+    options: Options,
+    needs: Needs,
+) -> Grads:
+    """As ``soft_embed_torch.backward``."""
+    return kernels().backward(grad_out, grad_lse, grad_entropy, inputs, saved, options, needs)

@@ -1,0 +1,102 @@
+"""A vocabulary in shards, one on each rank: what they exchange so that the result is the unsharded one.
+
+Each rank scans its own rows of the head (and of the embedding matrix) and gets mergeable softmax sums. Exchanged are
+the row maxima [T], then the rescaled sums [T, E + 2] in one all-reduce; in backward the gradients of hidden [T, D] and
+of the temperatures, each the sum of the ranks' shares. Matrices never move.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .soft_embed_torch import LOG_FLOOR, OnlineState
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """This rank's part of a vocabulary: rows ``start`` to ``stop - 1`` of the whole matrices.
+
+    The shards of all ranks of the group must cover the vocabulary without gaps or overlaps; they may differ in size.
+
+    Attributes:
+        start: first row, >= 0.
+        stop: one beyond the last, > start.
+        group: a `torch.distributed` process group; None: the default one.
+    """
+
+    start: int
+    stop: int
+    group: Any = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("start", self.start), ("stop", self.stop)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"VocabShard.{name}: got {type(value).__name__}, expected an int")
+        if not 0 <= self.start < self.stop:
+            raise ValueError(f"VocabShard: got start {self.start} and stop {self.stop}, expected 0 <= start < stop")
+
+    @classmethod
+    def even(cls, num_vocab: int, group: Any = None) -> VocabShard:
+        """This rank's shard of the most even division, the larger ones first."""
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        if num_vocab < size:
+            raise ValueError(f"num_vocab: got {num_vocab}, expected at least one row for each of {size} ranks")
+        return cls(_bound(num_vocab, rank, size), _bound(num_vocab, rank + 1, size), group)
+
+
+def _bound(num_vocab: int, rank: int, size: int) -> int:
+    return rank * (num_vocab // size) + min(rank, num_vocab % size)
+
+
+def group_name(shard: VocabShard) -> str:
+    """The name under which a custom op finds the group again.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialised. TypeError: not a process group.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError("vocab_parallel: torch.distributed is not initialised, expected a process group")
+    group = dist.group.WORLD if shard.group is None else shard.group
+    name = getattr(group, "group_name", None)
+    if name is None:
+        raise TypeError(f"vocab_parallel: got a group of type {type(group).__name__}, expected a ProcessGroup")
+    return name
+
+
+def find_group(name: str) -> Any:
+    """The process group of that name."""
+    return dist.distributed_c10d._resolve_process_group(name)
+
+
+def merge_shards(state: OnlineState, start: int, group: Any) -> OnlineState:
+    """The softmax sums of the whole vocabulary on every rank; ``argmax`` becomes an index into it."""
+    peak = state.peak.clone()
+    dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
+    shift = state.peak - peak
+    decay = shift.exp()
+    sums = [state.acc * decay, state.total * decay]
+    if state.moment is not None:
+        sums.append((state.moment + shift.clamp_min(LOG_FLOOR) * state.total) * decay)
+    packed = torch.cat(sums, 1)
+    dist.all_reduce(packed, group=group)
+    width = state.acc.shape[1]
+    argmax = None
+    if state.argmax is not None:
+        none = torch.iinfo(torch.int64).max
+        argmax = torch.where(state.peak == peak, state.argmax + start, none)
+        dist.all_reduce(argmax, dist.ReduceOp.MIN, group=group)
+        argmax = torch.where(argmax == none, 0, argmax)  # a row of NaN: any valid index
+    moment = packed[:, width + 1 :] if state.moment is not None else None
+    return OnlineState(peak, packed[:, width : width + 1], packed[:, :width].contiguous(), moment, argmax)
+
+
+def sum_shards(tensor: Tensor | None, group: Any) -> Tensor | None:
+    """The sum over the ranks, in place."""
+    if tensor is not None:
+        dist.all_reduce(tensor, group=group)
+    return tensor

@@ -1,0 +1,246 @@
+"""Compile every launch of given problems for GPUs that need not be there, and report what the compiler made of it.
+
+    python -m gircse_kernels.compile_report --arch 80 90 --out report.json
+
+The launches are the launcher's own: it runs on meta tensors with `launch` replaced by a recorder, so what is compiled
+here is what a device of that architecture would run. Reported for each: registers, stack (spills), shared memory and
+its limit, tensor-core instructions. Needs no GPU; Triton brings the assembler. Without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import plan, soft_embed
+from .plan import Config, Device, Problem
+
+# bytes of shared memory that one program may use
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+NUM_SMS = {80: 108, 90: 132, 100: 148}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+MMA = ("wgmma.mma_async", "mma.sync", "tcgen05.mma")
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class Launch(NamedTuple):
+    """One recorded launch."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    config: Config
+    constants: dict[str, Any]
+
+
+class Case(NamedTuple):
+    """A call of the op to compile: the problem, and what of it is asked for."""
+
+    name: str
+    problem: Problem
+    dtype: str
+    backward: str = ""  # "", "hidden" (frozen matrices) or "all"
+    stats: bool = False
+    options: bool = False  # bias, soft-cap, temperature and seed of each row
+
+
+def record(case: Case, device: Device) -> list[Launch]:
+    """The launches of the case on that device, none of them run."""
+    launches: list[Launch] = []
+    original = soft_embed.launch
+    soft_embed.launch = lambda kernel, grid, arguments, config, **constants: launches.append(
+        Launch(kernel, grid, arguments, config, constants)
+    )
+    try:
+        _call(case, device)
+    finally:
+        soft_embed.launch = original
+    return launches
+
+
+def _call(case: Case, device: Device) -> None:
+    problem, dtype = case.problem, DTYPES[case.dtype]
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    rows = problem.rows
+    inputs = soft_embed.Inputs(
+        empty(rows, problem.width),
+        empty(problem.vocab, problem.width),
+        None if problem.tied else empty(problem.vocab, problem.value_width),
+        empty(problem.vocab) if case.options else None,
+        empty(rows, dtype=torch.float32) if case.options else None,
+        empty(rows, dtype=torch.int64) if case.options else None,
+    )
+    options = soft_embed.Options(softcap=30.0 if case.options else None)
+    if not case.backward:
+        soft_embed.forward(inputs, options, stats=case.stats, device=device)
+        return
+    everything = case.backward == "all"
+    vector = empty(rows, dtype=torch.float32)
+    soft_embed.backward(
+        empty(rows, problem.value_width),
+        vector if case.stats else None,
+        vector if case.stats else None,
+        inputs,
+        soft_embed.Saved(empty(rows, problem.value_width, dtype=torch.float32), vector, vector, vector),
+        options,
+        soft_embed.Needs(True, everything, everything and not problem.tied, everything, everything),
+        device=device,
+    )
+
+
+def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[Any]]]:
+    """Types, constants and divisibility hints of a launch, as Triton specialises it when it is called."""
+    types: dict[str, str] = {}
+    constants = {**launch.constants, **launch.config.blocks}
+    hints: dict[tuple[int, ...], list[Any]] = {}
+    values = iter(launch.arguments)
+    for index, parameter in enumerate(launch.kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr:
+            types[name] = "constexpr"
+            continue
+        value = next(values)
+        special = not parameter.do_not_specialize
+        if value is None or (special and isinstance(value, int) and value == 1):
+            types[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            types[name] = (
+                "*"
+                + {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int64": "i64"}[
+                    str(value.dtype).removeprefix("torch.")
+                ]
+            )
+            hints[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            types[name] = "fp32"
+        else:
+            types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if special and value % 16 == 0:
+                hints[(index,)] = [["tt.divisibility", 16]]
+    return types, constants, hints
+
+
+def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
+    """Registers, stack, shared memory and matrix instructions of one launch."""
+    types, constants, hints = signature(launch)
+    kernel = triton.compile(
+        ASTSource(fn=launch.kernel, signature=types, constexprs=constants, attrs=hints),
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [str(CUOBJDUMP), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    ptx = kernel.asm["ptx"]
+    return {
+        "registers": found["REG"],
+        "stack": found["STACK"] + found["LOCAL"],
+        "shared": kernel.metadata.shared,
+        "shared_limit": SHARED_LIMIT[arch],
+        "instructions": {name: ptx.count(name) for name in MMA if name in ptx},
+        "async_copies": ptx.count("cp.async"),
+    }
+
+
+def key(launch: Launch, arch: int) -> str:
+    """What decides the compiled code."""
+    types, constants, hints = signature(launch)
+    config = launch.config
+    return repr((launch.kernel.__name__, arch, types, constants, hints, config.num_warps, config.num_stages))
+
+
+def describe(launch: Launch) -> dict[str, Any]:
+    config = launch.config
+    return {
+        "kernel": launch.kernel.__name__,
+        "blocks": dict(config.blocks),
+        "widths": [launch.constants[n] for n in ("WIDTH_0", "WIDTH_1") if n in launch.constants],
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "grid": list(launch.grid),
+    }
+
+
+def report(cases: Iterable[Case], archs: Sequence[int], jobs: int = 2) -> list[dict[str, Any]]:
+    """One entry for each distinct kernel of the cases and architectures; `cases` names those that launch it."""
+    cases = list(cases)
+    entries: dict[str, dict[str, Any]] = {}
+    work: list[tuple[int, int, int]] = []
+    for arch in archs:
+        for i_case, case in enumerate(cases):
+            for i_launch, launch in enumerate(record(case, Device(arch, NUM_SMS[arch]))):
+                name = key(launch, arch)
+                if name not in entries:
+                    entries[name] = {"arch": arch, "dtype": case.dtype, "cases": Counter(), **describe(launch)}
+                    work.append((arch, i_case, i_launch))
+                entries[name]["cases"][case.name] += 1
+    with ProcessPoolExecutor(jobs) as pool:
+        results = list(pool.map(_compile_job, [(cases[c], a, i) for a, c, i in work], chunksize=1))
+    for entry, result in zip(entries.values(), results, strict=True):
+        entry.update(result, cases=sorted(entry["cases"]))
+    return list(entries.values())
+
+
+def _compile_job(job: tuple[Case, int, int]) -> dict[str, Any]:
+    case, arch, index = job
+    return compile_launch(record(case, Device(arch, NUM_SMS[arch]))[index], arch)
+
+
+def table_cases() -> list[Case]:
+    """Problems that between them launch every entry of the config table, and the models of the documentation."""
+    cases = []
+    for name, entries in ((k, e) for k, by_arch in plan.table().items() for e in max(by_arch.values(), key=len)):
+        rows, dtype = entries["rows"], "float32" if entries["itemsize"] == 4 else "bfloat16"
+        width = entries.get("width", 1024)
+        tied = name == "one_pass"
+        problem = Problem(rows, 50_304, width, width, tied, entries["itemsize"])
+        backward = "all" if name in ("score_grad", "product", "vocab_grad") else ""
+        cases.append(Case(f"{name} {dtype} T={rows} D={width}", problem, dtype, backward))
+    return cases
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED_LIMIT))
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--out", type=Path, help="write the report to this JSON file")
+    options = parser.parse_args()
+    entries = report(table_cases(), options.arch, options.jobs)
+    for e in entries:
+        bad = e["stack"] > 0 or e["shared"] > e["shared_limit"] or (e["kernel"] not in NO_MMA and not e["instructions"])
+        print(
+            f"{'BAD ' if bad else 'ok  '}sm_{e['arch']} {e['dtype']:8} {e['kernel']:18} {e['blocks']} {e['widths']} "
+            f"warps {e['num_warps']} stages {e['num_stages']}: {e['registers']} registers, stack {e['stack']}, "
+            f"shared {e['shared'] / 1024:.0f} of {e['shared_limit'] / 1024:.0f} KiB, {e['instructions']}"
+        )
+    if options.out:
+        options.out.write_text(json.dumps(entries) + "\n", encoding="utf-8")
+    return 0
+
+
+# kernels without a matrix product
+NO_MMA = ("merge_kernel", "constants_kernel")
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,304 @@
+"""Untied or wide matrices, and many rows: two tiled products for each chunk of the vocabulary.
+
+`score_kernel` computes a tile of scores and, in the epilogue, its softmax against the tile's own maximum::
+
+    for tile (i, j):  s = score(h_i W_j^T);  m_ij = max s;  P_ij = exp(s - m_ij);  l_ij = sum P_ij
+
+`weigh_kernel` forms the weighted sum of its share of the chunk's tiles, each scaled after its product, and merges it
+into the running softmax of its slot, which it alone owns, so that chunks and shares need no atomics::
+
+    m = max_j m_ij (of the share);  acc = sum_j e^(m_ij - m) (P_ij E_j);  slot <- merge(slot, (m, l, acc))
+
+The chunk's P [T, C], in the input's dtype, is all that exists of [T, V]. Traffic: W and E once each for few rows
+(a chunk of a tied matrix is still in L2 for the second product), P written and read once through L2.
+
+`product_kernel` is the same weighted sum without weights, `out += A B`: the backward's dS W.
+"""
+
+import triton
+import triton.language as tl
+
+from .numerics import LOG_FLOOR, LOWEST, dot, row_factors, row_seeds, scores, tile_softmax
+
+
+@triton.jit
+def grouped(program, blocks_0, blocks_1, GROUP: tl.constexpr):
+    """Tile coordinates in an order in which GROUP blocks of the first dimension share what they read in L2."""
+    per_group = GROUP * blocks_1
+    group = program // per_group
+    size = tl.minimum(blocks_0 - group * GROUP, GROUP)
+    inside = program % per_group
+    return group * GROUP + inside % size, inside // size
+
+
+@triton.jit
+def row_dot(
+    a_ptr,  # [T, K], offset to nothing
+    b_ptr,  # [V, K]
+    rows,
+    vocab,
+    m_rows,
+    m_vocab,
+    width,
+    stride_at,
+    stride_ak,
+    stride_bv,
+    stride_bk,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """a [rows] @ b [vocab]^T, float32 [BLOCK_T, BLOCK_V]; rows and vocab int64."""
+    k = tl.arange(0, BLOCK_K)
+    p_a = a_ptr + rows[:, None] * stride_at + k[None, :] * stride_ak
+    p_b = b_ptr + vocab[:, None] * stride_bv + k[None, :] * stride_bk
+    product = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
+    for start in range(0, width, BLOCK_K):
+        m_k = k < width - start
+        a = tl.load(p_a, mask=m_rows[:, None] & m_k[None, :], other=0.0)
+        b = tl.load(p_b, mask=m_vocab[:, None] & m_k[None, :], other=0.0)
+        product = dot(a, tl.trans(b), product, PRECISION)
+        p_a += BLOCK_K * stride_ak
+        p_b += BLOCK_K * stride_bk
+    return product
+
+
+@triton.jit(do_not_specialize=["seed", "vocab_start", "chunk_start", "num_rows"])
+def score_kernel(
+    hidden_ptr,  # [T, D]
+    weight_ptr,  # [V, D]
+    bias_ptr,  # [V]
+    temperature_ptr,  # [T]
+    seed_ptr,  # [T]
+    prob_ptr,  # [T, C] input dtype, out; with RAW: the scores themselves, float32
+    tile_peak_ptr,  # [tiles, T] float32, out; the same for total, moment, argmax
+    tile_total_ptr,
+    tile_moment_ptr,
+    tile_argmax_ptr,
+    num_rows,
+    num_vocab,
+    width,
+    stride_hidden_t,
+    stride_hidden_d,
+    stride_weight_v,
+    stride_weight_d,
+    stride_bias,
+    stride_prob,
+    vocab_start,
+    chunk_start,  # the chunk's first row in this weight
+    chunk_size,
+    seed,
+    scale,
+    softcap,
+    inverse_temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    CAPPED: tl.constexpr,
+    GUMBEL: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    STATS: tl.constexpr,
+    RAW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    i_rows, i_tile = grouped(tl.program_id(0), tl.cdiv(num_rows, BLOCK_T), tl.cdiv(chunk_size, BLOCK_V), GROUP)
+    rows = i_rows * BLOCK_T + tl.arange(0, BLOCK_T)
+    m_rows = rows < num_rows
+    column = i_tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    vocab = (chunk_start + column).to(tl.int64)
+    m_vocab = column < chunk_size
+    product = row_dot(
+        hidden_ptr, weight_ptr, rows.to(tl.int64), vocab, m_rows, m_vocab, width,
+        stride_hidden_t, stride_hidden_d, stride_weight_v, stride_weight_d, PRECISION, BLOCK_T, BLOCK_V, BLOCK_K,
+    )  # fmt: skip
+    inverse = row_factors(temperature_ptr, rows, inverse_temperature, m_rows, HAS_TEMPERATURE)
+    seeds = row_seeds(seed_ptr, rows, seed, m_rows, GUMBEL)
+    score, _ = scores(
+        product, bias_ptr, vocab, vocab_start, num_vocab, stride_bias, inverse, seeds, scale, softcap,
+        HAS_BIAS, CAPPED, GUMBEL, ALIGNED, BLOCK_T, BLOCK_V,
+    )  # fmt: skip
+    p_prob = prob_ptr + rows.to(tl.int64)[:, None] * stride_prob + column[None, :]
+    inside = m_rows[:, None] & m_vocab[None, :]
+    if RAW:
+        tl.store(p_prob, score, mask=inside)
+    else:
+        score, highest, position = tile_softmax(score, m_vocab, STATS)
+        relative = score - highest[:, None]
+        prob = tl.exp(relative)
+        tl.store(p_prob, prob.to(prob_ptr.dtype.element_ty), mask=inside)
+        slot = i_tile * num_rows + rows
+        tl.store(tile_peak_ptr + slot, highest, mask=m_rows)
+        tl.store(tile_total_ptr + slot, tl.sum(prob, 1), mask=m_rows)
+        if STATS:
+            tl.store(tile_moment_ptr + slot, tl.sum(tl.maximum(relative, LOG_FLOOR) * prob, 1), mask=m_rows)
+            index = chunk_start + i_tile * BLOCK_V + position
+            tl.store(tile_argmax_ptr + slot, index.to(tl.int64), mask=m_rows)
+
+
+@triton.jit(do_not_specialize=["chunk_start", "num_rows"])
+def weigh_kernel(
+    prob_ptr,  # [T, C]
+    value_ptr,  # [V, E]
+    tile_peak_ptr,  # [tiles, T]
+    tile_total_ptr,
+    tile_moment_ptr,
+    tile_argmax_ptr,
+    acc_ptr,  # [splits, T, E] float32, in and out
+    old_peak_ptr,  # [splits, T] float32, in: every column block reads it, so the new one goes elsewhere
+    new_peak_ptr,  # [splits, T] float32, out
+    total_ptr,  # [splits, T] float32, in and out; the same for moment, argmax
+    moment_ptr,
+    argmax_ptr,
+    num_rows,
+    width,
+    stride_prob,
+    stride_value_v,
+    stride_value_e,
+    chunk_start,
+    chunk_size,
+    tiles_per_split,
+    FIRST: tl.constexpr,  # the slot is empty
+    STATS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_V: tl.constexpr,  # one product's part of a score tile
+    TILE: tl.constexpr,  # columns of a score tile
+    GROUP: tl.constexpr,
+):
+    i_rows, i_cols = grouped(tl.program_id(0), tl.cdiv(num_rows, BLOCK_T), tl.cdiv(width, BLOCK_E), GROUP)
+    i_split = tl.program_id(1)
+    rows = i_rows * BLOCK_T + tl.arange(0, BLOCK_T)
+    m_rows = rows < num_rows
+    rows64 = rows.to(tl.int64)
+    cols = i_cols * BLOCK_E + tl.arange(0, BLOCK_E)
+    m_cols = cols < width
+    first = i_split * tiles_per_split
+    last = tl.minimum(first + tiles_per_split, tl.cdiv(chunk_size, TILE))
+
+    peak = tl.full([BLOCK_T], LOWEST, tl.float32)
+    for i_tile in range(first, last):
+        slot = i_tile * num_rows + rows
+        peak = tl.maximum(peak, tl.load(tile_peak_ptr + slot, mask=m_rows, other=LOWEST))
+
+    acc = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+    inner = tl.arange(0, BLOCK_V)
+    for start in range(first * TILE, tl.minimum(last * TILE, chunk_size), BLOCK_V):
+        column = start + inner
+        m_column = column < chunk_size
+        prob = tl.load(
+            prob_ptr + rows64[:, None] * stride_prob + column[None, :],
+            mask=m_rows[:, None] & m_column[None, :],
+            other=0.0,
+        )
+        vocab = (chunk_start + column).to(tl.int64)
+        value = tl.load(
+            value_ptr + vocab[:, None] * stride_value_v + cols.to(tl.int64)[None, :] * stride_value_e,
+            mask=m_column[:, None] & m_cols[None, :],
+            other=0.0,
+        )
+        slot = (start // TILE) * num_rows + rows
+        scale = tl.exp(tl.load(tile_peak_ptr + slot, mask=m_rows, other=LOWEST) - peak)
+        acc += dot(prob, value, tl.zeros([BLOCK_T, BLOCK_E], tl.float32), PRECISION) * scale[:, None]
+
+    slot = (i_split * num_rows + rows).to(tl.int64)
+    p_acc = acc_ptr + slot[:, None] * width + cols[None, :]
+    inside = m_rows[:, None] & m_cols[None, :]
+    if FIRST:
+        old_peak = tl.full([BLOCK_T], LOWEST, tl.float32)
+    else:
+        old_peak = tl.load(old_peak_ptr + slot, mask=m_rows, other=LOWEST)
+    new_peak = tl.maximum(old_peak, peak)
+    old_scale = tl.exp(old_peak - new_peak)
+    new_scale = tl.exp(peak - new_peak)
+    acc *= new_scale[:, None]
+    if not FIRST:
+        acc += tl.load(p_acc, mask=inside, other=0.0) * old_scale[:, None]
+    tl.store(p_acc, acc, mask=inside)
+
+    if i_cols == 0:  # the one program of this slot's rows that also keeps the sums
+        total = tl.zeros([BLOCK_T], tl.float32)
+        moment = tl.zeros([BLOCK_T], tl.float32)
+        argmax = tl.zeros([BLOCK_T], tl.int64)
+        best = tl.full([BLOCK_T], LOWEST, tl.float32)
+        if not FIRST:
+            best = old_peak
+            total = tl.load(total_ptr + slot, mask=m_rows, other=0.0) * old_scale
+            if STATS:
+                shift = tl.maximum(old_peak - new_peak, LOG_FLOOR)
+                moment = tl.load(moment_ptr + slot, mask=m_rows, other=0.0) * old_scale + shift * total
+                argmax = tl.load(argmax_ptr + slot, mask=m_rows, other=0)
+        for i_tile in range(first, last):
+            tile = i_tile * num_rows + rows
+            tile_peak = tl.load(tile_peak_ptr + tile, mask=m_rows, other=LOWEST)
+            shift = tile_peak - new_peak
+            decay = tl.exp(shift)
+            tile_total = tl.load(tile_total_ptr + tile, mask=m_rows, other=0.0) * decay
+            total += tile_total
+            if STATS:
+                moment += tl.load(tile_moment_ptr + tile, mask=m_rows, other=0.0) * decay
+                moment += tl.maximum(shift, LOG_FLOOR) * tile_total
+                index = tl.load(tile_argmax_ptr + tile, mask=m_rows, other=0)
+                argmax = tl.where(tile_peak > best, index, argmax)
+                best = tl.maximum(best, tile_peak)
+        tl.store(new_peak_ptr + slot, new_peak, mask=m_rows)
+        tl.store(total_ptr + slot, total, mask=m_rows)
+        if STATS:
+            tl.store(moment_ptr + slot, moment, mask=m_rows)
+            tl.store(argmax_ptr + slot, argmax, mask=m_rows)
+
+
+@triton.jit(do_not_specialize=["chunk_start", "num_rows"])
+def product_kernel(
+    a_ptr,  # [T, C]
+    b_ptr,  # [V, D]
+    out_ptr,  # [splits, T, D] float32, in and out
+    num_rows,
+    width,
+    stride_a,
+    stride_bv,
+    stride_bd,
+    stride_out_split,
+    chunk_start,
+    chunk_size,
+    per_split,  # columns of a, a multiple of BLOCK_V
+    FIRST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    i_rows, i_cols = grouped(tl.program_id(0), tl.cdiv(num_rows, BLOCK_T), tl.cdiv(width, BLOCK_E), GROUP)
+    i_split = tl.program_id(1)
+    rows = i_rows * BLOCK_T + tl.arange(0, BLOCK_T)
+    m_rows = rows < num_rows
+    rows64 = rows.to(tl.int64)
+    cols = i_cols * BLOCK_E + tl.arange(0, BLOCK_E)
+    m_cols = cols < width
+    inside = m_rows[:, None] & m_cols[None, :]
+    p_out = out_ptr + i_split.to(tl.int64) * stride_out_split + rows64[:, None] * width + cols[None, :]
+    acc = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+    inner = tl.arange(0, BLOCK_V)
+    first = i_split * per_split
+    for start in range(first, tl.minimum(first + per_split, chunk_size), BLOCK_V):
+        column = start + inner
+        m_column = column < chunk_size
+        a = tl.load(
+            a_ptr + rows64[:, None] * stride_a + column[None, :],
+            mask=m_rows[:, None] & m_column[None, :],
+            other=0.0,
+        )
+        b = tl.load(
+            b_ptr + (chunk_start + column).to(tl.int64)[:, None] * stride_bv + cols.to(tl.int64)[None, :] * stride_bd,
+            mask=m_column[:, None] & m_cols[None, :],
+            other=0.0,
+        )
+        acc = dot(a, b, acc, PRECISION)
+    if not FIRST:
+        acc += tl.load(p_out, mask=inside, other=0.0)
+    tl.store(p_out, acc, mask=inside)
