@@ -127,7 +127,7 @@ def soft_embed(
     if not return_stats:
         return result
     stats = (found.lse, found.entropy, found.max_prob, found.argmax)
-    return result, SoftTokenStats(*(stat.reshape(leading) for stat in stats))
+    return result, SoftTokenStats(*(stat.reshape(leading) for stat in stats))  # type: ignore[union-attr]
 
 
 def check_scores(

@@ -14,6 +14,7 @@ Nothing here reads a tensor's value, so both can be captured in a CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ class Call(NamedTuple):
     options: Options
     group: str | None = None  # of a vocabulary-parallel call
     stats: bool = False
-    exact: bool = False  # keep what backward needs
+    exact: bool = False  # a gradient will be wanted: keep what backward needs
     backend: str | None = None
 
     def flat(self) -> tuple[Any, ...]:
@@ -50,27 +51,14 @@ class Call(NamedTuple):
         return cls(Options(*flat[:size]), *flat[size:])
 
 
-class Results(NamedTuple):
-    """What both entrances return; what nobody asked for is an empty tensor, as a custom op cannot return None."""
-
-    out: Tensor
-    exact: Tensor
-    lse: Tensor
-    entropy: Tensor
-    max_prob: Tensor
-    argmax: Tensor
-    peak: Tensor
-    total: Tensor
-
-
-def run(inputs: Inputs, call: Call) -> Results:
+def run(inputs: Inputs, call: Call) -> Forward:
     """The op by the cheaper entrance that fits."""
     if torch._C._are_functorch_transforms_active():
-        return Results(*_SoftEmbed.apply(*inputs, *call.flat()))
+        return Forward(*_SoftEmbed.apply(*inputs, *call.flat()))
     if not _eager(inputs, call.backend):
-        return Results(*_forward_op(*inputs, *call.flat()))
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        return Results(*_SoftEmbed.apply(*inputs, *call.flat()))
+        return Forward(*_forward_op(*inputs, *call.flat()))
+    if call.exact:
+        return Forward(*_SoftEmbed.apply(*inputs, *call.flat()))
     return _forward(inputs, call)
 
 
@@ -78,8 +66,9 @@ def _eager(tensors: Sequence[Tensor | None], backend: str | None) -> bool:
     """Whether nothing but eager PyTorch sees this call."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    if any(type(tensor) not in _PLAIN for tensor in tensors):
-        return False
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN:
+            return False
     # the torch backend is made of PyTorch's own operators, which a dispatch mode may see one by one
     return backend == "torch" or not torch._C._len_torch_dispatch_stack()
 
@@ -88,16 +77,28 @@ def _module(backend: str | None, hidden: Tensor) -> ModuleType:
     return soft_embed_triton if resolve_backend(backend, hidden) == "triton" else soft_embed_torch
 
 
-def _forward(inputs: Inputs, call: Call) -> Results:
+def _forward(inputs: Inputs, call: Call) -> Forward:
     hidden, module = inputs.hidden, _module(call.backend, inputs.hidden)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _no_autocast(hidden.device.type):
         if call.group is None:
-            found: Forward = module.forward(inputs, call.options, stats=call.stats, exact=call.exact)
-        else:
-            state = module.scan(inputs, call.options, stats=call.stats)
-            state = merge_shards(state, call.options.vocab_start, find_group(call.group))
-            found = finish(state, call.options, hidden.dtype, exact=call.exact)
-    return Results(*(hidden.new_empty(0) if tensor is None else tensor for tensor in found))
+            return module.forward(inputs, call.options, stats=call.stats, exact=call.exact)
+        state = module.scan(inputs, call.options, stats=call.stats)
+        state = merge_shards(state, call.options.vocab_start, find_group(call.group))
+        return finish(state, call.options, hidden.dtype, exact=call.exact)
+
+
+def _forward_flat(*arguments: Any) -> tuple[Tensor, ...]:
+    """``_forward`` for autograd: an empty tensor stands for what nobody asked for, as ops cannot return None."""
+    found = _forward(Inputs(*arguments[:_NUM_TENSORS]), Call.of(arguments[_NUM_TENSORS:]))
+    return tuple(arguments[0].new_empty(0) if tensor is None else tensor for tensor in found)
+
+
+def _no_autocast(device: str) -> Any:
+    """A context in which products keep their dtypes; entering one costs, so only where there is something to leave."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
+
+
+_NOTHING = nullcontext()
 
 
 def _backward(
@@ -105,7 +106,7 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients in their input's dtype, None where not wanted."""
     hidden, module = inputs.hidden, _module(call.backend, inputs.hidden)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _no_autocast(hidden.device.type):
         found = module.backward(*grads, inputs, saved, call.options, needs)
         rows, temperature = found.hidden, found.temperature
         if call.group is not None:
@@ -121,14 +122,15 @@ def _backward(
 
 
 def _setup(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
-    tensors, results = Inputs(*inputs[:_NUM_TENSORS]), Results(*output)
+    tensors, results = Inputs(*inputs[:_NUM_TENSORS]), Forward(*output)
     ctx.call = Call.of(inputs[_NUM_TENSORS:])
-    ctx.mark_non_differentiable(
-        results.exact, results.max_prob, results.argmax, results.peak, results.total,
-        *(() if ctx.call.stats else (results.entropy,)),
-    )  # fmt: skip
+    constant = [results.exact, results.max_prob, results.argmax, results.peak, results.total]
+    if not ctx.call.stats:
+        constant.append(results.entropy)  # a stand-in
+    ctx.mark_non_differentiable(*constant)
     ctx.set_materialize_grads(False)
-    kept = results.exact if results.exact.shape == results.out.shape else results.out
+    rounded = results.exact.shape == results.out.shape  # type: ignore[union-attr]
+    kept = results.exact if rounded else results.out
     ctx.save_for_backward(*tensors, kept, results.peak, results.total, results.entropy)
 
 
@@ -153,10 +155,10 @@ class _SoftEmbed(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return tuple(_forward(Inputs(*arguments[:_NUM_TENSORS]), Call.of(arguments[_NUM_TENSORS:])))
+        return _forward_flat(*arguments)
 
     setup_context = staticmethod(_setup)
-    backward = staticmethod(once_differentiable(_differentiate))
+    backward = staticmethod(once_differentiable(_differentiate))  # type: ignore[assignment]
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
@@ -185,7 +187,7 @@ _SAVED = "Tensor out, Tensor peak, Tensor total, Tensor entropy"
     schema=f"({_TENSORS}, {_SCALARS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward_op(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(_forward(Inputs(*arguments[:_NUM_TENSORS]), Call.of(arguments[_NUM_TENSORS:])))
+    return _forward_flat(*arguments)
 
 
 @_forward_op.register_fake

@@ -68,7 +68,7 @@ def group_name(shard: VocabShard) -> str:
     return name
 
 
-def find_group(name: str) -> Any:
+def find_group(name: Any) -> Any:
     """The process group of that name."""
     return dist.distributed_c10d._resolve_process_group(name)
 

@@ -142,11 +142,13 @@ def pieces(width: int) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=4096)
 def plan_forward(problem: Problem, device: Device) -> OnePass | TwoPass:
-    one_pass = _one_pass(problem, device) if problem.tied and problem.width <= ONE_PASS_WIDTH else None
-    return one_pass or _two_pass(problem, device)
+    return _one_pass(problem, device) or _two_pass(problem, device)
 
 
 def _one_pass(problem: Problem, device: Device) -> OnePass | None:
+    # float32: a 3xTF32 product of whole rows spills, and its gradients need scores bitwise as backward recomputes them
+    if not problem.tied or problem.width > ONE_PASS_WIDTH or problem.itemsize != 2:
+        return None
     widths = pieces(problem.width)
     config = find("one_pass", device.arch, problem.itemsize, problem.rows, sum(widths))
     if config is None:

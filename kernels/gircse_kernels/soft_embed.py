@@ -12,7 +12,6 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import backward as backward_kernels
@@ -273,10 +272,9 @@ MERGE = Config({"BLOCK_S": 16, "BLOCK_E": 128}, 4, 2)
 
 
 def _merge(partials: Partials, result: Forward, rows: slice, num_vocab: int, embed_scale: float, finish: bool) -> None:
-    out, exact, lse, entropy, max_prob, argmax, peak, total = (
-        None if tensor is None else tensor[rows] for tensor in result
-    )
-    assert out is not None
+    if rows.stop - rows.start < result.out.shape[0]:
+        result = Forward(*(None if tensor is None else tensor[rows] for tensor in result))  # type: ignore[arg-type]
+    out, exact, lse, entropy, max_prob, argmax, peak, total = result
     splits, width = partials.acc.shape[0], out.shape[1]
     launch(
         merge_kernel,
@@ -290,7 +288,7 @@ def _merge(partials: Partials, result: Forward, rows: slice, num_vocab: int, emb
         FINISH=finish,
         STATS=argmax is not None,
         EXACT=exact is not None,
-        SPLITS=triton.next_power_of_2(splits),
+        SPLITS=1 << (splits - 1).bit_length(),
     )  # fmt: skip
 
 
@@ -339,16 +337,17 @@ def backward(
     hidden, head, embed, bias, temperature, _ = inputs
     values = head if embed is None else embed
     (num_rows, width), (num_vocab, value_width) = hidden.shape, values.shape
-    # gradients of a sum come as views with stride 0
+    # the kernels take a number of each row to lie beside the next row's; the gradients of a sum have stride 0
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
+    saved = Saved(*(None if tensor is None else tensor.contiguous() for tensor in saved))  # type: ignore[arg-type]
     zeros = functools.partial(torch.zeros, dtype=torch.float32, device=hidden.device)
     need_values = (needs.embed if embed is not None else needs.head) and grad_out is not None
     need_temperature = needs.temperature and temperature is not None
     need_bias = needs.bias and bias is not None
     need_scores = needs.hidden or needs.head or need_bias or need_temperature
     empty = num_rows == 0 or not (need_scores or need_values)
-    problem = Problem(num_rows, num_vocab, width, value_width, embed is None, hidden.itemsize)
+    problem = Problem(max(1, num_rows), num_vocab, width, value_width, embed is None, hidden.itemsize)
     plan = plan_backward(problem, device or device_of(hidden.device), need_values, needs.head)
     # The kernels write every element; without rows none of them runs.
     make = functools.partial(torch.zeros if empty else torch.empty, device=hidden.device)
@@ -374,7 +373,7 @@ def backward(
                 grad_out, saved.out, grad_lse, grad_entropy, saved.entropy, saved.total, constant,
                 num_rows, value_width, *grad_out.stride(),
             ),
-            Config({"BLOCK_E": min(1024, triton.next_power_of_2(value_width))}, 4, 1),
+            Config({"BLOCK_E": min(1024, 1 << (value_width - 1).bit_length())}, 4, 1),
             HAS_GRAD=has_grad,
             HAS_LSE=grad_lse is not None,
             HAS_ENTROPY=grad_entropy is not None,

@@ -1,0 +1,313 @@
+"""Every kernel in Triton's interpreter against the float64 definition, relative to eager PyTorch's own error."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from gircse_kernels import plan
+from gircse_kernels.plan import OnePass, Problem, TwoPass
+from gircse_kernels.soft_embed import device_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gircse.ops import soft_embed, top_tokens
+from gircse.ops.reference import soft_embed_reference, top_tokens_reference
+from tests.kernels.small_plans import small_plans
+from tests.ops.accuracy import DTYPES, OPTIONS, assert_as_accurate_as_eager, random_inputs, run, upstream_gradients
+
+pytestmark = pytest.mark.usefixtures("interpreter")
+TRITON = {"backend": "triton"}
+# One pass is for half precision alone.
+PASSES = pytest.mark.parametrize("one_pass", [True, False], ids=["one pass", "two passes"])
+PASSES_AND_DTYPES = pytest.mark.parametrize(
+    ("one_pass", "dtype"),
+    [(one_pass, dtype) for one_pass in (True, False) for dtype in DTYPES if not one_pass or dtype.itemsize == 2],
+    ids=str,
+)
+
+
+def check(one_pass: bool, options: dict[str, Any] | None = None, *, seeds: int = 2, **shape: Any) -> None:
+    """T = 37, V = 107, D = 27: three blocks of rows, seven tiles, two pieces of a row, the last of each ragged."""
+    shape = {"leading": (37,), "vocab": 107, "width": 27, **shape}
+    with small_plans(one_pass):
+        assert_as_accurate_as_eager(options={**(options or {}), **TRITON}, seeds=seeds, **shape)
+
+
+def test_the_small_plans_have_several_of_everything() -> None:
+    problem, device = Problem(37, 107, 27, 27, True, 2), device_of(torch.device("cpu"))
+    with small_plans(True):
+        found = plan.plan_forward(problem._replace(rows=30), device)
+        assert isinstance(found, OnePass)
+        assert found.row_blocks > 1
+        assert found.splits > 1
+        assert found.tiles_per_split > 1
+        assert found.widths == (16, 16) or found.widths == (32, 0)
+    with small_plans(False):
+        found = plan.plan_forward(problem, device)
+        assert isinstance(found, TwoPass)
+        assert problem.rows > found.row_block
+        assert problem.vocab > found.chunk
+        assert found.splits >= 1
+        again = plan.plan_backward(problem, device, True, True)
+        assert problem.rows > again.row_block
+        assert problem.vocab > again.chunk
+
+
+@PASSES_AND_DTYPES
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_tied(one_pass: bool, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    # at most two blocks of rows in one pass
+    check(one_pass, options, leading=(30,) if one_pass else (37,), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["all"]], ids=["plain", "all"])
+def test_untied_with_bias(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    check(False, options, embed=35, bias=True, dtype=dtype)
+
+
+@PASSES_AND_DTYPES
+def test_temperature_per_row_and_bias(one_pass: bool, dtype: torch.dtype) -> None:
+    options = {"softcap": 3.0, "logit_scale": 1.3, "embed_scale": 2.0}
+    check(one_pass, options, leading=(3, 9), bias=True, row_temperature=True, dtype=dtype)
+
+
+@PASSES_AND_DTYPES
+@pytest.mark.parametrize("width", [16, 24, 40, 48, 65])
+def test_widths_of_one_and_two_pieces(one_pass: bool, dtype: torch.dtype, width: int) -> None:
+    check(one_pass, leading=(7,), width=width, dtype=dtype, seeds=1)
+
+
+@PASSES_AND_DTYPES
+def test_nearly_one_hot(one_pass: bool, dtype: torch.dtype) -> None:
+    """Large logits: dS is a difference of nearly equal numbers, which a rounded saved output would spoil."""
+    check(one_pass, scale=12.0, leading=(19,), dtype=dtype, with_stats=False, seeds=4)
+
+
+@PASSES_AND_DTYPES
+@pytest.mark.parametrize("seed", [7, "rows"])
+def test_gumbel(one_pass: bool, dtype: torch.dtype, seed: int | str) -> None:
+    seeds: Any = torch.randint(-(2**62), 2**62, (19,)) if seed == "rows" else seed
+    check(one_pass, {"gumbel_seed": seeds, "temperature": 0.7}, leading=(19,), dtype=dtype)
+
+
+@PASSES
+@pytest.mark.parametrize("shift", [-3e4, 3e4])
+def test_extreme_logits(one_pass: bool, shift: float) -> None:
+    dtype = torch.bfloat16 if one_pass else torch.float32
+    check(one_pass, leading=(19,), bias=True, shift=shift, dtype=dtype, with_stats=False)
+
+
+@PASSES
+def test_entries_removed_by_a_bias_of_minus_infinity(one_pass: bool) -> None:
+    """Whole tiles and a whole split removed."""
+    dtype = torch.bfloat16 if one_pass else torch.float32
+    tensors = random_inputs((19,), 107, 27, bias=True, dtype=dtype)
+    kept = torch.zeros(107, dtype=torch.bool)
+    kept[40:61] = True
+    removed = {**tensors, "bias": tensors["bias"].masked_fill(~kept, -torch.inf)}
+    with small_plans(one_pass):
+        ours = run(soft_embed, removed, dtype, True, TRITON)
+    truth = run(soft_embed, removed, dtype, True, {"backend": "torch"})
+    tolerance = 0.05 if one_pass else 2e-5
+    for name, exact in truth.items():
+        assert (ours[name] - exact).abs().max() <= tolerance * (exact.abs().max() + 1), name
+        if name in ("grad head_weight", "grad bias"):
+            assert not ours[name][~kept].any()
+
+
+@PASSES
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter's numpy
+def test_a_bad_row_stays_alone(one_pass: bool, bad: float) -> None:
+    dtype = torch.bfloat16 if one_pass else torch.float32
+    tensors = random_inputs((19,), 107, 27, dtype=dtype)
+    with small_plans(one_pass):
+        clean = run(soft_embed, tensors, dtype, True, TRITON)
+        tensors["hidden"][5, 3] = bad
+        spoilt = run(soft_embed, tensors, dtype, True, TRITON)
+    others = torch.arange(19) != 5
+    for name in ("out", "lse", "entropy", "max_prob", "argmax", "grad hidden"):
+        assert torch.equal(spoilt[name][others], clean[name][others]), name
+    assert spoilt["out"][5].isnan().all()
+    assert 0 <= spoilt["argmax"][5] < 107
+
+
+@PASSES
+def test_argmax_takes_the_lowest_index_of_a_tie(one_pass: bool) -> None:
+    head = torch.ones(107, 4, dtype=torch.bfloat16)
+    head[:18] = 0.0
+    with small_plans(one_pass):
+        _, stats = soft_embed(torch.ones(6, 4, dtype=torch.bfloat16), head, return_stats=True, backend="triton")
+    assert stats.argmax.tolist() == [18] * 6
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_subset_of_gradients(tied: bool) -> None:
+    """Each subset gives the gradients of the full set and nothing for the others."""
+    tensors = random_inputs((21,), 40, 9, None if tied else 21, bias=True, row_temperature=True, dtype=torch.float32)
+    options = {"softcap": 4.0, **TRITON}
+    with small_plans(False):
+        full = run(soft_embed, tensors, torch.float32, True, options)
+        for wanted in itertools.product([False, True], repeat=len(tensors)):
+            if not any(wanted):
+                continue
+            leaves = {
+                name: tensor.clone().requires_grad_(want)
+                for want, (name, tensor) in zip(wanted, tensors.items(), strict=True)
+            }
+            out, stats = soft_embed(**leaves, **options, return_stats=True)  # type: ignore[misc, arg-type]
+            targets = [out, stats.lse, stats.entropy]
+            upstream = [g.to(t) for g, t in zip(upstream_gradients(out, stats), targets, strict=True)]
+            torch.autograd.backward(targets, upstream)
+            for want, (name, leaf) in zip(wanted, leaves.items(), strict=True):
+                assert (leaf.grad is not None) == want, name
+                if leaf.grad is not None:
+                    # how the vocabulary is cut into chunks depends on what is asked for, and with it the rounding
+                    torch.testing.assert_close(leaf.grad, full[f"grad {name}"], rtol=3e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("target", [0, 1, 2])
+@pytest.mark.parametrize("tied", [True, False])
+def test_only_one_of_out_lse_entropy_in_the_loss(target: int, tied: bool) -> None:
+    tensors = random_inputs((21,), 75, 18, None if tied else 21, bias=True, row_temperature=True, dtype=torch.float32)
+    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    with small_plans(False):
+        out, stats = soft_embed(**leaves, return_stats=True, backend="triton")  # type: ignore[misc, arg-type]
+        wanted = (out, stats.lse, stats.entropy)[target]
+        upstream = torch.randn(wanted.shape)
+        ours = torch.autograd.grad(wanted, list(leaves.values()), upstream, allow_unused=True)
+    out, stats = soft_embed_reference(**leaves)  # type: ignore[arg-type]
+    truth = torch.autograd.grad(
+        (out, stats.lse, stats.entropy)[target], list(leaves.values()), upstream, allow_unused=True
+    )
+    for name, got, exact in zip(leaves, ours, truth, strict=True):
+        expected = torch.zeros_like(leaves[name]) if exact is None else exact
+        torch.testing.assert_close(torch.zeros_like(expected) if got is None else got, expected, rtol=3e-5, atol=3e-5)
+
+
+@PASSES
+def test_two_runs_and_two_backwards_are_bitwise_equal(one_pass: bool) -> None:
+    tensors = random_inputs((19,), 107, 27, bias=True, row_temperature=True, dtype=torch.bfloat16)
+    leaves = [tensor.requires_grad_() for tensor in tensors.values()]
+    with small_plans(one_pass):
+        results = []
+        for _ in range(2):
+            out, stats = soft_embed(**tensors, return_stats=True, backend="triton")  # type: ignore[misc, arg-type]
+            targets = [out, stats.lse, stats.entropy]
+            upstream = [g.to(t) for g, t in zip(upstream_gradients(out, stats), targets, strict=True)]
+            results += [torch.autograd.grad(targets, leaves, upstream, retain_graph=True) for _ in range(2)]
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("leading", [(0,), (0, 3), (1,), (1, 1), ()])
+def test_no_rows_and_one_row(leading: tuple[int, ...]) -> None:
+    tensors = random_inputs(leading, 40, 9, embed=6, bias=True, dtype=torch.float32)
+    leaves = [tensor.requires_grad_() for tensor in tensors.values()]
+    out, stats = soft_embed(**tensors, return_stats=True, backend="triton")  # type: ignore[misc, arg-type]
+    assert out.shape == (*leading, 6)
+    assert all(stat.shape == leading for stat in stats)
+    grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    if out.numel() == 0:
+        assert all(not grad.any() for grad in grads)
+    else:
+        torch.testing.assert_close(out, soft_embed_reference(**tensors)[0], rtol=1e-5, atol=1e-5)  # type: ignore[arg-type]
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    vocab=st.integers(1, 90),
+    width=st.integers(1, 40),
+    embed=st.none() | st.integers(1, 40),
+    bias=st.booleans(),
+    row_temperature=st.booleans(),
+    one_pass=st.booleans(),
+    row_block=st.integers(1, 50),
+    chunk_rows=st.integers(1, 90),
+    layout=st.sampled_from(["contiguous", "transposed", "strided", "expanded"]),
+)
+def test_any_shape_and_stride(
+    rows: int,
+    vocab: int,
+    width: int,
+    embed: int | None,
+    bias: bool,
+    row_temperature: bool,
+    one_pass: bool,
+    row_block: int,
+    chunk_rows: int,
+    layout: str,
+) -> None:
+    tensors = random_inputs((rows,), vocab, width, embed, bias, row_temperature)
+    dtype = torch.bfloat16 if one_pass else torch.float32
+    strided = {name: laid_out(tensor.to(dtype), layout) for name, tensor in tensors.items()}
+    truth = run(soft_embed_reference, {n: t.double() for n, t in strided.items()}, torch.float64, True, {})
+    with small_plans(one_pass, row_block=row_block, chunk_rows=chunk_rows):
+        leaves = {name: tensor.requires_grad_() for name, tensor in strided.items()}
+        out, stats = soft_embed(**leaves, return_stats=True, backend="triton")  # type: ignore[misc, arg-type]
+        targets = [out, stats.lse, stats.entropy]
+        upstream = [g.to(t.dtype) for g, t in zip(upstream_gradients(out, stats), targets, strict=True)]
+        if layout == "transposed":
+            upstream[0] = laid_out(upstream[0], layout)
+        grads = torch.autograd.grad(targets, list(leaves.values()), upstream)
+    ours = {"out": out, "lse": stats.lse, "entropy": stats.entropy}
+    ours.update({f"grad {name}": grad for name, grad in zip(leaves, grads, strict=True)})
+    for name, got in ours.items():
+        scale = truth[name].abs().max().item() + 1
+        tolerance = 2e-5 if dtype == torch.float32 or name in ("lse", "entropy") else 0.05
+        assert (got.double() - truth[name]).abs().max().item() <= tolerance * scale, name
+
+
+def laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """The same values (for "expanded": one row's, or one number) in other strides."""
+    if layout == "transposed" and tensor.dim() == 2:
+        return tensor.T.contiguous().T
+    if layout == "strided":
+        return torch.stack([tensor] * 3, -1)[..., 1]
+    if layout == "expanded":
+        return tensor[:1].expand(tensor.shape)
+    return tensor
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "temperature": 0.6}])
+def test_top_tokens(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    tensors = random_inputs((19,), 107, 27, bias=True, dtype=dtype)
+    with small_plans(False):
+        ids, probs = top_tokens(**tensors, n=9, **options, backend="triton")
+    exact_ids, exact = top_tokens_reference(**{n: t.double() for n, t in tensors.items()}, n=9, **options)
+    torch.testing.assert_close(probs.double(), exact, rtol=1e-5, atol=1e-6)
+    assert (ids == exact_ids).float().mean() > 0.95  # rounding may swap near ties
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"), [(torch.float64, r"backend: 'triton' is not available: got dtype torch.float64")]
+)
+def test_what_the_kernels_cannot_take(dtype: torch.dtype, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        soft_embed(torch.randn(3, 4, dtype=dtype), torch.randn(5, 4, dtype=dtype), backend="triton")
+
+
+@PASSES
+def test_int64_offsets(one_pass: bool) -> None:
+    """Rows further than 2^31 elements from the first: strides are multiplied in 64 bits.
+
+    The storage is reserved, not used: untouched pages cost nothing.
+    """
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    rows, vocab, width, stride = 20, 40, 24, 2**26 + 8
+    storage = torch.empty(vocab * stride, dtype=torch.bfloat16)
+    head = storage.as_strided((vocab, width), (stride, 1))
+    hidden = storage.as_strided((rows, width), (2 * stride, 1), 512)
+    assert hidden.stride(0) * (rows - 1) > 2**31
+    head.copy_(torch.randn(vocab, width))
+    hidden.copy_(torch.randn(rows, width))
+    with small_plans(one_pass):
+        out = soft_embed(hidden, head, backend="triton")
+    expected, _ = soft_embed_reference(hidden.double(), head.double())
+    torch.testing.assert_close(out.double(), expected, rtol=2e-2, atol=2e-2)  # type: ignore[union-attr]

@@ -1,0 +1,125 @@
+"""A vocabulary in shards on 2 to 4 processes against the unsharded op, values and every gradient."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from gircse.ops import VocabShard, soft_embed
+from tests.ops.accuracy import random_inputs, upstream_gradients
+from tests.ops.test_soft_embed_op import HAS_TRITON
+
+# (processes, bounds of their shards): uneven, one of a single row, none aligned to a tile or to the noise's lanes
+DIVISIONS = [(2, (0, 23, 53)), (3, (0, 1, 30, 53)), (4, (0, 14, 27, 40, 53))]
+ROWS = ("hidden", "temperature")
+
+
+def in_processes(size: int, task: Any, folder: Path, *arguments: Any) -> None:
+    mp.start_processes(_enter, (size, task, str(folder), arguments), nprocs=size, start_method="spawn")
+
+
+def _enter(rank: int, size: int, task: Any, folder: str, arguments: Any) -> None:
+    sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[2] / "kernels")]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    try:
+        task(rank, *arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def compare(rank: int, bounds: tuple[int, ...], backend: str, dtype: torch.dtype) -> None:
+    for embed, options in [
+        (None, {}),
+        (6, {"softcap": 3.0, "temperature": 0.7, "logit_scale": 1.3, "embed_scale": 2.0}),
+        (6, {"row_temperature": True, "gumbel_seed": 11}),
+        (None, {"gumbel_seed": torch.arange(11) * 5}),
+    ]:
+        per_row = bool(options.pop("row_temperature", False))  # type: ignore[arg-type]
+        tensors = random_inputs((11,), 53, 9, embed, bias=True, row_temperature=per_row, dtype=dtype)
+        start, stop = bounds[rank], bounds[rank + 1]
+        whole = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+        part = {
+            name: (tensor if name in ROWS else tensor[start:stop]).clone().requires_grad_()
+            for name, tensor in tensors.items()
+        }
+        results = []
+        for leaves, shard in ((whole, None), (part, VocabShard(start, stop))):
+            out, stats = soft_embed(
+                **leaves,  # type: ignore[arg-type]
+                **options,  # type: ignore[arg-type]
+                vocab_parallel=shard,
+                return_stats=True,
+                backend="torch" if shard is None else backend,
+            )
+            targets = [out, stats.lse, stats.entropy]
+            upstream = [g.to(t) for g, t in zip(upstream_gradients(out, stats), targets, strict=True)]
+            grads = torch.autograd.grad(targets, list(leaves.values()), upstream)
+            results.append(({"out": out, **stats._asdict()}, dict(zip(leaves, grads, strict=True))))
+        (expected, exact), (got, ours) = results
+        tolerance = 1e-11 if dtype == torch.float64 else 3e-5
+        for name, value in expected.items():
+            torch.testing.assert_close(got[name], value, rtol=tolerance, atol=tolerance)
+        for name, value in exact.items():
+            mine = value if name in ROWS else value[start:stop]
+            torch.testing.assert_close(ours[name], mine, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("size", "bounds"), DIVISIONS)
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=HAS_TRITON)])
+def test_equals_the_unsharded_op(size: int, bounds: tuple[int, ...], backend: str, tmp_path: Path) -> None:
+    if backend == "triton":
+        assert os.environ["TRITON_INTERPRET"] == "1"
+    dtype = torch.float64 if backend == "torch" else torch.float32
+    in_processes(size, compare, tmp_path, bounds, backend, dtype)
+
+
+def special_cases(rank: int) -> None:
+    size = dist.get_world_size()
+    # shards that hold none of the probability, a tie across shards, a bad row, no rows, a group of one
+    hidden, head = torch.ones(3, 4), torch.ones(8, 4)
+    bias = torch.full((8,), -torch.inf)
+    bias[5:7] = 0.0
+    shard = VocabShard.even(8)
+    mine = slice(shard.start, shard.stop)
+    _, stats = soft_embed(hidden, head[mine], bias=bias[mine], vocab_parallel=shard, return_stats=True)
+    assert stats.argmax.tolist() == [5, 5, 5]
+    torch.testing.assert_close(stats.max_prob, torch.full((3,), 0.5))
+    hidden[1, 2] = torch.nan
+    out, stats = soft_embed(hidden, head[mine], vocab_parallel=shard, return_stats=True)
+    assert out.isnan().any(1).tolist() == [False, True, False]
+    assert ((stats.argmax >= 0) & (stats.argmax < 8)).all()
+    assert soft_embed(hidden[:0], head[mine], vocab_parallel=shard).shape == (0, 4)  # type: ignore[union-attr]
+    groups = [dist.new_group([i]) for i in range(size)]
+    alone = soft_embed(torch.ones(3, 4), head, vocab_parallel=VocabShard(0, 8, groups[rank]))
+    torch.testing.assert_close(alone, soft_embed(torch.ones(3, 4), head))
+    compiled = torch.compile(lambda h, w: soft_embed(h, w, vocab_parallel=shard), fullgraph=True, backend="aot_eager")
+    leaf = torch.randn(3, 4, requires_grad=True)
+    (one,) = torch.autograd.grad(compiled(leaf, head[mine]).square().sum(), leaf)
+    (other,) = torch.autograd.grad(soft_embed(leaf, head).square().sum(), leaf)  # type: ignore[union-attr]
+    torch.testing.assert_close(one, other)
+
+
+def test_special_cases(tmp_path: Path) -> None:
+    in_processes(2, special_cases, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((0.5, 2), TypeError, r"VocabShard.start: got float, expected an int"),
+        ((0, True), TypeError, r"VocabShard.stop: got bool, expected an int"),
+        ((-1, 2), ValueError, r"got start -1 and stop 2, expected 0 <= start < stop"),
+        ((3, 3), ValueError, r"got start 3 and stop 3, expected 0 <= start < stop"),
+    ],
+)
+def test_bad_shards(arguments: tuple[Any, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        VocabShard(*arguments)
