@@ -21,7 +21,7 @@ _GREY, _BLACK = "#777777", "#222222"
 
 def plot_throughput(record: dict[str, Any], path: Path) -> None:
     """Texts per second against K, one line per engine, the single pass as a level, the floor as a dotted line."""
-    plt = _pyplot()
+    plt = pyplot()
     rows = record["points"]
     names = [name for name in dict.fromkeys(row["engine"] for row in rows) if name != SINGLE_PASS]
     figure, axes = plt.subplots(figsize=(8.2, 5.0), layout="constrained")
@@ -68,12 +68,12 @@ def plot_throughput(record: dict[str, Any], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="best", fontsize=9)
     _title(figure, axes, record, f"Encoding speed against K (labels: times as fast as {REFERENCE})")
-    _save(plt, figure, path)
+    save_figure(plt, figure, path)
 
 
 def plot_training(record: dict[str, Any], path: Path) -> None:
     """Two bar charts, seconds and peak memory of one training step per engine."""
-    plt = _pyplot()
+    plt = pyplot()
     rows = record["points"]
     names = [row["engine"] for row in rows]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.4, 1.9 + 0.55 * len(rows)), layout="constrained", sharey=True)
@@ -113,7 +113,7 @@ def plot_training(record: dict[str, Any], path: Path) -> None:
         axes.grid(True, axis="x", alpha=0.25, linewidth=0.6)
         axes.set_axisbelow(True)
     _title(figure, None, record, "One training step")
-    _save(plt, figure, path)
+    save_figure(plt, figure, path)
 
 
 def _speedup(row: dict[str, Any]) -> str:
@@ -157,7 +157,7 @@ def _origin(origin: dict[str, Any]) -> str:
     )
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -166,7 +166,7 @@ def _pyplot() -> Any:
     return plt
 
 
-def _save(plt: Any, figure: Any, path: Path) -> None:
+def save_figure(plt: Any, figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+_SOURCES = (".py", ".json")
 _PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
 
 
@@ -40,7 +41,8 @@ def provenance(device: str | torch.device) -> dict[str, Any]:
 
 
 def sources_hash(packages: Sequence[str] = ("gircse.ops", "gircse_kernels")) -> str:
-    """16 hex digits over every Python file of these packages as they would be imported: names and contents.
+    """16 hex digits over every Python and JSON file (config tables) of these packages as they would be imported: names
+    and contents.
 
     A record whose hash differs from the present one was measured with other kernels.
     """
@@ -48,7 +50,7 @@ def sources_hash(packages: Sequence[str] = ("gircse.ops", "gircse_kernels")) -> 
     for package in packages:
         spec = importlib.util.find_spec(package)
         for folder in sorted(spec.submodule_search_locations or ()) if spec else ():
-            for file in sorted(Path(folder).rglob("*.py")):
+            for file in sorted(path for path in Path(folder).rglob("*") if path.suffix in _SOURCES):
                 digest.update(f"{package}/{file.relative_to(folder).as_posix()}\0".encode())
                 digest.update(file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

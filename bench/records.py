@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.tables import THROUGHPUT, TRAINING, table
+from gircse.atomic import new_file
 
 _UNSTEADY = 0.3  # spread above which a median of a few runs says little
 
@@ -63,8 +64,9 @@ def report(record: dict[str, Any]) -> str:
 
 
 def save(record: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(to_json(record) + "\n", encoding="utf-8")
+    """Whole or not at all: a file that exists is a finished record."""
+    with new_file(path) as temporary:
+        temporary.write_text(to_json(record) + "\n", encoding="utf-8")
 
 
 def to_json(record: dict[str, Any]) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +19,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import Tensor
 
+from bench.cases import BOTH, MODELS, PASSES
+from bench.op_engines import Op, Problem, WrongResultError, check, draw_matrices, eager, ours
 from bench.provenance import provenance
 from bench.records import save, to_json
-from bench.shapes import SHAPES
 from bench.tables import table
-from bench.timing import Timing, seconds
+from bench.timing import interleaved
 from bench.train_worker import peak, reset_peak
-from gircse.ops import soft_embed
-from gircse.ops.reference import soft_embed_reference
 
-Op = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-
-
-def eager(hidden: Tensor, head: Tensor, embed: Tensor | None) -> Tensor:
-    return torch.softmax(hidden @ head.T, dim=-1) @ (head if embed is None else embed)
-
-
-OPS: dict[str, Op] = {"eager": eager, "ours": lambda hidden, head, embed: soft_embed(hidden, head, embed)}
-PASSES = ("forward", "forward+backward")
+OPS: dict[str, Op] = {"eager": eager, "ours": ours}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b", help="model whose matrices are used")
+    parser.add_argument("--shape", choices=MODELS, default="qwen2.5-0.5b", help="model whose matrices are used")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 256], help="numbers of rows T")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -57,27 +46,26 @@ def main() -> int:
         print(measure_peak(options, op, what, int(rows)))
         return 0
 
-    device, points = torch.device(options.device), []
-    head, embed = matrices(options)
-    worst = 0.0
+    device, points, worst = torch.device(options.device), [], 0.0
+    head, embed = draw_matrices(MODELS[options.shape], getattr(torch, options.dtype), device)
     for rows in options.rows:
-        worst = max(worst, check(rows, head, embed))
+        try:
+            worst = max(worst, check(Problem.draw(rows, BOTH, head, embed))["worst_ratio"])
+        except WrongResultError as error:
+            raise SystemExit(f"bench/soft_embed.py: {error}") from error
         for what in PASSES:
-            runs = {name: call(name, what, rows, head, embed) for name in OPS}
+            problem = Problem.draw(rows, what, head, embed)
+            runs = {name: problem.call(op) for name, op in OPS.items()}
             for run in runs.values():
                 run()
-            times: dict[str, list[float]] = {name: [] for name in OPS}
-            for _ in range(options.repeats):
-                for name, run in runs.items():
-                    times[name].append(seconds(run, device))
-            median = {name: Timing.of(values).seconds for name, values in times.items()}
+            timings = interleaved(runs, device, options.repeats)
             points.append(
                 {
                     "rows": rows,
                     "pass": what,
-                    "milliseconds": {name: value * 1e3 for name, value in median.items()},
-                    "spread": {name: Timing.of(values).spread for name, values in times.items()},
-                    "speedup": median["eager"] / median["ours"],
+                    "milliseconds": {name: timing.seconds * 1e3 for name, timing in timings.items()},
+                    "spread": {name: timing.spread for name, timing in timings.items()},
+                    "speedup": timings["eager"].seconds / timings["ours"].seconds,
                     "peak_extra_bytes": {name: peak_of(name, what, rows) for name in OPS},
                 }
             )
@@ -100,55 +88,6 @@ def main() -> int:
     return 0
 
 
-def matrices(options: argparse.Namespace) -> tuple[Tensor, Tensor | None]:
-    """The head [V, D], and the embedding [V, D] or None where the model ties them."""
-    settings = SHAPES[options.shape].settings
-    shape, dtype = (settings["vocab_size"], settings["hidden_size"]), getattr(torch, options.dtype)
-    generator = torch.Generator(options.device).manual_seed(0)
-    head = torch.randn(shape, generator=generator, device=options.device).mul_(shape[1] ** -0.5).to(dtype)
-    if settings["tie_word_embeddings"]:
-        return head, None
-    return head, torch.randn(shape, generator=generator, device=options.device).to(dtype)
-
-
-def call(name: str, what: str, rows: int, head: Tensor, embed: Tensor | None) -> Callable[[], Any]:
-    hidden = inputs(rows, head).requires_grad_(what != "forward")
-    upstream = torch.randn(rows, head.shape[1], device=head.device, dtype=head.dtype)
-    op = OPS[name]
-    if what == "forward":
-        return lambda: op(hidden, head, embed)
-    return lambda: torch.autograd.grad(op(hidden, head, embed), hidden, upstream)
-
-
-def inputs(rows: int, head: Tensor) -> Tensor:
-    """Hidden states whose logits have a standard deviation of 3: entropies of soft tokens as models have them."""
-    generator = torch.Generator(head.device).manual_seed(1)
-    return (3 * torch.randn(rows, head.shape[1], generator=generator, device=head.device)).to(head.dtype)
-
-
-def check(rows: int, head: Tensor, embed: Tensor | None, *, sample: int = 4) -> float:
-    """Worst ratio of our error to eager's, both against float64, of values and gradients; refuses above 2."""
-    hidden = inputs(min(rows, sample), head)
-    upstream = torch.randn(hidden.shape[0], head.shape[1], device=head.device).to(head.dtype)
-    exact_in = hidden.double().requires_grad_()
-    wide = [None if matrix is None else matrix.double() for matrix in (head, embed)]
-    exact, _ = soft_embed_reference(exact_in, *wide)
-    (exact_gradient,) = torch.autograd.grad(exact, exact_in, upstream.double())
-    errors = {}
-    for name, op in OPS.items():
-        leaf = hidden.clone().requires_grad_()
-        out = op(leaf, head, embed)
-        (gradient,) = torch.autograd.grad(out, leaf, upstream)
-        errors[name] = [
-            ((got.double() - want).norm() / want.norm()).item()
-            for got, want in ((out.detach(), exact.detach()), (gradient, exact_gradient))
-        ]
-    ratio = max(ours / max(theirs, 1e-9) for ours, theirs in zip(errors["ours"], errors["eager"], strict=True))
-    if not (ratio <= 2 or max(errors["ours"]) < 1e-6):
-        raise SystemExit(f"no speed is printed: our error is {ratio:.1f} times eager's at T = {rows}: {errors}")
-    return ratio
-
-
 def peak_of(name: str, what: str, rows: int) -> int | None:
     command = [sys.executable, *sys.argv, "--peak-of", name, what, str(rows)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -157,11 +96,11 @@ def peak_of(name: str, what: str, rows: int) -> int | None:
 
 def measure_peak(options: argparse.Namespace, name: str, what: str, rows: int) -> int:
     """Bytes above what was in use before the call; results count as extra."""
-    head, embed = matrices(options)
     device = torch.device(options.device)
-    small = call(name, what, 1, head[:4096], None if embed is None else embed[:4096])
-    small()  # libraries, threads and their scratch are not the op's
-    run = call(name, what, rows, head, embed)
+    head, embed = draw_matrices(MODELS[options.shape], getattr(torch, options.dtype), device)
+    small = Problem.draw(1, what, head[:4096], None if embed is None else embed[:4096])
+    small.call(OPS[name])()  # libraries, threads and their scratch are not the op's
+    run = Problem.draw(rows, what, head, embed).call(OPS[name])
     before = reset_peak(device)
     run()
     return peak(device) - before

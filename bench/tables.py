@@ -35,6 +35,59 @@ TRAINING = [
 ]
 
 
+def _milliseconds(engine: str) -> Callable[[dict[str, Any]], str]:
+    """Of an engine in an op record; why there is none, where there is none."""
+
+    def value(record: dict[str, Any]) -> str:
+        found = record["engines"][engine]
+        return record["failures"].get(engine, "-") if found is None else f"{found['milliseconds']:.4g}"
+
+    return value
+
+
+def _verdict(record: dict[str, Any]) -> str:
+    if record["met"] is None:
+        return "-"
+    return "yes" if record["met"] else "NO: " + "; ".join(record["misses"])
+
+
+OPS: list[Column] = [
+    ("case", lambda record: record["case"]),
+    ("ours ms", _milliseconds("ours")),
+    ("floor ms", _number("floor_milliseconds", "{:.4g}")),
+    ("time/floor", _number("over_floor", "{:.2f}")),
+    ("eager ms", _milliseconds("eager")),
+    ("compiled ms", _milliseconds("compiled")),
+    ("x eager", _number("speedup_over_eager", "{:.2f}x")),
+    ("x compiled", _number("speedup_over_compiled", "{:.2f}x")),
+    ("extra MiB", _number("extra_bytes", "{:.1f}", 1 / 2**20)),
+    ("of eager's", _number("memory_ratio", "{:.3f}")),
+    ("target", lambda record: record["target"] or "-"),
+    ("met", _verdict),
+]
+
+
+def _host(name: str) -> Callable[[dict[str, Any]], str]:
+    def value(record: dict[str, Any]) -> str:
+        found = record["replay"]["host_microseconds"].get(name)
+        return "-" if found is None else f"{found:.0f}"
+
+    return value
+
+
+def _replayed(record: dict[str, Any]) -> str:
+    found = record["replay"]["milliseconds"]
+    return record["replay"]["why"] if found is None else f"{found:.4g}"
+
+
+REPLAY: list[Column] = [
+    ("case", lambda record: record["case"]),
+    ("ours ms", lambda record: f"{record['engines']['ours']['milliseconds']:.4g}"),
+    ("ours ms, graph replay", _replayed),
+    *((f"host us to launch: {name}", _host(name)) for name in ("ours", "eager", "compiled")),
+]
+
+
 def table(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> str:
     """First column left, the others right; a rule below the header."""
     cells = [[name for name, _ in columns], *([value(row) for _, value in columns] for row in rows)]
@@ -44,3 +97,13 @@ def table(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> str:
         return "  ".join(t.rjust(w) if i else t.ljust(w) for i, (t, w) in enumerate(zip(texts, widths, strict=True)))
 
     return "\n".join([line(cells[0]), "-" * (sum(widths) + 2 * (len(widths) - 1)), *map(line, cells[1:])])
+
+
+def markdown(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> str:
+    """The same for a document: cells are not padded, so that one changed number changes one line."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    rule = "|---|" + "---:|" * (len(columns) - 1)
+    return "\n".join([line([name for name, _ in columns]), rule, *(line([f(row) for _, f in columns]) for row in rows)])

@@ -1,10 +1,10 @@
-"""Clocks, synchronisation, medians and spread."""
+"""Clocks, synchronisation, caches, medians and spread."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,3 +42,50 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
     run()
     synchronize(device)
     return time.perf_counter() - before
+
+
+def interleaved(runs: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int) -> dict[str, Timing]:
+    """All of them in turn, `repeats` times, so that drifts of the machine hit them alike; they must be warmed up.
+
+    On CUDA with events, from the end of writing a buffer larger than the L2 cache to the end of the run: matrices come
+    from memory, as in a model, whose layers pass through the cache between two calls. The host runs ahead while the
+    buffer is written, so most of its launches cost nothing here (`enqueue_seconds` has them).
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    if device.type != "cuda":
+        for _ in range(repeats):
+            for name, run in runs.items():
+                times[name].append(seconds(run, device))
+        return {name: Timing.of(found) for name, found in times.items()}
+    with torch.cuda.device(device):
+        buffer = cache_buffer(device)
+        for _ in range(repeats):
+            events = {}
+            for name, run in runs.items():
+                events[name] = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
+                buffer.zero_()
+                events[name][0].record()
+                run()
+                events[name][1].record()
+            synchronize(device)
+            for name, (start, end) in events.items():
+                times[name].append(start.elapsed_time(end) / 1e3)
+    return {name: Timing.of(found) for name, found in times.items()}
+
+
+def cache_buffer(device: torch.device) -> torch.Tensor:
+    """Writing this evicts everything else from the L2 cache: 256 MiB, or twice the cache where that is more."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return torch.empty(max(256 << 20, 2 * properties.L2_cache_size), dtype=torch.uint8, device=device)
+
+
+def enqueue_seconds(run: Callable[[], Any], device: torch.device, repeats: int = 30) -> float:
+    """Median time until the host has launched a call on an idle CUDA device, whose own work is not waited for."""
+    times = []
+    for _ in range(repeats):
+        synchronize(device)
+        before = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - before)
+    synchronize(device)
+    return statistics.median(times)

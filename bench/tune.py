@@ -5,7 +5,7 @@
     python bench/tune.py --out configs.json    # on a GPU: by time, for its own architecture
 
 Every candidate is compiled for the target first, in the variants in which it is launched (with and without
-statistics, tied and untied, all gradients): it must fit the shared memory and spill nothing. Without a GPU the first
+statistics and options, tied and untied, all gradients): it must fit the shared memory and spill nothing. Without a GPU the first
 that passes, in the order below (deepest pipeline and largest tiles first), is taken; on a GPU the fastest, over the
 plain variant. Entries of other architectures stay as they are.
 """
@@ -13,6 +13,8 @@ plain variant. Entries of other architectures stay as they are.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import statistics
 import sys
@@ -34,6 +36,10 @@ MANY = plan.ROW_BLOCK
 FORWARD = ("one_pass", "score", "weigh")
 
 
+# with statistics; with bias, soft-cap and temperature of each row
+_VARIANTS = (("plain", False, False), ("statistics", True, False), ("options", True, True))
+
+
 class Slot(NamedTuple):
     """One entry of the table to fill."""
 
@@ -48,13 +54,15 @@ class Slot(NamedTuple):
         width = self.width or 1024
         tied, untied = (Problem(self.rows, VOCAB, width, width, is_tied, self.itemsize) for is_tied in (True, False))
         if self.kernel == "one_pass":
-            return [Case("plain", tied, dtype), Case("statistics", tied, dtype, stats=True)]
+            return [Case(n, tied, dtype, "", stats, options) for n, stats, options in _VARIANTS]
         if self.kernel in FORWARD:
-            return [Case("plain", untied, dtype), Case("statistics", untied, dtype, stats=True)]
+            return [Case(n, untied, dtype, "", stats, options) for n, stats, options in _VARIANTS]
         return [
             Case("frozen", tied, dtype, "hidden"),
             Case("tied", tied, dtype, "all", stats=True),
             Case("untied", untied, dtype, "all", stats=True),
+            Case("tied with options", tied, dtype, "all", stats=True, options=True),
+            Case("untied with options", untied, dtype, "all", stats=True, options=True),
         ]
 
 
@@ -121,7 +129,8 @@ def _compiles(slot: Slot, arch: int) -> bool:
             if launch.kernel.__name__ != name:
                 continue
             try:
-                facts = compile_report.compile_launch(launch, arch)
+                with contextlib.redirect_stdout(io.StringIO()):  # where Triton prints a program that ptxas refuses
+                    facts = compile_report.compile_launch(launch, arch)
             except Exception:  # the compiler itself gave up (out of registers, unsupported shape)
                 return False
             if facts["stack"] or facts["shared"] > SHARED_LIMIT[arch] or not facts["instructions"]:

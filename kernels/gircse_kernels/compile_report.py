@@ -15,14 +15,16 @@ import re
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -34,6 +36,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 NUM_SMS = {80: 108, 90: 132, 100: 148}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MMA = ("wgmma.mma_async", "mma.sync", "tcgen05.mma")
+NO_PRODUCT = ("merge_kernel", "constants_kernel")  # the kernels without a matrix product
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -54,8 +57,9 @@ class Case(NamedTuple):
     problem: Problem
     dtype: str
     backward: str = ""  # "", "hidden" (frozen matrices) or "all"
-    stats: bool = False
-    options: bool = False  # bias, soft-cap, temperature and seed of each row
+    stats: bool = False  # a forward also keeps what backward needs
+    options: bool = False  # bias, soft-cap and temperature of each row
+    noise: bool = False  # seed of each row
 
 
 def record(case: Case, device: Device) -> list[Launch]:
@@ -72,7 +76,8 @@ def record(case: Case, device: Device) -> list[Launch]:
     return launches
 
 
-def _call(case: Case, device: Device) -> None:
+def _call(case: Case, device: Device, ready: Callable[[], object] = lambda: None) -> None:
+    """The case on meta tensors; `ready` is called between making the inputs and the call."""
     problem, dtype = case.problem, DTYPES[case.dtype]
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -85,24 +90,58 @@ def _call(case: Case, device: Device) -> None:
         None if problem.tied else empty(problem.vocab, problem.value_width),
         empty(problem.vocab) if case.options else None,
         empty(rows, dtype=torch.float32) if case.options else None,
-        empty(rows, dtype=torch.int64) if case.options else None,
+        empty(rows, dtype=torch.int64) if case.noise else None,
     )
     options = soft_embed.Options(softcap=30.0 if case.options else None)
     if not case.backward:
-        soft_embed.forward(inputs, options, stats=case.stats, device=device)
+        ready()
+        soft_embed.forward(inputs, options, stats=case.stats, exact=case.stats, device=device)
         return
     everything = case.backward == "all"
-    vector = empty(rows, dtype=torch.float32)
-    soft_embed.backward(
-        empty(rows, problem.value_width),
-        vector if case.stats else None,
-        vector if case.stats else None,
-        inputs,
-        soft_embed.Saved(empty(rows, problem.value_width, dtype=torch.float32), vector, vector, vector),
-        options,
-        soft_embed.Needs(True, everything, everything and not problem.tied, everything, everything),
-        device=device,
-    )
+    vector, grad = empty(rows, dtype=torch.float32), empty(rows, problem.value_width)
+    saved = soft_embed.Saved(empty(rows, problem.value_width, dtype=torch.float32), vector, vector, vector)
+    statistics = vector if case.stats else None
+    needs = soft_embed.Needs(True, everything, everything and not problem.tied, everything, everything)
+    ready()
+    soft_embed.backward(grad, statistics, statistics, inputs, saved, options, needs, device=device)
+
+
+class _Allocations(TorchDispatchMode):
+    """Bytes of all fresh tensors that are alive at once, at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.seen:
+                    self.seen.add(storage._cdata)
+                    self.alive += storage.nbytes()
+                    self.peak = max(self.peak, self.alive)
+                    weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        return result
+
+    def _free(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.alive -= size
+
+
+def allocated_bytes(case: Case, device: Device) -> int:
+    """Peak bytes that a call allocates beyond its inputs, results included; nothing is run."""
+    with _Allocations() as mode:
+        before = []
+        original = soft_embed.launch
+        soft_embed.launch = lambda *_, **__: None  # type: ignore[assignment]
+        try:
+            _call(case, device, lambda: before.append(mode.alive))
+        finally:
+            soft_embed.launch = original
+    return mode.peak - before[0]
 
 
 def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[Any]]]:
@@ -207,40 +246,56 @@ def _compile_job(job: tuple[Case, int, int]) -> dict[str, Any]:
     return compile_launch(record(case, Device(arch, NUM_SMS[arch]))[index], arch)
 
 
-def table_cases() -> list[Case]:
-    """Problems that between them launch every entry of the config table, and the models of the documentation."""
+def table_cases(options: bool = False, noise: bool = False) -> list[Case]:
+    """Problems that between them launch every entry of the config table, in the variants that users run.
+
+    With `options` they also have bias, soft-cap and a temperature for each row, with `noise` a seed for each.
+    """
     cases = []
-    for name, entries in ((k, e) for k, by_arch in plan.table().items() for e in max(by_arch.values(), key=len)):
-        rows, dtype = entries["rows"], "float32" if entries["itemsize"] == 4 else "bfloat16"
-        width = entries.get("width", 1024)
-        tied = name == "one_pass"
-        problem = Problem(rows, 50_304, width, width, tied, entries["itemsize"])
-        backward = "all" if name in ("score_grad", "product", "vocab_grad") else ""
-        cases.append(Case(f"{name} {dtype} T={rows} D={width}", problem, dtype, backward))
+    for kernel, by_arch in plan.table().items():
+        slots = {(e["itemsize"], e["rows"], e.get("width", 0)) for entries in by_arch.values() for e in entries}
+        for itemsize, rows, width in sorted(slots):
+            dtype, columns = "float32" if itemsize == 4 else "bfloat16", width or 1024
+            tied, untied = (Problem(rows, 50_304, columns, columns, is_tied, itemsize) for is_tied in (True, False))
+            name = f"{kernel}, T = {rows}" + (f", D = {width}" if width else "")
+            for stats in (False, True):
+                if kernel == "one_pass":
+                    cases.append(Case(name, tied, dtype, "", stats, options, noise))
+                elif kernel in ("score", "weigh"):
+                    cases.append(Case(name, untied, dtype, "", stats, options, noise))
+                elif stats:
+                    cases += [Case(name, p, dtype, "all", True, options, noise) for p in (tied, untied)]
+                else:
+                    cases.append(Case(name, tied, dtype, "hidden", False, options, noise))
     return cases
+
+
+def is_good(entry: dict[str, Any]) -> bool:
+    """Nothing spilled, shared memory within the limit, matrix products on the tensor cores."""
+    products = bool(entry["instructions"]) or entry["kernel"] in NO_PRODUCT
+    return entry["stack"] == 0 and entry["shared"] <= entry["shared_limit"] and products
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED_LIMIT))
+    parser.add_argument("--options", action="store_true", help="with bias, soft-cap and temperature of each row")
+    parser.add_argument("--noise", action="store_true", help="with Gumbel noise")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--out", type=Path, help="write the report to this JSON file")
     options = parser.parse_args()
-    entries = report(table_cases(), options.arch, options.jobs)
+    entries = report(table_cases(options.options, options.noise), options.arch, options.jobs)
     for e in entries:
-        bad = e["stack"] > 0 or e["shared"] > e["shared_limit"] or (e["kernel"] not in NO_MMA and not e["instructions"])
         print(
-            f"{'BAD ' if bad else 'ok  '}sm_{e['arch']} {e['dtype']:8} {e['kernel']:18} {e['blocks']} {e['widths']} "
+            f"{'ok ' if is_good(e) else 'BAD'} sm_{e['arch']} {e['dtype']:8} {e['kernel']:18} "
+            f"{e['blocks']} {e['widths']} "
             f"warps {e['num_warps']} stages {e['num_stages']}: {e['registers']} registers, stack {e['stack']}, "
             f"shared {e['shared'] / 1024:.0f} of {e['shared_limit'] / 1024:.0f} KiB, {e['instructions']}"
         )
     if options.out:
         options.out.write_text(json.dumps(entries) + "\n", encoding="utf-8")
-    return 0
+    return 0 if all(map(is_good, entries)) else 1
 
-
-# kernels without a matrix product
-NO_MMA = ("merge_kernel", "constants_kernel")
 
 if __name__ == "__main__":
     sys.exit(main())

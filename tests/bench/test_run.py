@@ -250,13 +250,17 @@ def test_batches():
     assert batch.attention_mask[:, -1].all()  # padded on the left
 
 
-def test_sources_hash_sees_a_changed_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["a.py", "configs.json", "deeper/b.py"])
+def test_sources_hash_sees_a_changed_file(tmp_path, monkeypatch, name):
     package = tmp_path / "some_kernels"
-    package.mkdir()
+    (package / "deeper").mkdir(parents=True)
     (package / "__init__.py").write_text("")
+    (package / "notes.txt").write_text("no source")
     monkeypatch.syspath_prepend(tmp_path)
     before = sources_hash(["some_kernels"])
-    (package / "a.py").write_text("x = 1\n")
+    (package / "notes.txt").write_text("still none")
+    assert before == sources_hash(["some_kernels"])
+    (package / name).write_text("1\n")
     after = sources_hash(["some_kernels"])
     assert before != after
     assert after == sources_hash(["some_kernels"])

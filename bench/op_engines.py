@@ -1,0 +1,131 @@
+"""What the op benchmarks compare: eager PyTorch, `torch.compile` of it, ours, on the same random problem.
+
+Matrices and hidden states are drawn so that logits have a standard deviation of 3, which gives soft tokens the
+entropies that models have; with flat probabilities most mistakes would cancel. `check` comes before any clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.agreement import relative_error
+from bench.cases import FORWARD, Matrices
+from gircse.ops import soft_embed
+from gircse.ops.reference import soft_embed_reference
+
+Op = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+ENGINE_NAMES = ("eager", "compiled", "ours")
+TOLERANCE, TINY = 2.0, 1e-6  # our error may be so many times eager's, both against float64, plus a rounding of nothing
+
+
+def eager(hidden: Tensor, head: Tensor, embed: Tensor | None) -> Tensor:
+    return torch.softmax(hidden @ head.T, dim=-1) @ (head if embed is None else embed)
+
+
+def compiled(backend: str = "inductor") -> Op:
+    """`torch.compile` of `eager`, with nothing kept from earlier shapes (they would count as recompilations)."""
+    torch.compiler.reset()
+    return torch.compile(eager, dynamic=False, backend=backend)
+
+
+def ours(hidden: Tensor, head: Tensor, embed: Tensor | None) -> Tensor:
+    result = soft_embed(hidden, head, embed)
+    assert isinstance(result, Tensor)  # a pair only with return_stats
+    return result
+
+
+def draw_matrices(
+    matrices: Matrices, dtype: torch.dtype, device: str | torch.device, seed: int = 0
+) -> tuple[Tensor, Tensor | None]:
+    """The head [V, D], and the embedding [V, D] or None where the model ties them."""
+    generator, shape = torch.Generator(device).manual_seed(seed), matrices[:2]
+    head = torch.randn(shape, generator=generator, device=device).mul_(shape[1] ** -0.5).to(dtype)
+    if matrices.tied:
+        return head, None
+    return head, torch.randn(shape, generator=generator, device=device).to(dtype)
+
+
+class Problem(NamedTuple):
+    """One case's tensors: hidden [T, D] (requires grad where there is a backward), upstream gradient [T, E]."""
+
+    hidden: Tensor
+    head: Tensor
+    embed: Tensor | None
+    upstream: Tensor
+    what: str
+
+    @classmethod
+    def draw(cls, rows: int, what: str, head: Tensor, embed: Tensor | None) -> Problem:
+        generator = torch.Generator(head.device).manual_seed(1)
+
+        def normal() -> Tensor:
+            return torch.randn(rows, head.shape[1], generator=generator, device=head.device)
+
+        hidden = (3 * normal()).to(head.dtype).requires_grad_(what != FORWARD)
+        return cls(hidden, head, embed, normal().to(head.dtype), what)
+
+    def call(self, op: Op) -> Callable[[], Any]:
+        """What is timed. Forward and backward: the gradient of the hidden states."""
+        hidden, head, embed, upstream, what = self
+        if what == FORWARD:
+            return lambda: op(hidden, head, embed)
+        return lambda: torch.autograd.grad(op(hidden, head, embed), hidden, upstream)
+
+    def results(self, op: Op) -> dict[str, Tensor]:
+        """Everything that comes out."""
+        out = op(self.hidden, self.head, self.embed)
+        if self.what == FORWARD:
+            return {"values": out}
+        (gradient,) = torch.autograd.grad(out, self.hidden, self.upstream)
+        return {"values": out.detach(), "gradient": gradient}
+
+    def only(self, rows: Tensor, dtype: torch.dtype) -> Problem:
+        """The same problem for some of the rows, which do not depend on one another."""
+        return Problem(
+            self.hidden.detach()[rows].to(dtype).requires_grad_(self.what != FORWARD),
+            self.head.to(dtype),
+            None if self.embed is None else self.embed.to(dtype),
+            self.upstream[rows].to(dtype),
+            self.what,
+        )
+
+
+class WrongResultError(RuntimeError):
+    """Ours is further from float64 than rounding explains: its speed means nothing."""
+
+
+def check(problem: Problem, op: Op = ours, *, sample: int = 8) -> dict[str, Any]:
+    """All rows are computed, evenly spread ones are compared with float64, beside eager PyTorch in the same dtype.
+
+    Returns:
+        {"rows", "errors": {"eager", "ours"}, "worst_ratio"}: relative errors of values and gradient.
+
+    Raises:
+        WrongResultError: more than `TOLERANCE` times eager's error, or not finite.
+    """
+    total = problem.hidden.shape[0]
+    rows = torch.linspace(0, total - 1, min(sample, total), device=problem.hidden.device).round().long()
+    few = problem.only(rows, problem.hidden.dtype)
+    exact = problem.only(rows, torch.float64).results(lambda *tensors: soft_embed_reference(*tensors)[0])
+    found = {
+        "eager": few.results(eager),
+        "ours": {name: tensor[rows] for name, tensor in problem.results(op).items()},
+    }
+    errors = {
+        engine: {name: relative_error(tensor, exact[name]) for name, tensor in tensors.items()}
+        for engine, tensors in found.items()
+    }
+    pairs = [(error, errors["eager"][name]) for name, error in errors["ours"].items()]
+    # not `>`: a comparison with NaN is false, and NaN is wrong
+    if not all(mine <= TOLERANCE * theirs + TINY for mine, theirs in pairs):
+        raise WrongResultError(
+            f"no speed is reported at T = {total}, {problem.what}: got relative errors {errors['ours']} against "
+            f"float64, expected at most {TOLERANCE:g} times those of eager PyTorch, {errors['eager']}"
+        )
+    worst = max(mine / max(theirs, 1e-9) for mine, theirs in pairs)
+    return {"rows": rows.tolist(), "errors": errors, "worst_ratio": worst}
