@@ -4,8 +4,8 @@
     python bench/tune.py --static              # no GPU: by what the compiler reports
     python bench/tune.py --out configs.json    # on a GPU: by time, for its own architecture
 
-Every candidate is compiled for the target first, in the variants in which it is launched (with and without
-statistics and options, tied and untied, all gradients): it must fit the shared memory and spill nothing. Without a GPU the first
+Every candidate is compiled for the target first, in the variants in which it is launched (with and without statistics
+and options, tied and untied, all gradients): it must fit the shared memory and spill nothing. Without a GPU the first
 that passes, in the order below (deepest pipeline and largest tiles first), is taken; on a GPU the fastest, over the
 plain variant. Entries of other architectures stay as they are.
 """

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples.latent_reasoning import reason, think_fused, think_plain
+from tests.tiny_models import tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+OPTIONS = {"steps": 4, "temperature": 0.7, "max_new_tokens": 3}
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_both_forms_think_the_same(name: str) -> None:
+    model = tiny_model(name, dtype=torch.float64)
+    ids = torch.randint(5, 60, (2, 7))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    fused, plain = (reason(model, ids, mask, think=think, **OPTIONS) for think in (think_fused, think_plain))
+    torch.testing.assert_close(fused.soft_tokens, plain.soft_tokens, rtol=1e-6, atol=1e-6)
+    assert torch.equal(fused.answers, plain.answers)
+    alone = reason(model, ids[1:, 3:], mask[1:, 3:], **OPTIONS)
+    torch.testing.assert_close(fused.soft_tokens[:, 1:], alone.soft_tokens, rtol=1e-5, atol=1e-5)
+    assert torch.equal(fused.answers[1:], alone.answers)
+
+
+@pytest.mark.smollm2
+def test_the_command() -> None:
+    outputs = []
+    for extra in ([], ["--plain"]):
+        command = [sys.executable, str(ROOT / "examples" / "latent_reasoning.py"), "--max-new-tokens", "6", *extra]
+        done = subprocess.run(
+            [*command, "The capital of France is", "Water"], capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        outputs.append([line for line in done.stdout.splitlines() if "answer:" in line])
+    assert len(outputs[0]) == 2
+    assert outputs[0] == outputs[1]

@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything in this folder needs a GPU that the kernels run on."""
+    here = Path(__file__).parent
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
+        return
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU of compute capability 8.0 or newer"))
+
+
+@pytest.fixture(autouse=True)
+def no_tf32() -> None:
+    """Eager float32, which we are compared with, in full precision."""
+    torch.backends.cuda.matmul.allow_tf32 = False
