@@ -69,8 +69,9 @@ def traffic_kernels(_: Results) -> str:
     ):
         problem = _problem(name, t)
         floor = (traffic.backward_floor if backward else traffic.forward_floor)(problem)
-        for work in (traffic.backward_work if backward else traffic.forward_work)(problem, _H100):
-            rows.append({"case": f"{name}, T = {t}{', backward' if backward else ''}", "work": work, "floor": floor})
+        case = f"{name}, T = {t}{', backward' if backward else ''}"
+        works = (traffic.backward_work if backward else traffic.forward_work)(problem, _H100)
+        rows += [{"case": case, "work": work, "floor": floor} for work in works]
     columns: list[Column] = [
         ("case", lambda r: r["case"]),
         ("kernel", lambda r: f"`{r['work'].kernel}`"),
