@@ -61,6 +61,8 @@ def _refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"got device {device}, the kernels run on CUDA"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
+    if torch.version.hip is not None:
+        return "the kernels are for NVIDIA GPUs"
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < OLDEST:

@@ -2,7 +2,8 @@
 
 | file | what |
 |---|---|
-| `soft_embed.py` | launchers: `forward`, `backward` |
+| `soft_embed.py` | what is offered: `forward`, `backward`, `chunk_scores` |
+| `launching.py`, `launch_forward.py`, `launch_backward.py` | the launchers |
 | `plan.py`, `configs.json` | which kernels, tiles and shares for which problem and device |
 | `one_pass.py` | few rows, tied, D <= 2048: the matrix is read once |
 | `two_pass.py` | everything else: scores of a chunk, weighted sum of a chunk |

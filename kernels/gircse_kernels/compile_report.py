@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import plan, soft_embed
+from . import launching, plan, soft_embed
 from .plan import Config, Device, Problem
 
 # bytes of shared memory that one program may use
@@ -65,14 +65,14 @@ class Case(NamedTuple):
 def record(case: Case, device: Device) -> list[Launch]:
     """The launches of the case on that device, none of them run."""
     launches: list[Launch] = []
-    original = soft_embed.launch
-    soft_embed.launch = lambda kernel, grid, arguments, config, **constants: launches.append(
+    original = launching.launch
+    launching.launch = lambda kernel, grid, arguments, config, **constants: launches.append(
         Launch(kernel, grid, arguments, config, constants)
     )
     try:
         _call(case, device)
     finally:
-        soft_embed.launch = original
+        launching.launch = original
     return launches
 
 
@@ -135,12 +135,12 @@ def allocated_bytes(case: Case, device: Device) -> int:
     """Peak bytes that a call allocates beyond its inputs, results included; nothing is run."""
     with _Allocations() as mode:
         before = []
-        original = soft_embed.launch
-        soft_embed.launch = lambda *_, **__: None  # type: ignore[assignment]
+        original = launching.launch
+        launching.launch = lambda *_, **__: None
         try:
             _call(case, device, lambda: before.append(mode.alive))
         finally:
-            soft_embed.launch = original
+            launching.launch = original
     return mode.peak - before[0]
 
 

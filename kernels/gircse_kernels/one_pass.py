@@ -16,7 +16,7 @@ import triton.language as tl
 from .numerics import LOG_FLOOR, LOWEST, dot, row_factors, row_seeds, scores, tile_softmax
 
 
-@triton.jit(do_not_specialize=["seed", "vocab_start", "num_rows"])
+@triton.jit(do_not_specialize=["seed", "vocab_start", "num_rows", "tiles_per_split", "row_blocks"])
 def one_pass_kernel(
     hidden_ptr,  # [T, D]
     weight_ptr,  # [V, D]

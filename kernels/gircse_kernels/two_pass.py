@@ -139,7 +139,7 @@ def score_kernel(
             tl.store(tile_argmax_ptr + slot, index.to(tl.int64), mask=m_rows)
 
 
-@triton.jit(do_not_specialize=["chunk_start", "num_rows"])
+@triton.jit(do_not_specialize=["chunk_start", "num_rows", "tiles_per_split"])
 def weigh_kernel(
     prob_ptr,  # [T, C]
     value_ptr,  # [V, E]
