@@ -10,6 +10,7 @@ its limit, tensor-core instructions. Needs no GPU; Triton brings the assembler. 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import subprocess
@@ -28,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import launching, plan, soft_embed
+from . import info_nce, launching, plan, soft_embed
 from .plan import Config, Device, Problem
 
 # bytes of shared memory that one program may use
@@ -36,7 +37,12 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 NUM_SMS = {80: 108, 90: 132, 100: 148}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MMA = ("wgmma.mma_async", "mma.sync", "tcgen05.mma")
-NO_PRODUCT = ("merge_kernel", "constants_kernel")  # the kernels without a matrix product
+NO_PRODUCT = (
+    "merge_kernel",
+    "constants_kernel",
+    "pool_kernel",
+    "pool_grad_kernel",
+)  # the kernels without a matrix product
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -60,6 +66,7 @@ class Case(NamedTuple):
     stats: bool = False  # a forward also keeps what backward needs
     options: bool = False  # bias, soft-cap and temperature of each row
     noise: bool = False  # seed of each row
+    contrastive: bool = False  # the InfoNCE of T rows against V candidates, instead
 
 
 def record(case: Case, device: Device) -> list[Launch]:
@@ -78,6 +85,9 @@ def record(case: Case, device: Device) -> list[Launch]:
 
 def _call(case: Case, device: Device, ready: Callable[[], object] = lambda: None) -> None:
     """The case on meta tensors; `ready` is called between making the inputs and the call."""
+    if case.contrastive:
+        _call_info_nce(case, device, ready)
+        return
     problem, dtype = case.problem, DTYPES[case.dtype]
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -104,6 +114,28 @@ def _call(case: Case, device: Device, ready: Callable[[], object] = lambda: None
     needs = soft_embed.Needs(True, everything, everything and not problem.tied, everything, everything)
     ready()
     soft_embed.backward(grad, statistics, statistics, inputs, saved, options, needs, device=device)
+
+
+def _call_info_nce(case: Case, device: Device, ready: Callable[[], object]) -> None:
+    """Five steps, both directions; with `options` a mask and an excluded candidate for each row."""
+    rows, candidates, width, num_steps = case.problem.rows, case.problem.vocab, case.problem.width, 5
+    empty = functools.partial(torch.empty, device="meta")
+    steps = empty((rows, num_steps, width), dtype=DTYPES[case.dtype])
+    docs = empty((num_steps, candidates, width))
+    target = empty(rows, dtype=torch.int64)
+    mask = empty((rows, candidates), dtype=torch.bool) if case.options else None
+    exclude = target if case.options else None
+    ready()
+    pooled = info_nce.pool(steps, "mean")
+    found = info_nce.sums(pooled.vectors, docs, target, 0.02, mask=mask, exclude=exclude, device=device)
+    if case.backward:
+        weight = empty(num_steps)
+        grad, _ = info_nce.gradients(
+            pooled.vectors, docs, target, 0.02, found.peak, found.total, weight,
+            mask=mask, exclude=exclude, device=device,
+        )  # fmt: skip
+        assert grad is not None
+        info_nce.pool_gradient(grad, pooled, "mean", steps.dtype)
 
 
 class _Allocations(TorchDispatchMode):
@@ -267,6 +299,9 @@ def table_cases(options: bool = False, noise: bool = False) -> list[Case]:
                     cases += [Case(name, p, dtype, "all", True, options, noise) for p in (tied, untied)]
                 else:
                     cases.append(Case(name, tied, dtype, "hidden", False, options, noise))
+    for rows in (16, 64, plan.ROW_BLOCK):
+        problem = Problem(rows, 8192, 1024, 1024, False, 4)
+        cases.append(Case(f"info_nce, B = {rows}", problem, "float32", "all", False, options, contrastive=True))
     return cases
 
 

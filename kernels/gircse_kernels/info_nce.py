@@ -1,0 +1,236 @@
+"""Launchers of the contrastive kernels: pooled unit vectors, softmax sums over candidates, gradients. No autograd.
+
+Vectors are float32, step first: rows [K, B, D], candidates [K, M, D]. What one call of `sums` returns can be merged
+with that of other candidates, which is how queries as negatives and other ranks' candidates come in. Nothing waits for
+the device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backward as gradient_kernels
+from . import launching, two_pass
+from .launching import device_of
+from .plan import CHUNK_BYTES, ROW_BLOCK, Config, Device, cdiv, chunk_size, even_blocks, lookup
+from .pool import pool_grad_kernel, pool_kernel
+from .similarity import similarity_kernel
+
+PRECISION = "tf32x3"
+SMALLEST = 1e-37  # of a norm: a shorter vector has no direction
+
+
+class Sums(NamedTuple):
+    """Softmax sums of each row over some candidates, float32 [K, B]."""
+
+    peak: Tensor  # largest logit that counts
+    total: Tensor  # sum of e^(logit - peak)
+    positive: Tensor  # logit of the target; -inf where it is not among them
+    hardest: Tensor  # largest logit that counts and is not the target's; -inf where there is none
+
+    def merge(self, other: Sums) -> Sums:
+        """The sums over both sets of candidates."""
+        peak = torch.maximum(self.peak, other.peak)
+        total = self.total * (self.peak - peak).exp() + other.total * (other.peak - peak).exp()
+        return Sums(
+            peak, total, torch.maximum(self.positive, other.positive), torch.maximum(self.hardest, other.hardest)
+        )
+
+
+class Pooled(NamedTuple):
+    """Unit vectors of every number of steps."""
+
+    vectors: Tensor  # [K, B, D] float32
+    norms: Tensor  # [K, B] float32, before they were divided
+
+
+def pool(steps: Tensor, pooling: str) -> Pooled:
+    """`steps` [B, K, D] of any float dtype and strides; pooling "mean", "last" or "weighted"."""
+    rows, num_steps, width = steps.shape
+    out = torch.empty((num_steps, rows, width), dtype=torch.float32, device=steps.device)
+    norms = torch.empty((num_steps, rows), dtype=torch.float32, device=steps.device)
+    if rows:
+        launching.launch(
+            pool_kernel,
+            (rows,),
+            (steps, out, norms, rows, num_steps, width, *steps.stride(), SMALLEST),
+            _row_config(width),
+            LAST=pooling == "last",
+            WEIGHTED=pooling == "weighted",
+        )
+    return Pooled(out, norms)
+
+
+def pool_gradient(grad: Tensor, pooled: Pooled, pooling: str, dtype: torch.dtype) -> Tensor:
+    """Gradient of the steps [B, K, D] from that of the unit vectors [K, B, D]."""
+    num_steps, rows, width = grad.shape
+    out = torch.empty((rows, num_steps, width), dtype=dtype, device=grad.device)
+    if rows:
+        launching.launch(
+            pool_grad_kernel,
+            (rows,),
+            (grad.contiguous(), pooled.vectors, pooled.norms, out, rows, num_steps, width, SMALLEST),
+            _row_config(width),
+            LAST=pooling == "last",
+            WEIGHTED=pooling == "weighted",
+        )
+    return out
+
+
+def _row_config(width: int) -> Config:
+    block = 1 << (width - 1).bit_length()
+    return Config({"BLOCK_D": block}, 4 if block <= 2048 else 8, 1)
+
+
+def sums(
+    rows: Tensor,
+    candidates: Tensor,
+    target: Tensor,
+    temperature: float,
+    *,
+    mask: Tensor | None = None,
+    exclude: Tensor | None = None,
+    device: Device | None = None,
+) -> Sums:
+    """Softmax sums of rows [K, B, D] over candidates [K, M, D].
+
+    `target` [B] int64 (negative: elsewhere), `mask` [B, M] bool (True: does not count), `exclude` [B] int64 (a
+    candidate that does not count; negative: none).
+    """
+    num_steps, num_rows, _ = rows.shape
+    num_columns = candidates.shape[1]
+    config = lookup("score", (device or device_of(rows.device)).arch, 4, min(num_rows, ROW_BLOCK))
+    tile = config.blocks["BLOCK_V"]
+    # what a chunk leaves: four numbers for each row and tile
+    chunk = chunk_size(num_columns, max(1, CHUNK_BYTES // (16 * num_steps * num_rows)) * tile, tile)
+    found: Sums | None = None
+    for start in range(0, num_columns, chunk):
+        size = min(chunk, num_columns - start)
+        parts = torch.empty((4, num_steps, cdiv(size, tile), num_rows), dtype=torch.float32, device=rows.device)
+        _similarity(rows, candidates, target, temperature, mask, exclude, start, size, config, parts=parts)
+        peak = parts[0].amax(1)
+        total = (parts[1] * (parts[0] - peak[:, None]).exp()).sum(1)
+        part = Sums(peak, total, parts[2].amax(1), parts[3].amax(1))
+        found = part if found is None else found.merge(part)
+    assert found is not None
+    return found
+
+
+def gradients(
+    rows: Tensor,
+    candidates: Tensor,
+    target: Tensor,
+    temperature: float,
+    peak: Tensor,
+    total: Tensor,
+    weight: Tensor,
+    *,
+    mask: Tensor | None = None,
+    exclude: Tensor | None = None,
+    need_rows: bool = True,
+    need_candidates: bool = True,
+    device: Device | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `sum_k weight_k sum_i (log total - (positive - peak))` [K, B, D] and [K, M, D].
+
+    `peak` and `total` [K, B] are those over all candidates, of which these may be a part; `weight` [K] float32.
+    """
+    num_steps, num_rows, width = rows.shape
+    num_columns = candidates.shape[1]
+    arch = (device or device_of(rows.device)).arch
+    score, product, vocab = (
+        lookup(kernel, arch, 4, min(num_rows, ROW_BLOCK)) for kernel in ("score", "product", "vocab_grad")
+    )
+    block = even_blocks(num_rows, ROW_BLOCK)
+    tile = score.blocks["BLOCK_V"]
+    chunk = chunk_size(num_columns, CHUNK_BYTES // (4 * num_steps * block), tile)
+    grad_rows = torch.empty_like(rows) if need_rows else None
+    grad_candidates = torch.empty_like(candidates) if need_candidates else None
+    several = block < num_rows
+    partial = None
+    if several and need_candidates:
+        partial = torch.empty((num_steps, chunk, width), dtype=torch.float32, device=rows.device)
+    for start in range(0, num_columns, chunk):
+        size = min(chunk, num_columns - start)
+        for first in range(0, num_rows, block):
+            part = slice(first, min(first + block, num_rows))
+            count = part.stop - first
+            grad = torch.empty((num_steps, count, size), dtype=torch.float32, device=rows.device)
+            picked = [t[:, part].contiguous() if several else t for t in (rows, peak, total)]
+            _similarity(
+                picked[0], candidates, target[part], temperature, None if mask is None else mask[part],
+                None if exclude is None else exclude[part], start, size, score,
+                peak=picked[1], total=picked[2], weight=weight, grad=grad,
+            )  # fmt: skip
+            for k in range(num_steps):
+                if grad_rows is not None:
+                    out = grad_rows[k, part]
+                    launching.launch(
+                        two_pass.product_kernel,
+                        (cdiv(count, product.blocks["BLOCK_T"]) * cdiv(width, product.blocks["BLOCK_E"]), 1),
+                        (
+                            grad[k], candidates[k], out, count, width,
+                            grad.stride(1), width, 1, 0, start, size, cdiv(size, product.blocks["BLOCK_V"])
+                            * product.blocks["BLOCK_V"],
+                        ),
+                        product,
+                        FIRST=start == 0,
+                        PRECISION=PRECISION,
+                    )  # fmt: skip
+                if grad_candidates is not None:
+                    launching.launch(
+                        gradient_kernels.vocab_grad_kernel,
+                        (cdiv(size, vocab.blocks["BLOCK_V"]) * cdiv(width, vocab.blocks["BLOCK_E"]),),
+                        (
+                            grad[k], picked[0][k], None, None, None if partial is None else partial[k],
+                            grad_candidates[k], count, width, grad.stride(1), width, 1, 0, 0, width, start, size,
+                        ),
+                        vocab,
+                        FIRST=first == 0,
+                        LAST=part.stop == num_rows,
+                        DUAL=False,
+                        PRECISION=PRECISION,
+                    )  # fmt: skip
+    scale = 1.0 / temperature
+    return (
+        None if grad_rows is None else grad_rows.mul_(scale),
+        None if grad_candidates is None else grad_candidates.mul_(scale),
+    )
+
+
+def _similarity(
+    rows: Tensor,
+    candidates: Tensor,
+    target: Tensor,
+    temperature: float,
+    mask: Tensor | None,
+    exclude: Tensor | None,
+    start: int,
+    size: int,
+    config: Config,
+    *,
+    peak: Tensor | None = None,
+    total: Tensor | None = None,
+    weight: Tensor | None = None,
+    grad: Tensor | None = None,
+    parts: Tensor | None = None,
+) -> None:
+    num_steps, num_rows, width = rows.shape
+    launching.launch(
+        similarity_kernel,
+        (cdiv(num_rows, config.blocks["BLOCK_T"]) * cdiv(size, config.blocks["BLOCK_V"]), num_steps),
+        (
+            rows, candidates, target, exclude, None if mask is None else mask.view(torch.int8),
+            peak, total, weight, grad, parts,
+            num_rows, candidates.shape[1], width, num_steps, start, size,
+            0 if mask is None else mask.stride(0), 1.0 / temperature,
+        ),
+        config,
+        HAS_EXCLUDE=exclude is not None,
+        HAS_MASK=mask is not None,
+        GRADIENT=grad is not None,
+        PRECISION=PRECISION,
+    )  # fmt: skip

@@ -1,0 +1,94 @@
+"""Embeddings after every number of steps, in one pass over the hidden states: prefix sum, then L2 norm.
+
+    acc_k = sum_{i <= k} w_i g_i;  z_k = acc_k / |acc_k|
+
+The mean's 1 / k and the weighted mean's 1 / sum(w) cancel in the norm. One program holds one row's accumulator in
+registers and walks its steps: [B, K, D] is read once, [K, B, D] written once. Backward is the reverse walk::
+
+    d acc_k = (d z_k - z_k (z_k . d z_k)) / |acc_k|;  d g_i = w_i sum_{k >= i} d acc_k
+
+A zero vector stays zero, and so does its gradient.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def step_weight(k, WEIGHTED: tl.constexpr):
+    """w_i: i (counted from 1) for the weighted mean, else 1."""
+    if WEIGHTED:
+        return (k + 1).to(tl.float32)
+    return 1.0
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_steps"])
+def pool_kernel(
+    steps_ptr,  # [B, K, D]
+    out_ptr,  # [K, B, D] float32, out
+    norm_ptr,  # [K, B] float32, out
+    num_rows,
+    num_steps,
+    width,
+    stride_b,
+    stride_k,
+    stride_d,
+    smallest,  # a shorter vector counts as zero
+    LAST: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    m_d = d < width
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for k in range(0, num_steps):
+        index = tl.zeros([BLOCK_D], tl.int64) + k
+        step = tl.load(steps_ptr + row * stride_b + index * stride_k + d.to(tl.int64) * stride_d, mask=m_d, other=0.0)
+        if LAST:
+            acc = step.to(tl.float32)
+        else:
+            acc += step.to(tl.float32) * step_weight(tl.cast(k, tl.int32), WEIGHTED)
+        norm = tl.sqrt(tl.sum(acc * acc, 0))
+        scale = tl.where(norm > smallest, 1.0 / tl.maximum(norm, smallest), 0.0)
+        tl.store(out_ptr + (index * num_rows + row) * width + d, acc * scale, mask=m_d)
+        tl.store(norm_ptr + tl.cast(k, tl.int64) * num_rows + row, norm)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_steps"])
+def pool_grad_kernel(
+    grad_ptr,  # [K, B, D] float32, gradient of the embeddings
+    out_ptr,  # [K, B, D] float32, the embeddings
+    norm_ptr,  # [K, B] float32
+    steps_grad_ptr,  # [B, K, D] the steps' dtype, out
+    num_rows,
+    num_steps,
+    width,
+    smallest,
+    LAST: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    m_d = d < width
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for reverse in range(0, num_steps):
+        k = num_steps - 1 - reverse
+        index = tl.zeros([BLOCK_D], tl.int64) + k
+        offset = (index * num_rows + row) * width + d
+        grad = tl.load(grad_ptr + offset, mask=m_d, other=0.0)
+        unit = tl.load(out_ptr + offset, mask=m_d, other=0.0)
+        norm = tl.load(norm_ptr + tl.cast(k, tl.int64) * num_rows + row)
+        scale = tl.where(norm > smallest, 1.0 / tl.maximum(norm, smallest), 0.0)
+        inner = (grad - unit * tl.sum(grad * unit, 0)) * scale
+        if LAST:
+            acc = inner
+        else:
+            acc += inner
+        weighted = acc * step_weight(tl.cast(k, tl.int32), WEIGHTED)
+        tl.store(
+            steps_grad_ptr + (row * num_steps + index) * width + d,
+            weighted.to(steps_grad_ptr.dtype.element_ty),
+            mask=m_d,
+        )
