@@ -1,6 +1,6 @@
 """Public operations: soft tokens, their inspection, and the stepwise contrastive objective."""
 
-from .info_nce import stepwise_info_nce
+from .info_nce import InfoNCEStats, stepwise_info_nce
 from .objective import icr_objective
 from .pooling import l2_normalize, pool_steps
 from .soft_embed import SoftTokenStats, soft_embed
@@ -8,6 +8,7 @@ from .top_tokens import top_tokens
 from .vocab_parallel import VocabShard
 
 __all__ = [
+    "InfoNCEStats",
     "SoftTokenStats",
     "VocabShard",
     "icr_objective",

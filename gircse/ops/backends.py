@@ -44,12 +44,16 @@ def resolve_backend(backend: str | None, tensor: Tensor) -> str:
     raise RuntimeError(f"backend: 'triton' is not available: {reason}; use None or 'torch'")
 
 
-def kernels() -> ModuleType:
-    """The package of Triton kernels, imported on first use: without CUDA nobody needs Triton."""
+def kernels(name: str = "soft_embed") -> ModuleType:
+    """The Triton kernels of one op, imported on first use: without CUDA nobody needs Triton."""
+    return sys.modules.get(f"gircse_kernels.{name}") or _import_kernels(name)
+
+
+def _import_kernels(name: str) -> ModuleType:
     if "gircse_kernels" not in sys.modules and importlib.util.find_spec("gircse_kernels") is None:
         # a plain checkout on sys.path, not installed
         sys.path.append(os.path.join(os.path.dirname(__file__), "..", "..", "kernels"))
-    return importlib.import_module("gircse_kernels.soft_embed")
+    return importlib.import_module(f"gircse_kernels.{name}")
 
 
 @functools.lru_cache(maxsize=64)

@@ -2,14 +2,58 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+from typing import Any, Literal, NamedTuple, overload
 
-from . import info_nce_torch as torch_backend
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
 from .backends import check_backend
-from .pooling import check_pooling, l2_normalize, pool_steps
+from .info_nce_op import Options, StepwiseInfoNCE
+from .pooling import check_pooling
 from .soft_embed import check_floating, check_number
+
+
+class InfoNCEStats(NamedTuple):
+    """Of each number of steps, [K], float32 (float64 for float64 steps), over all rows (of all ranks); no gradient."""
+
+    accuracy: Tensor  # share of rows whose positive is no less similar than every other candidate
+    positive: Tensor  # mean cosine of the positives
+    hardest_negative: Tensor  # mean cosine of the most similar other document that counts; -1 for a row without one
+
+
+@overload
+def stepwise_info_nce(
+    query_steps: Tensor,
+    doc_steps: Tensor,
+    target: Tensor | None = ...,
+    *,
+    temperature: float = ...,
+    pooling: str = ...,
+    mask: Tensor | None = ...,
+    include_queries: bool = ...,
+    symmetric: bool = ...,
+    group: Any = ...,
+    return_stats: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def stepwise_info_nce(
+    query_steps: Tensor,
+    doc_steps: Tensor,
+    target: Tensor | None = ...,
+    *,
+    temperature: float = ...,
+    pooling: str = ...,
+    mask: Tensor | None = ...,
+    include_queries: bool = ...,
+    symmetric: bool = ...,
+    group: Any = ...,
+    return_stats: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, InfoNCEStats]: ...
 
 
 def stepwise_info_nce(
@@ -19,16 +63,21 @@ def stepwise_info_nce(
     *,
     temperature: float = 0.02,
     pooling: str = "mean",
+    mask: Tensor | None = None,
+    include_queries: bool = False,
+    symmetric: bool = False,
+    group: Any = None,
+    return_stats: bool = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, InfoNCEStats]:
     """Losses of the embeddings after 1..K steps (GIRCSE, arXiv 2509.24291; SPEC 1.3-1.4)::
 
         z_k = l2_normalize(pool_steps(g_1..g_k))
         L_k = mean_i cross_entropy(z_k(query_i) . z_k(doc_1..M) / temperature, target_i)
 
-    Exact: similarities are float32 (float64 for float64 steps) under autocast too; on CUDA the process-wide TF32
-    setting of PyTorch, off by default, applies. No [B, M] tensor is made: tiles of it pass through a fixed budget
-    below 64 MiB, and backward recomputes them. State is O((B + M) * K * D).
+    Exact: similarities are float32 (float64 for float64 steps) under autocast too; the kernels multiply in 3xTF32, the
+    torch backend on CUDA follows PyTorch's process-wide TF32 setting, off by default. No [B, M] tensor is made: tiles
+    of it pass through a fixed budget below 64 MiB, and backward recomputes them. State is O((B + M) * K * D).
 
     Args:
         query_steps: [B, K, D], hidden states at the generated positions of the queries, any floating-point dtype.
@@ -38,55 +87,42 @@ def stepwise_info_nce(
             B. The values of a CUDA tensor are not checked, which would stall the device.
         temperature: > 0, a number.
         pooling: "mean", "last" or "weighted", see `pool_steps`.
-        backend: None (choose) or "torch".
+        mask: [B, M], bool; True: the candidate does not count for that row (a duplicate of the positive, a false
+            negative from the same document). With a group M is that of all ranks, in the order of the ranks. Not the
+            target itself (unchecked on CUDA).
+        include_queries: the other queries (of all ranks) are negatives too.
+        symmetric: the mean of this loss and that of each row's positive among all queries, with its own as target; a
+            query whose row masks the document does not count there either.
+        group: a `torch.distributed` process group. Candidates of all ranks count, targets stay indices of this rank's
+            documents, batches may differ in size. Every rank gets the mean over all rows of all ranks, and backward
+            leaves each with the gradient that one process with the whole batch would have for its rows: where
+            gradients of parameters are *averaged* over ranks afterwards (DDP), multiply the loss by the world size.
+        return_stats: also return an `InfoNCEStats`, from the same pass.
+        backend: None (choose: triton on CUDA from compute capability 8.0 on, else torch), "torch" or "triton".
 
     A zero vector has no direction: its embedding is zero, so all its similarities are 0, and its gradient is zero.
 
     Returns:
         [K], in nats, float32 (float64 for float64 steps). Differentiable once, with respect to both step tensors.
+        With ``return_stats`` a pair of it and the statistics.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype. ValueError: of the wrong rank, shape, device or value.
-        RuntimeError: the backend is not available.
+        RuntimeError: the backend is not available, or torch.distributed is not initialised.
     """
     temperature = _check(query_steps, doc_steps, temperature, pooling)
     target = _check_target(target, query_steps, doc_steps)
+    for name, flag in (("include_queries", include_queries), ("symmetric", symmetric), ("return_stats", return_stats)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: got {type(flag).__name__}, expected a bool")
     check_backend(backend)
-    if backend == "triton":
-        raise RuntimeError("backend: 'triton' is not available for this op yet; use None or 'torch'")
-    queries, docs = (
-        l2_normalize(pool_steps(steps, pooling)).transpose(0, 1).contiguous() for steps in (query_steps, doc_steps)
-    )
-    losses, _, _ = _StepwiseInfoNCE.apply(queries, docs, target, temperature)
-    return losses
-
-
-class _StepwiseInfoNCE(torch.autograd.Function):
-    """Connects a backend's ``forward`` and ``backward`` to autograd."""
-
-    @staticmethod
-    def forward(queries, docs, target, temperature):
-        with torch.autocast(queries.device.type, enabled=False):
-            return tuple(torch_backend.forward(queries, docs, target, temperature))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        queries, docs, target, ctx.temperature = inputs
-        _, peak, total = output
-        ctx.mark_non_differentiable(peak, total)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(queries, docs, target, peak, total)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_losses, _peak, _total):
-        if grad_losses is None:
-            return None, None, None, None
-        saved = torch_backend.Saved(*ctx.saved_tensors)
-        need_queries, need_docs = ctx.needs_input_grad[:2]
-        with torch.autocast(grad_losses.device.type, enabled=False):
-            grads = torch_backend.backward(grad_losses, saved, ctx.temperature, need_queries, need_docs)
-        return (*grads, None, None)
+    if group is not None:
+        _check_group(group)
+    if mask is not None:
+        _check_mask(mask, query_steps, doc_steps, target, group is not None)
+    options = Options(temperature, pooling, include_queries, symmetric, group, backend)
+    losses, accuracy, positive, hardest = StepwiseInfoNCE.apply(query_steps, doc_steps, target, mask, options)
+    return (losses, InfoNCEStats(accuracy, positive, hardest)) if return_stats else losses
 
 
 def _check(query_steps: Tensor, doc_steps: Tensor, temperature: float, pooling: str) -> float:
@@ -131,3 +167,27 @@ def _check_target(target: Tensor | None, query_steps: Tensor, doc_steps: Tensor)
     if device.type == "cpu" and bool(((target < 0) | (target >= candidates)).any()):
         raise ValueError(f"target: got {target.min().item()} to {target.max().item()}, expected 0 to {candidates - 1}")
     return target
+
+
+def _check_mask(mask: object, query_steps: Tensor, doc_steps: Tensor, target: Tensor, grouped: bool) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"mask: got {getattr(mask, 'dtype', type(mask).__name__)}, expected a bool tensor")
+    rows, candidates = query_steps.shape[0], doc_steps.shape[0]
+    fits = mask.dim() == 2 and mask.shape[0] == rows
+    if not fits or (mask.shape[1] < candidates if grouped else mask.shape[1] != candidates):
+        wanted = f"({rows}, all ranks' candidates)" if grouped else f"({rows}, {candidates})"
+        raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected {wanted}")
+    if mask.device != query_steps.device:
+        raise ValueError(f"mask: got device {mask.device}, expected {query_steps.device}, the device of query_steps")
+    if mask.device.type == "cpu" and not grouped:
+        hidden = mask.gather(1, target[:, None])[:, 0].nonzero()
+        if hidden.numel():
+            row = int(hidden[0])
+            raise ValueError(f"mask: got True at the target of row {row}, {int(target[row])}, expected it to count")
+
+
+def _check_group(group: object) -> None:
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError("group: torch.distributed is not initialised, expected a process group")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group: got {type(group).__name__}, expected a torch.distributed process group")

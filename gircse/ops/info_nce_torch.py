@@ -1,12 +1,13 @@
-"""The torch backend of ``stepwise_info_nce``: tiles of similarities with an online log-sum-exp, recomputed in backward.
+"""The torch backend of ``stepwise_info_nce``: pooling, and tiles of similarities with an online softmax.
 
-Vectors are laid out step first, [K, B, D] and [K, M, D]. For each step the outer loop walks the candidates in chunks,
-the inner one the rows in tiles; one [R, C] tile of similarities exists at a time, forward or backward. Saved for
-backward: the vectors, and for every row and step the largest logit and the sum of exponentials relative to it. The
-two are kept apart because their sum, the log-sum-exp, would round away the small losses (logits reach 1 /
-temperature, 50 and more).
+Vectors are laid out step first, rows [K, B, D] and candidates [K, M, D]. For each step the outer loop walks the
+candidates in chunks, the inner one the rows in tiles; one [R, C] tile of similarities exists at a time, forward or
+backward. Kept for backward: the vectors, and for every row and step the largest logit and the sum of exponentials
+relative to it. The two are kept apart because their sum, the log-sum-exp, would round away the small losses (logits
+reach 1 / temperature, 50 and more).
 
-The target's one is subtracted inside its tile (``p - 1``, one element a row): no atomics, two runs are bitwise equal.
+All functions are pure; ``kernels/gircse_kernels/info_nce.py`` offers the same ones. ``Sums`` over different candidates
+can be merged, which is how queries as negatives come in.
 """
 
 from __future__ import annotations
@@ -16,86 +17,163 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .pooling import l2_normalize, pool_steps
 from .tiles_torch import matmul_nt, slices, tiling
 
 
-class Forward(NamedTuple):
-    """What a backend's forward returns."""
+class Pooled(NamedTuple):
+    """Unit vectors of every number of steps."""
 
-    losses: Tensor  # [K] mean over the rows
-    peak: Tensor  # [K, B, 1] largest logit of the row
-    total: Tensor  # [K, B, 1] sum of exp(logit - peak)
+    vectors: Tensor  # [K, B, D] float32, or float64
+    norms: Tensor  # [K, B], before they were divided
 
 
-def forward(queries: Tensor, docs: Tensor, target: Tensor, temperature: float) -> Forward:
-    """Losses [K] of unit vectors queries [K, B, D] against docs [K, M, D], target [B]."""
-    num_steps, num_rows, _ = queries.shape
-    state = queries.new_empty((num_steps, num_rows, 1))
-    peak = torch.full_like(state, torch.finfo(state.dtype).min)
-    total, positive = torch.zeros_like(state), torch.zeros_like(state)
-    tile, size = _tiling(queries, docs)
+class Sums(NamedTuple):
+    """Softmax sums of each row over some candidates, [K, B]."""
+
+    peak: Tensor  # largest logit that counts, never below the smallest finite number
+    total: Tensor  # sum of exp(logit - peak)
+    positive: Tensor  # logit of the target; -inf where it is not among them
+    hardest: Tensor  # largest logit that counts and is not the target's; -inf where there is none
+
+    def merge(self, other: Sums) -> Sums:
+        """The sums over both sets of candidates."""
+        peak = torch.maximum(self.peak, other.peak)
+        total = self.total * (self.peak - peak).exp() + other.total * (other.peak - peak).exp()
+        return Sums(
+            peak, total, torch.maximum(self.positive, other.positive), torch.maximum(self.hardest, other.hardest)
+        )
+
+
+def pool(steps: Tensor, pooling: str) -> Pooled:
+    """Unit vectors of steps [B, K, D]."""
+    pooled = pool_steps(steps, pooling).transpose(0, 1)
+    return Pooled(l2_normalize(pooled).contiguous(), torch.linalg.vector_norm(pooled, dim=-1))
+
+
+def pool_gradient(grad: Tensor, pooled: Pooled, pooling: str, dtype: torch.dtype) -> Tensor:
+    """Gradient of the steps [B, K, D] from that of the unit vectors [K, B, D]."""
+    unit, norms = pooled
+    inner = grad - unit * (unit * grad).sum(-1, keepdim=True)
+    inner = inner * torch.where(norms > 0, 1 / norms, 0.0)[..., None]
+    if pooling == "last":
+        return inner.transpose(0, 1).to(dtype)
+    count = torch.arange(1, grad.shape[0] + 1, dtype=grad.dtype, device=grad.device)[:, None, None]
+    inner = inner / (count if pooling == "mean" else count * (count + 1) / 2)
+    later = inner.flip(0).cumsum(0).flip(0)  # step i takes part in all z_k with k >= i
+    return (later * count if pooling == "weighted" else later).transpose(0, 1).to(dtype)
+
+
+def sums(
+    rows: Tensor,
+    candidates: Tensor,
+    target: Tensor,
+    temperature: float,
+    *,
+    mask: Tensor | None = None,
+    exclude: Tensor | None = None,
+) -> Sums:
+    """Softmax sums of rows [K, B, D] over candidates [K, M, D].
+
+    ``target`` [B] int64 (negative: elsewhere), ``mask`` [B, M] bool (True: does not count), ``exclude`` [B] int64 (a
+    candidate that does not count; negative: none).
+    """
+    num_steps, num_rows, _ = rows.shape
+    peak = rows.new_full((num_steps, num_rows, 1), torch.finfo(rows.dtype).min)
+    total = torch.zeros_like(peak)
+    positive, hardest = torch.full_like(peak, -torch.inf), torch.full_like(peak, -torch.inf)
+    tile, size = _tiling(rows, candidates)
     for k in range(num_steps):
-        for candidates in slices(docs.shape[1], size):
-            chunk = docs[k, candidates]
-            for rows in slices(num_rows, tile):
-                logits = matmul_nt(queries[k, rows], chunk).div_(temperature)
-                inside, index = _target_column(target[rows], candidates)
-                torch.where(inside, logits.gather(1, index), positive[k, rows], out=positive[k, rows])
-                new_peak = torch.maximum(peak[k, rows], logits.amax(1, keepdim=True))
-                total[k, rows] *= (peak[k, rows] - new_peak).exp_()
-                total[k, rows] += logits.sub_(new_peak).exp_().sum(1, keepdim=True)
-                peak[k, rows] = new_peak
-    # log(total) >= 0 and peak - positive >= 0 are exact for a row whose target is the top candidate: no cancellation.
-    losses = (total.log() + (peak - positive)).mean((1, 2))
-    return Forward(losses, peak, total)
-
-
-class Saved(NamedTuple):
-    """What backward needs of the forward, in the order of ``save_for_backward``; the backend never mutates it."""
-
-    queries: Tensor
-    docs: Tensor
-    target: Tensor
-    peak: Tensor
-    total: Tensor
-
-
-def backward(
-    grad_losses: Tensor, saved: Saved, temperature: float, need_queries: bool, need_docs: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of ``sum(grad_losses * losses)`` with respect to queries and docs."""
-    queries, docs, target, peak, total = saved
-    num_steps, num_rows, _ = queries.shape
-    grad_queries = torch.zeros_like(queries) if need_queries else None
-    grad_docs = torch.zeros_like(docs) if need_docs else None
-    weight = grad_losses / (num_rows * temperature)  # [K]
-    tile, size = _tiling(queries, docs)
-    for k in range(num_steps):
-        for candidates in slices(docs.shape[1], size):
-            chunk = docs[k, candidates]
-            for rows in slices(num_rows, tile):
-                probs = (
-                    matmul_nt(queries[k, rows], chunk).div_(temperature).sub_(peak[k, rows]).exp_().div_(total[k, rows])
+        for columns in slices(candidates.shape[1], size):
+            for part in slices(num_rows, tile):
+                logits, inside, index = _logits(
+                    rows[k, part], candidates[k, columns], target[part], temperature, mask, exclude, part, columns
                 )
-                inside, index = _target_column(target[rows], candidates)
+                mine = torch.where(inside, logits.gather(1, index), -torch.inf)
+                torch.maximum(positive[k, part], mine, out=positive[k, part])
+                highest = logits.amax(1, keepdim=True)
+                new_peak = torch.maximum(peak[k, part], highest)
+                # the target's logit out of the way for a moment: the rest's largest is the hardest negative
+                kept = logits.gather(1, index)
+                logits.scatter_(1, index, torch.where(inside, -torch.inf, kept))
+                torch.maximum(hardest[k, part], logits.amax(1, keepdim=True), out=hardest[k, part])
+                logits.scatter_(1, index, kept)
+                total[k, part] *= (peak[k, part] - new_peak).exp_()
+                total[k, part] += logits.sub_(new_peak).exp_().sum(1, keepdim=True)
+                peak[k, part] = new_peak
+    return Sums(peak[..., 0], total[..., 0], positive[..., 0], hardest[..., 0])
+
+
+def gradients(
+    rows: Tensor,
+    candidates: Tensor,
+    target: Tensor,
+    temperature: float,
+    peak: Tensor,
+    total: Tensor,
+    weight: Tensor,
+    *,
+    mask: Tensor | None = None,
+    exclude: Tensor | None = None,
+    need_rows: bool = True,
+    need_candidates: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of ``sum_k weight_k sum_i (log total - (positive - peak))``, [K, B, D] and [K, M, D].
+
+    ``peak`` and ``total`` [K, B] are those over all candidates, of which these may be a part; ``weight`` [K]. The
+    target's one is subtracted inside its tile (``p - 1``, one element a row): no atomics, two runs are bitwise equal.
+    """
+    num_steps, num_rows, _ = rows.shape
+    grad_rows = torch.zeros_like(rows) if need_rows else None
+    grad_candidates = torch.zeros_like(candidates) if need_candidates else None
+    weight = weight / temperature
+    tile, size = _tiling(rows, candidates)
+    for k in range(num_steps):
+        for columns in slices(candidates.shape[1], size):
+            chunk = candidates[k, columns]
+            for part in slices(num_rows, tile):
+                logits, inside, index = _logits(
+                    rows[k, part], chunk, target[part], temperature, mask, exclude, part, columns
+                )
+                probs = logits.sub_(peak[k, part, None]).exp_().div_(total[k, part, None])
                 probs.scatter_add_(1, index, inside.to(probs.dtype).neg_())
                 probs.mul_(weight[k])
-                if grad_queries is not None:
-                    grad_queries[k, rows] += matmul_nt(probs, chunk.T)
-                if grad_docs is not None:
-                    grad_docs[k, candidates] += matmul_nt(probs.T, queries[k, rows].T)
-    return grad_queries, grad_docs
+                if grad_rows is not None:
+                    grad_rows[k, part] += matmul_nt(probs, chunk.T)
+                if grad_candidates is not None:
+                    grad_candidates[k, columns] += matmul_nt(probs.T, rows[k, part].T)
+    return grad_rows, grad_candidates
 
 
-def _tiling(queries: Tensor, docs: Tensor) -> tuple[int, int]:
-    width = queries.shape[2]
+def _logits(
+    rows: Tensor,
+    chunk: Tensor,
+    target: Tensor,
+    temperature: float,
+    mask: Tensor | None,
+    exclude: Tensor | None,
+    part: slice,
+    columns: slice,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A tile of logits, -inf where a candidate does not count; whether the target is inside; its column."""
+    logits = matmul_nt(rows, chunk).div_(temperature)
+    if mask is not None:
+        logits.masked_fill_(mask[part, columns], -torch.inf)
+    if exclude is not None:
+        out, column = _column(exclude[part], columns)
+        logits.scatter_(1, column, torch.where(out, -torch.inf, logits.gather(1, column)))
+    return logits, *_column(target, columns)
+
+
+def _tiling(rows: Tensor, candidates: Tensor) -> tuple[int, int]:
+    width = rows.shape[2]
     return tiling(
-        queries.shape[1], docs.shape[1], tiles=4, per_vocab=width, per_row=width, itemsize=queries.dtype.itemsize
+        rows.shape[1], candidates.shape[1], tiles=4, per_vocab=width, per_row=width, itemsize=rows.dtype.itemsize
     )
 
 
-def _target_column(target: Tensor, candidates: slice) -> tuple[Tensor, Tensor]:
-    """Whether each row's target lies in this chunk, and its column there (any valid one if not), both [R, 1]."""
-    column = (target - candidates.start)[:, None]
-    width = candidates.stop - candidates.start
+def _column(index: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Whether each row's index lies in this chunk, and its column there (any valid one if not), both [R, 1]."""
+    column = (index - columns.start)[:, None]
+    width = columns.stop - columns.start
     return (column >= 0) & (column < width), column.clamp(0, width - 1)

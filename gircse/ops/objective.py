@@ -8,7 +8,14 @@ from torch import Tensor
 REDUCTIONS = ("mean", "sum")
 
 
-def icr_objective(losses: Tensor, *, reg_weight: float = 1.0, eps: float = 1e-8, reduction: str = "mean") -> Tensor:
+def icr_objective(
+    losses: Tensor,
+    *,
+    reg_weight: float = 1.0,
+    eps: float = 1e-8,
+    reduction: str = "mean",
+    detach_previous: bool = False,
+) -> Tensor:
     """Iterative contrastive refinement (GIRCSE, arXiv 2509.24291)::
 
         reduce_k L_k + reg_weight * mean_{k=1..K-1} relu(log(L_{k+1} + eps) - log(L_k + eps))
@@ -19,13 +26,14 @@ def icr_objective(losses: Tensor, *, reg_weight: float = 1.0, eps: float = 1e-8,
     penalty.
 
     The penalty is not detached: where step k + 1 is worse than step k it lowers ``L_{k+1}`` and also pushes ``L_k``
-    *up*.
+    *up*, as in the reference code. ``detach_previous`` stops that: each step is then held to a constant.
 
     Args:
         losses: [K], K >= 1, floating point, in nats, none below ``-eps``.
         reg_weight: weight of the penalty, >= 0.
         eps: added to each loss inside the logarithms, > 0.
         reduction: "mean" or "sum".
+        detach_previous: no gradient into the earlier step of each pair of the penalty; its value stays.
 
     Returns:
         A scalar in the dtype of losses.
@@ -48,4 +56,6 @@ def icr_objective(losses: Tensor, *, reg_weight: float = 1.0, eps: float = 1e-8,
     total = losses.mean() if reduction == "mean" else losses.sum()
     if losses.shape[0] == 1 or reg_weight == 0:
         return total
-    return total + reg_weight * torch.relu((losses + eps).log().diff()).mean()
+    logs = (losses + eps).log()
+    previous = logs[:-1].detach() if detach_previous else logs[:-1]
+    return total + reg_weight * torch.relu(logs[1:] - previous).mean()

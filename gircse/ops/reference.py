@@ -103,25 +103,46 @@ def info_nce_reference(
     *,
     temperature: float = 0.02,
     pooling: str = "mean",
+    mask: Tensor | None = None,
+    include_queries: bool = False,
+    symmetric: bool = False,
 ) -> Tensor:
     """`gircse.ops.stepwise_info_nce`; vectors shorter than 1e-12 are divided by 1e-12, not by their norm."""
+    rows = query_steps.shape[0]
     if target is None:
-        rows = query_steps.shape[0]
         target = torch.arange(rows, device=query_steps.device) * (doc_steps.shape[0] // rows)
     queries = torch.nn.functional.normalize(pool_steps_reference(query_steps, pooling), dim=-1)
     docs = torch.nn.functional.normalize(pool_steps_reference(doc_steps, pooling), dim=-1)
-    losses = [
-        torch.nn.functional.cross_entropy(queries[:, k] @ docs[:, k].T / temperature, target)
-        for k in range(queries.shape[1])
-    ]
+    own = torch.arange(rows, device=target.device)
+    losses = []
+    for k in range(queries.shape[1]):
+        logits = queries[:, k] @ docs[:, k].T / temperature
+        if mask is not None:
+            logits = logits.masked_fill(mask, -torch.inf)
+        if include_queries:
+            among = queries[:, k] @ queries[:, k].T / temperature
+            logits = torch.cat([logits, among.masked_fill(own[:, None] == own, -torch.inf)], 1)
+        loss = torch.nn.functional.cross_entropy(logits, target)
+        if symmetric:
+            back = docs[target, k] @ queries[:, k].T / temperature
+            if mask is not None:
+                back = back.masked_fill(mask[:, target].T, -torch.inf)
+            loss = (loss + torch.nn.functional.cross_entropy(back, own)) / 2
+        losses.append(loss)
     return torch.stack(losses)
 
 
 def icr_objective_reference(
-    losses: Tensor, *, reg_weight: float = 1.0, eps: float = 1e-8, reduction: str = "mean"
+    losses: Tensor,
+    *,
+    reg_weight: float = 1.0,
+    eps: float = 1e-8,
+    reduction: str = "mean",
+    detach_previous: bool = False,
 ) -> Tensor:
     """`gircse.ops.icr_objective`, term by term."""
     total = (losses.mean() if reduction == "mean" else losses.sum()).clone()
     for before, after in pairwise(losses):
+        before = before.detach() if detach_previous else before
         total = total + reg_weight * torch.relu(torch.log(after + eps) - torch.log(before + eps)) / (len(losses) - 1)
     return total

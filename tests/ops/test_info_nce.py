@@ -273,7 +273,16 @@ def test_pooling_prefixes_and_gradient(pooling: str) -> None:
         ({"target": torch.tensor([-1, 2])}, ValueError, r"target: got -1 to 2, expected 0 to 3"),
         ({"temperature": 0.0}, ValueError, r"temperature: got 0.0, expected a finite number above 0"),
         ({"pooling": "max"}, ValueError, r"pooling: got 'max', expected one of 'mean', 'last', 'weighted'"),
-        ({"backend": "triton"}, RuntimeError, r"backend: 'triton' is not available"),
+        ({"mask": torch.ones(2, 4)}, TypeError, r"mask: got torch.float32, expected a bool tensor"),
+        ({"mask": torch.zeros(2, 3, dtype=torch.bool)}, ValueError, r"mask: got shape \(2, 3\), expected \(2, 4\)"),
+        (
+            {"mask": torch.tensor([[False] * 4, [False, False, True, False]])},
+            ValueError,
+            r"mask: got True at the target of row 1, 2, expected it to count",
+        ),
+        ({"symmetric": 1}, TypeError, r"symmetric: got int, expected a bool"),
+        ({"include_queries": None}, TypeError, r"include_queries: got NoneType, expected a bool"),
+        ({"group": object()}, RuntimeError, r"group: torch.distributed is not initialised"),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
