@@ -10,6 +10,8 @@ from gircse_kernels.plan import Device, OnePass, Problem, plan_forward
 
 from bench.cases import MODELS
 from bench.documents import Results, block
+from bench.info_nce import COLUMNS as INFO_NCE
+from bench.info_nce import Size
 from bench.tables import Column, markdown
 
 _MODELS = ("smollm2-135m", "qwen2.5-0.5b", "qwen3-0.6b", "llama-3.2-1b", "qwen3-4b", "mistral-7b", "qwen2.5-7b")
@@ -139,3 +141,22 @@ def _summary(record: dict[str, Any]) -> str:
             + (f", at most {worst} bytes a thread" if spilled else "")
         )
     return "\n".join(lines) + "\n"
+
+
+@block("info-nce")
+def info_nce(results: Results) -> str:
+    """Every record of the loss, and the share of the exchange between ranks."""
+    found = [r for r in results.records.values() if r.get("benchmark") in ("info_nce", "info_nce-ranks")]
+    if not found:
+        return "no record yet: `python bench/info_nce.py`"
+    parts = []
+    for record in found:
+        origin = record["provenance"]
+        where = f"{origin['device']}, torch {origin['torch']}; `{origin['command']}`{results.mark(record)}"
+        if record["benchmark"] == "info_nce":
+            parts.append(f"{where}\n\n{markdown(INFO_NCE, record['points'])}")
+            continue
+        share = record["exchange_seconds"] / record["seconds"]
+        size = Size(*(record[name] for name in Size._fields))
+        parts.append(f"{where}: {record['ranks']} processes, each {size}: exchange is {share:.0%} of a step")
+    return "\n\n".join(parts)

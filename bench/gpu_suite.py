@@ -115,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # throughput is one of the promises: untargeted op cases must not take its time
     reserve = 0.15 * 60 * options.minutes
     records = op_benchmarks(suite, options, reserve)
+    info_nce(suite, options)
     throughput(suite, options)
     summarise(suite, records)
     return 1 if suite.problems else 0
@@ -207,22 +208,34 @@ def _one(
 def throughput(suite: Suite, options: argparse.Namespace) -> None:
     """`bench/run.py` in a process of its own."""
     arguments = SMOKE_THROUGHPUT if options.smoke else THROUGHPUT
-    name = f"throughput-{arguments[1]}"
+    _script(suite, options, f"throughput-{arguments[1]}", "run.py", arguments, 5.0 if options.smoke else 45.0)
+
+
+def info_nce(suite: Suite, options: argparse.Namespace) -> None:
+    """`bench/info_nce.py` in a process of its own."""
+    arguments = ["--smoke"] if options.smoke else []
+    _script(suite, options, "info_nce", "info_nce.py", arguments, 5.0 if options.smoke else 40.0)
+
+
+def _script(
+    suite: Suite, options: argparse.Namespace, name: str, script: str, arguments: Sequence[str], seconds: float
+) -> None:
+    """A benchmark that writes its own record; `seconds` is about what it takes."""
     if options.only not in name:
         return
     if suite.finished(name) is not None:
         say(f"{name}: is there already")
         return
-    if not suite.fits(name, 5.0 if options.smoke else 45.0):
+    if not suite.fits(name, seconds):
         return
     out = suite.folder / f"{name}.json"
-    command = [sys.executable, str(ROOT / "bench" / "run.py"), *arguments, "--device", str(suite.device)]
+    command = [sys.executable, str(ROOT / "bench" / script), *arguments, "--device", str(suite.device)]
     say(f"{name}: {' '.join(command[1:])}")
     code, output = _run([*command, "--out", str(out)], suite.left())
     (suite.folder / f"{name}.txt").write_text(output, encoding="utf-8")
     if code != 0:
         last = (output.strip().splitlines() or ["no output"])[-1]
-        suite.problem(f"bench/run.py ended with exit code {code}: {last}; all of it: {out.with_suffix('.txt')}")
+        suite.problem(f"bench/{script} ended with exit code {code}: {last}; all of it: {out.with_suffix('.txt')}")
         return
     print("\n".join(line for line in output.splitlines() if not line.startswith("{")))
 

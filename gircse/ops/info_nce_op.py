@@ -20,8 +20,10 @@ from torch.autograd.function import once_differentiable
 
 from . import info_nce_torch
 from .backends import kernels, resolve_backend
-from .info_nce_parallel import gather, scatter_sum, shares, total
+from .info_nce_parallel import Shares, gather, scatter_sum, shares, total
 from .info_nce_torch import Pooled, Sums
+
+VECTOR_BYTES = 64 << 20
 
 
 class Options(NamedTuple):
@@ -70,7 +72,11 @@ def _problems(vectors: Vectors, options: Options, mask: Tensor | None, mirrored:
 
 
 class StepwiseInfoNCE(torch.autograd.Function):
-    """(query_steps, doc_steps, target, mask, options) -> losses [K], then accuracy, positive, hardest, [K] each."""
+    """(query_steps, doc_steps, target, mask, options) -> losses [K], then accuracy, positive, hardest, [K] each.
+
+    Unit vectors are made for as many steps at a time as ``VECTOR_BYTES`` hold, and again in backward: kept are the
+    inputs and two numbers for each row and step.
+    """
 
     @staticmethod
     def forward(
@@ -78,42 +84,23 @@ class StepwiseInfoNCE(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         device, module = query_steps.device, _module(options.backend, query_steps)
         with torch.autocast(device.type, enabled=False):
-            queries, docs = module.pool(query_steps, options.pooling), module.pool(doc_steps, options.pooling)
             rows_of, docs_of = (shares(s.shape[0], options.group, device) for s in (query_steps, doc_steps))
-            crossing = options.include_queries or options.symmetric
-            vectors = Vectors(
-                queries.vectors,
-                gather(queries.vectors, rows_of, 1) if crossing else queries.vectors,
-                gather(docs.vectors, docs_of, 1),
-                target + docs_of.start,
-                torch.arange(rows_of.start, rows_of.start + target.shape[0], device=device),
-            )
+            target = target + docs_of.start
             mirrored = None
             if options.symmetric and mask is not None:
                 # a query whose row does not count this document does not count for it either
-                every = gather(vectors.target, rows_of, 0)
+                every = gather(target, rows_of, 0)
                 mirrored = gather(mask[:, every].to(torch.uint8), rows_of, 0).bool().T[rows_of.mine].contiguous()
-            problems = _problems(vectors, options, mask, mirrored)
-            found = [module.sums(**p._asdict(), temperature=options.temperature) for p in problems]
-            forward: Sums = found[0].merge(found[1]) if options.include_queries else found[0]
-            directions = [forward, found[-1]] if options.symmetric else [forward]
-            # log(total) >= 0 and peak - positive >= 0 are exact for a row whose target is on top: no cancellation.
-            each = torch.stack([(s.total.log() + (s.peak - s.positive)).sum(1) for s in directions])
-            losses = each.mean(0)
-            hardest = (found[0].hardest * options.temperature).clamp_min(-1.0)
-            sums = torch.stack(
-                [
-                    losses,
-                    (forward.positive >= forward.hardest).to(losses.dtype).sum(1),
-                    found[0].positive.sum(1) * options.temperature,
-                    hardest.sum(1),
-                ]
-            )
-            means = total(sums, rows_of) / rows_of.total
+            parts, kept = [], []
+            for first, last in _groups(query_steps, rows_of, docs_of):
+                queries, docs = (module.pool(s, options.pooling, first, last) for s in (query_steps, doc_steps))
+                vectors = _exchange(queries, docs, target, rows_of, docs_of, options)
+                part, sums = _sums(module, vectors, options, mask, mirrored)
+                parts.append(part)
+                kept.append(sums)
+            means = total(torch.cat(parts, 1), rows_of) / rows_of.total
         ctx.options, ctx.rows_of, ctx.docs_of = options, rows_of, docs_of
-        ctx.dtypes = query_steps.dtype, doc_steps.dtype
-        kept = [t for s in directions for t in (s.peak, s.total)]
-        ctx.save_for_backward(*queries, *docs, *vectors, mask, mirrored, *kept)
+        ctx.save_for_backward(query_steps, doc_steps, target, mask, mirrored, torch.cat(kept, 1))
         results = means.unbind()
         ctx.mark_non_differentiable(*results[1:])
         return results
@@ -124,24 +111,72 @@ class StepwiseInfoNCE(torch.autograd.Function):
         if grad_losses is None:
             return (None,) * 5
         options, rows_of, docs_of = ctx.options, ctx.rows_of, ctx.docs_of
-        q_vectors, q_norms, d_vectors, d_norms, *rest = ctx.saved_tensors
-        vectors, (mask, mirrored), kept = Vectors(*rest[:5]), rest[5:7], rest[7:]
-        module = _module(options.backend, q_vectors)
-        need_queries, need_docs = ctx.needs_input_grad[:2]
+        query_steps, doc_steps, target, mask, mirrored, kept = ctx.saved_tensors
+        module = _module(options.backend, query_steps)
+        needs = ctx.needs_input_grad[:2]
+        results = [
+            torch.empty(steps.shape, dtype=steps.dtype, device=steps.device) if need else None
+            for steps, need in zip((query_steps, doc_steps), needs, strict=True)
+        ]
+        carries: list[Tensor | None] = [None, None]
         with torch.autocast(grad_losses.device.type, enabled=False):
-            weight = grad_losses.to(q_vectors.dtype) / (rows_of.total * (1 + options.symmetric))
-            grad_own, grad_queries, grad_docs = _accumulate(
-                module, vectors, options, mask, mirrored, kept, weight, need_queries, need_docs
-            )
-            query_grad = doc_grad = None
-            if need_queries:
-                if grad_queries is not None:
-                    grad_own = grad_own + scatter_sum(grad_queries, rows_of, 1)
-                query_grad = module.pool_gradient(grad_own, Pooled(q_vectors, q_norms), options.pooling, ctx.dtypes[0])
-            if need_docs:
-                own = scatter_sum(grad_docs, docs_of, 1)
-                doc_grad = module.pool_gradient(own, Pooled(d_vectors, d_norms), options.pooling, ctx.dtypes[1])
-        return query_grad, doc_grad, None, None, None
+            weight = grad_losses.to(kept.dtype) / (rows_of.total * (1 + options.symmetric))
+            for first, last in reversed(_groups(query_steps, rows_of, docs_of)):
+                queries, docs = (module.pool(s, options.pooling, first, last) for s in (query_steps, doc_steps))
+                vectors = _exchange(queries, docs, target, rows_of, docs_of, options)
+                own, others, documents = _accumulate(
+                    module, vectors, options, mask, mirrored, kept[:, first:last], weight[first:last], *needs
+                )
+                if needs[0]:
+                    own = own if others is None else own + scatter_sum(others, rows_of, 1)
+                if needs[1]:
+                    documents = scatter_sum(documents, docs_of, 1)
+                for i, (grad, pooled) in enumerate(((own, queries), (documents, docs))):
+                    out = results[i]
+                    if out is not None:
+                        carries[i] = module.pool_gradient(grad, pooled, options.pooling, out, first, carries[i])
+        return *results, None, None, None
+
+
+def _groups(query_steps: Tensor, rows_of: Shares, docs_of: Shares) -> list[tuple[int, int]]:
+    """Ranges of steps whose unit vectors, of all ranks, fit the budget; at least one step."""
+    _, num_steps, width = query_steps.shape
+    itemsize = 8 if query_steps.dtype == torch.float64 else 4
+    size = max(1, VECTOR_BYTES // (itemsize * width * (rows_of.total + docs_of.total)))
+    return [(first, min(first + size, num_steps)) for first in range(0, num_steps, size)]
+
+
+def _exchange(
+    queries: Pooled, docs: Pooled, target: Tensor, rows_of: Shares, docs_of: Shares, options: Options
+) -> Vectors:
+    crossing = options.include_queries or options.symmetric
+    return Vectors(
+        queries.vectors,
+        gather(queries.vectors, rows_of, 1) if crossing else queries.vectors,
+        gather(docs.vectors, docs_of, 1),
+        target,
+        torch.arange(rows_of.start, rows_of.start + target.shape[0], device=target.device),
+    )
+
+
+def _sums(
+    module: ModuleType, vectors: Vectors, options: Options, mask: Tensor | None, mirrored: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Sums over this rank's rows of loss, accuracy, positive, hardest [4, K]; what backward keeps, [2 or 4, K, B]."""
+    problems = _problems(vectors, options, mask, mirrored)
+    found = [module.sums(**p._asdict(), temperature=options.temperature) for p in problems]
+    forward: Sums = found[0].merge(found[1]) if options.include_queries else found[0]
+    directions = [forward, found[-1]] if options.symmetric else [forward]
+    # log(total) >= 0 and peak - positive >= 0 are exact for a row whose target is on top: no cancellation.
+    losses = torch.stack([(s.total.log() + (s.peak - s.positive)).sum(1) for s in directions]).mean(0)
+    hardest = (found[0].hardest * options.temperature).clamp_min(-1.0)
+    sums = (
+        losses,
+        (forward.positive >= forward.hardest).to(losses.dtype).sum(1),
+        found[0].positive.sum(1) * options.temperature,
+        hardest.sum(1),
+    )
+    return torch.stack(sums), torch.stack([t for s in directions for t in (s.peak, s.total)])
 
 
 def _accumulate(
@@ -150,7 +185,7 @@ def _accumulate(
     options: Options,
     mask: Tensor | None,
     mirrored: Tensor | None,
-    kept: list[Tensor],
+    kept: Tensor,
     weight: Tensor,
     need_queries: bool,
     need_docs: bool,

@@ -45,23 +45,34 @@ class Sums(NamedTuple):
         )
 
 
-def pool(steps: Tensor, pooling: str) -> Pooled:
-    """Unit vectors of steps [B, K, D]."""
-    pooled = pool_steps(steps, pooling).transpose(0, 1)
+def pool(steps: Tensor, pooling: str, first: int = 0, last: int | None = None) -> Pooled:
+    """Unit vectors after steps ``first + 1`` to ``last`` (None: all) of steps [B, K, D]."""
+    pooled = pool_steps(steps[:, :last], pooling)[:, first:].transpose(0, 1)
     return Pooled(l2_normalize(pooled).contiguous(), torch.linalg.vector_norm(pooled, dim=-1))
 
 
-def pool_gradient(grad: Tensor, pooled: Pooled, pooling: str, dtype: torch.dtype) -> Tensor:
-    """Gradient of the steps [B, K, D] from that of the unit vectors [K, B, D]."""
+def pool_gradient(
+    grad: Tensor, pooled: Pooled, pooling: str, out: Tensor, first: int = 0, carry: Tensor | None = None
+) -> Tensor:
+    """Writes the gradient of the steps into ``out`` [B, K, D] from that of the unit vectors after steps ``first + 1``
+    and on.
+
+    ``carry`` [B, D] is what the call for the later steps returned; call for the last ones first.
+    """
     unit, norms = pooled
+    last = first + grad.shape[0]
     inner = grad - unit * (unit * grad).sum(-1, keepdim=True)
     inner = inner * torch.where(norms > 0, 1 / norms, 0.0)[..., None]
     if pooling == "last":
-        return inner.transpose(0, 1).to(dtype)
-    count = torch.arange(1, grad.shape[0] + 1, dtype=grad.dtype, device=grad.device)[:, None, None]
+        out[:, first:last] = inner.transpose(0, 1)
+        return inner[0]
+    count = torch.arange(first + 1, last + 1, dtype=grad.dtype, device=grad.device)[:, None, None]
     inner = inner / (count if pooling == "mean" else count * (count + 1) / 2)
     later = inner.flip(0).cumsum(0).flip(0)  # step i takes part in all z_k with k >= i
-    return (later * count if pooling == "weighted" else later).transpose(0, 1).to(dtype)
+    if carry is not None:
+        later = later + carry
+    out[:, first:last] = (later * count if pooling == "weighted" else later).transpose(0, 1)
+    return later[0]
 
 
 def sums(

@@ -135,7 +135,7 @@ def _call_info_nce(case: Case, device: Device, ready: Callable[[], object]) -> N
             mask=mask, exclude=exclude, device=device,
         )  # fmt: skip
         assert grad is not None
-        info_nce.pool_gradient(grad, pooled, "mean", steps.dtype)
+        info_nce.pool_gradient(grad, pooled, "mean", empty(steps.shape, dtype=steps.dtype))
 
 
 class _Allocations(TorchDispatchMode):

@@ -47,16 +47,17 @@ class Pooled(NamedTuple):
     norms: Tensor  # [K, B] float32, before they were divided
 
 
-def pool(steps: Tensor, pooling: str) -> Pooled:
-    """`steps` [B, K, D] of any float dtype and strides; pooling "mean", "last" or "weighted"."""
+def pool(steps: Tensor, pooling: str, first: int = 0, last: int | None = None) -> Pooled:
+    """Unit vectors after steps `first` + 1 to `last` (None: all) of `steps` [B, K, D], any float dtype and strides."""
     rows, num_steps, width = steps.shape
-    out = torch.empty((num_steps, rows, width), dtype=torch.float32, device=steps.device)
-    norms = torch.empty((num_steps, rows), dtype=torch.float32, device=steps.device)
+    last = num_steps if last is None else last
+    out = torch.empty((last - first, rows, width), dtype=torch.float32, device=steps.device)
+    norms = torch.empty((last - first, rows), dtype=torch.float32, device=steps.device)
     if rows:
         launching.launch(
             pool_kernel,
             (rows,),
-            (steps, out, norms, rows, num_steps, width, *steps.stride(), SMALLEST),
+            (steps, out, norms, rows, first, last, width, *steps.stride(), SMALLEST),
             _row_config(width),
             LAST=pooling == "last",
             WEIGHTED=pooling == "weighted",
@@ -64,20 +65,30 @@ def pool(steps: Tensor, pooling: str) -> Pooled:
     return Pooled(out, norms)
 
 
-def pool_gradient(grad: Tensor, pooled: Pooled, pooling: str, dtype: torch.dtype) -> Tensor:
-    """Gradient of the steps [B, K, D] from that of the unit vectors [K, B, D]."""
-    num_steps, rows, width = grad.shape
-    out = torch.empty((rows, num_steps, width), dtype=dtype, device=grad.device)
+def pool_gradient(
+    grad: Tensor, pooled: Pooled, pooling: str, out: Tensor, first: int = 0, carry: Tensor | None = None
+) -> Tensor:
+    """Writes the gradient of the steps into `out` [B, K, D], contiguous, from that of the unit vectors after steps
+    `first` + 1 and on.
+
+    `carry` [B, D] is what the call for the later steps returned; call for the last ones first.
+    """
+    count, rows, width = grad.shape
+    result = torch.empty((rows, width), dtype=torch.float32, device=grad.device) if carry is None else carry
     if rows:
         launching.launch(
             pool_grad_kernel,
             (rows,),
-            (grad.contiguous(), pooled.vectors, pooled.norms, out, rows, num_steps, width, SMALLEST),
+            (
+                grad.contiguous(), pooled.vectors, pooled.norms, result, out,
+                rows, out.shape[1], first, first + count, width, SMALLEST,
+            ),
             _row_config(width),
+            CARRIED=carry is not None,
             LAST=pooling == "last",
             WEIGHTED=pooling == "weighted",
-        )
-    return out
+        )  # fmt: skip
+    return result
 
 
 def _row_config(width: int) -> Config:

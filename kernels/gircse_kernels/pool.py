@@ -3,7 +3,9 @@
     acc_k = sum_{i <= k} w_i g_i;  z_k = acc_k / |acc_k|
 
 The mean's 1 / k and the weighted mean's 1 / sum(w) cancel in the norm. One program holds one row's accumulator in
-registers and walks its steps: [B, K, D] is read once, [K, B, D] written once. Backward is the reverse walk::
+registers and walks its steps: [B, K, D] is read once, [K, B, D] written once. A large batch is taken some steps at a
+time, `first` to `last - 1`: the forward sums the earlier steps again, the backward carries its sum from the later ones
+(so it must begin with the last). Backward is the reverse walk::
 
     d acc_k = (d z_k - z_k (z_k . d z_k)) / |acc_k|;  d g_i = w_i sum_{k >= i} d acc_k
 
@@ -22,13 +24,14 @@ def step_weight(k, WEIGHTED: tl.constexpr):
     return 1.0
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_steps"])
+@triton.jit(do_not_specialize=["num_rows", "first", "last"])
 def pool_kernel(
     steps_ptr,  # [B, K, D]
-    out_ptr,  # [K, B, D] float32, out
-    norm_ptr,  # [K, B] float32, out
+    out_ptr,  # [last - first, B, D] float32, out
+    norm_ptr,  # [last - first, B] float32, out
     num_rows,
-    num_steps,
+    first,
+    last,
     width,
     stride_b,
     stride_k,
@@ -42,29 +45,34 @@ def pool_kernel(
     d = tl.arange(0, BLOCK_D)
     m_d = d < width
     acc = tl.zeros([BLOCK_D], tl.float32)
-    for k in range(0, num_steps):
+    for k in range(0, last):
         index = tl.zeros([BLOCK_D], tl.int64) + k
         step = tl.load(steps_ptr + row * stride_b + index * stride_k + d.to(tl.int64) * stride_d, mask=m_d, other=0.0)
         if LAST:
             acc = step.to(tl.float32)
         else:
             acc += step.to(tl.float32) * step_weight(tl.cast(k, tl.int32), WEIGHTED)
-        norm = tl.sqrt(tl.sum(acc * acc, 0))
-        scale = tl.where(norm > smallest, 1.0 / tl.maximum(norm, smallest), 0.0)
-        tl.store(out_ptr + (index * num_rows + row) * width + d, acc * scale, mask=m_d)
-        tl.store(norm_ptr + tl.cast(k, tl.int64) * num_rows + row, norm)
+        if k >= first:
+            norm = tl.sqrt(tl.sum(acc * acc, 0))
+            scale = tl.where(norm > smallest, 1.0 / tl.maximum(norm, smallest), 0.0)
+            tl.store(out_ptr + ((index - first) * num_rows + row) * width + d, acc * scale, mask=m_d)
+            tl.store(norm_ptr + tl.cast(k - first, tl.int64) * num_rows + row, norm)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_steps"])
+@triton.jit(do_not_specialize=["num_rows", "num_steps", "first", "last"])
 def pool_grad_kernel(
-    grad_ptr,  # [K, B, D] float32, gradient of the embeddings
-    out_ptr,  # [K, B, D] float32, the embeddings
-    norm_ptr,  # [K, B] float32
+    grad_ptr,  # [last - first, B, D] float32, gradient of the embeddings
+    out_ptr,  # [last - first, B, D] float32, the embeddings
+    norm_ptr,  # [last - first, B] float32
+    carry_ptr,  # [B, D] float32, in and out: sum of d acc over the later steps
     steps_grad_ptr,  # [B, K, D] the steps' dtype, out
     num_rows,
     num_steps,
+    first,
+    last,
     width,
     smallest,
+    CARRIED: tl.constexpr,  # there are later steps
     LAST: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -73,13 +81,15 @@ def pool_grad_kernel(
     d = tl.arange(0, BLOCK_D)
     m_d = d < width
     acc = tl.zeros([BLOCK_D], tl.float32)
-    for reverse in range(0, num_steps):
-        k = num_steps - 1 - reverse
+    if CARRIED:
+        acc = tl.load(carry_ptr + row * width + d, mask=m_d, other=0.0)
+    for reverse in range(0, last - first):
+        k = last - 1 - reverse
         index = tl.zeros([BLOCK_D], tl.int64) + k
-        offset = (index * num_rows + row) * width + d
+        offset = ((index - first) * num_rows + row) * width + d
         grad = tl.load(grad_ptr + offset, mask=m_d, other=0.0)
         unit = tl.load(out_ptr + offset, mask=m_d, other=0.0)
-        norm = tl.load(norm_ptr + tl.cast(k, tl.int64) * num_rows + row)
+        norm = tl.load(norm_ptr + tl.cast(k - first, tl.int64) * num_rows + row)
         scale = tl.where(norm > smallest, 1.0 / tl.maximum(norm, smallest), 0.0)
         inner = (grad - unit * tl.sum(grad * unit, 0)) * scale
         if LAST:
@@ -92,3 +102,4 @@ def pool_grad_kernel(
             weighted.to(steps_grad_ptr.dtype.element_ty),
             mask=m_d,
         )
+    tl.store(carry_ptr + row * width + d, acc, mask=m_d)

@@ -77,7 +77,11 @@ def suite(tmp_path, monkeypatch) -> Runner:
 def test_everything_in_order_and_nothing_twice(suite, capsys, monkeypatch):
     assert suite() == 0
     assert suite.measured == NAMES
-    assert [command[1:3] for command in suite.commands] == [["-m", "pytest"], [str(ROOT / "bench/run.py"), "--shape"]]
+    assert [command[1:3] for command in suite.commands] == [
+        ["-m", "pytest"],
+        [str(ROOT / "bench/info_nce.py"), "--smoke"],
+        [str(ROOT / "bench/run.py"), "--shape"],
+    ]
     printed = capsys.readouterr().out
     header = next(line for line in printed.splitlines() if line.startswith("case "))
     assert all(word in header for word in ("ours ms", "floor ms", "x eager", "x compiled", "target", "met"))
@@ -184,7 +188,7 @@ def test_what_does_not_fit_is_skipped(suite, capsys):
     assert suite("--only", "nothing") == 0  # the tests have passed
     assert suite("--minutes", "0.01") == 0
     assert suite.measured == suite.commands == []
-    assert suite.record("summary")["skipped"] == [*NAMES, THROUGHPUT]
+    assert suite.record("summary")["skipped"] == [*NAMES, "info_nce", THROUGHPUT]
     assert f"skipped: {NAMES[0]} takes about" in capsys.readouterr().out
 
 

@@ -1,0 +1,222 @@
+#!/usr/bin/env python
+"""`stepwise_info_nce` against eager PyTorch and K separate losses: time and peak extra memory, forward and backward.
+
+    python bench/info_nce.py                     # CPU: small, two minutes
+    python bench/info_nce.py --device cuda       # the sizes of a GPU
+    python bench/info_nce.py --ranks 2           # what of a step on 2 gloo processes is the exchange between them
+
+`separate` calls the loss once for each number of steps on vectors pooled by plain PyTorch, as a memory-efficient loss
+without steps would be used. Nothing is recorded unless losses and gradients agree with float64 first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bench.memory import give_back, peak_extra_bytes
+from bench.provenance import provenance
+from bench.records import save, to_json
+from bench.tables import Column, table
+from bench.timing import interleaved
+from gircse.ops import info_nce_parallel, pool_steps, stepwise_info_nce
+from gircse.ops.reference import info_nce_reference
+
+
+class Size(NamedTuple):
+    """B queries, M candidates, K steps, width D; whether eager PyTorch is tried at all."""
+
+    rows: int
+    candidates: int
+    num_steps: int
+    width: int
+    eager: bool = True
+
+    def __str__(self) -> str:
+        return f"B = {self.rows:,}, M = {self.candidates:,}, K = {self.num_steps}, D = {self.width:,}"
+
+
+CPU = (Size(512, 2048, 5, 256), Size(1024, 4096, 5, 576), Size(8192, 16384, 5, 64, eager=False))
+CUDA = (Size(4096, 8192, 5, 3584), Size(65_536, 131_072, 5, 1024, eager=False))
+SMOKE = (Size(40, 80, 3, 24),)
+
+
+def separate(queries: Tensor, docs: Tensor) -> Tensor:
+    """K losses of vectors that plain PyTorch has pooled."""
+    pooled = [pool_steps(steps) for steps in (queries, docs)]
+    return torch.cat(
+        [stepwise_info_nce(*(p[:, k : k + 1] for p in pooled), pooling="last") for k in range(queries.shape[1])]
+    )
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "eager": info_nce_reference,
+    "separate": separate,
+    "ours": stepwise_info_nce,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the hidden states")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--smoke", action="store_true", help="a tiny size")
+    parser.add_argument("--ranks", type=int, help="measure the exchange between so many processes instead")
+    parser.add_argument("--out", type=Path, help="write the record to this JSON file")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if options.ranks:
+        record = {"benchmark": "info_nce-ranks", **measure_ranks(options)}
+    else:
+        sizes = SMOKE if options.smoke else CUDA if device.type == "cuda" else CPU
+        points = [measure(size, device, getattr(torch, options.dtype), options.repeats) for size in sizes]
+        record = {"benchmark": "info_nce", "dtype": options.dtype, "repeats": options.repeats, "points": points}
+    record["provenance"] = provenance(device)
+    print(report(record))
+    if options.out:
+        save(record, options.out)
+    print(to_json(record))
+    return 0
+
+
+def steps(size: Size, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Positives that resemble their queries, so that losses are those of a model that has learnt something."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(rows: int) -> Tensor:
+        return torch.randn(rows, size.num_steps, size.width, generator=generator, device=device)
+
+    queries, docs = normal(size.rows), normal(size.candidates)
+    docs[:: size.candidates // size.rows][: size.rows] += queries
+    return queries.to(dtype).requires_grad_(), docs.to(dtype).requires_grad_()
+
+
+def measure(size: Size, device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
+    error = check(device, dtype, size.width)
+    queries, docs = steps(size, device, dtype)
+
+    def call(name: str) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(LOSSES[name](queries, docs).sum(), (queries, docs))
+
+    runs = {name: call(name) for name in LOSSES if name != "eager" or size.eager}
+    peaks = {}
+    for name, run in runs.items():
+        run()
+        give_back(device)
+        peaks[name] = peak_extra_bytes(run, device)
+    times = interleaved(runs, device, repeats)
+    return {
+        **size._asdict(),
+        "worst_error": error,
+        "milliseconds": {name: timing.seconds * 1e3 for name, timing in times.items()},
+        "spread": {name: timing.spread for name, timing in times.items()},
+        "peak_extra_bytes": peaks,
+    }
+
+
+def check(device: torch.device, dtype: torch.dtype, width: int) -> float:
+    """Worst relative error of losses and gradients against float64, on a size that float64 can hold."""
+    queries, docs = steps(Size(96, 288, 3, width), device, dtype)
+    wide = [t.detach().double().requires_grad_() for t in (queries, docs)]
+    exact = info_nce_reference(*wide)
+    losses = stepwise_info_nce(queries, docs)
+    wanted, got = torch.autograd.grad(exact.sum(), wide), torch.autograd.grad(losses.sum(), (queries, docs))
+    pairs = [(losses, exact), *zip(got, wanted, strict=True)]
+    worst = max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
+    if not worst <= (1e-4 if dtype == torch.float32 else 8e-3):
+        raise SystemExit(f"no speed is printed: relative error {worst:.2g} against float64 on {device}")
+    return worst
+
+
+def measure_ranks(options: argparse.Namespace) -> dict[str, Any]:
+    """Median seconds of a loss and its gradients on one rank, and of the gathering of vectors in it."""
+    size = Size(32, 64, 3, 24) if options.smoke else Size(256, 1024, 5, 1024)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.start_processes(
+            _rank, (options.ranks, size, folder, options.repeats), nprocs=options.ranks, start_method="spawn"
+        )
+        whole, exchange = torch.load(Path(folder) / "times.pt", weights_only=True)
+    return {"ranks": options.ranks, **size._asdict(), "seconds": whole, "exchange_seconds": exchange}
+
+
+def _rank(rank: int, ranks: int, size: Size, folder: str, repeats: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    exchanged = 0.0
+
+    def timed(function: Any) -> Any:
+        def run(*arguments: Any) -> Any:
+            nonlocal exchanged
+            dist.barrier()  # waiting for a slower rank is not the exchange
+            before = time.perf_counter()
+            result = function(*arguments)
+            exchanged += time.perf_counter() - before
+            return result
+
+        return run
+
+    from gircse.ops import info_nce_op
+
+    for name in ("gather", "scatter_sum", "shares"):
+        setattr(info_nce_op, name, timed(getattr(info_nce_parallel, name)))
+    queries, docs = steps(size, torch.device("cpu"), torch.float32)
+    whole, shares = [], []
+    for _ in range(repeats + 1):
+        exchanged = 0.0
+        before = time.perf_counter()
+        torch.autograd.grad(stepwise_info_nce(queries, docs, group=dist.group.WORLD).sum(), (queries, docs))
+        whole.append(time.perf_counter() - before)
+        shares.append(exchanged)
+    if rank == 0:
+        torch.save((statistics.median(whole[1:]), statistics.median(shares[1:])), Path(folder) / "times.pt")
+    dist.destroy_process_group()
+
+
+def report(record: dict[str, Any]) -> str:
+    origin = record["provenance"]
+    where = f"{origin['device']}, torch {origin['torch']}, sources {origin['sources']}"
+    if record["benchmark"] == "info_nce-ranks":
+        share = record["exchange_seconds"] / record["seconds"]
+        size = Size(*(record[name] for name in Size._fields))
+        return (
+            f"{where}\n{record['ranks']} processes, each {size}: {record['seconds']:.3f} s, {share:.0%} of it exchange"
+        )
+    return f"{where}\n\n{table(COLUMNS, record['points'])}\n\nforward and backward, both sides; medians"
+
+
+def _milliseconds(name: str) -> Column:
+    return f"{name} ms", lambda p: f"{p['milliseconds'][name]:,.1f}" if name in p["milliseconds"] else "-"
+
+
+def _mebibytes(name: str) -> Column:
+    return (
+        f"{name} MiB",
+        lambda p: f"{p['peak_extra_bytes'][name] / 2**20:,.0f}" if name in p["peak_extra_bytes"] else "-",
+    )
+
+
+COLUMNS: list[Column] = [
+    ("B", lambda p: f"{p['rows']:,}"),
+    ("M", lambda p: f"{p['candidates']:,}"),
+    ("K", lambda p: str(p["num_steps"])),
+    ("D", lambda p: f"{p['width']:,}"),
+    *(_milliseconds(name) for name in LOSSES),
+    *(_mebibytes(name) for name in LOSSES),
+]
+
+if __name__ == "__main__":
+    sys.exit(main())
