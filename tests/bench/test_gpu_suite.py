@@ -111,7 +111,7 @@ def test_everything_in_order_and_nothing_twice(suite, capsys, monkeypatch):
     monkeypatch.setattr(gpu_suite, "provenance", lambda device: {**provenance(device), "sources": "another"})
     assert suite() == 0
     assert suite.measured == NAMES
-    assert len(suite.commands) == 2
+    assert len(suite.commands) == 3
     assert suite.record(NAMES[0])["provenance"]["sources"] == "another"
 
 
