@@ -5,7 +5,7 @@ made once per problem and cached; the traffic model and the compile report read 
 
 Tiles come from a committed table, `configs.json`, written offline by `bench/tune.py`: for each kernel and architecture
 a list of entries, each for inputs of `itemsize` bytes, up to `rows` rows and (where a kernel holds whole rows) up to
-`width` columns. The look-up takes the smallest entry that fits, the largest if none does, and `SAFE` where the table
+`width` columns. The look-up takes the smallest entry that fits, the tallest if none does, and `SAFE` where the table
 has nothing. Nothing is ever tuned in a user's process.
 """
 
@@ -119,10 +119,8 @@ def find(kernel: str, arch: int, itemsize: int, rows: int, width: int = 0) -> Co
     fitting = [e for e in by_arch[f"sm_{max(known)}"] if e["itemsize"] == itemsize and e.get("width", width) >= width]
     if not fitting:
         return None
-    entry = min(
-        fitting,
-        key=lambda e: (e.get("width", 0), (0, e["rows"]) if e["rows"] >= rows else (1, -e["rows"])),
-    )
+    # fewest blocks of rows, then the narrowest, then the shortest tile that does it
+    entry = min(fitting, key=lambda e: (cdiv(rows, e["rows"]), e.get("width", 0), e["rows"]))
     return Config(entry["blocks"], entry["num_warps"], entry["num_stages"], entry.get("per_sm", 1))
 
 
@@ -151,6 +149,10 @@ def _one_pass(problem: Problem, device: Device) -> OnePass | None:
         return None
     widths = pieces(problem.width)
     config = find("one_pass", device.arch, problem.itemsize, problem.rows, sum(widths))
+    if config is not None and config.blocks["BLOCK_T"] > 16 and 4 * widths[1] > widths[0]:
+        # the registers of two large pieces under a tall tile spill, those of one padded piece do not
+        widths = 2 * widths[0], 0
+        config = find("one_pass", device.arch, problem.itemsize, problem.rows, widths[0])
     if config is None:
         return None
     row_blocks = cdiv(problem.rows, config.blocks["BLOCK_T"])

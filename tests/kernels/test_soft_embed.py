@@ -30,7 +30,7 @@ PASSES_AND_DTYPES = pytest.mark.parametrize(
 )
 
 
-def check(one_pass: bool, options: dict[str, Any] | None = None, *, seeds: int = 2, **shape: Any) -> None:
+def check(one_pass: bool, options: dict[str, Any] | None = None, *, seeds: int = 1, **shape: Any) -> None:
     """T = 37, V = 107, D = 27: three blocks of rows, seven tiles, two pieces of a row, the last of each ragged."""
     shape = {"leading": (37,), "vocab": 107, "width": 27, **shape}
     with small_plans(one_pass):
@@ -85,7 +85,7 @@ def test_widths_of_one_and_two_pieces(one_pass: bool, dtype: torch.dtype, width:
 @PASSES_AND_DTYPES
 def test_nearly_one_hot(one_pass: bool, dtype: torch.dtype) -> None:
     """Large logits: dS is a difference of nearly equal numbers, which a rounded saved output would spoil."""
-    check(one_pass, scale=12.0, leading=(19,), dtype=dtype, with_stats=False, seeds=4)
+    check(one_pass, scale=12.0, leading=(19,), dtype=dtype, with_stats=False, seeds=2)
 
 
 @PASSES_AND_DTYPES
