@@ -23,6 +23,11 @@ from bench.provenance import ROOT, provenance
 from bench.records import save
 
 
+def cases(**flags: bool) -> list[compile_report.Case]:
+    """Those of the table; the options are `soft_embed`'s."""
+    return [case for case in compile_report.table_cases(**flags) if not (flags and case.contrastive)]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -32,7 +37,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "kernels-compile.json")
     options = parser.parse_args()
     variants: dict[str, Any] = {
-        name: compile_report.report(compile_report.table_cases(**flags), options.arch, options.jobs)
+        name: compile_report.report(cases(**flags), options.arch, options.jobs)
         for name, flags in {"plain": {}, "options": {"options": True}, "noise": {"noise": True}}.items()
     }
     save({"benchmark": "kernels-compile", **variants, "provenance": provenance(torch.device("cpu"))}, options.out)

@@ -94,14 +94,14 @@ def main() -> int:
 
 
 def steps(size: Size, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Positives that resemble their queries, so that losses are those of a model that has learnt something."""
+    """Positives about as similar to their queries as the most similar of the other candidates: losses of order one."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(rows: int) -> Tensor:
         return torch.randn(rows, size.num_steps, size.width, generator=generator, device=device)
 
     queries, docs = normal(size.rows), normal(size.candidates)
-    docs[:: size.candidates // size.rows][: size.rows] += queries
+    docs[:: size.candidates // size.rows][: size.rows] += 4 * size.width**-0.5 * queries
     return queries.to(dtype).requires_grad_(), docs.to(dtype).requires_grad_()
 
 

@@ -23,7 +23,7 @@ from .backends import kernels, resolve_backend
 from .info_nce_parallel import Shares, gather, scatter_sum, shares, total
 from .info_nce_torch import Pooled, Sums
 
-VECTOR_BYTES = 64 << 20
+VECTOR_BYTES = 16 << 20
 
 
 class Options(NamedTuple):

@@ -194,7 +194,7 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tupl
         elif isinstance(value, torch.Tensor):
             types[name] = (
                 "*"
-                + {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int64": "i64"}[
+                + {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int64": "i64", "int8": "i8"}[
                     str(value.dtype).removeprefix("torch.")
                 ]
             )
