@@ -3,7 +3,7 @@
 
     python bench/info_nce.py                     # CPU: small, two minutes
     python bench/info_nce.py --device cuda       # the sizes of a GPU
-    python bench/info_nce.py --ranks 2           # what of a step on 2 gloo processes is the exchange between them
+    python bench/info_nce.py --ranks 2           # 2 gloo processes: the share of their exchange; a ring instead
 
 `separate` calls the loss once for each number of steps on vectors pooled by plain PyTorch, as a memory-efficient loss
 without steps would be used. Nothing is recorded unless losses and gradients agree with float64 first.
@@ -16,7 +16,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bench.info_nce_ring import ring_info_nce
 from bench.memory import give_back, peak_extra_bytes
 from bench.provenance import provenance
 from bench.records import save, to_json
@@ -93,9 +96,9 @@ def main() -> int:
     return 0
 
 
-def steps(size: Size, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def steps(size: Size, device: torch.device, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Positives about as similar to their queries as the most similar of the other candidates: losses of order one."""
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(rows: int) -> Tensor:
         return torch.randn(rows, size.num_steps, size.width, generator=generator, device=device)
@@ -143,25 +146,51 @@ def check(device: torch.device, dtype: torch.dtype, width: int) -> float:
 
 
 def measure_ranks(options: argparse.Namespace) -> dict[str, Any]:
-    """Median seconds of a loss and its gradients on one rank, and of the gathering of vectors in it."""
+    """Median seconds of a loss and its gradients on one rank: with an all-gather, of that the exchange, with a ring."""
     size = Size(32, 64, 3, 24) if options.smoke else Size(256, 1024, 5, 1024)
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(
             _rank, (options.ranks, size, folder, options.repeats), nprocs=options.ranks, start_method="spawn"
         )
-        whole, exchange = torch.load(Path(folder) / "times.pt", weights_only=True)
-    return {"ranks": options.ranks, **size._asdict(), "seconds": whole, "exchange_seconds": exchange}
+        times = torch.load(Path(folder) / "times.pt", weights_only=True)
+    return {"ranks": options.ranks, "repeats": options.repeats, **size._asdict(), **times}
 
 
 def _rank(rank: int, ranks: int, size: Size, folder: str, repeats: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    queries, docs = steps(size, torch.device("cpu"), torch.float32, seed=rank)
+    losses = {"seconds": partial(stepwise_info_nce, group=dist.group.WORLD), "ring_seconds": ring_info_nce}
+    found = {}
+    for name, loss in losses.items():
+        value = loss(queries, docs)
+        found[name] = torch.cat([g.flatten() for g in (value, *torch.autograd.grad(value.sum(), (queries, docs)))])
+    torch.testing.assert_close(found["seconds"], found["ring_seconds"], rtol=1e-3, atol=1e-6)
+    times: dict[str, list[float]] = {"seconds": [], "ring_seconds": [], "exchange_seconds": []}
+    for _ in range(repeats):
+        for name, loss in losses.items():
+            dist.barrier()
+            before = time.perf_counter()
+            torch.autograd.grad(loss(queries, docs).sum(), (queries, docs))
+            times[name].append(time.perf_counter() - before)
+        with _timed_exchange(times["exchange_seconds"]):
+            torch.autograd.grad(losses["seconds"](queries, docs).sum(), (queries, docs))
+    if rank == 0:
+        torch.save({name: statistics.median(all_runs) for name, all_runs in times.items()}, Path(folder) / "times.pt")
+    dist.destroy_process_group()
+
+
+@contextmanager
+def _timed_exchange(runs: list[float]) -> Iterator[None]:
+    """Appends what the exchange between ranks takes inside; waiting for a slower rank is not the exchange."""
+    from gircse.ops import info_nce_op
+
     exchanged = 0.0
 
-    def timed(function: Any) -> Any:
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
             nonlocal exchanged
-            dist.barrier()  # waiting for a slower rank is not the exchange
+            dist.barrier()
             before = time.perf_counter()
             result = function(*arguments)
             exchanged += time.perf_counter() - before
@@ -169,21 +198,15 @@ def _rank(rank: int, ranks: int, size: Size, folder: str, repeats: int) -> None:
 
         return run
 
-    from gircse.ops import info_nce_op
-
-    for name in ("gather", "scatter_sum", "shares"):
+    names = ("gather", "scatter_sum", "shares")
+    for name in names:
         setattr(info_nce_op, name, timed(getattr(info_nce_parallel, name)))
-    queries, docs = steps(size, torch.device("cpu"), torch.float32)
-    whole, shares = [], []
-    for _ in range(repeats + 1):
-        exchanged = 0.0
-        before = time.perf_counter()
-        torch.autograd.grad(stepwise_info_nce(queries, docs, group=dist.group.WORLD).sum(), (queries, docs))
-        whole.append(time.perf_counter() - before)
-        shares.append(exchanged)
-    if rank == 0:
-        torch.save((statistics.median(whole[1:]), statistics.median(shares[1:])), Path(folder) / "times.pt")
-    dist.destroy_process_group()
+    try:
+        yield
+    finally:
+        for name in names:
+            setattr(info_nce_op, name, getattr(info_nce_parallel, name))
+    runs.append(exchanged)
 
 
 def report(record: dict[str, Any]) -> str:
@@ -193,7 +216,8 @@ def report(record: dict[str, Any]) -> str:
         share = record["exchange_seconds"] / record["seconds"]
         size = Size(*(record[name] for name in Size._fields))
         return (
-            f"{where}\n{record['ranks']} processes, each {size}: {record['seconds']:.3f} s, {share:.0%} of it exchange"
+            f"{where}\n{record['ranks']} processes, each {size}: {record['seconds']:.3f} s, "
+            f"{share:.0%} of it exchange; with a ring {record['ring_seconds'] / record['seconds']:.2f} times as long"
         )
     return f"{where}\n\n{table(COLUMNS, record['points'])}\n\nforward and backward, both sides; medians"
 
