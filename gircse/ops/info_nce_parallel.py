@@ -1,9 +1,10 @@
 """What ranks exchange for a contrastive loss over all their candidates.
 
 An all-gather of the pooled unit vectors, not a ring: they are [M, K, D] however long the texts were, little beside the
-activations they come from, and gathered a bounded group of steps at a time. A ring takes as long (bench/info_nce_ring.py
-is one; docs/kernels.md has the measurement). Batches may differ in size between ranks: each sends as many rows as the
-largest has. In backward the gradients of the gathered vectors are added up over the ranks and each keeps its own rows.
+activations they come from, and gathered a bounded group of steps at a time. A ring takes as long
+(bench/info_nce_ring.py is one; docs/kernels.md has the measurement). Batches may differ in size between ranks: each
+sends as many rows as the largest has. In backward the gradients of the gathered vectors are
+added up over the ranks and each keeps its own rows.
 """
 
 from __future__ import annotations
