@@ -16,11 +16,18 @@ from gircse._version import __version__
 if TYPE_CHECKING:
     from gircse.architecture import UnsupportedModelError
     from gircse.config import GircseConfig
+    from gircse.engine import Engine, EngineConfig
     from gircse.model import GIRCSE
 
-__all__ = ["GIRCSE", "GircseConfig", "UnsupportedModelError", "__version__", "ops"]
+__all__ = ["GIRCSE", "Engine", "EngineConfig", "GircseConfig", "UnsupportedModelError", "__version__", "ops"]
 
-_HOMES = {"GIRCSE": "gircse.model", "GircseConfig": "gircse.config", "UnsupportedModelError": "gircse.architecture"}
+_HOMES = {
+    "Engine": "gircse.engine",
+    "EngineConfig": "gircse.engine",
+    "GIRCSE": "gircse.model",
+    "GircseConfig": "gircse.config",
+    "UnsupportedModelError": "gircse.architecture",
+}
 
 
 def __getattr__(name: str) -> Any:

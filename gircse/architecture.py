@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gircse import ops
-from gircse.attention import ATTENTION_NAME, PromptPass, RolloutKV, StepPass, no_mask
+from gircse.attention import ATTENTION_NAME, AttentionPass, RolloutKV, no_mask
 from gircse.cpu_linear import use_onednn
 
 # Relative error ||ours - theirs|| / ||theirs|| that rounding explains; a wrong fact is off by far more.
-_PROBE_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+PROBE_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 _PROBE_TOKENS = 6
 
 
@@ -164,14 +164,16 @@ class CausalLM:
     def run_prompt(self, kv: RolloutKV, input_ids: Tensor) -> Tensor:
         """The prompt pass of the decoder body: token ids [B, N] -> last hidden states [B, N, D]."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        return self._run_body(kv.prompt_pass(), positions, input_ids=input_ids)
+        return self.run_body(kv.prompt_pass(), positions, input_ids=input_ids)
 
     def run_step(self, kv: RolloutKV, step: int, token: Tensor) -> Tensor:
         """One step pass: embeddings [B, D] of the tokens at position length + step -> last hidden states [B, D]."""
         positions = (kv.lengths + step)[:, None]
-        return self._run_body(kv.step_pass(step), positions, inputs_embeds=token[:, None])[:, 0]
+        return self.run_body(kv.step_pass(step), positions, inputs_embeds=token[:, None])[:, 0]
 
-    def _run_body(self, kv_pass: PromptPass | StepPass, position_ids: Tensor, **inputs: Tensor) -> Tensor:
+    def run_body(self, kv_pass: AttentionPass, position_ids: Tensor, **inputs: Tensor) -> Tensor:
+        """Any pass of the decoder body: `input_ids` [B, Q] or `inputs_embeds` [B, Q, D] at `position_ids` [B or 1, Q]
+        -> last hidden states [B, Q, D]."""
         mask = no_mask(position_ids)
         output = self.body(attention_mask=mask, position_ids=position_ids, use_cache=False, kv=kv_pass, **inputs)
         return output.last_hidden_state
@@ -187,7 +189,7 @@ class CausalLM:
                 f"the model gives {tuple(theirs.shape)}"
             )
         error = (ours.double() - theirs.double()).norm() / theirs.double().norm().clamp_min(1e-30)
-        tolerance = _PROBE_TOLERANCE.get(theirs.dtype, 6e-2)
+        tolerance = PROBE_TOLERANCE.get(theirs.dtype, 6e-2)
         if not error <= tolerance:
             raise UnsupportedModelError(
                 f"{self._name}: probe of {fact} failed: relative difference {error:.2e} to the model's own output, "

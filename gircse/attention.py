@@ -1,8 +1,9 @@
 """The attention of a rollout: the prompt once, then one position per soft token, on keys and values of our own.
 
 `transformers` hands every extra keyword of a decoder body's call down to the attention function, so one object per pass
-(`RolloutKV.prompt_pass()`, `RolloutKV.step_pass(t)`) carries all state: nothing is kept on the module, no `Cache`
-class is involved and the model builds no mask. Shapes: B rows, H query and H_kv key heads, N prompt slots.
+(an `AttentionPass`; here `RolloutKV.prompt_pass()`, `RolloutKV.step_pass(t)`, in `gircse.engine` the packed prefill and
+the static decoding) carries all state: nothing is kept on the module, no `Cache` class is involved and the model builds
+no mask. Shapes: B rows, H query and H_kv key heads, N prompt slots.
 
     prompt pass   q, k, v [B, H|H_kv, N, d]   causal attention within the prompt; k and v are kept, contiguous, once
     step pass t   q, k, v [B, H|H_kv, 1, d]   one softmax over [prompt N | steps 1..t+1]: the prompt's k and v are never
@@ -50,12 +51,14 @@ class RolloutKV:
         return StepPass(self, step)
 
 
-class _Pass:
-    """One forward call of the decoder body. Masks are built once per window size and shared by the layers."""
+class AttentionPass:
+    """One forward call of the decoder body: what its attention layers look at, and where they leave keys and values.
 
-    def __init__(self, kv: RolloutKV) -> None:
-        self.kv = kv
-        self._masks: dict[int | None, Tensor | None] = {}
+    Attributes:
+        differentiable: whether a backward pass will follow; then layers must not run without autograd.
+    """
+
+    differentiable = False
 
     def attend(
         self,
@@ -73,20 +76,29 @@ class _Pass:
         raise NotImplementedError
 
 
-class PromptPass(_Pass):
+class _RolloutPass(AttentionPass):
+    """Masks are built once per window size and shared by the layers."""
+
+    def __init__(self, kv: RolloutKV) -> None:
+        self.kv = kv
+        self.differentiable = kv.differentiable
+        self._masks: dict[int | None, Tensor | None] = {}
+
+
+class PromptPass(_RolloutPass):
     def attend(self, layer, query, key, value, *, scaling, dropout, window, softcap):
         key, value = key.contiguous(), value.contiguous()
         self.kv.prompt.setdefault(layer, (key, value))  # a checkpoint's replay finds them there
         slots = key.shape[2]
         window = window if window is not None and window < slots else None
         if window not in self._masks:
-            self._masks[window] = None if window is None else _band(slots, window, key.device)
+            self._masks[window] = None if window is None else causal_band(slots, window=window, device=key.device)
         return causal_attention(
             query, key, value, mask=self._masks[window], scaling=scaling, dropout=dropout, softcap=softcap
         )
 
 
-class StepPass(_Pass):
+class StepPass(_RolloutPass):
     def __init__(self, kv: RolloutKV, step: int) -> None:
         super().__init__(kv)
         self.step = step
@@ -148,11 +160,15 @@ def causal_attention(
         return F.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=query.shape[2] > 1, scale=scaling, enable_gqa=groups > 1
         )
+    if softcap is None and query.device.type == "cpu":  # CUDA's kernels take either a mask or grouped heads
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=groups > 1
+        )
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     if softcap is None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
     if mask is None:
-        mask = _band(key.shape[2], None, key.device)[..., -query.shape[2] :, :]
+        mask = causal_band(query.shape[2], key.shape[2] - query.shape[2], device=key.device)
     scores = softcap * torch.tanh((query * scaling) @ key.transpose(-1, -2) / softcap)
     # a finite floor: in an ordinary call the rows of left padding see nothing, and NaN would spread from their values
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
@@ -160,11 +176,12 @@ def causal_attention(
     return (F.dropout(probs, dropout) if dropout else probs) @ value
 
 
-def _band(slots: int, window: int | None, device: torch.device) -> Tensor:
-    """[1, 1, slots, slots] bool: query i sees key j when 0 <= i - j (< window)."""
-    visible = torch.ones(slots, slots, dtype=torch.bool, device=device).tril()
+def causal_band(queries: int, before: int = 0, *, window: int | None = None, device: torch.device) -> Tensor:
+    """[1, 1, queries, before + queries] bool: query i stands at slot before + i and sees slot j when
+    0 <= before + i - j (< window)."""
+    visible = torch.ones(queries, before + queries, dtype=torch.bool, device=device).tril(before)
     if window is not None:
-        visible = visible.triu(1 - window)
+        visible = visible.triu(before + 1 - window)
     return visible[None, None]
 
 
@@ -179,7 +196,7 @@ def _attention_function(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    kv: _Pass | None = None,
+    kv: AttentionPass | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """The function registered with `transformers`: [B, H, Q, d], [B, H_kv, Q, d] twice -> [B, Q, H, d], None.
@@ -205,7 +222,7 @@ def _attention_function(
         raise NotImplementedError(
             f"{type(module).__name__} uses {', '.join(unknown)}, which the rollout does not support"
         )
-    if kv.kv.differentiable and not torch.is_grad_enabled():
+    if kv.differentiable and not torch.is_grad_enabled():
         raise RuntimeError(
             "activation checkpointing with use_reentrant=True cuts the gradient through the rollout's keys and values; "
             "call gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"

@@ -1,11 +1,15 @@
-"""Texts to embeddings: tokenise, sort by length, batch under a token budget, roll out, restore the order."""
+"""Texts to embeddings: windows of texts, tokenised one ahead in a thread, through the engine, back in order."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -17,50 +21,219 @@ from gircse.prompts import format_query
 if TYPE_CHECKING:
     from gircse.model import GIRCSE
 
-# Prompt tokens of one batch. Enough rows to keep the matrix products busy, few enough to stay small beside the weights.
-TOKEN_BUDGET = {"cpu": 4096, "cuda": 32768}
-MAX_ROWS = {"cpu": 64, "cuda": 512}
+# Texts that are sorted and batched together. Larger ones make more even batches, smaller ones give results sooner.
+WINDOW = 16384
+STREAM_WINDOW = 2048
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """What `GIRCSE.encode` and `encode_stream` have in common, checked.
+
+    Attributes:
+        num_steps: K, or the most steps of a row where `tolerance` is set.
+        tolerance: None, or rows stop once their embedding moves less than this, twice in a row.
+        dim: width of the result.
+    """
+
+    instruction: str | None
+    num_steps: int
+    tolerance: float | None
+    batch_size: int | None
+    max_length: int
+    normalize: bool
+    dim: int
+    return_steps: bool
+
+    @classmethod
+    def of(
+        cls,
+        model: GIRCSE,
+        *,
+        instruction: str | None,
+        num_steps: int | str | None,
+        tolerance: float,
+        max_steps: int,
+        batch_size: int | None,
+        max_length: int,
+        normalize: bool,
+        truncate_dim: int | None,
+        return_steps: bool,
+    ) -> EncodeOptions:
+        """
+        Raises:
+            TypeError, ValueError: an argument out of range, by name.
+        """
+        adaptive = isinstance(num_steps, str)
+        if adaptive:
+            if num_steps != AUTO:
+                raise ValueError(f"num_steps: got {num_steps!r}, expected an integer >= 0 or {AUTO!r}")
+            if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance <= 2:
+                raise ValueError(f"tolerance: got {tolerance!r}, expected a number above 0 (a cosine distance)")
+            _check_positive("max_steps", max_steps)
+        steps = model.config.with_steps(max_steps if adaptive else num_steps).num_steps  # type: ignore[arg-type]
+        _check_positive("batch_size", batch_size, optional=True)
+        _check_positive("truncate_dim", truncate_dim, optional=True, at_most=model.embedding_dimension)
+        if instruction is not None and not isinstance(instruction, str):
+            raise TypeError(f"instruction: got {type(instruction).__name__}, expected str or None")
+        return cls(
+            instruction=instruction,
+            num_steps=steps,
+            tolerance=float(tolerance) if adaptive else None,
+            batch_size=batch_size,
+            max_length=prompt_limit(model, max_length, steps),
+            normalize=normalize,
+            dim=truncate_dim or model.embedding_dimension,
+            return_steps=return_steps,
+        )
+
+    @property
+    def columns(self) -> int:
+        """Embeddings kept per text."""
+        return max(self.num_steps, 1) if self.return_steps else 1
 
 
 def encode(
-    model: GIRCSE,
-    texts: str | Sequence[str],
-    *,
-    instruction: str | None,
-    num_steps: int | None,
-    batch_size: int | None,
-    max_length: int,
-    normalize: bool,
-    truncate_dim: int | None,
-    return_steps: bool,
-    show_progress_bar: bool | None,
+    model: GIRCSE, texts: str | Sequence[str], options: EncodeOptions, *, show_progress_bar: bool | None
 ) -> np.ndarray:
     """See `GIRCSE.encode`."""
     single = isinstance(texts, str)
     texts = check_texts(texts)
-    num_steps = model.config.with_steps(num_steps).num_steps
-    _check_positive("batch_size", batch_size, optional=True)
-    _check_positive("truncate_dim", truncate_dim, optional=True, at_most=model.embedding_dimension)
-    dim = truncate_dim or model.embedding_dimension
-    ids = tokenize(model, texts, instruction=instruction, max_length=max_length, num_steps=num_steps)
-    embeddings = np.empty((len(texts), max(num_steps, 1) if return_steps else 1, dim), dtype=np.float32)
-
-    batches = list(_batches(ids, batch_size, model.device.type))
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode(), _progress(len(texts), show_progress_bar, len(batches) > 1) as progress:
-            for rows in batches:
-                input_ids, mask = pad([ids[row] for row in rows], pad_id=model.tokenizer.pad_token_id)
-                pooled = model.pool(model.rollout(input_ids, mask, num_steps))
-                pooled = (pooled if return_steps else pooled[:, -1:])[..., :dim].float()
-                embeddings[rows] = (F.normalize(pooled, dim=-1) if normalize else pooled).cpu().numpy()
-                progress.update(len(rows))
-    finally:
-        model.train(was_training)
-    if not return_steps:
+    windows = (texts[start : start + WINDOW] for start in range(0, len(texts), WINDOW))
+    embeddings = np.empty((len(texts), options.columns, options.dim), dtype=np.float32)
+    start = 0
+    with _progress(len(texts), show_progress_bar) as progress:
+        for block in _embed_windows(model, windows, options, progress.update):
+            embeddings[start : start + len(block)] = block
+            start += len(block)
+    if not options.return_steps:
         embeddings = embeddings[:, 0]
     return embeddings[0] if single else embeddings
+
+
+def encode_stream(model: GIRCSE, texts: Iterable[str], options: EncodeOptions, *, window: int) -> Iterator[np.ndarray]:
+    """See `GIRCSE.encode_stream`."""
+    _check_positive("window", window)
+    if isinstance(texts, (str, bytes, dict)) or not hasattr(texts, "__iter__"):
+        raise TypeError(f"texts: got {type(texts).__name__}, expected an iterable of strings")
+    return _stream(model, texts, options, window)
+
+
+def _stream(model: GIRCSE, texts: Iterable[str], options: EncodeOptions, window: int) -> Iterator[np.ndarray]:
+    for block in _embed_windows(model, _windows(iter(texts), window), options, lambda count: None):
+        yield from (block if options.return_steps else block[:, 0])
+
+
+def _windows(texts: Iterator[str], size: int) -> Iterator[list[str]]:
+    """Blocks of `size` texts. Where the source fails, what it gave before is passed on first."""
+    index, failure = 0, None
+    while failure is None:
+        block: list[str] = []
+        try:
+            for text in islice(texts, size):
+                if not isinstance(text, str):
+                    raise TypeError(f"texts[{index + len(block)}]: got {type(text).__name__}, expected str")
+                block.append(text)
+        except Exception as error:
+            failure = error
+        if block:
+            yield block
+        elif failure is None:
+            return
+        index += len(block)
+    raise failure
+
+
+def _embed_windows(
+    model: GIRCSE, windows: Iterator[list[str]], options: EncodeOptions, update: Callable[[int], object]
+) -> Iterator[np.ndarray]:
+    """[n, columns, dim] of each window, in order; tokenises one window ahead in a thread."""
+    cut = total = 0
+    keep_prefix = False
+    tokenizer = _Tokenizer(model, options.instruction, options.max_length)
+    try:
+        for rows, cut_here in _one_ahead(windows, tokenizer):
+            cut, total = cut + cut_here, total + len(rows)
+            yield _embed(model, rows, options, update, keep_prefix)
+            keep_prefix = True
+    finally:
+        _warn_cut(cut, total, options.max_length)
+
+
+def _one_ahead(windows: Iterator[list[str]], tokenize: _Tokenizer) -> Iterator[Tokens]:
+    """The windows tokenised; the next one is in work while the consumer has this one. Only the caller's thread touches
+    the source."""
+    with ThreadPoolExecutor(1, thread_name_prefix="gircse-tokenize") as pool:
+        waiting: Future[Tokens] | None = None
+        failure: Exception | None = None
+        while failure is None:
+            ahead = None
+            try:
+                ahead = pool.submit(tokenize, next(windows))
+            except Exception as error:  # the end, or a source that fails: what it gave before is embedded first
+                failure = error
+            if waiting is not None:
+                yield waiting.result()
+            waiting = ahead
+        if not isinstance(failure, StopIteration):
+            raise failure
+
+
+def _embed(
+    model: GIRCSE,
+    rows: list[list[int]],
+    options: EncodeOptions,
+    update: Callable[[int], object],
+    keep_prefix: bool,
+) -> np.ndarray:
+    """[n, columns, dim] float32 of one window."""
+    embeddings = np.empty((len(rows), options.columns, options.dim), dtype=np.float32)
+
+    def keep(chosen: list[int], states: Tensor, counts: Tensor) -> None:
+        embeddings[chosen] = finish(model, states, counts, options).cpu().numpy()
+        update(len(chosen))
+
+    with model.inference() as engine:
+        engine.run(
+            rows,
+            options.num_steps,
+            keep,
+            temperature=model.config.temperature,
+            settled=None if options.tolerance is None else _settled(model, options.tolerance),
+            max_rows=options.batch_size,
+            keep_prefix=keep_prefix,
+        )
+    return embeddings
+
+
+def finish(model: GIRCSE, states: Tensor, counts: Tensor, options: EncodeOptions) -> Tensor:
+    """States [n, K, D], of which the first `counts` [n] count, -> embeddings [n, columns, dim] float32.
+
+    With `return_steps` a row that stopped early keeps its last embedding from there on.
+    """
+    pooled = model.pool(states)
+    last = (counts - 1).to(pooled.device)[:, None]
+    if options.return_steps:
+        last = torch.arange(pooled.shape[1], device=pooled.device).minimum(last)
+    pooled = pooled.gather(1, last[..., None].expand(-1, -1, pooled.shape[2]))[..., : options.dim].float()
+    return F.normalize(pooled, dim=-1) if options.normalize else pooled
+
+
+def _settled(model: GIRCSE, tolerance: float) -> Callable[[Tensor], Tensor]:
+    """[n, k, D] states -> [n] bool: the embedding moved less than `tolerance` in both of the last two steps.
+
+    Two, because one small step is often followed by a larger one.
+    """
+
+    def settled(states: Tensor) -> Tensor:
+        pooled = model.pool(states)
+        if pooled.shape[1] < 3:
+            return pooled.new_zeros(len(pooled), dtype=torch.bool)
+        moved = 1 - F.cosine_similarity(pooled[:, -3:-1], pooled[:, -2:], dim=-1)
+        return (moved < tolerance).all(dim=1)
+
+    return settled
 
 
 def check_texts(texts: str | Sequence[str]) -> list[str]:
@@ -80,6 +253,32 @@ def check_texts(texts: str | Sequence[str]) -> list[str]:
     return texts
 
 
+class Tokens(NamedTuple):
+    """Token ids of each prompt, and how many prompts were cut."""
+
+    rows: list[list[int]]
+    cut: int
+
+
+class _Tokenizer:
+    """Texts -> prompts -> `Tokens`, without special tokens, cut at the end to `max_length`."""
+
+    def __init__(self, model: GIRCSE, instruction: str | None, max_length: int) -> None:
+        self.tokenizer, self.template = model.tokenizer, model.config.prompt_template
+        self.eos = [model.tokenizer.eos_token_id] if model.config.append_eos else []
+        self.instruction, self.max_length = instruction, max_length
+
+    def __call__(self, texts: Sequence[str]) -> Tokens:
+        if not texts:
+            return Tokens([], 0)
+        prompts = [format_query(self.instruction, text, self.template) for text in texts]
+        ids: list[list[int]] = self.tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
+        keep = self.max_length - len(self.eos)
+        # an empty prompt has no last token to start from: it is the end-of-sequence (= padding) token
+        rows = [row[:keep] + self.eos or [self.tokenizer.pad_token_id] for row in ids]
+        return Tokens(rows, sum(len(row) > keep for row in ids))
+
+
 def tokenize(
     model: GIRCSE, texts: Sequence[str], *, instruction: str | None, max_length: int, num_steps: int
 ) -> list[list[int]]:
@@ -90,27 +289,33 @@ def tokenize(
     """
     if instruction is not None and not isinstance(instruction, str):
         raise TypeError(f"instruction: got {type(instruction).__name__}, expected str or None")
+    max_length = prompt_limit(model, max_length, num_steps)
+    rows, cut = _Tokenizer(model, instruction, max_length)(texts)
+    _warn_cut(cut, len(rows), max_length)
+    return rows
+
+
+def prompt_limit(model: GIRCSE, max_length: int, num_steps: int) -> int:
+    """`max_length`, or less where the model's positions must hold the steps as well.
+
+    Raises:
+        ValueError: `max_length` below 1, or more steps than positions.
+    """
     _check_positive("max_length", max_length)
     positions = model.causal_lm.max_positions
-    if positions is not None and max_length + num_steps > positions:
-        if num_steps >= positions:
-            raise ValueError(f"num_steps: got {num_steps}, expected fewer than the model's {positions} positions")
-        max_length = positions - num_steps
-    if not texts:
-        return []
-    template, tokenizer = model.config.prompt_template, model.tokenizer
-    prompts = [format_query(instruction, text, template) for text in texts]
-    ids: list[list[int]] = tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
-    eos = [tokenizer.eos_token_id] if model.config.append_eos else []
-    keep = max_length - len(eos)
-    cut = sum(len(row) > keep for row in ids)
+    if positions is None or max_length + num_steps <= positions:
+        return max_length
+    if num_steps >= positions:
+        raise ValueError(f"num_steps: got {num_steps}, expected fewer than the model's {positions} positions")
+    return positions - num_steps
+
+
+def _warn_cut(cut: int, total: int, max_length: int) -> None:
     if cut:
         warnings.warn(
-            f"{cut} of {len(ids)} texts are longer than max_length={max_length} tokens and were cut at the end",
+            f"{cut} of {total} texts are longer than max_length={max_length} tokens and were cut at the end",
             stacklevel=4,
         )
-    # an empty prompt has no last token to start from: it is the end-of-sequence (= padding) token
-    return [row[:keep] + eos or [tokenizer.pad_token_id] for row in ids]
 
 
 def pad(rows: Sequence[Sequence[int]], *, pad_id: int) -> tuple[Tensor, Tensor]:
@@ -122,26 +327,13 @@ def pad(rows: Sequence[Sequence[int]], *, pad_id: int) -> tuple[Tensor, Tensor]:
     return input_ids, (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
 
 
-def _batches(ids: Sequence[Sequence[int]], batch_size: int | None, device: str) -> Iterator[list[int]]:
-    """Row indices of each batch, longest first: the largest batch comes at once, and the time left is overestimated.
-
-    Batches do not depend on K, so the prefixes of a long rollout are bitwise those of a short one.
-    """
-    order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
-    start = 0
-    while start < len(order):
-        longest = len(ids[order[start]])
-        budget = TOKEN_BUDGET.get(device, TOKEN_BUDGET["cuda"]) // longest
-        rows = batch_size or max(1, min(budget, MAX_ROWS.get(device, MAX_ROWS["cuda"])))
-        yield order[start : start + rows]
-        start += rows
-
-
-def _progress(total: int, show: bool | None, worth_it: bool):
+@contextmanager
+def _progress(total: int, show: bool | None) -> Iterator:
     from tqdm.auto import tqdm
 
-    shown = show if show is not None else worth_it and sys.stderr.isatty()
-    return tqdm(total=total, desc="encode", unit="text", disable=not shown, dynamic_ncols=True)
+    shown = show if show is not None else total > 64 and sys.stderr.isatty()
+    with tqdm(total=total, desc="encode", unit="text", disable=not shown, dynamic_ncols=True) as bar:
+        yield bar
 
 
 def _check_positive(name: str, value: int | None, *, optional: bool = False, at_most: int | None = None) -> None:

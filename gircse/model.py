@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 
 from gircse.architecture import CausalLM
 from gircse.config import GircseConfig
+from gircse.engine import Engine, EngineConfig
+from gircse.merging import MergedAdapter
 from gircse.ops.pooling import pool_steps
 from gircse.rollout import rollout
 
@@ -45,6 +49,18 @@ class GIRCSE(nn.Module):
         self.tokenizer = tokenizer
         self.config = config or GircseConfig()
         self.causal_lm = CausalLM.from_model(self._unwrapped())
+        self.engine_config = EngineConfig()
+        self._engine: Engine | None = None
+        self._merged: MergedAdapter | None = None
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave the engine's buffers and graphs behind; they are made anew."""
+        return {**self.__dict__, "_engine": None, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lock = threading.RLock()
 
     @classmethod
     def from_pretrained(
@@ -57,6 +73,7 @@ class GIRCSE(nn.Module):
         device: str | torch.device | None = None,
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
+        merge_adapter: bool = False,
     ) -> GIRCSE:
         """Loads a causal LM, a saved GIRCSE folder, or a PEFT LoRA folder (its base is read from adapter_config.json).
 
@@ -69,6 +86,7 @@ class GIRCSE(nn.Module):
             attn_implementation: None or "gircse", the rollout's own attention (SDPA underneath); nothing else can carry
                 its keys and values.
             trust_remote_code: allow the checkpoint to run its own modelling code.
+            merge_adapter: see the method of that name: for encoding only, fastest.
 
         Raises:
             FileNotFoundError: a folder or a base named by an adapter does not exist.
@@ -85,7 +103,10 @@ class GIRCSE(nn.Module):
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
         )
-        return cls(base, tokenizer, config.with_steps(num_steps)).eval()
+        model = cls(base, tokenizer, config.with_steps(num_steps)).eval()
+        if merge_adapter:
+            model.merge_adapter()
+        return model
 
     def save_pretrained(self, path: str | Path) -> None:
         """Saves the LoRA adapter (or, without one, the whole model), the tokenizer and `gircse_config.json`.
@@ -148,51 +169,165 @@ class GIRCSE(nn.Module):
         texts: str | Sequence[str],
         *,
         instruction: str | None = None,
-        num_steps: int | None = None,
+        num_steps: int | str | None = None,
+        tolerance: float = 1e-3,
+        max_steps: int = 20,
         batch_size: int | None = None,
         max_length: int = 512,
         normalize: bool = True,
         truncate_dim: int | None = None,
         return_steps: bool = False,
         show_progress_bar: bool | None = None,
+        devices: Sequence[str | torch.device] | None = None,
     ) -> np.ndarray:
         """Embeds texts.
 
         Args:
             texts: a list of strings; a single string gives its embedding without the leading axis.
             instruction: what the embedding is for; None embeds the bare text (passages of retrieval tasks).
-            num_steps: K; default: the config's. 0 gives the encoder-only baseline.
-            batch_size: rows per batch; default: as many as fit a token budget.
+            num_steps: K; default: the config's. 0 gives the encoder-only baseline; "auto" lets texts stop early.
+            tolerance: with "auto", a text stops once `1 - cos(z_k, z_{k-1})` was below this twice in a row.
+            max_steps: with "auto", the most steps of a text.
+            batch_size: rows per batch; default: as many as fit the memory for keys and values.
             max_length: tokens of a prompt, instruction included; longer ones are cut at the end, with one warning that
                 counts them.
             normalize: scale every embedding to length 1.
             truncate_dim: keep the first dimensions only (before normalisation).
             return_steps: the embeddings after 1, 2, .., K steps, for the price of the last. Entry k - 1 is exactly
-                `encode(texts, num_steps=k)`.
-            show_progress_bar: default: when there is more than one batch and a terminal.
+                `encode(texts, num_steps=k)` (up to K = 32; beyond, to rounding). A text that stopped early keeps its
+                last embedding.
+            show_progress_bar: default: when there is more than a handful of texts and a terminal.
+            devices: spread the texts over these devices, each with a copy of the model for the time of the call.
 
         Returns:
-            float32 [n, D], or [n, K, D] with `return_steps`; in the order of `texts`. An empty text is embedded as its
-            end-of-sequence token.
+            float32 [n, D], or [n, K, D] with `return_steps` ([n, max_steps, D] with "auto"); in the order of `texts`.
+            An empty text is embedded as its end-of-sequence token. The same text gives the same embedding, to
+            rounding, whatever it is encoded with.
 
         Raises:
             TypeError: a text that is not a string (its index is named).
             ValueError: an argument out of range.
         """
-        from gircse.encode import encode
+        from gircse.encode import EncodeOptions, encode
+        from gircse.replicas import encode_on
 
-        return encode(
+        options = EncodeOptions.of(
             self,
-            texts,
             instruction=instruction,
             num_steps=num_steps,
+            tolerance=tolerance,
+            max_steps=max_steps,
             batch_size=batch_size,
             max_length=max_length,
             normalize=normalize,
             truncate_dim=truncate_dim,
             return_steps=return_steps,
-            show_progress_bar=show_progress_bar,
         )
+        if devices is not None:
+            return encode_on(devices, self, texts, options, show_progress_bar=show_progress_bar)
+        return encode(self, texts, options, show_progress_bar=show_progress_bar)
+
+    def encode_stream(
+        self,
+        texts: Iterable[str],
+        *,
+        instruction: str | None = None,
+        num_steps: int | str | None = None,
+        tolerance: float = 1e-3,
+        max_steps: int = 20,
+        batch_size: int | None = None,
+        max_length: int = 512,
+        normalize: bool = True,
+        truncate_dim: int | None = None,
+        return_steps: bool = False,
+        window: int = 2048,
+    ) -> Iterator[np.ndarray]:
+        """Embeds an iterable of unknown length in bounded memory: yields one embedding per text, in order.
+
+        Args:
+            texts: strings; read in the caller's thread, at most two windows ahead of what was yielded. Where it raises,
+                the embeddings of all texts before come first, then its exception.
+            window: texts that are sorted by length and batched together, and held at once.
+
+        The other arguments are those of `encode`. The consumer may stop at any time (`close()`, `break`).
+
+        Yields:
+            float32 [D], or [K, D] with `return_steps`.
+        """
+        from gircse.encode import EncodeOptions, encode_stream
+
+        options = EncodeOptions.of(
+            self,
+            instruction=instruction,
+            num_steps=num_steps,
+            tolerance=tolerance,
+            max_steps=max_steps,
+            batch_size=batch_size,
+            max_length=max_length,
+            normalize=normalize,
+            truncate_dim=truncate_dim,
+            return_steps=return_steps,
+        )
+        return encode_stream(self, texts, options, window=window)
+
+    @contextmanager
+    def inference(self) -> Iterator[Engine]:
+        """The generation engine, for as long as the block lasts: eval mode, and no other thread is inside.
+
+        Set `engine_config` to change how it runs.
+        """
+        with self._lock:
+            was_training = self.training
+            self._set_mode(False)
+            try:
+                if self._engine is None or not self._engine.fits(self.causal_lm, self.engine_config):
+                    self._engine = None  # its buffers go before new ones come
+                    self._engine = Engine(self.causal_lm, self.engine_config)
+                yield self._engine
+            finally:
+                self._set_mode(was_training)
+
+    def merge_adapter(self) -> None:
+        """Folds the LoRA adapter into the base weights: encoding is faster, `save_pretrained` still saves the adapter.
+
+        `unmerge_adapter` and `train` put the exact original weights back; until then a copy of them stays in the host's
+        memory. Without an adapter, or merged already, nothing happens.
+        """
+        if self._merged is None and hasattr(self.base, "peft_config"):
+            self._merged = MergedAdapter.merge(self.base)
+
+    def unmerge_adapter(self) -> None:
+        """Takes the adapter out again, bitwise."""
+        if self._merged is not None:
+            self._merged.undo()
+            self._merged = None
+
+    def quantize_weights(self, kind: str = "int8") -> None:
+        """Stores the decoder's matrices in 8 bits (weight only), for inference: less memory, fewer bytes per step.
+
+        The embedding table and the head stay as they are: soft tokens are made of them. What it costs in quality
+        depends on the model: compare embeddings before and after (docs/engine.md).
+
+        Args:
+            kind: "int8" or "fp8" (torchao's weight-only layouts).
+
+        Raises:
+            ModuleNotFoundError: torchao is not installed.
+            ValueError: another kind, or an adapter that is not folded in for good.
+        """
+        from gircse.quantization import quantize_weights
+
+        quantize_weights(self, kind)
+        self._engine = None
+
+    def train(self, mode: bool = True) -> GIRCSE:
+        """Training needs the adapter apart from the base: a merged one is taken out."""
+        if mode:
+            self.unmerge_adapter()
+        return self._set_mode(mode)
+
+    def _set_mode(self, training: bool) -> GIRCSE:
+        return super().train(training)
 
     def inspect(
         self,

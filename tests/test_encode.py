@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
-import gircse.encode
+import gircse.replicas
 from gircse import GIRCSE, GircseConfig
+from gircse.engine import Engine, EngineConfig
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 TEXTS = ["a", "the quick brown fox jumps over the lazy dog", "", "soft tokens", "x" * 70, "two words"]
@@ -122,15 +126,104 @@ def test_training_mode_is_restored_and_dropout_is_off_meanwhile(model):
         model.eval()
 
 
-def test_batches_respect_the_token_budget(model, monkeypatch):
-    monkeypatch.setitem(gircse.encode.TOKEN_BUDGET, "cpu", 80)
-    shapes = []
-    rollout = model.rollout
-    monkeypatch.setattr(model, "rollout", lambda ids, *rest: shapes.append(tuple(ids.shape)) or rollout(ids, *rest))
-    model.encode(TEXTS)
-    assert all(rows == 1 or rows * length <= 80 for rows, length in shapes)
-    assert sum(rows for rows, _ in shapes) == len(TEXTS)
-    assert len(shapes) < len(TEXTS)
+@pytest.mark.parametrize("num_steps", [0, 4])
+def test_batch_size_bounds_the_rows(model, monkeypatch, num_steps):
+    rows, run_batch = [], Engine._run_batch
+    monkeypatch.setattr(
+        Engine, "_run_batch", lambda self, batch, *rest: rows.append(len(batch.rows)) or run_batch(self, batch, *rest)
+    )
+    model.encode(TEXTS, batch_size=2, num_steps=num_steps)
+    assert rows == [2, 2, 2]
+
+
+def test_auto_steps_run_to_the_end_where_nothing_settles(model):
+    fixed = model.encode(TEXTS, num_steps=7, return_steps=True)
+    auto = model.encode(TEXTS, num_steps="auto", tolerance=1e-12, max_steps=7, return_steps=True)
+    np.testing.assert_allclose(auto, fixed, atol=1e-6)
+
+
+def test_auto_steps_stop_after_two_small_moves(model):
+    fixed = model.encode(TEXTS, num_steps=20, return_steps=True).astype(np.float64)
+    moved = 1 - (fixed[:, 1:] * fixed[:, :-1]).sum(-1)  # moved[:, k - 2] is the move to step k
+    tolerance = float(np.median(moved[:, 3]))
+    stop = []
+    for row in moved:
+        small = row < tolerance
+        stop.append(next((k for k in range(3, 20) if small[k - 2] and small[k - 3]), 20))
+    assert len(set(stop)) > 1  # the texts differ
+    expected = fixed[np.arange(len(TEXTS)), np.array(stop) - 1]
+    options = {"num_steps": "auto", "tolerance": tolerance, "max_steps": 20}
+    np.testing.assert_allclose(model.encode(TEXTS, **options), expected, atol=1e-5)
+    steps = model.encode(TEXTS, return_steps=True, **options)
+    assert steps.shape == (6, 20, 32)
+    for row, k in enumerate(stop):
+        np.testing.assert_allclose(steps[row, :k], fixed[row, :k], atol=1e-5)
+        np.testing.assert_array_equal(steps[row, k:], np.broadcast_to(steps[row, k - 1], (20 - k, 32)))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last", "weighted"])
+def test_auto_steps_with_every_pooling(pooling):
+    model = GIRCSE(tiny_model("llama"), tiny_tokenizer(), GircseConfig(pooling=pooling))
+    assert np.isfinite(model.encode(TEXTS, num_steps="auto", tolerance=0.05)).all()
+
+
+def test_engine_settings_are_taken_up(model):
+    expected = model.encode(TEXTS)
+    model.engine_config = EngineConfig(max_rows=2, reuse_prefix=False)
+    try:
+        np.testing.assert_allclose(model.encode(TEXTS), expected, atol=1e-5)
+        with model.inference() as engine:
+            assert engine.report().limits.rows == 2
+    finally:
+        model.engine_config = EngineConfig()
+
+
+def test_weights_changed_between_calls_count():
+    model = GIRCSE(tiny_model("llama"), tiny_tokenizer())
+    prompts = {"instruction": "the same for all"}
+    before = model.encode(TEXTS, **prompts)
+    with torch.no_grad():
+        model.causal_lm.embed_weight.mul_(1.5)
+    fresh = GIRCSE(model.base, tiny_tokenizer())
+    assert not np.allclose(before, model.encode(TEXTS, **prompts), atol=1e-4)
+    np.testing.assert_array_equal(model.encode(TEXTS, **prompts), fresh.encode(TEXTS, **prompts))
+
+
+def test_a_model_that_was_cast_is_encoded_in_its_new_dtype():
+    model = GIRCSE(tiny_model("llama"), tiny_tokenizer())
+    single = model.encode(TEXTS)
+    np.testing.assert_allclose(model.double().encode(TEXTS), single, atol=1e-5)
+
+
+def test_copies_and_pickles_work_after_encoding(model):
+    expected = model.encode(TEXTS)
+    np.testing.assert_array_equal(copy.deepcopy(model).encode(TEXTS), expected)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(model)).encode(TEXTS), expected)
+
+
+def test_threads_get_their_own_results(model):
+    expected = model.encode(TEXTS)
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(model.encode, TEXTS[i % 6 :] + TEXTS[: i % 6]) for i in range(12)]
+        for i, future in enumerate(futures):
+            np.testing.assert_allclose(np.roll(future.result(), i % 6, axis=0), expected, atol=1e-5)
+
+
+def test_devices_share_the_texts(model):
+    texts = [f"{TEXTS[i % 6]} {i}" for i in range(37)]
+    expected = model.encode(texts)
+    np.testing.assert_allclose(model.encode(texts, devices=["cpu", "cpu"]), expected, atol=1e-5)
+    np.testing.assert_allclose(model.encode(texts[0], devices=["cpu"]), expected[0], atol=1e-5)
+    assert model.encode([], devices=["cpu"]).shape == (0, 32)
+
+
+def test_an_error_on_one_device_ends_the_call(model, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(gircse.replicas, "encode", broken)
+    with pytest.raises(RuntimeError, match="device lost"):
+        model.encode(TEXTS, devices=["cpu", "cpu"])
 
 
 @pytest.mark.parametrize(
@@ -148,6 +241,12 @@ def test_batches_respect_the_token_budget(model, monkeypatch):
         (["a"], {"truncate_dim": 33}, ValueError, "truncate_dim: got 33, expected at most 32"),
         (["a"], {"instruction": 5}, TypeError, "instruction: got int"),
         (["a"], {"num_steps": 300}, ValueError, "num_steps: got 300"),
+        (["a"], {"num_steps": "all"}, ValueError, "num_steps: got 'all', expected an integer >= 0 or 'auto'"),
+        (["a"], {"num_steps": "auto", "tolerance": 0}, ValueError, "tolerance: got 0"),
+        (["a"], {"num_steps": "auto", "max_steps": 0}, ValueError, "max_steps: got 0"),
+        (["a"], {"devices": []}, ValueError, r"devices: got \[\], expected a list"),
+        (["a"], {"devices": ["cup"]}, ValueError, "devices: got 'cup'"),
+        (["a"], {"devices": ["cuda:77"]}, ValueError, "devices: got 'cuda:77'"),
     ],
 )
 def test_bad_input_is_named(model, texts, options, error, message):

@@ -9,6 +9,7 @@
 | `two_pass.py` | everything else: scores of a chunk, weighted sum of a chunk |
 | `merge.py` | partial softmax sums -> result and statistics |
 | `backward.py` | gradients, scores recomputed |
+| `decode_attention.py` | attention of one token per row on a static buffer of keys and values |
 | `numerics.py` | scores, Gumbel noise, safe maxima: device functions that all share |
 | `traffic.py` | bytes and FLOPs of every launch |
 

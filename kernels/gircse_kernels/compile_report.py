@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import info_nce, launching, plan, soft_embed
+from . import decode_attention, info_nce, launching, plan, soft_embed
 from .plan import Config, Device, Problem
 
 # bytes of shared memory that one program may use
@@ -42,7 +42,9 @@ NO_PRODUCT = (
     "constants_kernel",
     "pool_kernel",
     "pool_grad_kernel",
-)  # the kernels without a matrix product
+    "decode_merge_kernel",
+    "decode_attention_kernel",  # its float32 products are exact, off the tensor cores; `is_good` checks the others
+)  # the kernels without a matrix product that must be on the tensor cores
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -67,6 +69,7 @@ class Case(NamedTuple):
     options: bool = False  # bias, soft-cap and temperature of each row
     noise: bool = False  # seed of each row
     contrastive: bool = False  # the InfoNCE of T rows against V candidates, instead
+    decode_heads: tuple[int, int] | None = None  # instead, decode attention of T rows on V slots: H and H_kv
 
 
 def record(case: Case, device: Device) -> list[Launch]:
@@ -87,6 +90,9 @@ def _call(case: Case, device: Device, ready: Callable[[], object] = lambda: None
     """The case on meta tensors; `ready` is called between making the inputs and the call."""
     if case.contrastive:
         _call_info_nce(case, device, ready)
+        return
+    if case.decode_heads is not None:
+        _call_decode_attention(case, *case.decode_heads, ready)
         return
     problem, dtype = case.problem, DTYPES[case.dtype]
 
@@ -136,6 +142,20 @@ def _call_info_nce(case: Case, device: Device, ready: Callable[[], object]) -> N
         )  # fmt: skip
         assert grad is not None
         info_nce.pool_gradient(grad, pooled, "mean", empty(steps.shape, dtype=steps.dtype))
+
+
+def _call_decode_attention(case: Case, heads: int, kv_heads: int, ready: Callable[[], object]) -> None:
+    """With `options` a window and a soft-cap."""
+    rows, slots, width, value_width = case.problem[:4]
+    empty = functools.partial(torch.empty, dtype=DTYPES[case.dtype], device="meta")
+    query, key = empty((rows, heads, width)), empty((rows, kv_heads, slots, width))
+    value = empty((rows, kv_heads, slots, value_width))
+    position = empty(rows, dtype=torch.int64)
+    ready()
+    decode_attention.decode_attention(
+        query, key, value, position,
+        scale=width**-0.5, window=slots // 2 if case.options else None, softcap=50.0 if case.options else None,
+    )  # fmt: skip
 
 
 class _Allocations(TorchDispatchMode):
@@ -278,8 +298,21 @@ def _compile_job(job: tuple[Case, int, int]) -> dict[str, Any]:
     return compile_launch(record(case, Device(arch, NUM_SMS[arch]))[index], arch)
 
 
+def decode_cases(options: bool = False) -> list[Case]:
+    """Decode attention with every entry of its table, in one split and in several; 80 columns padded to 128."""
+    cases = []
+    for padded, itemsize in decode_attention.TABLE:
+        for width in (padded, 80) if padded == 128 else (padded,):
+            for dtype in ("bfloat16", "float16") if itemsize == 2 else ("float32",):
+                for slots in (decode_attention.SLICE, 4 * decode_attention.SLICE):
+                    problem = Problem(64, slots, width, width, False, itemsize)
+                    name = f"decode_attention, d = {width}, S = {slots}"
+                    cases.append(Case(name, problem, dtype, options=options, decode_heads=(14, 2)))
+    return cases
+
+
 def table_cases(options: bool = False, noise: bool = False) -> list[Case]:
-    """Problems that between them launch every entry of the config table, in the variants that users run.
+    """Problems that between them launch every entry of the config tables, in the variants that users run.
 
     With `options` they also have bias, soft-cap and a temperature for each row, with `noise` a seed for each.
     """
@@ -302,12 +335,15 @@ def table_cases(options: bool = False, noise: bool = False) -> list[Case]:
     for rows in (16, 64, plan.ROW_BLOCK):
         problem = Problem(rows, 8192, 1024, 1024, False, 4)
         cases.append(Case(f"info_nce, B = {rows}", problem, "float32", "all", False, options, contrastive=True))
-    return cases
+    return cases if noise else cases + decode_cases(options)
 
 
 def is_good(entry: dict[str, Any]) -> bool:
     """Nothing spilled, shared memory within the limit, matrix products on the tensor cores."""
-    products = bool(entry["instructions"]) or entry["kernel"] in NO_PRODUCT
+    anywhere = entry["kernel"] in NO_PRODUCT
+    if entry["kernel"] == "decode_attention_kernel":
+        anywhere = entry["dtype"] == "float32"
+    products = bool(entry["instructions"]) or anywhere
     return entry["stack"] == 0 and entry["shared"] <= entry["shared_limit"] and products
 
 

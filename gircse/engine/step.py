@@ -1,0 +1,193 @@
+"""The decode step: its state on the device, and its CUDA graphs.
+
+One step reads and writes nothing but static buffers: soft token of `hidden`, decoder body at `position`, then `hidden`
+and `states[:, step]` are written, `position` and `step` counted up. So one captured graph per (rows, slots) serves
+every K and every prompt length, and nothing waits for the device between the prompt and the result. On a CPU the same
+function runs as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from gircse.architecture import CausalLM
+from gircse.engine.kv import DecodePass, KVPool
+
+# Beyond these all graphs are dropped and captured again as they are needed: their memory stays bounded.
+MAX_GRAPHS = 48
+_WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class DecodeState:
+    """What a step reads and writes, for R rows.
+
+    Attributes:
+        hidden: [R, D], the state that speaks the next soft token.
+        position: [R] int64, where that token will stand.
+        step: [1] int64, how many steps were taken.
+        states: [R, K_max, D], g_1..g_step.
+    """
+
+    hidden: Tensor
+    position: Tensor
+    step: Tensor
+    states: Tensor
+
+    @classmethod
+    def allocate(cls, rows: int, num_steps: int, like: Tensor) -> DecodeState:
+        """Zeros, with the dtype and device of `like` [.., D]."""
+        width = like.shape[-1]
+        return cls(
+            like.new_zeros(rows, width),
+            torch.zeros(rows, dtype=torch.long, device=like.device),
+            torch.zeros(1, dtype=torch.long, device=like.device),
+            like.new_zeros(rows, num_steps, width),
+        )
+
+    def first(self, rows: int) -> DecodeState:
+        """The same memory, the first rows only."""
+        return DecodeState(self.hidden[:rows], self.position[:rows], self.step, self.states[:rows])
+
+    def move_rows(self, source: Tensor, target: Tensor) -> None:
+        for tensor in (self.hidden, self.position, self.states):
+            tensor[target] = tensor[source]
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.hidden, self.position, self.step, self.states))
+
+
+def decode_step(lm: CausalLM, kv: DecodePass, state: DecodeState, temperature: float) -> None:
+    """One soft token for every row, in place. Safe to capture: static shapes, no host synchronisation."""
+    token = lm.soft_embed(state.hidden, temperature=temperature)
+    kv.begin()
+    hidden = lm.run_body(kv, state.position[:, None], inputs_embeds=token[:, None])[:, 0]
+    state.hidden.copy_(hidden)
+    state.states.index_copy_(1, state.step, hidden[:, None])
+    state.position.add_(1)
+    state.step.add_(1)
+
+
+class StepRunner:
+    """Binds the step to buffers; captures it where that is possible.
+
+    Args:
+        lm: the model.
+        capture: "auto", "always" or "never" (see `EngineConfig`).
+        compile: run the decoder body through `torch.compile`.
+        kernel: of the attention, see `DecodePass`.
+    """
+
+    def __init__(self, lm: CausalLM, *, capture: str, compile: bool, kernel: str) -> None:
+        # static shapes: a step is compiled once per bucket; graphs are captured by us, not by the compiler
+        self._lm = dataclasses.replace(lm, body=_compiled(lm.body)) if compile else lm
+        self._kernel = kernel
+        self._required = capture == "always"
+        self.captures = capture == "always" or (capture == "auto" and lm.device.type == "cuda")
+        self.refusal: str | None = None
+        self.graph_bytes = 0
+        self._graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self._passes: dict[tuple[int, int], DecodePass] = {}
+        self._memory: Any = None
+        self._fingerprint: tuple | None = None
+        if self._required and lm.device.type != "cuda":
+            raise ValueError(f"capture: got 'always' with a model on {lm.device}, expected a CUDA device")
+
+    @property
+    def buckets(self) -> list[tuple[int, int]]:
+        """(rows, slots) of the captured graphs."""
+        return [key[:2] for key in self._graphs]
+
+    def drop(self) -> None:
+        """Forgets graphs and passes: the buffers they point at are about to go."""
+        self._graphs.clear()
+        self._passes.clear()
+        self._memory, self.graph_bytes = None, 0
+
+    def check_weights(self) -> None:
+        """Drops graphs that would read weights which have moved, or run adapters which were switched since."""
+        if self.captures:
+            fingerprint = _fingerprint(self._lm.model)
+            if fingerprint != self._fingerprint:
+                self.drop()
+            self._fingerprint = fingerprint
+
+    def bind(self, pool: KVPool, state: DecodeState, slots: int, temperature: float) -> Callable[[], None]:
+        """A function that takes one step of `state`'s rows each time it is called."""
+        rows = len(state.hidden)
+        kv = self._passes.get((rows, slots))
+        if kv is None or kv.pool is not pool or kv.position.data_ptr() != state.position.data_ptr():
+            kv = self._passes[rows, slots] = DecodePass(pool, rows, slots, state.position, self._kernel)
+
+        def step() -> None:
+            decode_step(self._lm, kv, state, temperature)
+
+        if not self.captures:
+            return step
+        key = (rows, slots, temperature)
+        if key not in self._graphs:
+            if len(self._graphs) >= MAX_GRAPHS:
+                self.drop()
+            try:
+                self._graphs[key] = self._capture(step, state)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever a model does in its forward that a capture forbids
+                if self._required:
+                    raise
+                self.captures, self.refusal = False, f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                warnings.warn(
+                    f"the generation step cannot be captured as a CUDA graph and runs eagerly, which is slower: "
+                    f"{self.refusal}",
+                    stacklevel=2,
+                )
+                return step
+        return self._graphs[key].replay
+
+    def _capture(self, step: Callable[[], None], state: DecodeState) -> torch.cuda.CUDAGraph:
+        device = state.hidden.device
+        saved = [(tensor, tensor.clone()) for tensor in (state.hidden, state.position, state.step)]
+        reserved = torch.cuda.memory_reserved(device)
+
+        def restore() -> None:
+            for tensor, value in saved:
+                tensor.copy_(value)
+
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        try:
+            with torch.cuda.stream(
+                stream
+            ):  # kernels are compiled and libraries take their workspaces outside the graph
+                for _ in range(_WARM_UP):
+                    step()
+                    restore()
+            torch.cuda.current_stream(device).wait_stream(stream)
+            if self._memory is None:
+                self._memory = torch.cuda.graph_pool_handle()  # graphs run one after the other: one pool for all
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._memory, stream=stream):
+                step()
+        finally:
+            restore()
+        self.graph_bytes += max(0, torch.cuda.memory_reserved(device) - reserved)
+        return graph
+
+
+def _compiled(body: nn.Module) -> nn.Module:
+    return cast(nn.Module, torch.compile(body, dynamic=False))
+
+
+def _fingerprint(model: nn.Module) -> tuple:
+    """Where the weights lie and which adapters are at work."""
+    tensors = tuple(t.data_ptr() for kind in (model.parameters(), model.buffers()) for t in kind)
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "merged_adapters")]
+    return tensors, tuple((tuple(m.active_adapters), tuple(m.merged_adapters), m.disable_adapters) for m in layers)

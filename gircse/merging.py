@@ -1,0 +1,51 @@
+"""LoRA folded into the base for inference, and taken out again bitwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class MergedAdapter:
+    """A PEFT model whose active adapters are merged, and what its weights were before.
+
+    PEFT unmerges by subtraction, which does not give back the same bits; so the originals are kept, on the host.
+    """
+
+    def __init__(self, base: Any, originals: list[tuple[nn.Parameter, Tensor]]) -> None:
+        self._base, self._originals = base, originals
+
+    @classmethod
+    @torch.no_grad()
+    def merge(cls, base: Any) -> MergedAdapter:
+        """
+        Raises:
+            ValueError: the adapter was merged by somebody else, or cannot be merged.
+        """
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
+        if any(layer.merged for layer in layers):
+            raise ValueError("base: its adapter is merged already; call base.unmerge_adapter() first")
+        originals = [
+            (parameter, parameter.detach().to("cpu", copy=True))
+            for layer in layers
+            for parameter in layer.get_base_layer().parameters()
+        ]
+        merged = cls(base, originals)
+        try:
+            base.merge_adapter(safe_merge=True)
+        except BaseException as error:  # half of the layers may be merged by now
+            merged.undo()
+            if isinstance(error, ValueError):
+                raise ValueError(f"base: its adapter cannot be merged: {error}") from error
+            raise
+        return merged
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        self._base.unmerge_adapter()
+        for parameter, original in self._originals:
+            parameter.copy_(original)

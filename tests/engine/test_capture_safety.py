@@ -1,0 +1,164 @@
+"""What a CUDA graph forbids, found without a GPU: two consecutive steps must be the same sequence of operations.
+
+A captured step is replayed with the addresses and Python numbers of the time it was captured. So nothing in it may ask
+the device for a value, have a shape that depends on values, hand a Python number to an operation that is another one in
+the next step, or read memory that is another one in the next step.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from gircse.architecture import CausalLM
+from gircse.engine.kv import KVPool, PrefillPass
+from gircse.engine.step import DecodeState, StepRunner
+from tests.tiny_models import CONFIGS, tiny_model
+
+_SYNCS = {"aten._local_scalar_dense", "aten.item", "aten.equal", "aten.is_nonzero", "aten.allclose"}
+_DATA_DEPENDENT = {
+    "aten.nonzero",
+    "aten.masked_select",
+    "aten._unique2",
+    "aten.unique_dim",
+    "aten.repeat_interleave.Tensor",
+}
+ROWS, SLOTS = 3, 48
+
+
+class CaptureError(AssertionError):
+    pass
+
+
+class CaptureGuard(TorchDispatchMode):
+    """Records operations with their Python arguments and the outside memory they touch; raises on a synchronisation."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self._made = [], {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function.overloadpacket)
+        if name in _SYNCS:
+            raise CaptureError(f"{name} waits for the device")
+        if name in _DATA_DEPENDENT or str(function) in _DATA_DEPENDENT:
+            raise CaptureError(f"{name} has a shape that depends on values")
+        flat, _ = tree_flatten((args, kwargs or {}))
+        if name == "aten.index" and any(isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in flat[1:]):
+            raise CaptureError(f"{name} with a boolean mask has a shape that depends on values")
+        self.calls.append((name, tuple(self._describe(value) for value in flat)))
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_flatten(out)[0]:
+            if isinstance(tensor, torch.Tensor) and tensor.numel():
+                # keeps it alive, so that no later tensor gets its address
+                self._made.setdefault(tensor.untyped_storage().data_ptr(), (len(self._made), tensor))
+        return out
+
+    def _describe(self, value):
+        """A tensor by where its memory comes from: made in this step (by its number) or outside (by its address)."""
+        if not isinstance(value, torch.Tensor):
+            return value if isinstance(value, (int, float, bool, str, type(None), torch.dtype)) else str(value)
+        address = value.untyped_storage().data_ptr()
+        where = ("inside", self._made[address][0]) if address in self._made else ("outside", value.data_ptr())
+        return (*where, tuple(value.shape), tuple(value.stride()))
+
+
+def two_steps(step):
+    """The calls of two consecutive steps."""
+    with torch.no_grad():  # views in inference mode do not reach a dispatch mode as themselves
+        found = []
+        for _ in range(2):
+            with CaptureGuard() as guard:
+                step()
+            found.append(guard.calls)
+    return found
+
+
+def prepared(name, kernel="sdpa"):
+    """A model whose prompts are in the pool, and its state."""
+    lm = CausalLM.from_model(tiny_model(name))
+    pool, lengths = KVPool(ROWS * SLOTS), [9, 5, 2]
+    with torch.no_grad():
+        kv = PrefillPass(pool, ROWS, SLOTS, 0, lengths, None, lm.device)
+        hidden = lm.run_body(kv, kv.positions, input_ids=torch.randint(3, 100, (1, sum(lengths))))[0, kv.last]
+    state = DecodeState.allocate(ROWS, 4, hidden)
+    state.hidden.copy_(hidden)
+    state.position.copy_(torch.tensor(lengths))
+    runner = StepRunner(lm, capture="never", compile=False, kernel=kernel)
+    return lm, state, runner.bind(pool, state, SLOTS, 1.0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_two_steps_are_the_same_operations(name):
+    _, state, step = prepared(name)
+    first, second = two_steps(step)
+    assert len(first) > 20
+    assert first == second
+    assert state.step.item() == 2
+    assert state.position.tolist() == [11, 7, 4]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda state: state.hidden[0, 0].item(), "waits for the device"),
+        (lambda state: int(state.position.max()), "waits for the device"),
+        (lambda state: (state.hidden > 0).nonzero(), "depends on values"),
+        (lambda state: state.hidden[state.position > 3], "depends on values"),
+    ],
+)
+def test_the_guard_sees_a_synchronisation(fault, message):
+    _, state, step = prepared("llama")
+
+    def faulty():
+        step()
+        fault(state)
+
+    with pytest.raises(CaptureError, match=message):
+        two_steps(faulty)
+
+
+def test_the_guard_sees_a_number_that_changed():
+    _, state, step = prepared("llama")
+    counter = iter(range(10))
+
+    def faulty():
+        step()
+        state.hidden.add_(float(next(counter)))
+
+    first, second = two_steps(faulty)
+    assert first != second
+
+
+def test_the_guard_sees_memory_that_changed():
+    _, state, step = prepared("llama")
+
+    def swapped():
+        step()
+        state.hidden.add_(outside.pop())
+
+    outside = [torch.ones(1), torch.ones(1)]
+    first, second = two_steps(swapped)
+    assert first != second
+
+
+def test_a_capture_that_fails_falls_back_with_one_warning(monkeypatch):
+    lm, state, _ = prepared("llama")
+    runner = StepRunner(lm, capture="never", compile=False, kernel="sdpa")
+    runner.captures = True
+    attempts = []
+
+    def refused(step, state):
+        attempts.append(1)
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(runner, "_capture", refused)
+    pool = KVPool(ROWS * SLOTS)
+    with pytest.warns(UserWarning, match="cannot be captured as a CUDA graph and runs eagerly.*not permitted"):
+        step = runner.bind(pool, state, SLOTS, 1.0)
+    assert callable(step)
+    runner.bind(pool, state, SLOTS, 0.5)
+    assert len(attempts) == 1
+    assert runner.refusal == "RuntimeError: operation not permitted when stream is capturing"
