@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gircse.cli import _device_of_rank, main
+from gircse.cli import main
+from gircse.cli.encode import _device_of_rank
 from gircse.encode_shards import Rank, ShardReport, encode_sharded, join_shards, shard_folder
 from tests.tiny_models import tiny_model, tiny_tokenizer
 

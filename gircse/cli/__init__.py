@@ -1,0 +1,42 @@
+"""The command line: `gircse demo | train | encode | evaluate | inspect` (also `python -m gircse`)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from gircse._version import __version__
+from gircse.cli import demo, encode, evaluate, inspect, train
+
+# Mistakes of the user or of the surroundings: one line and exit code 2. Anything else is a bug and keeps its traceback.
+_REPORTED = (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code (0 good, 2 bad input, 130 interrupted)."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("gircse: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0  # whoever read our output has seen enough
+    except _REPORTED as error:
+        print(f"gircse {arguments.command}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gircse",
+        description="Text embeddings of a language model that speaks K soft tokens: the mean of their states.",
+    )
+    parser.add_argument("--version", action="version", version=f"gircse {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in (demo, train, encode, evaluate, inspect):
+        command.add(commands)
+    return parser
