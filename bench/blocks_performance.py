@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from bench.cases import BOTH, CASES, H100, MODELS, Case
 from bench.documents import NO_RECORD, Record, Results, block
 from bench.op_plots import plot_op_floors, plot_op_rows
-from bench.plots import plot_throughput, plot_training
+from bench.plots import draw as drawn_by
 from bench.records import describe
-from bench.tables import OPS, REPLAY, THROUGHPUT, TRAINING, Column, markdown
+from bench.tables import OPS, REPLAY, Column, columns_of, markdown
 
 _FLOOR_ROWS = (1, 64, 256, 1024)
 _FLOOR_MODELS = ("smollm2-135m", "qwen2.5-0.5b", "qwen3-0.6b", "llama-3.2-1b", "qwen3-4b", "mistral-7b", "qwen2.5-7b")
@@ -109,41 +108,50 @@ def _device(results: Results, device: str, records: list[Record]) -> list[str]:
 
 @block("throughput-cpu")
 def throughput_cpu(results: Results) -> str:
-    return _runs(results, "throughput", "python bench/run.py", THROUGHPUT, plot_throughput, cuda=False)
+    return _runs(results, "throughput", "python bench/run.py", cuda=False)
 
 
 @block("throughput-gpu")
 def throughput_gpu(results: Results) -> str:
     command = "python bench/gpu_suite.py --out bench/results"
-    return _runs(results, "throughput", command, THROUGHPUT, plot_throughput, cuda=True)
+    return _runs(results, "throughput", command, cuda=True)
+
+
+_CORPUS = "python bench/run.py --model PATH --corpus FILE"
+
+
+@block("corpus-cpu")
+def corpus_cpu(results: Results) -> str:
+    return _runs(results, "corpus", _CORPUS, cuda=False)
+
+
+@block("corpus-gpu")
+def corpus_gpu(results: Results) -> str:
+    return _runs(results, "corpus", _CORPUS, cuda=True)
 
 
 @block("training-cpu")
 def training_cpu(results: Results) -> str:
-    return _runs(results, "training", "python bench/run.py --train", TRAINING, plot_training, cuda=False)
+    return _runs(results, "training", "python bench/run.py --train", cuda=False)
 
 
 @block("training-gpu")
 def training_gpu(results: Results) -> str:
-    return _runs(results, "training", "python bench/run.py --train", TRAINING, plot_training, cuda=True)
+    return _runs(results, "training", "python bench/run.py --train", cuda=True)
 
 
-def _runs(
-    results: Results,
-    benchmark: str,
-    command: str,
-    columns: list[Column],
-    draw: Callable[[dict[str, Any], Path], None],
-    *,
-    cuda: bool,
-) -> str:
+def _runs(results: Results, benchmark: str, command: str, *, cuda: bool) -> str:
     parts = []
     for name, record in results.records.items():
         if record.get("benchmark") == benchmark and record["model"]["device"].startswith("cuda") == cuda:
             model, batch = describe(record)
-            figure = results.figure(name.replace("/", "-"), f"{benchmark}: {model}, {batch}", record, draw)
+            alt = f"{benchmark}: {model}, {batch}"
+            figure = results.figure(name.replace("/", "-"), alt, record, drawn_by(record))
             caption = _caption(results, name, record, f"{model}; {batch}.")
-            parts += [caption, markdown(columns, record["points"]), figure]
+            parts += [caption, markdown(columns_of(record), record["points"])]
+            if record.get("target_lines"):
+                parts.append("\n".join(f"- {line}" for line in record["target_lines"]))
+            parts.append(figure)
     return "\n\n".join(parts) or f"no record yet: `{command}`"
 
 

@@ -4,7 +4,7 @@
 
 The states are g_1..g_K, or the prompt's last state h_0 alone where K = 0. Prompts come padded on the left. An engine
 that has to keep something between calls (captured graphs, a compiled step) is an object whose `__call__` has this
-signature: the runner calls every engine once, untimed, for each point before it times it.
+signature (`Generation`): the runner calls every engine once, untimed, for each point before it times it.
 
 `ENGINES` is the register: add an engine there and every table, check and plot has it.
 """
@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from torch import Tensor, nn
 from gircse.architecture import CausalLM
 from gircse.cpu_linear import OneDNNLinear
 from gircse.rollout import rollout
+
+if TYPE_CHECKING:
+    from gircse.engine import Engine as GenerationEngine
 
 Run = Callable[[CausalLM, Tensor, Tensor, int], Tensor]
 
@@ -71,6 +75,69 @@ def cached(lm: CausalLM, input_ids: Tensor, attention_mask: Tensor, num_steps: i
     return states.steps if num_steps else states.prompt[:, None]
 
 
+def official_eval(lm: CausalLM, input_ids: Tensor, attention_mask: Tensor, num_steps: int) -> Tensor:
+    """Evaluation as the reference implementation does it: transformers' `DynamicCache`, prompts padded on the left, one
+    soft token after the other through the stock body, `softmax(logits) @ E` in the model's dtype.
+
+    The head runs on the last position alone, and the position ids are right: the baseline wastes nothing.
+    """
+    out = lm.body(
+        inputs_embeds=lm.model.get_input_embeddings()(input_ids),
+        attention_mask=attention_mask,
+        position_ids=_positions(attention_mask),
+        use_cache=True,
+    )
+    states = [out.last_hidden_state[:, -1]]
+    for _ in range(num_steps):
+        token = _soft_token(lm, lm.logits(states[-1]))
+        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(token), 1)], dim=1)
+        out = lm.body(
+            inputs_embeds=token[:, None],
+            attention_mask=attention_mask,
+            position_ids=_positions(attention_mask)[:, -1:],
+            past_key_values=out.past_key_values,
+            use_cache=True,
+        )
+        states.append(out.last_hidden_state[:, -1])
+    return torch.stack(states[1:] or states, dim=1)
+
+
+class Generation:
+    """`gircse.engine` behind the signature of an engine.
+
+    Buffers and captured graphs are kept from call to call, for the model of the last call: the generation engine holds
+    its model, so keeping one for every model would keep all models alive.
+
+    Args:
+        settings: of `gircse.engine.EngineConfig`.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self._settings = settings
+        self._kept: tuple[CausalLM, GenerationEngine] | None = None
+
+    def __call__(self, lm: CausalLM, input_ids: Tensor, attention_mask: Tensor, num_steps: int) -> Tensor:
+        return self.engine(lm).states(real_tokens(input_ids, attention_mask), num_steps)
+
+    def engine(self, lm: CausalLM) -> GenerationEngine:
+        from gircse.engine import Engine, EngineConfig
+
+        if self._kept is None or self._kept[0] is not lm:
+            self._kept = None  # its buffers go before new ones come
+            self._kept = lm, Engine(lm, EngineConfig(**self._settings))
+        return self._kept[1]
+
+    def report(self, lm: CausalLM) -> dict[str, Any]:
+        """What the generation engine keeps, and why its step is not captured where it should be."""
+        return asdict(self.engine(lm).report())
+
+
+def real_tokens(input_ids: Tensor, attention_mask: Tensor) -> list[list[int]]:
+    """Left-padded [B, N] -> the token ids of each row, without padding."""
+    lengths = attention_mask.sum(dim=1).tolist()
+    return [row[len(row) - length :] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
+
+
 @dataclass(frozen=True)
 class Engine:
     """An engine and what the runner must know of it.
@@ -109,15 +176,25 @@ class Engine:
                 module.__class__ = OneDNNLinear
 
 
+def _generation(summary: str, **settings: Any) -> Engine:
+    return Engine(Generation(**settings), summary, stock=False, trains=False)
+
+
 REFERENCE = "recompute"
 SINGLE_PASS = "single-pass"
+OFFICIAL_EVAL = "official-eval"
+GRAPH, NO_REUSE = "graph", "graph-no-reuse"
 
 ENGINES: dict[str, Engine] = {
     SINGLE_PASS: Engine(single_pass, "one stock forward pass, K = 0: any embedding model", steps=False, trains=False),
     REFERENCE: Engine(recompute, "the reference algorithm: the whole sequence every step, softmax @ E"),
     "recompute-official": Engine(recompute_official, "the same with the reference implementation's waste"),
     "recompute-ours": Engine(recompute, "recompute on our linear layers: what the cache alone gains", stock=False),
+    OFFICIAL_EVAL: Engine(official_eval, "official-style evaluation: DynamicCache, eager soft tokens", trains=False),
     "cached": Engine(cached, "ours: the prompt once, a differentiable cache, fused soft tokens", stock=False),
+    GRAPH: _generation("ours: the generation engine, its step a CUDA graph on a GPU"),
+    NO_REUSE: _generation("the same, a shared prefix encoded for every text", reuse_prefix=False),
+    "compiled": _generation("graph with torch.compile on the step", compile=True),
 }
 
 

@@ -121,9 +121,11 @@ class ModelFacts:
         inside = self._visible(length)
         return inside * (inside + 1) // 2 + (length - inside) * inside
 
-    def prompt(self, lengths: Sequence[int]) -> Work:
-        """Encoding prompts of those lengths, once."""
-        tokens, pairs = sum(lengths), sum(map(self._pairs, lengths))
+    def prompt(self, lengths: Sequence[int], shared_prefix: int = 0) -> Work:
+        """Encoding prompts of those lengths, once; the `shared_prefix` tokens that all start with are one prompt's."""
+        spared = len(lengths) - 1
+        tokens = sum(lengths) - spared * shared_prefix
+        pairs = sum(map(self._pairs, lengths)) - spared * self._pairs(shared_prefix)
         kept = 2 * self.layers * self.kv_heads * self.head_dim * tokens
         return Work(
             2 * self.matrix * tokens + 4 * self.layers * self.heads * self.head_dim * pairs,
@@ -143,10 +145,10 @@ class ModelFacts:
             self.itemsize * (self.matrix + 2 * self.layers * self.kv_heads * self.head_dim * seen),
         )
 
-    def inference(self, lengths: Sequence[int], num_steps: int) -> list[Work]:
-        """Prompt, then (vocabulary, body) K times."""
+    def inference(self, lengths: Sequence[int], num_steps: int, *, shared_prefix: int = 0) -> list[Work]:
+        """Prompt, then (vocabulary, body) K times. A shared prefix is encoded once; in the steps every row reads it."""
         steps = [(self.vocabulary(len(lengths)), self.body(lengths, k)) for k in range(1, num_steps + 1)]
-        return [self.prompt(lengths), *(work for step in steps for work in step)]
+        return [self.prompt(lengths, shared_prefix), *(work for step in steps for work in step)]
 
     def training(self, lengths: Sequence[int], num_steps: int) -> list[Work]:
         """Forward and backward with a frozen base; the adapters themselves are not counted."""

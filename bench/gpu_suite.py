@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""One command on a GPU: correctness, then every op benchmark, then throughput; JSON records, in under ten minutes.
+"""One command on a GPU: correctness, every op benchmark, throughput, the generation engine; JSON records, ten minutes.
 
     PYTHONPATH=.:kernels python bench/gpu_suite.py --out bench/results
 
 Nothing need be installed but torch, triton, transformers and pytest. Each finished case is a file of its own in
-DIR/<device>/, written at once; the same command again goes on where this one stopped, and measures again what was
-measured with other sources. `--smoke` is the same with tiny shapes on the CPU. `python bench/report.py` renders the
-records.
+DIR/<device>/, written at once; the same command again goes on where this one stopped (the engine's cases may need
+that), and measures again what was measured with other sources. `--smoke` is the same with tiny shapes on the CPU.
+`python bench/report.py` renders the records.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
+from bench import engine_cases
 from bench.cases import CASES, MODELS, SMOKE_CASES, Case
+from bench.engine_cases import ENGINE_CASES, SMOKE_ENGINE_CASES
 from bench.floors import Ceilings, measure_ceilings
 from bench.memory import give_back
 from bench.op_engines import WrongResultError, draw_matrices
 from bench.op_measure import first_line, judge, measure
-from bench.provenance import ROOT, device_name, provenance
+from bench.provenance import ROOT, device_name, engine_hash, provenance
 from bench.records import save
 from bench.tables import OPS, REPLAY, table
 
@@ -117,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     records = op_benchmarks(suite, options, reserve)
     info_nce(suite, options)
     throughput(suite, options)
-    summarise(suite, records)
+    summarise(suite, records, engine(suite, options))
     return 1 if suite.problems else 0
 
 
@@ -208,7 +210,27 @@ def _one(
 def throughput(suite: Suite, options: argparse.Namespace) -> None:
     """`bench/run.py` in a process of its own."""
     arguments = SMOKE_THROUGHPUT if options.smoke else THROUGHPUT
-    _script(suite, options, f"throughput-{arguments[1]}", "run.py", arguments, 5.0 if options.smoke else 45.0)
+    _script(suite, options, f"throughput-{arguments[1]}", "run.py", arguments, 5.0 if options.smoke else 70.0)
+
+
+def engine(suite: Suite, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """`bench/run.py` once for each case of the generation engine, its figures held against their targets. -> records
+    of all cases that are there at the end."""
+    found = []
+    for case in SMOKE_ENGINE_CASES if options.smoke else ENGINE_CASES:
+        before = suite.finished(case.name)
+        if before is not None and before["provenance"].get("engine_sources") != engine_hash():
+            (suite.folder / f"{case.name}.json").unlink()  # measured with another engine
+        _script(suite, options, case.name, "run.py", case.arguments, case.seconds)
+        record = suite.finished(case.name)
+        if record is None:
+            continue
+        record = engine_cases.judge(record, case)
+        save(record, suite.folder / f"{case.name}.json")
+        found.append(record)
+        for line in record["target_lines"]:
+            say(f"{case.name}: {line}")
+    return found
 
 
 def info_nce(suite: Suite, options: argparse.Namespace) -> None:
@@ -240,14 +262,17 @@ def _script(
     print("\n".join(line for line in output.splitlines() if not line.startswith("{")))
 
 
-def summarise(suite: Suite, records: list[dict[str, Any]]) -> None:
+def summarise(suite: Suite, records: list[dict[str, Any]], engines: list[dict[str, Any]]) -> None:
     print()
     if records:
         print(table(OPS, records))
     replayed = [record for record in records if record["replay"]]
     if replayed:
         print("\n" + table(REPLAY, replayed))
-    asked = [record for record in records if record["met"] is not None]
+    for record in engines:
+        for line in record["target_lines"]:
+            print(f"{record['case']}: {line}")
+    asked = [record for record in [*records, *engines] if record["met"] is not None]
     met = sum(record["met"] for record in asked)
     took = time.perf_counter() - suite.started
     summary = {
@@ -256,6 +281,7 @@ def summarise(suite: Suite, records: list[dict[str, Any]]) -> None:
         "met": met,
         "with_target": len(asked),
         "cases": records,
+        "engine": {record["case"]: record["target_lines"] for record in engines},
         "skipped": suite.skipped,
         "problems": suite.problems,
     }

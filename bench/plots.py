@@ -3,10 +3,11 @@ told apart in print."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.engines import REFERENCE, SINGLE_PASS
+from bench.engines import GRAPH, NO_REUSE, OFFICIAL_EVAL, REFERENCE, SINGLE_PASS
 
 _STYLES: list[dict[str, Any]] = [
     {"color": "#0072B2", "marker": "o", "linestyle": "-"},
@@ -14,11 +15,79 @@ _STYLES: list[dict[str, Any]] = [
     {"color": "#009E73", "marker": "^", "linestyle": "-."},
     {"color": "#CC79A7", "marker": "D", "linestyle": (0, (3, 1, 1, 1))},
     {"color": "#E69F00", "marker": "v", "linestyle": (0, (5, 1))},
+    {"color": "#56B4E9", "marker": "P", "linestyle": (0, (1, 1))},
+    {"color": "#8C6D31", "marker": "X", "linestyle": (0, (3, 1, 1, 1, 1, 1))},
 ]
-_FIRST = ("cached", REFERENCE)  # keep their style whatever else is in the plot
+_FIRST = ("cached", REFERENCE, OFFICIAL_EVAL, GRAPH, NO_REUSE)  # keep their style whatever else is in the plot
 _GREY, _BLACK = "#777777", "#222222"
 
 
+def draw(record: dict[str, Any]) -> Callable[[dict[str, Any], Path], None]:
+    """The function that draws a record of `bench/run.py`."""
+    if record["benchmark"] == "training":
+        return plot_training
+    official = any(row.get("speedup_over_official") is not None for row in record["points"])
+    return plot_engines if official or "generation" in record else plot_throughput
+
+
+def plot_engines(record: dict[str, Any], path: Path) -> None:
+    """Left: texts per second against K, one line per engine, the single pass as a level, the floor as a dotted line.
+    Right: how the time grows with K, each engine's time(K) / time(0) beside the floor's."""
+    plt = pyplot()
+    rows, texts = record["points"], record["batch"]["texts"]
+    names = [name for name in dict.fromkeys(row["engine"] for row in rows) if name != SINGLE_PASS]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12.4, 5.2), layout="constrained", width_ratios=(1.5, 1))
+    floor = {row["num_steps"]: row for row in rows}
+    steps = sorted(floor)
+    dotted = {"color": _GREY, "linestyle": ":", "linewidth": 1.6, "label": "floor of the job"}
+    left.plot(steps, [texts / floor[k]["floor_seconds"] for k in steps], **dotted)
+    right.plot(steps, [floor[k]["floor_over_zero"] for k in steps], **dotted)
+    for row in rows:
+        if row["engine"] == SINGLE_PASS:
+            left.axhline(row["texts_per_second"], color=_BLACK, linewidth=0.8, zorder=1)
+            left.plot([0], [row["texts_per_second"]], "*", color=_BLACK, markersize=11, label="single pass (K = 0)")
+    for name in names:
+        line = [row for row in rows if row["engine"] == name]
+        style = {"linewidth": 2, "markersize": 6, "label": name, **_style(name, names)}
+        rates = [row["texts_per_second"] for row in line]
+        low = [rate - texts / max(row["runs"]) for rate, row in zip(rates, line, strict=True)]
+        high = [texts / min(row["runs"]) - rate for rate, row in zip(rates, line, strict=True)]
+        left.errorbar([row["num_steps"] for row in line], rates, yerr=[low, high], capsize=3, **style)
+        if name != OFFICIAL_EVAL:
+            _label_points(left, line, "speedup_over_official", style["color"])
+        grown = [row for row in line if row["time_over_zero"] is not None]
+        right.plot([row["num_steps"] for row in grown], [row["time_over_zero"] for row in grown], **style)
+    left.set_ylabel("texts per second")
+    right.set_ylabel("time at K / time at K = 0")
+    for axes in (left, right):
+        axes.set_yscale("log")
+        _plain_log_ticks(axes)
+        axes.set_xticks(steps)
+        axes.set_xlabel("K, generated soft tokens per text")
+        axes.grid(True, which="both", alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False, loc="best", fontsize=9)
+    _title(figure, left, record, f"Encoding speed against K (labels: times as fast as {OFFICIAL_EVAL})")
+    save_figure(plt, figure, path)
+
+
+def _label_points(axes: Any, line: list[dict[str, Any]], key: str, color: str) -> None:
+    """`row[key]` as "1.5x" above each point with K > 0."""
+    for row in line:
+        if row["num_steps"] and row[key] is not None:
+            axes.annotate(
+                f"{row[key]:.1f}x",
+                (row["num_steps"], row["texts_per_second"]),
+                textcoords="offset points",
+                xytext=(0, 8),
+                ha="center",
+                fontsize=9,
+                color=color,
+            )
+
+
+# For records from before official-eval was among the engines. The docs' figures of these carry a digest of this source:
+# an edit has them drawn again.
 def plot_throughput(record: dict[str, Any], path: Path) -> None:
     """Texts per second against K, one line per engine, the single pass as a level, the floor as a dotted line."""
     plt = pyplot()

@@ -36,8 +36,14 @@ def provenance(device: str | torch.device) -> dict[str, Any]:
         **{name: _version(name) for name in _PACKAGES},
         "commit": commit(),
         "sources": sources_hash(),
+        "engine_sources": engine_hash(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def engine_hash() -> str:
+    """`sources_hash` of the generation engine: its records are as old as it is, not only as the kernels are."""
+    return sources_hash(["gircse.engine"])
 
 
 def sources_hash(packages: Sequence[str] = ("gircse.ops", "gircse_kernels")) -> str:

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench.tables import THROUGHPUT, TRAINING, table
+from bench.engines import OFFICIAL_EVAL, REFERENCE
+from bench.tables import columns_of, table
 from gircse.atomic import new_file
 
 _UNSTEADY = 0.3  # spread above which a median of a few runs says little
@@ -18,15 +19,28 @@ def describe(record: dict[str, Any]) -> tuple[str, str]:
     depth = f", cut to {model['layers']} layers" if model["truncated"] else ""
     weights = "random weights" if model["random"] else "its own weights"
     what = f"{model['name']} ({model['parameters'] / 1e6:,.1f}M parameters, {weights}{depth}), {model['dtype']}"
+    if record["benchmark"] == "corpus":
+        return what, _describe_corpus(batch)
     lengths = f"{batch['length']} prompt tokens each"
-    if batch["mixed"]:
-        lengths = f"1 to {batch['length']} prompt tokens ({batch['prompt_tokens']} in all)"
+    distribution = batch.get("distribution") or ("lognormal" if batch["mixed"] else "fixed")
+    if distribution != "fixed":
+        lengths = f"1 to {batch['length']} prompt tokens, {distribution} ({batch['prompt_tokens']} in all)"
+    if batch.get("shared_prefix"):
+        lengths += f", the first {batch['shared_prefix']} of all the same"
     rows = f"{batch['texts']} texts"
     if record["benchmark"] == "training":
         rows = (
             f"{batch['queries']} queries + {batch['texts'] - batch['queries']} passages, K = {record['num_steps'][0]}"
         )
     return what, f"{rows}, {lengths}"
+
+
+def _describe_corpus(batch: dict[str, Any]) -> str:
+    shared = f", the first {batch['shared_prefix']} of all the same" if batch["shared_prefix"] else ""
+    return (
+        f"{batch['texts']} texts of {batch['corpus']}, {batch['shortest']} to {batch['longest']} prompt tokens{shared} "
+        f"({batch['prompt_tokens']} in all); {OFFICIAL_EVAL} in batches of {batch['official_batch']} in file order"
+    )
 
 
 def report(record: dict[str, Any]) -> str:
@@ -36,7 +50,7 @@ def report(record: dict[str, Any]) -> str:
     threads = f", {origin['threads']} threads" if record["model"]["device"] == "cpu" else f", driver {origin['driver']}"
     agreed = ", ".join(f"{name} {value:.1e}" for name, value in record["agreement"]["worst"].items())
     checks = record["agreement"]["checks"]
-    columns = TRAINING if record["benchmark"] == "training" else THROUGHPUT
+    against = OFFICIAL_EVAL if record["benchmark"] == "corpus" else REFERENCE
     lines = [
         model,
         batch,
@@ -44,16 +58,21 @@ def report(record: dict[str, Any]) -> str:
         f"triton {origin['triton']}; commit {origin['commit']}, sources {origin['sources']}",
         f"measured ceilings: {ceilings['flops_per_s'] / 1e9:,.0f} GFLOP/s ({record['model']['dtype']}), "
         f"{ceilings['bytes_per_s'] / 1e9:,.1f} GB/s",
-        f"engines agree with recompute ({len(checks)} checks): worst {agreed}"
+        f"engines agree with {against} ({len(checks)} checks): worst {agreed}"
         if checks
         else "one engine, nothing to compare",
         "",
-        table(columns, record["points"]),
+        table(columns_of(record), record["points"]),
         "",
         f"medians of {record['repeats']} interleaved runs; spread = (slowest - fastest) / median",
         "tokens = prompt tokens + K generated positions per text, whatever the engine computes",
         "floor = least time of the job (prompt once, K cached steps) at the measured ceilings: bench/floors.py",
     ]
+    if any("latency_p50" in row for row in record["points"]):
+        lines.append(f"1 text: seconds of one text alone, percentiles of {record['latency_runs']} runs")
+    for name, kept in record.get("generation", {}).items():
+        if kept["not_captured"] is not None:
+            lines.append(f"NOT CAPTURED: {name} ran its step eagerly: {kept['not_captured']}")
     unsteady = [row for row in record["points"] if row["spread"] > _UNSTEADY]
     if unsteady:
         lines.append(

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Throughput against K, and the training step: `python bench/run.py --help`."""
+"""Throughput and latency against K, a corpus, the training step: `python bench/run.py --help`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from transformers import PretrainedConfig
 
-from bench import throughput, training
+from bench import corpus, throughput, training
 from bench.agreement import Difference, Disagreement, worst
 from bench.batches import draw_lengths, random_batch
 from bench.engines import ENGINES
 from bench.floors import ModelFacts, measure_ceilings
 from bench.options import parse
-from bench.plots import plot_throughput, plot_training
+from bench.plots import draw
 from bench.provenance import provenance
 from bench.records import report, save, to_json
 from bench.shapes import meta_model, pretrained_model, random_model
@@ -33,12 +33,13 @@ from gircse.architecture import CausalLM, UnsupportedModelError
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0, 1 the engines disagree or one failed, 2 bad options."""
     options, config = parse(argv)
+    mode = _train if options.train else _corpus if options.corpus is not None else _throughput
     try:
-        record = (_train if options.train else _throughput)(options, config)
+        record = mode(options, config)
     except (Disagreement, training.WorkerError) as error:
         print(f"bench/run.py: {error}", file=sys.stderr)
         return 1
-    except (UnsupportedModelError, OSError) as error:  # --model names something that cannot be loaded
+    except (UnsupportedModelError, corpus.CorpusError, OSError) as error:  # what an option names cannot be used
         print(f"bench/run.py: error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         return 2
     print(report(record))
@@ -57,19 +58,65 @@ def _throughput(options: argparse.Namespace, config: PretrainedConfig) -> dict[s
     else:
         model = random_model(config, dtype=dtype, device=device, seed=options.seed)
     lm = CausalLM.from_model(model)
+    prefix = options.prefix_reuse
     checks = throughput.check_agreement(
-        lm, options.engines, max(options.steps), min(options.length, 48), seed=options.seed
+        lm,
+        options.engines,
+        max(options.steps),
+        min(options.length - prefix, 48),
+        seed=options.seed,
+        shared_prefix=prefix,
     )
     ceilings = measure_ceilings(device, dtype)
-    lengths = draw_lengths(options.batch, options.length, mixed=options.mixed, seed=options.seed)
-    batch = random_batch(config.vocab_size, lengths, seed=options.seed, device=device)
-    more, rows = throughput.measure(lm, facts, ceilings, batch, options.engines, options.steps, options.repeats)
+    lengths = draw_lengths(options.batch, options.length, distribution=options.distribution, seed=options.seed)
+    batch = random_batch(config.vocab_size, lengths, seed=options.seed, device=device, shared_prefix=prefix)
+    more, rows = throughput.measure(
+        lm, facts, ceilings, batch, options.engines, options.steps, options.repeats, shared_prefix=prefix
+    )
+    reports = throughput.generation_reports(lm, options.engines)
+    if options.latency:
+        more += _latency(options, lm, config.vocab_size, rows)
+    settings = _settings(options, config, facts, lengths, [*checks, *more])
+    settings["batch"] |= {"shared_prefix": prefix}
     return {
         "benchmark": "throughput",
-        **_settings(options, config, facts, lengths, [*checks, *more]),
+        **settings,
+        "latency_runs": options.latency,
+        "generation": reports,
         "ceilings": vars(ceilings),
         "points": rows,
     }
+
+
+def _latency(options: argparse.Namespace, lm: CausalLM, vocab: int, rows: list[dict[str, Any]]) -> list[Difference]:
+    """Adds `latency_p50` and `latency_p95` to the rows that have them. -> differences on the single text."""
+    text = random_batch(vocab, [options.length], seed=options.seed, device=options.device)
+    everywhere = options.device.startswith("cuda")
+    steps = options.steps if everywhere else sorted({min(options.steps), max(options.steps)})
+    differences, found = throughput.latency(lm, text, options.engines, steps, options.latency)
+    for row in rows:
+        row |= found.get(throughput.Point(row["engine"], row["num_steps"]), {})
+    return differences
+
+
+def _corpus(options: argparse.Namespace, config: PretrainedConfig) -> dict[str, Any]:
+    dtype = getattr(torch, options.dtype)
+    facts = ModelFacts.of(meta_model(config, dtype))
+    texts = corpus.read_texts(options.corpus, options.field, options.limit)
+    job = corpus.CorpusJob(texts, options.instruction, options.length, options.batch)
+    model = corpus.load(options.model, dtype, options.device)
+    ceilings = measure_ceilings(options.device, dtype)
+    checks, rows, prompts = corpus.measure(model, job, facts, ceilings, options.steps, options.repeats)
+    settings = _settings(options, config, facts, [], checks)
+    settings["batch"] |= {
+        "texts": len(texts),
+        "distribution": "corpus",
+        "corpus": options.corpus.name,
+        "instruction": options.instruction,
+        "official_batch": options.batch,
+        **prompts,
+    }
+    return {"benchmark": "corpus", **settings, "ceilings": vars(ceilings), "points": rows}
 
 
 def _train(options: argparse.Namespace, config: PretrainedConfig) -> dict[str, Any]:
@@ -80,7 +127,7 @@ def _train(options: argparse.Namespace, config: PretrainedConfig) -> dict[str, A
         queries=options.batch,
         negatives=options.negatives,
         length=options.length,
-        mixed=options.mixed,
+        distribution=options.distribution,
         num_steps=options.steps[0],
         dtype=options.dtype,
         device=options.device,
@@ -121,7 +168,7 @@ def _settings(
         "batch": {
             "texts": len(lengths),
             "length": options.length,
-            "mixed": options.mixed,
+            "distribution": options.distribution,
             "prompt_tokens": sum(lengths),
             "seed": options.seed,
         },
@@ -135,7 +182,7 @@ def _settings(
 def _plot(record: dict[str, Any], path: Path) -> str:
     if importlib.util.find_spec("matplotlib") is None:
         return "plot: none, matplotlib is not installed"
-    (plot_training if record["benchmark"] == "training" else plot_throughput)(record, path)
+    draw(record)(record, path)
     return f"plot: {path}"
 
 

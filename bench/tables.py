@@ -9,23 +9,43 @@ Column = tuple[str, Callable[[dict[str, Any]], str]]
 
 
 def _number(key: str, pattern: str, scale: float = 1.0) -> Callable[[dict[str, Any]], str]:
-    return lambda row: "-" if row[key] is None else pattern.format(row[key] * scale)
+    def value(row: dict[str, Any]) -> str:
+        found = row.get(key)
+        return "-" if found is None else pattern.format(found * scale)
+
+    return value
 
 
-_COMMON: list[Column] = [
+_SPEED: list[Column] = [
     ("engine", lambda row: row["engine"]),
     ("K", lambda row: str(row["num_steps"])),
     ("seconds", _number("seconds", "{:.4g}")),
     ("spread", _number("spread", "{:.0%}")),
     ("texts/s", _number("texts_per_second", "{:,.4g}")),
     ("tokens/s", _number("tokens_per_second", "{:,.0f}")),
+]
+_OFFICIAL: Column = ("x official", _number("speedup_over_official", "{:.2f}x"))
+_COMMON: list[Column] = [
+    *_SPEED,
     ("x recompute", _number("speedup_over_recompute", "{:.2f}x")),
 ]
 _FLOOR: list[Column] = [
     ("floor s", _number("floor_seconds", "{:.4g}")),
     ("time/floor", _number("time_over_floor", "{:.2f}")),
 ]
-THROUGHPUT = [*_COMMON, ("of single-pass", _number("texts_ratio_to_single_pass", "{:.0%}")), *_FLOOR]
+_OVER_ZERO: list[Column] = [
+    ("time(K)/time(0)", _number("time_over_zero", "{:.2f}")),
+    ("floor(K)/floor(0)", _number("floor_over_zero", "{:.2f}")),
+]
+_SINGLE_PASS: Column = ("of single-pass", _number("texts_ratio_to_single_pass", "{:.0%}"))
+_LATENCY: list[Column] = [
+    ("1 text p50 ms", _number("latency_p50", "{:,.4g}", 1e3)),
+    ("p95 ms", _number("latency_p95", "{:,.4g}", 1e3)),
+]
+THROUGHPUT = [*_COMMON, _OFFICIAL, _SINGLE_PASS, *_FLOOR, *_OVER_ZERO, *_LATENCY]
+CORPUS = [*_SPEED, _OFFICIAL, *_FLOOR, *_OVER_ZERO]
+# what older records do not have, and what a run may leave out: no column of dashes
+_OPTIONAL = {name for name, _ in (_OFFICIAL, *_OVER_ZERO, *_LATENCY)}
 TRAINING = [
     *_COMMON,
     ("peak GiB", _number("peak_bytes", "{:.2f}", 1 / 2**30)),
@@ -33,6 +53,13 @@ TRAINING = [
     ("peak/recompute", _number("peak_ratio_to_recompute", "{:.2f}")),
     *_FLOOR,
 ]
+
+
+def columns_of(record: dict[str, Any]) -> list[Column]:
+    """The columns that a record of `bench/run.py` fills."""
+    columns = {"training": TRAINING, "corpus": CORPUS}.get(record["benchmark"], THROUGHPUT)
+    rows = record["points"]
+    return [(name, value) for name, value in columns if name not in _OPTIONAL or any(value(r) != "-" for r in rows)]
 
 
 def _milliseconds(engine: str) -> Callable[[dict[str, Any]], str]:

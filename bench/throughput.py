@@ -1,4 +1,5 @@
-"""Texts and tokens per second against K: agreement first, then interleaved timings, each beside its floor."""
+"""Texts and tokens per second against K: agreement first, then interleaved timings, each beside its floor; then the
+latency of a single text."""
 
 from __future__ import annotations
 
@@ -8,14 +9,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from bench.agreement import Difference, embedding_difference
 from bench.batches import Batch, check_lengths, random_batch
-from bench.engines import ENGINES, REFERENCE, SINGLE_PASS
-from bench.floors import Ceilings, ModelFacts
+from bench.engines import ENGINES, OFFICIAL_EVAL, REFERENCE, SINGLE_PASS, Generation
+from bench.floors import Ceilings, ModelFacts, Work
 from bench.timing import Timing, seconds
 from gircse.architecture import CausalLM
 from gircse.ops import l2_normalize, pool_steps
@@ -50,13 +52,20 @@ def _attached(lm: CausalLM, engine: str) -> Iterator[None]:
         yield
 
 
-def check_agreement(lm: CausalLM, engines: list[str], num_steps: int, length: int, *, seed: int) -> list[Difference]:
+def check_agreement(
+    lm: CausalLM, engines: list[str], num_steps: int, length: int, *, seed: int, shared_prefix: int = 0
+) -> list[Difference]:
     """Every engine against the reference on four rows, two of them padded, at the largest K and at K = 0.
+
+    Args:
+        length: tokens of the longest row beyond the `shared_prefix` that all rows start with.
 
     Raises:
         Disagreement: with the measured difference.
     """
-    batch = random_batch(lm.embed_weight.shape[0], check_lengths(length), seed=seed + 1, device=lm.device)
+    lengths = [shared_prefix + own for own in check_lengths(length)]
+    vocab = lm.embed_weight.shape[0]
+    batch = random_batch(vocab, lengths, seed=seed + 1, device=lm.device, shared_prefix=shared_prefix)
     differences = []
     for steps in sorted({0, num_steps}):
         with _attached(lm, REFERENCE):
@@ -82,6 +91,7 @@ def warm_up(
     points. -> differences, peak bytes above what was allocated before (CUDA only)."""
     expected: dict[int, Tensor] = {}
     differences, peaks = [], {}
+    name = "the timed batch" if len(batch.lengths) > 1 else "the single text"
     for point in sorted(todo, key=lambda p: p.engine != REFERENCE):
         with _attached(lm, point.engine):
             before = _reset_peak(lm.device)
@@ -90,7 +100,7 @@ def warm_up(
         if point.engine == REFERENCE:
             expected[point.num_steps] = ours
         elif point.num_steps in expected:
-            what = f"the timed batch, K = {point.num_steps}"
+            what = f"{name}, K = {point.num_steps}"
             theirs = expected[point.num_steps]
             differences.append(
                 embedding_difference(point.engine, what, ours, theirs, expected_dtype(lm)).check(REFERENCE)
@@ -107,11 +117,102 @@ def measure(
     engines: list[str],
     steps: list[int],
     repeats: int,
+    *,
+    shared_prefix: int = 0,
 ) -> tuple[list[Difference], list[dict[str, Any]]]:
     """-> differences on the timed batch, and one JSON object per point."""
     todo = points(engines, steps)
+    runs, differences, peaks = _run(lm, todo, batch, repeats, "bench")
+    timings = {point: Timing.of(found) for point, found in runs.items()}
+    lengths = batch.lengths
+    rows = []
+    for point in todo:
+        work = facts.inference(lengths, point.num_steps, shared_prefix=shared_prefix)
+        at_zero = facts.inference(lengths, 0, shared_prefix=shared_prefix)
+        row = point_row(point, timings, lengths, work, at_zero, ceilings)
+        rows.append({**row, "peak_extra_bytes": peaks[point]})
+    return differences, rows
+
+
+def latency(
+    lm: CausalLM, text: Batch, engines: list[str], steps: list[int], runs: int
+) -> tuple[list[Difference], dict[Point, dict[str, float]]]:
+    """One text at a time: what somebody who waits for a single embedding sees.
+
+    Args:
+        text: a batch of one row.
+        steps: the K to measure.
+        runs: of each point, interleaved, after one that is not counted.
+
+    Returns:
+        differences on that text; for each point `latency_p50` and `latency_p95` in seconds, percentiles over the runs
+        (linear between two runs: of few runs the 95th is close to the slowest).
+    """
+    found, differences, _ = _run(lm, points(engines, steps), text, runs, "latency")
+    return differences, {
+        point: {
+            "latency_p50": float(np.percentile(times, 50)),
+            "latency_p95": float(np.percentile(times, 95)),
+        }
+        for point, times in found.items()
+    }
+
+
+def point_row(
+    point: Point,
+    timings: dict[Point, Timing],
+    lengths: list[int],
+    work: list[Work],
+    work_at_zero: list[Work],
+    ceilings: Ceilings,
+) -> dict[str, Any]:
+    """The JSON object of a point: rates, ratios to the other engines and to K = 0, the floor.
+
+    Args:
+        timings: of all points that it is compared with.
+        lengths: prompt tokens of every text.
+        work, work_at_zero: phases of the job at the point's K, and at K = 0.
+    """
+    timing, k = timings[point], point.num_steps
+    texts, tokens = len(lengths), sum(lengths) + k * len(lengths)
+    floor = ceilings.seconds(work)
+
+    def speedup_over(other: Point) -> float | None:
+        return timings[other].seconds / timing.seconds if other in timings else None
+
+    at_zero = timings.get(Point(point.engine, 0))
+    return {
+        "engine": point.engine,
+        "num_steps": k,
+        "seconds": timing.seconds,
+        "spread": timing.spread,
+        "runs": timing.runs,
+        "texts_per_second": texts / timing.seconds,
+        "tokens_per_second": tokens / timing.seconds,
+        "speedup_over_recompute": speedup_over(Point(REFERENCE, k)),
+        "speedup_over_official": speedup_over(Point(OFFICIAL_EVAL, k)),
+        "texts_ratio_to_single_pass": speedup_over(Point(SINGLE_PASS, 0)),
+        "time_over_zero": timing.seconds / at_zero.seconds if at_zero is not None else None,
+        "floor_over_zero": floor / ceilings.seconds(work_at_zero),
+        "flops": sum(phase.flops for phase in work),
+        "bytes": sum(phase.bytes for phase in work),
+        "floor_seconds": floor,
+        "time_over_floor": timing.seconds / floor,
+    }
+
+
+def generation_reports(lm: CausalLM, engines: list[str]) -> dict[str, dict[str, Any]]:
+    """What each generation engine keeps in memory, the graphs that it captured, and why it captured none."""
+    runs = {name: ENGINES[name].run for name in engines}
+    return {name: run.report(lm) for name, run in runs.items() if isinstance(run, Generation)}
+
+
+def _run(
+    lm: CausalLM, todo: list[Point], batch: Batch, repeats: int, title: str
+) -> tuple[dict[Point, list[float]], list[Difference], dict[Point, int | None]]:
+    """Warm-up, then every point in turn, `repeats` times. -> seconds of each run, differences, peak bytes."""
     runs: dict[Point, list[float]] = {point: [] for point in todo}
-    with tqdm(total=len(todo) * (repeats + 1), desc="bench", unit="run", disable=None, leave=False) as progress:
+    with tqdm(total=len(todo) * (repeats + 1), desc=title, unit="run", disable=None, leave=False) as progress:
         differences, peaks = warm_up(lm, todo, batch, progress)
         for _ in range(repeats):
             for point in todo:
@@ -119,42 +220,7 @@ def measure(
                     run = partial(embed, lm, point.engine, batch, point.num_steps)
                     runs[point].append(seconds(run, lm.device))
                 progress.update()
-    timings = {point: Timing.of(found) for point, found in runs.items()}
-    return differences, [_row(point, timings, peaks[point], facts, ceilings, batch) for point in todo]
-
-
-def _row(
-    point: Point,
-    timings: dict[Point, Timing],
-    peak: int | None,
-    facts: ModelFacts,
-    ceilings: Ceilings,
-    batch: Batch,
-) -> dict[str, Any]:
-    timing, lengths = timings[point], batch.lengths
-    texts, tokens = len(lengths), sum(lengths) + point.num_steps * len(lengths)
-    work = facts.inference(lengths, point.num_steps)
-    floor = ceilings.seconds(work)
-
-    def speedup_over(other: Point) -> float | None:
-        return timings[other].seconds / timing.seconds if other in timings else None
-
-    return {
-        "engine": point.engine,
-        "num_steps": point.num_steps,
-        "seconds": timing.seconds,
-        "spread": timing.spread,
-        "runs": timing.runs,
-        "texts_per_second": texts / timing.seconds,
-        "tokens_per_second": tokens / timing.seconds,
-        "speedup_over_recompute": speedup_over(Point(REFERENCE, point.num_steps)),
-        "texts_ratio_to_single_pass": speedup_over(Point(SINGLE_PASS, 0)),
-        "flops": sum(phase.flops for phase in work),
-        "bytes": sum(phase.bytes for phase in work),
-        "floor_seconds": floor,
-        "time_over_floor": timing.seconds / floor,
-        "peak_extra_bytes": peak,
-    }
+    return runs, differences, peaks
 
 
 def _reset_peak(device: torch.device) -> int | None:

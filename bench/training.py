@@ -41,7 +41,8 @@ class TrainJob:
         shape, model: a name of `SHAPES`, or a folder or hub name; one of them.
         layers: depth, None for all.
         queries, negatives: B rows of one query, one positive and `negatives` hard negatives.
-        length: prompt tokens of every text, or the longest of them (`mixed`).
+        length: prompt tokens of every text, or of the longest.
+        distribution: of the lengths, one of `bench.batches.DISTRIBUTIONS`.
         num_steps: K >= 1.
         dtype: of the frozen base; the LoRA matrices are float32 beside half precision.
         checkpointing: recompute the prompt pass in backward.
@@ -53,7 +54,7 @@ class TrainJob:
     queries: int
     negatives: int
     length: int
-    mixed: bool
+    distribution: str
     num_steps: int
     dtype: str
     device: str
@@ -67,7 +68,7 @@ class TrainJob:
     def lengths(self) -> list[int]:
         """Of the queries, then of the passages."""
         rows = self.queries * (2 + self.negatives)
-        return draw_lengths(rows, self.length, mixed=self.mixed, seed=self.seed)
+        return draw_lengths(rows, self.length, distribution=self.distribution, seed=self.seed)
 
     def batches(self, vocab: int) -> tuple[Batch, Batch]:
         """Queries [B, N] and passages [B (1 + H), N], each padded to its own longest row."""

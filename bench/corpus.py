@@ -1,0 +1,222 @@
+"""A corpus through a real tokenizer: `GIRCSE.encode` against official-style evaluation, texts in, embeddings out.
+
+Both get the same texts and make the same prompts of them; the tokenizer is inside the timed region of both. The
+official side takes batches in the order of the file, padded on the left; ours orders and packs the texts as it likes.
+Before any speed is reported every text's two embeddings must agree.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from bench.agreement import Difference, Disagreement
+from bench.batches import Batch
+from bench.engines import ENGINES, GRAPH, OFFICIAL_EVAL
+from bench.floors import Ceilings, ModelFacts
+from bench.throughput import Point, point_row
+from bench.timing import Timing, seconds
+from gircse import GIRCSE
+from gircse.ops import l2_normalize
+from gircse.prompts import format_query
+
+# Cosine distance of the worst text of a corpus. Half precision rounds every step's state: over thousands of texts and
+# twenty steps the worst text is far from the usual one.
+COSINE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+
+
+class CorpusError(ValueError):
+    """A file that holds no texts, or a model that cannot be compared."""
+
+
+@dataclass(frozen=True)
+class CorpusJob:
+    """What is embedded, and how.
+
+    Attributes:
+        texts: in the order of the file.
+        instruction: what every text is embedded for, or None.
+        max_length: tokens of a prompt, instruction included; longer ones are cut at the end.
+        batch: texts that the official side takes at once.
+    """
+
+    texts: list[str]
+    instruction: str | None
+    max_length: int
+    batch: int
+
+
+def read_texts(path: Path, field: str, limit: int | None) -> list[str]:
+    """The texts of a .txt file (one a line) or a .jsonl file (`field` of each object); blank lines are left out.
+
+    Raises:
+        CorpusError: a line without a text, named by file and number, or a file without texts.
+    """
+    texts: list[str] = []
+    with open(path, encoding="utf-8", newline="\n") as file:  # a text may hold other separators than \\n
+        for number, line in enumerate(file, 1):
+            if len(texts) == limit:
+                break
+            if line.strip():
+                text = line.rstrip("\r\n")
+                texts.append(_field(text, field, f"{path}:{number}") if path.suffix == ".jsonl" else text)
+    if not texts:
+        raise CorpusError(f"--corpus: {path} holds no text")
+    return texts
+
+
+def _field(line: str, field: str, where: str) -> str:
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise CorpusError(f"{where}: no JSON: {error}") from None
+    if not isinstance(found, dict) or not isinstance(found.get(field), str):
+        raise CorpusError(f"{where}: expected an object with a string in field {field!r}")
+    return found[field]
+
+
+def load(path: str, dtype: torch.dtype, device: str) -> GIRCSE:
+    """
+    Raises:
+        CorpusError: its own settings are none that official-style evaluation knows.
+    """
+    model = GIRCSE.from_pretrained(path, dtype=dtype, device=device)
+    if model.config.temperature != 1:
+        raise CorpusError(f"--model: its temperature is {model.config.temperature:g}, {OFFICIAL_EVAL} has only 1")
+    return model
+
+
+def tokenize(model: GIRCSE, job: CorpusJob, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text's prompt, as the documentation of `GIRCSE.encode` defines them."""
+    prompts = [format_query(job.instruction, text, model.config.prompt_template) for text in texts]
+    ids = model.tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
+    eos = [model.tokenizer.eos_token_id] if model.config.append_eos else []
+    return [row[: job.max_length - len(eos)] + eos or [model.tokenizer.pad_token_id] for row in ids]
+
+
+def shared_tokens(rows: Sequence[Sequence[int]]) -> int:
+    """Tokens that all rows start with, leaving each one of its own: what need be encoded only once. 0 for one row."""
+    if len(rows) < 2:
+        return 0
+    columns = zip(*(row[:-1] for row in rows), strict=False)  # as many as the shortest row has
+    return next((i for i, column in enumerate(columns) if len(set(column)) > 1), min(map(len, rows)) - 1)
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> Batch:
+    """Rows of token ids -> [B, N], padded on the left."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[pad_id] * (longest - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return Batch(ids.to(device), mask.to(device))
+
+
+@torch.no_grad()
+def encode_official(model: GIRCSE, job: CorpusJob, num_steps: int, update: Callable[[int], Any]) -> np.ndarray:
+    """[n, D] float32, length 1: batches in the order of the file."""
+    run = ENGINES[OFFICIAL_EVAL].run
+    found = []
+    for start in range(0, len(job.texts), job.batch):
+        rows = tokenize(model, job, job.texts[start : start + job.batch])
+        states = run(model.causal_lm, *pad_left(rows, model.tokenizer.pad_token_id, model.device), num_steps)
+        found.append(l2_normalize(model.pool(states)[:, -1]).float().cpu().numpy())
+        update(len(rows))
+    return np.concatenate(found)
+
+
+def encode_ours(model: GIRCSE, job: CorpusJob, num_steps: int, update: Callable[[int], Any]) -> np.ndarray:
+    """[n, D] float32, length 1."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*were cut at the end")  # the record counts them
+        found = model.encode(
+            job.texts,
+            instruction=job.instruction,
+            num_steps=num_steps,
+            max_length=job.max_length,
+            show_progress_bar=False,
+        )
+    update(len(found))
+    return found
+
+
+_RUNS = {OFFICIAL_EVAL: encode_official, GRAPH: encode_ours}
+
+
+def measure(
+    model: GIRCSE, job: CorpusJob, facts: ModelFacts, ceilings: Ceilings, steps: list[int], repeats: int
+) -> tuple[list[Difference], list[dict[str, Any]], dict[str, Any]]:
+    """-> one difference for each K, one JSON object per point, what the prompts are.
+
+    Warm-up is two batches; on CUDA ours goes through the whole corpus once, for its graphs are kept from then on.
+
+    Raises:
+        Disagreement: at some K some text's two embeddings differ.
+    """
+    rows = tokenize(model, job, job.texts)
+    lengths = [len(row) for row in rows]
+    shared = shared_tokens(rows)
+    todo = [Point(engine, k) for k in steps for engine in _RUNS]
+    few = CorpusJob(job.texts[: 2 * job.batch], job.instruction, job.max_length, job.batch)
+    runs: dict[Point, list[float]] = {point: [] for point in todo}
+    found: dict[Point, np.ndarray] = {}
+    total = repeats * len(todo) * len(rows)
+    with tqdm(total=total, desc="corpus", unit="text", disable=None, leave=False) as progress:
+        for point in todo:
+            whole = point.engine == GRAPH and model.device.type == "cuda"
+            _timed(model, job if whole else few, point, lambda count: None)
+        for _ in range(repeats):
+            for point in todo:
+                progress.set_description(f"{point.engine}, K = {point.num_steps}")
+                took, found[point] = _timed(model, job, point, progress.update)
+                runs[point].append(took)
+    checks = [
+        compare(found[Point(GRAPH, k)], found[Point(OFFICIAL_EVAL, k)], k, model.causal_lm.head_weight.dtype)
+        for k in steps
+    ]
+    timings = {point: Timing.of(times) for point, times in runs.items()}
+    at_zero = facts.inference(lengths, 0, shared_prefix=shared)
+    points = []
+    for point in todo:
+        work = facts.inference(lengths, point.num_steps, shared_prefix=shared)
+        points.append(point_row(point, timings, lengths, work, at_zero, ceilings))
+    prompts = {
+        "shortest": min(lengths),
+        "longest": max(lengths),
+        "prompt_tokens": sum(lengths),
+        "at_max_length": sum(length == job.max_length for length in lengths),
+        "shared_prefix": shared,
+    }
+    return checks, points, prompts
+
+
+def compare(ours: np.ndarray, theirs: np.ndarray, num_steps: int, dtype: torch.dtype) -> Difference:
+    """Embeddings [n, D] of the same texts: the worst text's cosine distance.
+
+    Raises:
+        Disagreement: it is more than rounding explains.
+    """
+    what = f"{len(theirs)} texts, K = {num_steps}"
+    if ours.shape != theirs.shape:
+        raise Disagreement(f"{GRAPH} on {what}: got embeddings {ours.shape}, {OFFICIAL_EVAL} {theirs.shape}")
+    a, b = ours.astype(np.float64), theirs.astype(np.float64)
+    cosine = (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+    measured = {"cosine distance": float((1 - cosine).max())}
+    return Difference(GRAPH, what, measured, {"cosine distance": COSINE[dtype]}).check(OFFICIAL_EVAL)
+
+
+def _timed(model: GIRCSE, job: CorpusJob, point: Point, update: Callable[[int], Any]) -> tuple[float, np.ndarray]:
+    """-> seconds, embeddings [n, D]."""
+    found: list[np.ndarray] = []
+
+    def run() -> None:
+        found.append(_RUNS[point.engine](model, job, point.num_steps, update))
+
+    with ENGINES[point.engine].attached(model.causal_lm):
+        return seconds(run, model.device), found[0]
