@@ -136,11 +136,11 @@ def _call_info_nce(case: Case, device: Device, ready: Callable[[], object]) -> N
     found = info_nce.sums(pooled.vectors, docs, target, 0.02, mask=mask, exclude=exclude, device=device)
     if case.backward:
         weight = empty(num_steps)
-        grad, _ = info_nce.gradients(
+        grad = torch.empty_like(pooled.vectors)
+        info_nce.gradients(
             pooled.vectors, docs, target, 0.02, found.peak, found.total, weight,
-            mask=mask, exclude=exclude, device=device,
+            mask=mask, exclude=exclude, grad_rows=grad, device=device,
         )  # fmt: skip
-        assert grad is not None
         info_nce.pool_gradient(grad, pooled, "mean", empty(steps.shape, dtype=steps.dtype))
 
 
