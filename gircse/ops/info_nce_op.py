@@ -125,11 +125,14 @@ class StepwiseInfoNCE(torch.autograd.Function):
         if grad_losses is None:
             return (None,) * 5
         options, rows_of = ctx.options, ctx.rows_of
-        *tensors, kept = ctx.saved_tensors
-        call = Call(_module(options.backend, tensors[0]), options, *tensors, rows_of, ctx.docs_of)
+        query_steps, doc_steps, target, mask, mirrored, kept = ctx.saved_tensors
+        call = Call(
+            _module(options.backend, query_steps),
+            options, query_steps, doc_steps, target, mask, mirrored, rows_of, ctx.docs_of,
+        )  # fmt: skip
         outs = [
             _StepsGradient(call, steps) if need else None
-            for steps, need in zip(tensors[:2], ctx.needs_input_grad[:2], strict=True)
+            for steps, need in zip((query_steps, doc_steps), ctx.needs_input_grad[:2], strict=True)
         ]
         with torch.autocast(grad_losses.device.type, enabled=False):
             weight = grad_losses.to(kept.dtype) / (rows_of.total * (1 + options.symmetric))
@@ -152,7 +155,7 @@ class _StepsGradient:
         if carried:
             self.carry = torch.empty((steps.shape[0], steps.shape[2]), dtype=wide, device=steps.device)
 
-    def write(self, grad: Tensor, pooled: Pooled, first: int, rows: slice = slice(None)) -> None:  # noqa: B008
+    def write(self, grad: Tensor, pooled: Pooled, first: int, rows: slice = slice(None)) -> None:
         """From the gradient of the unit vectors of some rows, which is used up."""
         carry = None if self.carry is None else self.carry[rows]
         self.call.module.pool_gradient(grad, pooled, self.call.options.pooling, self.result[rows], first, carry)
@@ -170,9 +173,7 @@ def _sums(call: Call, group: tuple[int, int]) -> tuple[Tensor, Tensor]:
     documents: Sums | None = None
     for piece in pieces(call.docs_of, call.piece_rows):
         candidates = gather(call.pool(call.doc_steps[piece.local], group).vectors, piece.over, 1)
-        found = module.sums(
-            queries, candidates, piece.locate(call.target), temperature, mask=piece.pick(call.mask)
-        )
+        found = module.sums(queries, candidates, piece.locate(call.target), temperature, mask=piece.pick(call.mask))
         documents = found if documents is None else documents.merge(found)
     assert documents is not None
     forward, backward = documents, None
@@ -248,20 +249,12 @@ def _crossing_gradients(
         found = []
         if options.include_queries and grad_queries is not None:
             none = torch.full_like(own, -1)
-            found.append(
-                gradients(
-                    queries, candidates, none, **common,
-                    peak=kept[0], total=kept[1], exclude=own, grad_rows=grad_queries,
-                )  # fmt: skip
-            )
+            among = {"peak": kept[0], "total": kept[1], "exclude": own}
+            found.append(gradients(queries, candidates, none, **common, **among, grad_rows=grad_queries))
         if positives is not None:
-            found.append(
-                gradients(
-                    positives, candidates, own, **common,
-                    peak=kept[2], total=kept[3], mask=piece.pick(call.mirrored),
-                    grad_rows=grad_positives, need_candidates=grad_queries is not None,
-                )  # fmt: skip
-            )
+            back = {"peak": kept[2], "total": kept[3], "mask": piece.pick(call.mirrored)}
+            wanted = {"grad_rows": grad_positives, "need_candidates": grad_queries is not None}
+            found.append(gradients(positives, candidates, own, **common, **back, **wanted))
         if grad_queries is not None:
             grad = found[0] if len(found) == 1 else found[0].add_(found[1])
             grad_queries[:, piece.local] += scatter_sum(grad, piece.over, 1)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 GRAIN = 128  # a piece is whole tiles of the kernels
 
+
 class Shares(NamedTuple):
     """How many rows each rank has, and which of the whole are this rank's."""
 

@@ -2,11 +2,12 @@
 
 Vectors are laid out step first, rows [K, B, D] and candidates [K, M, D]. For each step the outer loop walks the
 candidates in chunks, the inner one the rows in tiles; one [R, C] tile of similarities exists at a time, forward or
-backward. Kept for backward: for every row and step the largest logit and the sum of exponentials relative to it. The two are kept apart because their sum, the log-sum-exp, would round away the small losses (logits
-reach 1 / temperature, 50 and more).
+backward. Kept for backward: for every row and step the largest logit and the sum of exponentials relative to it. The
+two are kept apart because their sum, the log-sum-exp, would round away the small losses (logits reach 1 / temperature,
+50 and more).
 
-All functions are pure; ``kernels/gircse_kernels/info_nce.py`` offers the same ones. ``Sums`` over different candidates
-can be merged, which is how queries as negatives come in.
+``kernels/gircse_kernels/info_nce.py`` offers the same functions. ``Sums`` over different candidates can be merged,
+which is how pieces of the candidates and queries as negatives come in.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def pool(steps: Tensor, pooling: str, first: int = 0, last: int | None = None) -
 def pool_gradient(
     grad: Tensor, pooled: Pooled, pooling: str, out: Tensor, first: int = 0, carry: Tensor | None = None
 ) -> None:
-    """Writes the gradient of steps ``first + 1`` and on into ``out`` [B, K, D] from that of their unit vectors, which is
+    """Writes the gradient of steps ``first + 1`` and on into ``out`` [B, K, D] from that of the unit vectors, which is
     used up.
 
     Call for the last steps first: what they leave for the earlier ones is read from ``out``, or, where its dtype

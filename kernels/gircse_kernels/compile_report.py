@@ -158,7 +158,7 @@ def _call_decode_attention(case: Case, heads: int, kv_heads: int, ready: Callabl
     )  # fmt: skip
 
 
-class _Allocations(TorchDispatchMode):
+class Allocations(TorchDispatchMode):
     """Bytes of all fresh tensors that are alive at once, at most."""
 
     def __init__(self) -> None:
@@ -185,7 +185,7 @@ class _Allocations(TorchDispatchMode):
 
 def allocated_bytes(case: Case, device: Device) -> int:
     """Peak bytes that a call allocates beyond its inputs, results included; nothing is run."""
-    with _Allocations() as mode:
+    with Allocations() as mode:
         before = []
         original = launching.launch
         launching.launch = lambda *_, **__: None

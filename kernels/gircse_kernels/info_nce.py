@@ -68,7 +68,7 @@ def pool(steps: Tensor, pooling: str, first: int = 0, last: int | None = None) -
 def pool_gradient(
     grad: Tensor, pooled: Pooled, pooling: str, out: Tensor, first: int = 0, carry: Tensor | None = None
 ) -> None:
-    """Writes the gradient of steps `first` + 1 and on into `out` [B, K, D], contiguous, from that of their unit vectors.
+    """Writes the gradient of steps `first` + 1 and on into `out` [B, K, D], contiguous, from that of the unit vectors.
 
     Call for the last steps first: what they leave for the earlier ones is read from `out`, or, where its dtype would
     round it, kept in `carry` [B, D] float32.

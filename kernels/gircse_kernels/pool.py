@@ -4,8 +4,8 @@
 
 The mean's 1 / k and the weighted mean's 1 / sum(w) cancel in the norm. One program holds one row's accumulator in
 registers and walks its steps: [B, K, D] is read once, [K, B, D] written once. A large batch is taken some steps at a
-time, `first` to `last - 1`: the forward sums the earlier steps again, the backward takes its sum up from where the later ones
-left it (so it must begin with the last). Backward is the reverse walk::
+time, `first` to `last - 1`: the forward sums the earlier steps again, the backward takes its sum up where the later
+ones left it (so it must begin with the last). Backward is the reverse walk::
 
     d acc_k = (d z_k - z_k (z_k . d z_k)) / |acc_k|;  d g_i = w_i sum_{k >= i} d acc_k
 
