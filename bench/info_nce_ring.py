@@ -58,10 +58,10 @@ class _Ring(torch.autograd.Function):
         weight = grad_losses / (ranks * query_steps.shape[0])
         for hop in range(ranks):
             following, requests = _pass_on(piece) if hop < ranks - 1 else (piece, [])
-            rows, candidates = torch_backend.gradients(
-                queries, piece, _target(query_steps, doc_steps, hop), TEMPERATURE, peak, total, weight
-            )
-            grad_rows += rows
+            candidates = torch_backend.gradients(
+                queries, piece, _target(query_steps, doc_steps, hop), TEMPERATURE, peak, total, weight,
+                grad_rows=grad_rows,
+            )  # fmt: skip
             grad_piece = _received(*_pass_on(grad_piece.add_(candidates)))
             piece = _received(following, requests)
         results = []

@@ -27,13 +27,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from gircse_kernels import compile_report, plan, soft_embed
+from gircse_kernels import compile_report, info_nce, plan, soft_embed
 from gircse_kernels.compile_report import NUM_SMS, SHARED_LIMIT, Case
 from gircse_kernels.plan import Config, Device, Problem
 
 VOCAB = 151_936
+CANDIDATES, WIDE = 8192, 3584  # of the contrastive loss that is timed
 MANY = plan.ROW_BLOCK
 FORWARD = ("one_pass", "score", "weigh")
+CONTRASTIVE = (
+    "score",
+    "product",
+    "vocab_grad",
+)  # whose float32 tiles the contrastive loss runs with: similarity's, too
 
 
 # with statistics; with bias, soft-cap and temperature of each row
@@ -48,16 +54,31 @@ class Slot(NamedTuple):
     rows: int
     width: int  # 0: any
 
+    @property
+    def contrastive(self) -> bool:
+        """`stepwise_info_nce`, always in float32, is the main use of this entry: it is timed, and must compile."""
+        return self.itemsize == 4 and self.kernel in CONTRASTIVE
+
+    @property
+    def kernels(self) -> set[str]:
+        """Names of the kernels that take the entry."""
+        return {f"{self.kernel}_kernel"} | (
+            {"similarity_kernel"} if self.contrastive and self.kernel == "score" else set()
+        )
+
     def cases(self) -> list[Case]:
         """The variants in which an entry must compile."""
         dtype = "float32" if self.itemsize == 4 else "bfloat16"
         width = self.width or 1024
         tied, untied = (Problem(self.rows, VOCAB, width, width, is_tied, self.itemsize) for is_tied in (True, False))
+        loss = Problem(self.rows, CANDIDATES, width, width, False, self.itemsize)
+        contrastive = [Case("contrastive", loss, dtype, "all", contrastive=True)] if self.contrastive else []
         if self.kernel == "one_pass":
             return [Case(n, tied, dtype, "", stats, options) for n, stats, options in _VARIANTS]
         if self.kernel in FORWARD:
-            return [Case(n, untied, dtype, "", stats, options) for n, stats, options in _VARIANTS]
+            return contrastive + [Case(n, untied, dtype, "", stats, options) for n, stats, options in _VARIANTS]
         return [
+            *contrastive,
             Case("frozen", tied, dtype, "hidden"),
             Case("tied", tied, dtype, "all", stats=True),
             Case("untied", untied, dtype, "all", stats=True),
@@ -125,11 +146,13 @@ def _any_score(slot: Slot) -> Config:
 
 
 def _compiles(slot: Slot, arch: int) -> bool:
-    name = f"{slot.kernel}_kernel"
+    done: set[str] = set()
     for case in slot.cases():
         for launch in compile_report.record(case, Device(arch, NUM_SMS[arch])):
-            if launch.kernel.__name__ != name:
+            name = compile_report.key(launch, arch)
+            if launch.kernel.__name__ not in slot.kernels or name in done:
                 continue
+            done.add(name)
             try:
                 with contextlib.redirect_stdout(io.StringIO()):  # where Triton prints a program that ptxas refuses
                     facts = compile_report.compile_launch(launch, arch)
@@ -183,6 +206,8 @@ def choose_measured(job: tuple[Slot, int]) -> dict[str, Any] | None:
 
 def call(slot: Slot) -> Callable[[], Any]:
     """The whole op of the slot's plain variant on the present GPU."""
+    if slot.contrastive:
+        return _contrastive_call(slot)
     case = slot.cases()[0]
     problem, dtype = case.problem, compile_report.DTYPES[case.dtype]
 
@@ -203,6 +228,23 @@ def call(slot: Slot) -> Callable[[], Any]:
     weights = slot.kernel == "vocab_grad"
     needs = soft_embed.Needs(True, weights, weights and not problem.tied, False, False)
     return lambda: soft_embed.backward(grad, None, None, inputs, saved, options, needs)
+
+
+def _contrastive_call(slot: Slot) -> Callable[[], Any]:
+    """One step of the loss: the sums, or the gradient that the slot's kernel makes."""
+    rows, candidates = (
+        torch.nn.functional.normalize(torch.randn(1, n, WIDE, device="cuda"), dim=-1) for n in (slot.rows, CANDIDATES)
+    )
+    target = torch.arange(slot.rows, device="cuda")
+    found = info_nce.sums(rows, candidates, target, 0.02)
+    if slot.kernel == "score":
+        return lambda: info_nce.sums(rows, candidates, target, 0.02)
+    grad_rows = torch.zeros_like(rows) if slot.kernel == "product" else None
+    weight = torch.ones(1, device="cuda")
+    return lambda: info_nce.gradients(
+        rows, candidates, target, 0.02, found.peak, found.total, weight,
+        grad_rows=grad_rows, need_candidates=slot.kernel == "vocab_grad",
+    )  # fmt: skip
 
 
 def _milliseconds(run: Callable[[], Any], repeats: int = 15) -> float:

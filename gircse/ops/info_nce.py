@@ -77,7 +77,9 @@ def stepwise_info_nce(
 
     Exact: similarities are float32 (float64 for float64 steps) under autocast too; the kernels multiply in 3xTF32, the
     torch backend on CUDA follows PyTorch's process-wide TF32 setting, off by default. No [B, M] tensor is made: tiles
-    of it pass through a fixed budget below 64 MiB, and backward recomputes them. State is O((B + M) * K * D).
+    of it pass through a fixed budget below 64 MiB, and backward recomputes them. Beyond inputs and gradients there are
+    the unit vectors of one step of this rank's queries and their gradient, the same of a piece of the candidates, and,
+    for half-precision steps, one step's gradients in float32; not more with more ranks.
 
     Args:
         query_steps: [B, K, D], hidden states at the generated positions of the queries, any floating-point dtype.

@@ -6,7 +6,9 @@ Up to three products of rows with candidates, each by the backend's ``sums`` and
     queries x queries, not oneself      include_queries; their sums are merged with the first
     positives x queries                 symmetric: a second loss, target oneself
 
-Documents and queries are those of all ranks of the group.
+Candidates, documents or queries, are those of all ranks of the group. They are pooled, gathered and met a piece at a
+time, and a piece's gradient goes back to its owners before the next one is made: beside the inputs there are one
+step's vectors of this rank's rows, and of a piece. Sums over pieces are merged.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ from torch.autograd.function import once_differentiable
 
 from . import info_nce_torch
 from .backends import kernels, resolve_backend
-from .info_nce_parallel import Shares, gather, scatter_sum, shares, total
+from .info_nce_parallel import Shares, gather, pieces, scatter_sum, shares, total
 from .info_nce_torch import Pooled, Sums
+from .tiles_torch import accumulation_dtype, slices
 
+# Of candidates' unit vectors, and of their gradients, that exist at a time.
 VECTOR_BYTES = 16 << 20
 
 
@@ -37,67 +41,77 @@ class Options(NamedTuple):
     backend: str | None
 
 
-class Problem(NamedTuple):
-    """One product of rows [K, B, D] with candidates [K, M, D]."""
+class Call(NamedTuple):
+    """What forward and backward both walk over."""
 
-    rows: Tensor
-    candidates: Tensor
-    target: Tensor
-    mask: Tensor | None = None
-    exclude: Tensor | None = None
+    module: ModuleType
+    options: Options
+    query_steps: Tensor  # [B, K, D]
+    doc_steps: Tensor  # [M, K, D]
+    target: Tensor  # [B], among this rank's documents
+    mask: Tensor | None  # [B, all M]
+    mirrored: Tensor | None  # [B, all B], of the symmetric loss
+    rows_of: Shares
+    docs_of: Shares
 
+    @property
+    def own(self) -> Tensor:
+        """[B], each row's query among this rank's."""
+        return torch.arange(self.target.shape[0], device=self.target.device)
 
-class Vectors(NamedTuple):
-    """This rank's unit vectors and all ranks'."""
+    @property
+    def crossing(self) -> bool:
+        """Queries are candidates, too."""
+        return self.options.include_queries or self.options.symmetric
 
-    queries: Tensor  # [K, B, D]
-    all_queries: Tensor  # [K, all B, D]; queries where nobody needs the others'
-    all_docs: Tensor  # [K, all M, D]
-    target: Tensor  # [B], in all_docs
-    own: Tensor  # [B], this rank's rows in all_queries
+    def pool(self, steps: Tensor, group: tuple[int, int]) -> Pooled:
+        return self.module.pool(steps, self.options.pooling, *group)
 
+    def groups(self) -> list[tuple[int, int]]:
+        """Ranges of steps whose unit vectors, of all ranks, fit the budget; at least one step."""
+        num_steps = self.query_steps.shape[1]
+        size = max(1, VECTOR_BYTES // (self._row_bytes * (self.rows_of.total + self.docs_of.total)))
+        return [(part.start, part.stop) for part in slices(num_steps, size)]
 
-def _module(backend: str | None, tensor: Tensor) -> ModuleType:
-    return kernels("info_nce") if resolve_backend(backend, tensor) == "triton" else info_nce_torch
+    @property
+    def piece_rows(self) -> int:
+        """Candidates of each rank that a piece may have."""
+        return max(1, VECTOR_BYTES // (self._row_bytes * len(self.docs_of.sizes)))
 
+    @property
+    def _row_bytes(self) -> int:
+        return self.query_steps.shape[2] * accumulation_dtype(self.query_steps.dtype).itemsize
 
-def _problems(vectors: Vectors, options: Options, mask: Tensor | None, mirrored: Tensor | None) -> list[Problem]:
-    queries, all_queries, all_docs, target, own = vectors
-    found = [Problem(queries, all_docs, target, mask)]
-    if options.include_queries:
-        found.append(Problem(queries, all_queries, torch.full_like(target, -1), exclude=own))
-    if options.symmetric:
-        found.append(Problem(all_docs[:, target], all_queries, own, mirrored))
-    return found
+    def positives(self, group: tuple[int, int]) -> Tensor:
+        """[k, B, D], the unit vector of each row's document."""
+        block = max(1, VECTOR_BYTES // (self._row_bytes * group[1]))
+        parts = slices(self.target.shape[0], block)
+        return torch.cat([self.pool(self.doc_steps[self.target[part], : group[1]], group).vectors for part in parts], 1)
 
 
 class StepwiseInfoNCE(torch.autograd.Function):
     """(query_steps, doc_steps, target, mask, options) -> losses [K], then accuracy, positive, hardest, [K] each.
 
-    Unit vectors are made for as many steps at a time as ``VECTOR_BYTES`` hold, and again in backward: kept are the
-    inputs and two numbers for each row and step.
+    Kept are the inputs and two numbers for each row and step; unit vectors are made again in backward.
     """
 
     @staticmethod
     def forward(
         ctx: Any, query_steps: Tensor, doc_steps: Tensor, target: Tensor, mask: Tensor | None, options: Options
     ) -> tuple[Tensor, ...]:
-        device, module = query_steps.device, _module(options.backend, query_steps)
+        device = query_steps.device
         with torch.autocast(device.type, enabled=False):
             rows_of, docs_of = (shares(s.shape[0], options.group, device) for s in (query_steps, doc_steps))
-            target = target + docs_of.start
             mirrored = None
             if options.symmetric and mask is not None:
                 # a query whose row does not count this document does not count for it either
-                every = gather(target, rows_of, 0)
+                every = gather(target + docs_of.start, rows_of, 0)
                 mirrored = gather(mask[:, every].to(torch.uint8), rows_of, 0).bool().T[rows_of.mine].contiguous()
-            parts, kept = [], []
-            for first, last in _groups(query_steps, rows_of, docs_of):
-                queries, docs = (module.pool(s, options.pooling, first, last) for s in (query_steps, doc_steps))
-                vectors = _exchange(queries, docs, target, rows_of, docs_of, options)
-                part, sums = _sums(module, vectors, options, mask, mirrored)
-                parts.append(part)
-                kept.append(sums)
+            call = Call(
+                _module(options.backend, query_steps),
+                options, query_steps, doc_steps, target, mask, mirrored, rows_of, docs_of,
+            )  # fmt: skip
+            parts, kept = zip(*[_sums(call, group) for group in call.groups()], strict=True)
             means = total(torch.cat(parts, 1), rows_of) / rows_of.total
         ctx.options, ctx.rows_of, ctx.docs_of = options, rows_of, docs_of
         ctx.save_for_backward(query_steps, doc_steps, target, mask, mirrored, torch.cat(kept, 1))
@@ -110,109 +124,143 @@ class StepwiseInfoNCE(torch.autograd.Function):
     def backward(ctx: Any, grad_losses: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_losses is None:
             return (None,) * 5
-        options, rows_of, docs_of = ctx.options, ctx.rows_of, ctx.docs_of
+        options, rows_of = ctx.options, ctx.rows_of
         query_steps, doc_steps, target, mask, mirrored, kept = ctx.saved_tensors
-        module = _module(options.backend, query_steps)
-        needs = ctx.needs_input_grad[:2]
-        results = [
-            torch.empty(steps.shape, dtype=steps.dtype, device=steps.device) if need else None
-            for steps, need in zip((query_steps, doc_steps), needs, strict=True)
+        call = Call(
+            _module(options.backend, query_steps),
+            options, query_steps, doc_steps, target, mask, mirrored, rows_of, ctx.docs_of,
+        )  # fmt: skip
+        outs = [
+            _StepsGradient(call, steps) if need else None
+            for steps, need in zip((query_steps, doc_steps), ctx.needs_input_grad[:2], strict=True)
         ]
-        carries: list[Tensor | None] = [None, None]
         with torch.autocast(grad_losses.device.type, enabled=False):
             weight = grad_losses.to(kept.dtype) / (rows_of.total * (1 + options.symmetric))
-            for first, last in reversed(_groups(query_steps, rows_of, docs_of)):
-                queries, docs = (module.pool(s, options.pooling, first, last) for s in (query_steps, doc_steps))
-                vectors = _exchange(queries, docs, target, rows_of, docs_of, options)
-                own, others, documents = _accumulate(
-                    module, vectors, options, mask, mirrored, kept[:, first:last], weight[first:last], *needs
-                )
-                if needs[0]:
-                    own = own if others is None else own + scatter_sum(others, rows_of, 1)
-                if needs[1]:
-                    documents = scatter_sum(documents, docs_of, 1)
-                for i, (grad, pooled) in enumerate(((own, queries), (documents, docs))):
-                    out = results[i]
-                    if out is not None:
-                        carries[i] = module.pool_gradient(grad, pooled, options.pooling, out, first, carries[i])
-        return *results, None, None, None
+            for group in reversed(call.groups()):
+                steps = slice(*group)
+                _gradients(call, group, kept[:, steps], weight[steps], *outs)
+        return *(out if out is None else out.result for out in outs), None, None, None
 
 
-def _groups(query_steps: Tensor, rows_of: Shares, docs_of: Shares) -> list[tuple[int, int]]:
-    """Ranges of steps whose unit vectors, of all ranks, fit the budget; at least one step."""
-    _, num_steps, width = query_steps.shape
-    itemsize = 8 if query_steps.dtype == torch.float64 else 4
-    size = max(1, VECTOR_BYTES // (itemsize * width * (rows_of.total + docs_of.total)))
-    return [(first, min(first + size, num_steps)) for first in range(0, num_steps, size)]
+class _StepsGradient:
+    """The gradient of one side's steps, written from the last step to the first."""
+
+    def __init__(self, call: Call, steps: Tensor) -> None:
+        self.call = call
+        self.result = torch.empty(steps.shape, dtype=steps.dtype, device=steps.device)
+        wide = accumulation_dtype(steps.dtype)
+        # what later steps leave for earlier ones is in the result, unless that rounds it
+        carried = steps.dtype != wide and len(call.groups()) > 1 and call.options.pooling != "last"
+        self.carry = None
+        if carried:
+            self.carry = torch.empty((steps.shape[0], steps.shape[2]), dtype=wide, device=steps.device)
+
+    def write(self, grad: Tensor, pooled: Pooled, first: int, rows: slice = slice(None)) -> None:
+        """From the gradient of the unit vectors of some rows, which is used up."""
+        carry = None if self.carry is None else self.carry[rows]
+        self.call.module.pool_gradient(grad, pooled, self.call.options.pooling, self.result[rows], first, carry)
 
 
-def _exchange(
-    queries: Pooled, docs: Pooled, target: Tensor, rows_of: Shares, docs_of: Shares, options: Options
-) -> Vectors:
-    crossing = options.include_queries or options.symmetric
-    return Vectors(
-        queries.vectors,
-        gather(queries.vectors, rows_of, 1) if crossing else queries.vectors,
-        gather(docs.vectors, docs_of, 1),
-        target,
-        torch.arange(rows_of.start, rows_of.start + target.shape[0], device=target.device),
-    )
+def _module(backend: str | None, tensor: Tensor) -> ModuleType:
+    return kernels("info_nce") if resolve_backend(backend, tensor) == "triton" else info_nce_torch
 
 
-def _sums(
-    module: ModuleType, vectors: Vectors, options: Options, mask: Tensor | None, mirrored: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Sums over this rank's rows of loss, accuracy, positive, hardest [4, K]; what backward keeps, [2 or 4, K, B]."""
-    problems = _problems(vectors, options, mask, mirrored)
-    found = [module.sums(**p._asdict(), temperature=options.temperature) for p in problems]
-    forward: Sums = found[0].merge(found[1]) if options.include_queries else found[0]
-    directions = [forward, found[-1]] if options.symmetric else [forward]
+def _sums(call: Call, group: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Sums over this rank's rows of loss, accuracy, positive, hardest [4, k]; what backward keeps, [2 or 4, k, B]."""
+    module, options = call.module, call.options
+    temperature = options.temperature
+    queries = call.pool(call.query_steps, group).vectors
+    documents: Sums | None = None
+    for piece in pieces(call.docs_of, call.piece_rows):
+        candidates = gather(call.pool(call.doc_steps[piece.local], group).vectors, piece.over, 1)
+        found = module.sums(queries, candidates, piece.locate(call.target), temperature, mask=piece.pick(call.mask))
+        documents = found if documents is None else documents.merge(found)
+    assert documents is not None
+    forward, backward = documents, None
+    if call.crossing:
+        positives = call.positives(group) if options.symmetric else None
+        for piece in pieces(call.rows_of, call.piece_rows):
+            candidates, own = gather(queries[:, piece.local], piece.over, 1), piece.locate(call.own)
+            if options.include_queries:
+                none = torch.full_like(own, -1)
+                forward = forward.merge(module.sums(queries, candidates, none, temperature, exclude=own))
+            if positives is not None:
+                found = module.sums(positives, candidates, own, temperature, mask=piece.pick(call.mirrored))
+                backward = found if backward is None else backward.merge(found)
+    directions = [forward] if backward is None else [forward, backward]
     # log(total) >= 0 and peak - positive >= 0 are exact for a row whose target is on top: no cancellation.
     losses = torch.stack([(s.total.log() + (s.peak - s.positive)).sum(1) for s in directions]).mean(0)
-    hardest = (found[0].hardest * options.temperature).clamp_min(-1.0)
     sums = (
         losses,
         (forward.positive >= forward.hardest).to(losses.dtype).sum(1),
-        found[0].positive.sum(1) * options.temperature,
-        hardest.sum(1),
+        documents.positive.sum(1) * temperature,
+        (documents.hardest * temperature).clamp_min(-1.0).sum(1),
     )
     return torch.stack(sums), torch.stack([t for s in directions for t in (s.peak, s.total)])
 
 
-def _accumulate(
-    module: ModuleType,
-    vectors: Vectors,
-    options: Options,
-    mask: Tensor | None,
-    mirrored: Tensor | None,
+def _gradients(
+    call: Call,
+    group: tuple[int, int],
     kept: Tensor,
     weight: Tensor,
-    need_queries: bool,
+    for_queries: _StepsGradient | None,
+    for_docs: _StepsGradient | None,
+) -> None:
+    """The part of these steps in the gradients that are wanted."""
+    common: dict[str, Any] = {"temperature": call.options.temperature, "weight": weight}
+    pooled = call.pool(call.query_steps, group)
+    queries = pooled.vectors
+    grad_queries = None if for_queries is None else torch.zeros_like(queries)
+    from_positives = None
+    if call.crossing:
+        from_positives = _crossing_gradients(call, group, queries, kept, common, grad_queries, for_docs is not None)
+    for piece in pieces(call.docs_of, call.piece_rows):
+        docs = call.pool(call.doc_steps[piece.local], group)
+        grad = call.module.gradients(
+            queries, gather(docs.vectors, piece.over, 1), piece.locate(call.target), **common,
+            peak=kept[0], total=kept[1], mask=piece.pick(call.mask),
+            grad_rows=grad_queries, need_candidates=for_docs is not None,
+        )  # fmt: skip
+        if for_docs is not None:
+            grad = scatter_sum(grad, piece.over, 1)
+            if from_positives is not None:
+                grad = grad.add_(from_positives[:, piece.local])
+            for_docs.write(grad, docs, group[0], piece.local)
+    if for_queries is not None and grad_queries is not None:
+        for_queries.write(grad_queries, pooled, group[0])
+
+
+def _crossing_gradients(
+    call: Call,
+    group: tuple[int, int],
+    queries: Tensor,
+    kept: Tensor,
+    common: dict[str, Any],
+    grad_queries: Tensor | None,
     need_docs: bool,
-) -> tuple[Any, Tensor | None, Any]:
-    """Gradients of this rank's queries, of all queries as candidates, and of all documents, before any exchange."""
-    problems = _problems(vectors, options, mask, mirrored)
-    common = {"temperature": options.temperature, "weight": weight}
-    main, rest = problems[0], problems[1:]
-    grad_own, grad_docs = module.gradients(
-        **main._asdict(), **common, peak=kept[0], total=kept[1], need_rows=need_queries, need_candidates=need_docs
-    )
-    grad_queries = None
-    if options.include_queries:
-        more, grad_queries = module.gradients(
-            **rest.pop(0)._asdict(), **common, peak=kept[0], total=kept[1],
-            need_rows=need_queries, need_candidates=need_queries,
-        )  # fmt: skip
-        if need_queries:
-            grad_own = grad_own + more
-    if options.symmetric:
-        positives, others = module.gradients(
-            **rest.pop(0)._asdict(), **common, peak=kept[2], total=kept[3],
-            need_rows=need_docs, need_candidates=need_queries,
-        )  # fmt: skip
-        grad_queries = others if grad_queries is None else grad_queries + others
-        if need_docs:
-            # rows may share a positive; accumulation by sorting, not by atomics
-            steps = torch.arange(weight.shape[0], device=weight.device)[:, None]
-            grad_docs = grad_docs.index_put_((steps, vectors.target[None, :]), positives, accumulate=True)
-    return grad_own, grad_queries, grad_docs
+) -> Tensor | None:
+    """Where queries are candidates: adds to ``grad_queries``; the gradient of this rank's documents as positives."""
+    options, gradients = call.options, call.module.gradients
+    positives = call.positives(group) if options.symmetric else None
+    grad_positives = torch.zeros_like(positives) if positives is not None and need_docs else None
+    for piece in pieces(call.rows_of, call.piece_rows):
+        candidates, own = gather(queries[:, piece.local], piece.over, 1), piece.locate(call.own)
+        found = []
+        if options.include_queries and grad_queries is not None:
+            none = torch.full_like(own, -1)
+            among = {"peak": kept[0], "total": kept[1], "exclude": own}
+            found.append(gradients(queries, candidates, none, **common, **among, grad_rows=grad_queries))
+        if positives is not None:
+            back = {"peak": kept[2], "total": kept[3], "mask": piece.pick(call.mirrored)}
+            wanted = {"grad_rows": grad_positives, "need_candidates": grad_queries is not None}
+            found.append(gradients(positives, candidates, own, **common, **back, **wanted))
+        if grad_queries is not None:
+            grad = found[0] if len(found) == 1 else found[0].add_(found[1])
+            grad_queries[:, piece.local] += scatter_sum(grad, piece.over, 1)
+    if grad_positives is None:
+        return None
+    # rows may share a positive; accumulation by sorting, not by atomics
+    steps = torch.arange(grad_positives.shape[0], device=grad_positives.device)[:, None]
+    result = grad_positives.new_zeros((grad_positives.shape[0], call.doc_steps.shape[0], grad_positives.shape[2]))
+    return result.index_put_((steps, call.target[None, :]), grad_positives, accumulate=True)

@@ -1,10 +1,10 @@
 """What ranks exchange for a contrastive loss over all their candidates.
 
-An all-gather of the pooled unit vectors, not a ring: they are [M, K, D] however long the texts were, little beside the
-activations they come from, and gathered a bounded group of steps at a time. A ring takes as long
+An all-gather of the pooled unit vectors, not a ring: a few steps of all candidates at a time, or, where not even one
+step's fit, a piece of every rank's. So no rank ever holds another's whole batch. A ring takes as long
 (bench/info_nce_ring.py is one; docs/kernels.md has the measurement). Batches may differ in size between ranks: each
-sends as many rows as the largest has. In backward the gradients of the gathered vectors are
-added up over the ranks and each keeps its own rows.
+sends as many rows as the largest has. In backward the gradients of the gathered vectors are added up over the ranks
+and each keeps its own rows.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+GRAIN = 128  # a piece is whole tiles of the kernels
 
 
 class Shares(NamedTuple):
@@ -46,10 +48,47 @@ def shares(size: int, group: Any, device: torch.device) -> Shares:
     return Shares(group, [int(each) for each in torch.cat(found).tolist()], dist.get_rank(group))
 
 
+class Piece(NamedTuple):
+    """Some of every rank's candidates, which are gathered at a time."""
+
+    local: slice  # of this rank's candidates
+    over: Shares  # how many of each rank's
+    columns: list[slice]  # where each rank's are among all candidates
+
+    def locate(self, index: Tensor) -> Tensor:
+        """Positions in the piece of this rank's candidates ``index``; -1: not in it."""
+        inside = (index >= self.local.start) & (index < self.local.stop)
+        return torch.where(inside, index - self.local.start + self.over.start, -1)
+
+    def pick(self, mask: Tensor | None) -> Tensor | None:
+        """The piece's columns of a mask [B, all candidates]."""
+        if mask is None or len(self.columns) == 1:
+            return mask if mask is None else mask[:, self.columns[0]]
+        return torch.cat([mask[:, columns] for columns in self.columns], 1)
+
+
+def pieces(over: Shares, most: int) -> list[Piece]:
+    """The fewest even pieces of at most ``most`` candidates of each rank; all ranks make the same ones."""
+    longest = max(over.sizes)
+    grain = min(GRAIN, most)
+    most -= most % grain
+    size = -(-longest // -(-longest // most))
+    if size < longest:
+        size += -size % grain
+    found = []
+    for first in range(0, longest, size):
+        spans = [(min(first, rows), min(first + size, rows)) for rows in over.sizes]
+        starts = [sum(over.sizes[:rank]) for rank in range(len(over.sizes))]
+        columns = [slice(start + a, start + b) for start, (a, b) in zip(starts, spans, strict=True)]
+        sizes = [b - a for a, b in spans]
+        found.append(Piece(slice(*spans[over.rank]), Shares(over.group, sizes, over.rank), columns))
+    return found
+
+
 def gather(tensor: Tensor, over: Shares, dim: int) -> Tensor:
-    """The concatenation of all ranks' tensors along ``dim``, this rank's in its place."""
+    """The concatenation of all ranks' tensors along ``dim``, this rank's in its place; contiguous."""
     if over.group is None:
-        return tensor
+        return tensor.contiguous()
     moved = tensor.movedim(dim, 0)
     padded = moved.new_zeros((max(over.sizes), *moved.shape[1:]))
     padded[: moved.shape[0]] = moved

@@ -2,30 +2,32 @@
 
 Vectors are laid out step first, rows [K, B, D] and candidates [K, M, D]. For each step the outer loop walks the
 candidates in chunks, the inner one the rows in tiles; one [R, C] tile of similarities exists at a time, forward or
-backward. Kept for backward: the vectors, and for every row and step the largest logit and the sum of exponentials
-relative to it. The two are kept apart because their sum, the log-sum-exp, would round away the small losses (logits
-reach 1 / temperature, 50 and more).
+backward. Kept for backward: for every row and step the largest logit and the sum of exponentials relative to it. The
+two are kept apart because their sum, the log-sum-exp, would round away the small losses (logits reach 1 / temperature,
+50 and more).
 
-All functions are pure; ``kernels/gircse_kernels/info_nce.py`` offers the same ones. ``Sums`` over different candidates
-can be merged, which is how queries as negatives come in.
+``kernels/gircse_kernels/info_nce.py`` offers the same functions. ``Sums`` over different candidates can be merged,
+which is how pieces of the candidates and queries as negatives come in.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .pooling import l2_normalize, pool_steps
-from .tiles_torch import matmul_nt, slices, tiling
+from .tiles_torch import accumulation_dtype, matmul_nt, slices, tiling
+
+BLOCK_BYTES = 1 << 20
 
 
 class Pooled(NamedTuple):
     """Unit vectors of every number of steps."""
 
     vectors: Tensor  # [K, B, D] float32, or float64
-    norms: Tensor  # [K, B], before they were divided
+    norms: Tensor  # [K, B], of the sums of the steps, before they were divided
 
 
 class Sums(NamedTuple):
@@ -46,33 +48,65 @@ class Sums(NamedTuple):
 
 
 def pool(steps: Tensor, pooling: str, first: int = 0, last: int | None = None) -> Pooled:
-    """Unit vectors after steps ``first + 1`` to ``last`` (None: all) of steps [B, K, D]."""
-    pooled = pool_steps(steps[:, :last], pooling)[:, first:].transpose(0, 1)
-    return Pooled(l2_normalize(pooled).contiguous(), torch.linalg.vector_norm(pooled, dim=-1))
+    """Unit vectors after steps ``first + 1`` to ``last`` (None: all) of steps [B, K, D].
+
+    The mean's 1 / k and the weighted mean's 1 / sum(w) cancel in the norm, so plain sums are normalised.
+    """
+    rows, num_steps, width = steps.shape
+    last = num_steps if last is None else last
+    dtype = accumulation_dtype(steps.dtype)
+    vectors = torch.empty((last - first, rows, width), dtype=dtype, device=steps.device)
+    norms = torch.empty((last - first, rows), dtype=dtype, device=steps.device)
+    for part in _row_blocks(vectors):
+        acc = torch.zeros((part.stop - part.start, width), dtype=dtype, device=steps.device)
+        for k in range(first if pooling == "last" else 0, last):
+            if pooling == "last":
+                acc = steps[part, k].to(dtype)
+            else:
+                acc.add_(steps[part, k].to(dtype), alpha=k + 1 if pooling == "weighted" else 1)
+            if k >= first:
+                norms[k - first, part] = torch.linalg.vector_norm(acc, dim=-1)
+                torch.mul(acc, _inverse(norms[k - first, part]), out=vectors[k - first, part])
+    return Pooled(vectors, norms)
 
 
 def pool_gradient(
     grad: Tensor, pooled: Pooled, pooling: str, out: Tensor, first: int = 0, carry: Tensor | None = None
-) -> Tensor:
-    """Writes the gradient of the steps into ``out`` [B, K, D] from that of the unit vectors after steps ``first + 1``
-    and on.
+) -> None:
+    """Writes the gradient of steps ``first + 1`` and on into ``out`` [B, K, D] from that of the unit vectors, which is
+    used up.
 
-    ``carry`` [B, D] is what the call for the later steps returned; call for the last ones first.
+    Call for the last steps first: what they leave for the earlier ones is read from ``out``, or, where its dtype
+    would round it, kept in ``carry`` [B, D].
     """
     unit, norms = pooled
     last = first + grad.shape[0]
-    inner = grad - unit * (unit * grad).sum(-1, keepdim=True)
-    inner = inner * torch.where(norms > 0, 1 / norms, 0.0)[..., None]
-    if pooling == "last":
-        out[:, first:last] = inner.transpose(0, 1)
-        return inner[0]
-    count = torch.arange(first + 1, last + 1, dtype=grad.dtype, device=grad.device)[:, None, None]
-    inner = inner / (count if pooling == "mean" else count * (count + 1) / 2)
-    later = inner.flip(0).cumsum(0).flip(0)  # step i takes part in all z_k with k >= i
-    if carry is not None:
-        later = later + carry
-    out[:, first:last] = (later * count if pooling == "weighted" else later).transpose(0, 1)
-    return later[0]
+    weights = [k + 1 if pooling == "weighted" else 1 for k in range(out.shape[1])]
+    for part in _row_blocks(grad):
+        later = None  # step i takes part in all z_k with k >= i
+        if pooling != "last" and last < out.shape[1]:
+            later = out[part, last] / weights[last] if carry is None else carry[part]
+        for k in reversed(range(first, last)):
+            inner, direction = grad[k - first, part], unit[k - first, part]
+            along = torch.linalg.vecdot(direction, inner)[:, None]
+            inner.addcmul_(direction, along, value=-1.0).mul_(_inverse(norms[k - first, part]))
+            if later is not None:
+                inner += later
+            if pooling != "last":
+                later = inner
+            out[part, k] = inner * weights[k] if weights[k] > 1 else inner
+        if carry is not None and later is not None:
+            carry[part] = later
+
+
+def _row_blocks(vectors: Tensor) -> Iterator[slice]:
+    """Rows whose vectors of one step stay in the cache while their steps are walked."""
+    return slices(vectors.shape[1], max(1, BLOCK_BYTES // (vectors.shape[2] * vectors.itemsize)))
+
+
+def _inverse(norms: Tensor) -> Tensor:
+    """1 / norm [B, 1]; 0 for a zero vector."""
+    return torch.where(norms > 0, norms.reciprocal(), 0.0)[:, None]
 
 
 def sums(
@@ -126,16 +160,16 @@ def gradients(
     *,
     mask: Tensor | None = None,
     exclude: Tensor | None = None,
-    need_rows: bool = True,
+    grad_rows: Tensor | None = None,
     need_candidates: bool = True,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of ``sum_k weight_k sum_i (log total - (positive - peak))``, [K, B, D] and [K, M, D].
+) -> Tensor | None:
+    """Gradients of ``sum_k weight_k sum_i (log total - (positive - peak))``: that of the rows is added to ``grad_rows``
+    [K, B, D] (None: nobody wants it), that of the candidates [K, M, D] returned.
 
     ``peak`` and ``total`` [K, B] are those over all candidates, of which these may be a part; ``weight`` [K]. The
     target's one is subtracted inside its tile (``p - 1``, one element a row): no atomics, two runs are bitwise equal.
     """
     num_steps, num_rows, _ = rows.shape
-    grad_rows = torch.zeros_like(rows) if need_rows else None
     grad_candidates = torch.zeros_like(candidates) if need_candidates else None
     weight = weight / temperature
     tile, size = _tiling(rows, candidates)
@@ -153,7 +187,7 @@ def gradients(
                     grad_rows[k, part] += matmul_nt(probs, chunk.T)
                 if grad_candidates is not None:
                     grad_candidates[k, columns] += matmul_nt(probs.T, rows[k, part].T)
-    return grad_rows, grad_candidates
+    return grad_candidates
 
 
 def _logits(

@@ -136,11 +136,11 @@ def _call_info_nce(case: Case, device: Device, ready: Callable[[], object]) -> N
     found = info_nce.sums(pooled.vectors, docs, target, 0.02, mask=mask, exclude=exclude, device=device)
     if case.backward:
         weight = empty(num_steps)
-        grad, _ = info_nce.gradients(
+        grad = torch.empty_like(pooled.vectors)
+        info_nce.gradients(
             pooled.vectors, docs, target, 0.02, found.peak, found.total, weight,
-            mask=mask, exclude=exclude, device=device,
+            mask=mask, exclude=exclude, grad_rows=grad, device=device,
         )  # fmt: skip
-        assert grad is not None
         info_nce.pool_gradient(grad, pooled, "mean", empty(steps.shape, dtype=steps.dtype))
 
 
@@ -158,7 +158,7 @@ def _call_decode_attention(case: Case, heads: int, kv_heads: int, ready: Callabl
     )  # fmt: skip
 
 
-class _Allocations(TorchDispatchMode):
+class Allocations(TorchDispatchMode):
     """Bytes of all fresh tensors that are alive at once, at most."""
 
     def __init__(self) -> None:
@@ -185,7 +185,7 @@ class _Allocations(TorchDispatchMode):
 
 def allocated_bytes(case: Case, device: Device) -> int:
     """Peak bytes that a call allocates beyond its inputs, results included; nothing is run."""
-    with _Allocations() as mode:
+    with Allocations() as mode:
         before = []
         original = launching.launch
         launching.launch = lambda *_, **__: None

@@ -67,28 +67,28 @@ def pool(steps: Tensor, pooling: str, first: int = 0, last: int | None = None) -
 
 def pool_gradient(
     grad: Tensor, pooled: Pooled, pooling: str, out: Tensor, first: int = 0, carry: Tensor | None = None
-) -> Tensor:
-    """Writes the gradient of the steps into `out` [B, K, D], contiguous, from that of the unit vectors after steps
-    `first` + 1 and on.
+) -> None:
+    """Writes the gradient of steps `first` + 1 and on into `out` [B, K, D], contiguous, from that of the unit vectors.
 
-    `carry` [B, D] is what the call for the later steps returned; call for the last ones first.
+    Call for the last steps first: what they leave for the earlier ones is read from `out`, or, where its dtype would
+    round it, kept in `carry` [B, D] float32.
     """
     count, rows, width = grad.shape
-    result = torch.empty((rows, width), dtype=torch.float32, device=grad.device) if carry is None else carry
-    if rows:
-        launching.launch(
-            pool_grad_kernel,
-            (rows,),
-            (
-                grad.contiguous(), pooled.vectors, pooled.norms, result, out,
-                rows, out.shape[1], first, first + count, width, SMALLEST,
-            ),
-            _row_config(width),
-            CARRIED=carry is not None,
-            LAST=pooling == "last",
-            WEIGHTED=pooling == "weighted",
-        )  # fmt: skip
-    return result
+    if not rows:
+        return
+    launching.launch(
+        pool_grad_kernel,
+        (rows,),
+        (
+            grad.contiguous(), pooled.vectors, pooled.norms, carry, out,
+            rows, out.shape[1], first, first + count, width, SMALLEST,
+        ),
+        _row_config(width),
+        CARRIED=pooling != "last" and first + count < out.shape[1],
+        BUFFERED=carry is not None,
+        LAST=pooling == "last",
+        WEIGHTED=pooling == "weighted",
+    )  # fmt: skip
 
 
 def _row_config(width: int) -> Config:
@@ -113,6 +113,7 @@ def sums(
     """
     num_steps, num_rows, _ = rows.shape
     num_columns = candidates.shape[1]
+    mask = _rowwise(mask)
     config = lookup("score", (device or device_of(rows.device)).arch, 4, min(num_rows, ROW_BLOCK))
     tile = config.blocks["BLOCK_V"]
     # what a chunk leaves: four numbers for each row and tile
@@ -141,11 +142,12 @@ def gradients(
     *,
     mask: Tensor | None = None,
     exclude: Tensor | None = None,
-    need_rows: bool = True,
+    grad_rows: Tensor | None = None,
     need_candidates: bool = True,
     device: Device | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `sum_k weight_k sum_i (log total - (positive - peak))` [K, B, D] and [K, M, D].
+) -> Tensor | None:
+    """Gradients of `sum_k weight_k sum_i (log total - (positive - peak))`: that of the rows is added to `grad_rows`
+    [K, B, D], contiguous (None: nobody wants it), that of the candidates [K, M, D] returned.
 
     `peak` and `total` [K, B] are those over all candidates, of which these may be a part; `weight` [K] float32.
     """
@@ -158,7 +160,7 @@ def gradients(
     block = even_blocks(num_rows, ROW_BLOCK)
     tile = score.blocks["BLOCK_V"]
     chunk = chunk_size(num_columns, CHUNK_BYTES // (4 * num_steps * block), tile)
-    grad_rows = torch.empty_like(rows) if need_rows else None
+    mask, weight = _rowwise(mask), weight / temperature
     grad_candidates = torch.empty_like(candidates) if need_candidates else None
     several = block < num_rows
     partial = None
@@ -188,7 +190,7 @@ def gradients(
                             * product.blocks["BLOCK_V"],
                         ),
                         product,
-                        FIRST=start == 0,
+                        FIRST=False,
                         PRECISION=PRECISION,
                     )  # fmt: skip
                 if grad_candidates is not None:
@@ -205,11 +207,12 @@ def gradients(
                         DUAL=False,
                         PRECISION=PRECISION,
                     )  # fmt: skip
-    scale = 1.0 / temperature
-    return (
-        None if grad_rows is None else grad_rows.mul_(scale),
-        None if grad_candidates is None else grad_candidates.mul_(scale),
-    )
+    return grad_candidates
+
+
+def _rowwise(mask: Tensor | None) -> Tensor | None:
+    """The kernel walks along a row of the mask in steps of one."""
+    return mask if mask is None or mask.stride(1) == 1 else mask.contiguous()
 
 
 def _similarity(

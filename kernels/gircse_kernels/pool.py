@@ -4,8 +4,8 @@
 
 The mean's 1 / k and the weighted mean's 1 / sum(w) cancel in the norm. One program holds one row's accumulator in
 registers and walks its steps: [B, K, D] is read once, [K, B, D] written once. A large batch is taken some steps at a
-time, `first` to `last - 1`: the forward sums the earlier steps again, the backward carries its sum from the later ones
-(so it must begin with the last). Backward is the reverse walk::
+time, `first` to `last - 1`: the forward sums the earlier steps again, the backward takes its sum up where the later
+ones left it (so it must begin with the last). Backward is the reverse walk::
 
     d acc_k = (d z_k - z_k (z_k . d z_k)) / |acc_k|;  d g_i = w_i sum_{k >= i} d acc_k
 
@@ -64,8 +64,8 @@ def pool_grad_kernel(
     grad_ptr,  # [last - first, B, D] float32, gradient of the embeddings
     out_ptr,  # [last - first, B, D] float32, the embeddings
     norm_ptr,  # [last - first, B] float32
-    carry_ptr,  # [B, D] float32, in and out: sum of d acc over the later steps
-    steps_grad_ptr,  # [B, K, D] the steps' dtype, out
+    carry_ptr,  # [B, D] float32, in and out, with BUFFERED: sum of d acc over the later steps
+    steps_grad_ptr,  # [B, K, D] the steps' dtype, out; it holds that sum itself where that is float32
     num_rows,
     num_steps,
     first,
@@ -73,6 +73,7 @@ def pool_grad_kernel(
     width,
     smallest,
     CARRIED: tl.constexpr,  # there are later steps
+    BUFFERED: tl.constexpr,
     LAST: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -82,7 +83,11 @@ def pool_grad_kernel(
     m_d = d < width
     acc = tl.zeros([BLOCK_D], tl.float32)
     if CARRIED:
-        acc = tl.load(carry_ptr + row * width + d, mask=m_d, other=0.0)
+        if BUFFERED:
+            acc = tl.load(carry_ptr + row * width + d, mask=m_d, other=0.0)
+        else:
+            after = tl.load(steps_grad_ptr + (row * num_steps + last) * width + d, mask=m_d, other=0.0)
+            acc = after.to(tl.float32) / step_weight(tl.cast(last, tl.int32), WEIGHTED)
     for reverse in range(0, last - first):
         k = last - 1 - reverse
         index = tl.zeros([BLOCK_D], tl.int64) + k
@@ -102,4 +107,5 @@ def pool_grad_kernel(
             weighted.to(steps_grad_ptr.dtype.element_ty),
             mask=m_d,
         )
-    tl.store(carry_ptr + row * width + d, acc, mask=m_d)
+    if BUFFERED:
+        tl.store(carry_ptr + row * width + d, acc, mask=m_d)

@@ -96,11 +96,13 @@ def test_sums_and_gradients(rows: int, candidates: int, masked: bool, excluded: 
         torch.testing.assert_close(found.hardest.double(), others, rtol=1e-4, atol=1e-4)
         upstream = normal(3)
         wanted = torch.autograd.grad(losses, leaves, upstream.double())
-        got = info_nce.gradients(
+        before = normal(*tensors["rows"].shape) * wanted[0].abs().max()  # gradients of the rows are added
+        grad_rows = before.clone()
+        grad_candidates = info_nce.gradients(
             **tensors, temperature=temperature, peak=found.peak, total=found.total, weight=upstream / rows,
-            mask=mask, exclude=exclude,
+            mask=mask, exclude=exclude, grad_rows=grad_rows,
         )  # fmt: skip
-    for one, exact in zip(got, wanted, strict=True):
+    for one, exact in zip((grad_rows - before, grad_candidates), wanted, strict=True):
         assert one is not None
         assert (one.double() - exact).abs().max() <= 1e-4 * (exact.abs().max() + 1e-3)
 
@@ -110,11 +112,14 @@ def test_only_the_gradients_asked_for() -> None:
     with small_plans(False):
         found = info_nce.sums(**tensors, temperature=0.1)
         arguments = {**tensors, "temperature": 0.1, "peak": found.peak, "total": found.total, "weight": torch.ones(3)}
-        both = info_nce.gradients(**arguments)
-        for need in (0, 1):
-            one = info_nce.gradients(**arguments, need_rows=need == 0, need_candidates=need == 1)
-            assert one[1 - need] is None
-            assert torch.equal(one[need], both[need])  # type: ignore[arg-type]
+        both, rows = torch.zeros_like(tensors["rows"]), torch.zeros_like(tensors["rows"])
+        candidates = info_nce.gradients(**arguments, grad_rows=both)
+        assert candidates is not None
+        only = info_nce.gradients(**arguments)
+        assert only is not None
+        assert torch.equal(only, candidates)
+        assert info_nce.gradients(**arguments, grad_rows=rows, need_candidates=False) is None
+        assert torch.equal(rows, both)
 
 
 def test_merge_is_that_of_all_candidates() -> None:

@@ -51,8 +51,11 @@ def test_every_option_against_the_plain_formula(
 ) -> None:
     monkeypatch.setattr(tiles_torch, "VOCAB_CHUNK", 5)
     monkeypatch.setattr(tiles_torch, "ROW_TILE", 3)
+    itemsize = 8 if backend == "torch" else 4
     if symmetric:  # two groups of steps, the second shorter
-        monkeypatch.setattr(info_nce_op, "VECTOR_BYTES", 2 * 6 * (7 + 19) * (8 if backend == "torch" else 4))
+        monkeypatch.setattr(info_nce_op, "VECTOR_BYTES", 2 * 6 * (7 + 19) * itemsize)
+    elif masked:  # pieces of at most 5 candidates
+        monkeypatch.setattr(info_nce_op, "VECTOR_BYTES", 5 * 6 * itemsize)
     arguments = {
         **problem(masked=masked), "include_queries": include_queries, "symmetric": symmetric, "pooling": pooling,
         "temperature": 0.3,
@@ -66,6 +69,35 @@ def test_every_option_against_the_plain_formula(
     ours = with_gradients(stepwise_info_nce, {**arguments, "backend": backend}, upstream)
     for got, want in zip(ours[:3], exact[:3], strict=True):
         torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+
+
+@BACKENDS
+@pytest.mark.parametrize(("masked", "include_queries", "symmetric"), FLAGS)
+def test_pieces_are_the_whole(
+    backend: str, masked: bool, include_queries: bool, symmetric: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step and a few candidates at a time, in a dtype whose gradients must not be carried in it."""
+    arguments = {k: v.bfloat16() if k.endswith("steps") else v for k, v in problem(masked=masked).items()}
+    arguments |= {"include_queries": include_queries, "symmetric": symmetric, "pooling": "weighted", "backend": backend}
+    upstream = torch.randn(3)
+    whole = with_gradients(stepwise_info_nce, {**arguments, "return_stats": True}, upstream)
+    monkeypatch.setattr(info_nce_op, "VECTOR_BYTES", 4 * 6 * 4)
+    pieces = with_gradients(stepwise_info_nce, {**arguments, "return_stats": True}, upstream)
+    torch.testing.assert_close(pieces[0], whole[0], rtol=1e-5, atol=1e-6)
+    for got, want in zip(pieces[1:3], whole[1:3], strict=True):
+        # equal but for a unit of the last place where float32 sums round to either side
+        assert (got != want).double().mean() < 0.05
+        torch.testing.assert_close(got, want, rtol=2**-6, atol=2**-9 * want.abs().max().item())
+    for one, other in zip(pieces[3], whole[3], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@BACKENDS
+def test_a_transposed_mask(backend: str) -> None:
+    arguments = {k: v.float() if k.endswith("steps") else v for k, v in problem(masked=True).items()}
+    plain = stepwise_info_nce(**arguments, backend=backend)
+    mask = arguments["mask"].T.contiguous().T
+    assert torch.equal(stepwise_info_nce(**{**arguments, "mask": mask}, backend=backend), plain)
 
 
 @BACKENDS
@@ -156,8 +188,9 @@ def test_edge_cases(backend: str) -> None:
     assert torch.equal(grad, torch.zeros_like(zero))
 
 
-def across(rank: int, sizes: tuple[tuple[int, int], ...], backend: str) -> None:
+def across(rank: int, sizes: tuple[tuple[int, int], ...], backend: str, budget: int) -> None:
     """This rank's part of one problem against all of it in one process; rank r has sizes[r] queries and documents."""
+    info_nce_op.VECTOR_BYTES = budget
     starts = (
         [sum(s[0] for s in sizes[:r]) for r in range(len(sizes))],
         [sum(s[1] for s in sizes[:r]) for r in range(len(sizes))],
@@ -198,7 +231,13 @@ def across(rank: int, sizes: tuple[tuple[int, int], ...], backend: str) -> None:
 @pytest.mark.parametrize("sizes", [((5, 9),), ((5, 9), (3, 4)), ((2, 5), (1, 1), (4, 4), (3, 7))], ids=["1", "2", "4"])
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=HAS_TRITON)])
 def test_ranks_with_uneven_batches_equal_one_process(sizes: Any, backend: str, tmp_path: Path) -> None:
-    in_processes(len(sizes), across, tmp_path, sizes, backend)
+    in_processes(len(sizes), across, tmp_path, sizes, backend, info_nce_op.VECTOR_BYTES)
+
+
+@pytest.mark.parametrize("sizes", [((5, 9), (3, 4)), ((2, 5), (1, 1), (4, 4), (3, 7))], ids=["2", "4"])
+def test_ranks_exchange_piece_by_piece(sizes: Any, tmp_path: Path) -> None:
+    """Two candidates of each rank at a time; some ranks have none left while others do."""
+    in_processes(len(sizes), across, tmp_path, sizes, "torch", 2 * len(sizes) * 6 * 8)
 
 
 PEAK_SCRIPT = """
