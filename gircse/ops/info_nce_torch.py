@@ -65,8 +65,9 @@ def pool(steps: Tensor, pooling: str, first: int = 0, last: int | None = None) -
             else:
                 acc.add_(steps[part, k].to(dtype), alpha=k + 1 if pooling == "weighted" else 1)
             if k >= first:
-                norms[k - first, part] = torch.linalg.vector_norm(acc, dim=-1)
-                torch.mul(acc, _inverse(norms[k - first, part]), out=vectors[k - first, part])
+                norm = torch.linalg.vector_norm(acc, dim=-1)
+                norms[k - first, part] = norm
+                torch.div(acc, torch.where(norm > 0, norm, 1.0)[:, None], out=vectors[k - first, part])
     return Pooled(vectors, norms)
 
 
