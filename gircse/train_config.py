@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 # What may differ between a run and its continuation: where it writes, how often, and how it looks.
-_FREE_ON_RESUME = frozenset({"output", "resume", "save_every", "keep_checkpoints", "eval_every", "progress", "device"})
+_FREE_ON_RESUME = frozenset(
+    {"output", "resume", "save_every", "keep_checkpoints", "eval_every", "progress", "device"}
+    | {"micro_batch_tokens", "fsdp", "wandb", "rank_timeout"}
+)
 
 
 def _knob(default: Any, help: str, **kwargs: Any) -> Any:
@@ -59,6 +62,16 @@ class TrainConfig:
     eval_every: int | None = _knob(None, "steps between evaluations; default: only at the end")
     resume: bool = _knob(False, "go on from the newest checkpoint of `output`")
     progress: bool = _knob(True, "show a progress bar")
+    # memory and machines
+    micro_batch_tokens: int | None = _knob(
+        None, "memory knob: tokens (padding and K included) that go through the model at once; default: by a probe"
+    )
+    fsdp: bool = _knob(
+        False, "share the frozen decoder layers out over the processes (FSDP2), for a base that is too large"
+    )
+    quantization: str | None = _knob(None, "bitsandbytes weights of the frozen base: 'nf4' (4 bits) or 'int8'")
+    wandb: bool = _knob(False, "log to Weights & Biases (also where WANDB_PROJECT is set)")
+    rank_timeout: float = _knob(1800.0, "seconds that a process waits for the others before the job ends")
 
     def __post_init__(self) -> None:
         self.gircse_config()  # checks num_steps, pooling, temperature, append_eos
@@ -71,7 +84,7 @@ class TrainConfig:
             "keep_checkpoints",
         ):
             self._expect(name, self._is_int(name) and getattr(self, name) >= 1, "an integer >= 1")
-        for name in ("max_steps", "eval_every"):
+        for name in ("max_steps", "eval_every", "micro_batch_tokens"):
             value = getattr(self, name)
             self._expect(name, value is None or (self._is_int(name) and value >= 1), "an integer >= 1")
         self._expect("save_every", self._is_int("save_every") and self.save_every >= 1, "an integer >= 1")
@@ -80,12 +93,13 @@ class TrainConfig:
             self.max_negatives is None or (self._is_int("max_negatives") and self.max_negatives >= 0),
             "an integer >= 0",
         )
-        for name in ("contrastive_temperature", "learning_rate", "max_grad_norm"):
+        for name in ("contrastive_temperature", "learning_rate", "max_grad_norm", "rank_timeout"):
             self._expect(name, 0 < getattr(self, name) < float("inf"), "a number > 0")
         for name in ("weight_decay", "reg_weight"):
             self._expect(name, 0 <= getattr(self, name) < float("inf"), "a number >= 0")
         for name in ("warmup_ratio", "lora_dropout"):
             self._expect(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
+        self._expect("quantization", self.quantization in (None, "nf4", "int8"), "'nf4', 'int8' or None")
         self._expect("reduction", self.reduction in ("mean", "sum"), "'mean' or 'sum'")
 
     def gircse_config(self) -> GircseConfig:

@@ -16,7 +16,7 @@ import torch
 from gircse import GIRCSE, GircseConfig, ops
 from gircse.checkpoint import list_checkpoints
 from gircse.data import BatchSampler, DataError, Row
-from gircse.train import collate, train, trainable_model
+from gircse.train import collate, train, trainable_model, training_data
 from gircse.train_config import TrainConfig
 from tests.plain import plain_losses, plain_objective, plain_rollout
 from tests.tiny_models import tiny_model, tiny_tokenizer
@@ -123,11 +123,11 @@ def test_negatives_and_targets_of_a_batch(base, tmp_path):
     settings = config(base, tmp_path, max_negatives=1)
     model = trainable_model(settings)
     sampler = BatchSampler(len(ROWS), 4, seed=0)
-    queries, passages, target = collate(model, ROWS, sampler, 0, settings)
+    batch = collate(model, training_data(settings, ROWS).batch(0), settings, num_steps=3)
     counts = [1 + min(1, len(ROWS[i].negatives)) for i in sampler.batch(0)]
-    assert queries[0].shape[0] == 4
-    assert passages[0].shape[0] == sum(counts)
-    assert target.tolist() == np.cumsum([0, *counts[:-1]]).tolist()
+    assert len(batch.queries) == 4
+    assert len(batch.passages) == sum(counts)
+    assert batch.target.tolist() == np.cumsum([0, *counts[:-1]]).tolist()
 
 
 def losses_of(run: Path) -> list[list[float]]:
