@@ -32,7 +32,7 @@ def settings(base: Path, output: Path, **options: Any) -> TrainConfig:
         "output": str(output),
         "batch_size": 4,
         "num_steps": 2,
-        "max_steps": 12,
+        "max_steps": 16,
         "learning_rate": 3e-3,
         "save_every": 2,
         "progress": False,
