@@ -25,18 +25,20 @@ def main() -> int:
     setup = json.loads(sys.stdin.readline())
     job, engine = TrainJob(**setup["job"]), setup["engine"]
     device = torch.device(job.device)
-    lm = trainable(job)
+    lm = trainable(job, engine)
     queries, passages = job.batches(lm.embed_weight.shape[0])
     loaded = reset_peak(device)
     print(json.dumps({"loaded_bytes": loaded}), file=answers, flush=True)
 
     losses: list[torch.Tensor] = []
     with ENGINES[engine].attached(lm):
-        for count, _ in enumerate(sys.stdin):
+        for count, line in enumerate(sys.stdin):
+            num_steps = int(line)
             if device.type == "cuda" and count:  # the memory was handed back: fill the allocator again, untimed
-                step(lm, engine, queries, passages, job.num_steps)
+                step(lm, engine, queries, passages, num_steps)
                 lm.model.zero_grad(set_to_none=True)
-            took = seconds(lambda: losses.append(step(lm, engine, queries, passages, job.num_steps)), device)
+            reset_peak(device)
+            took = seconds(lambda: losses.append(step(lm, engine, queries, passages, num_steps)), device)
             answer = {"seconds": took, "peak_bytes": peak(device)}
             if count == 0:
                 torch.save(results(lm, losses[0]), setup["results"])
