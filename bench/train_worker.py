@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
@@ -31,6 +32,10 @@ def main() -> int:
     print(json.dumps({"loaded_bytes": loaded}), file=answers, flush=True)
 
     losses: list[torch.Tensor] = []
+
+    def one(num_steps: int) -> None:
+        losses.append(step(lm, engine, queries, passages, num_steps))
+
     with ENGINES[engine].attached(lm):
         for count, line in enumerate(sys.stdin):
             num_steps = int(line)
@@ -38,7 +43,7 @@ def main() -> int:
                 step(lm, engine, queries, passages, num_steps)
                 lm.model.zero_grad(set_to_none=True)
             reset_peak(device)
-            took = seconds(lambda: losses.append(step(lm, engine, queries, passages, num_steps)), device)
+            took = seconds(partial(one, num_steps), device)
             answer = {"seconds": took, "peak_bytes": peak(device)}
             if count == 0:
                 torch.save(results(lm, losses[0]), setup["results"])

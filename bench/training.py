@@ -80,8 +80,9 @@ class TrainJob:
 
 
 def trainable(job: TrainJob, engine: str | None = None) -> CausalLM:
-    """The model, for an engine, with LoRA on it as in training, but no dropout (it differs between engines by construction) and a small
-    random B as after some training (with B = 0, as it starts, A has no gradient to compare)."""
+    """The model, for an engine, with LoRA on it as in training, but no dropout (it differs between engines by
+    construction) and a small random B as after some training (with B = 0, as it starts, A has no gradient to compare).
+    """
     from peft import LoraConfig, get_peft_model
 
     if job.model is not None:
@@ -220,7 +221,7 @@ def workers(job: TrainJob, engines: list[str]) -> Iterator[list[Worker]]:
 def measure(
     job: TrainJob, facts: ModelFacts, ceilings: Ceilings, engines: list[str], steps: list[int], repeats: int
 ) -> tuple[list[Difference], list[dict[str, Any]]]:
-    """-> differences on the timed batch (with the reference among the engines), and one JSON object per engine and K."""
+    """-> differences on the timed batch (with the reference among the engines), one JSON object per engine and K."""
     total = len(engines) * (1 + len(steps) * repeats)
     with (
         workers(job, engines) as found,
