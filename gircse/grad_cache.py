@@ -2,12 +2,12 @@
 
 The loss needs the states of all texts of a batch at once; the activations behind them are needed for backward only. So
 
-    1. embed every micro-batch without autograd and keep its states [b, K, D],
+    1. embed every micro-batch without autograd and keep its states [b, K, D] (the last one with autograd, and whole),
     2. take the gradient of the loss with respect to all of them, once,
-    3. embed every micro-batch again, with autograd, and send its part of that gradient through it.
+    3. embed every micro-batch but the last again, with autograd, and send its part of that gradient through it.
 
-Only one micro-batch's activations live at a time, for one more forward pass. The second pass starts from the random
-state of the first, so dropout falls on the same places and the gradient is that of the whole batch.
+Only one micro-batch's activations live at a time, for nearly one more forward pass. The second pass starts from the
+random state of the first, so dropout falls on the same places and the gradient is that of the whole batch.
 """
 
 from __future__ import annotations
@@ -94,20 +94,28 @@ def backward(
 
     states, randoms = [], []
     with torch.no_grad():
-        for batch in batches:
+        for batch in batches[:-1]:
             randoms.append(RandomState.now())
             states.append(embed(*batch[1:])[: len(batch.rows)])
-    leaf = _in_order(states, batches).requires_grad_()
+    kept = embed(*batches[-1][1:])
+    leaf = _in_order([*states, kept.detach()[: len(batches[-1].rows)]], batches).requires_grad_()
     loss, more = objective(leaf)
     (gradient,) = torch.autograd.grad(loss, leaf)
-    del states, leaf
-    for batch, random in zip(batches, randoms, strict=True):
+    _send(gradient, batches[-1], kept)
+    del states, leaf, kept
+    for batch, random in zip(batches, randoms, strict=False):
         with random.replayed():
             replay = embed(*batch[1:])
-        part = torch.zeros_like(replay)
-        part[: len(batch.rows)] = gradient[batch.rows.to(gradient.device)]
-        replay.backward(part)
+        _send(gradient, batch, replay)
+        del replay
     return loss.detach(), more
+
+
+def _send(gradient: Tensor, batch: MicroBatch, states: Tensor) -> None:
+    """Back through the states of one micro-batch; zeros for those that are not used."""
+    part = torch.zeros_like(states)
+    part[: len(batch.rows)] = gradient[batch.rows.to(gradient.device)]
+    states.backward(part)
 
 
 def _in_order(states: Sequence[Tensor], batches: Sequence[MicroBatch]) -> Tensor:
