@@ -100,6 +100,7 @@ class TrainConfig:
         for name in ("warmup_ratio", "lora_dropout"):
             self._expect(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
         self._expect("quantization", self.quantization in (None, "nf4", "int8"), "'nf4', 'int8' or None")
+        self._expect("fsdp", not (self.fsdp and self.quantization), "False with a quantised base")
         self._expect("reduction", self.reduction in ("mean", "sum"), "'mean' or 'sum'")
 
     def gircse_config(self) -> GircseConfig:
