@@ -3,8 +3,8 @@
     python -m gircse train --model BASE --data rows.jsonl --output runs/mine
 
 Every step: a batch of rows -> tokens -> rollout of queries and of candidates -> K contrastive losses -> ICR objective
--> LoRA update. A run folder holds `train_config.json`, `train_log.jsonl` (one line a step), `checkpoints/`, and at the
-end `model/`, which `GIRCSE.from_pretrained` loads.
+-> LoRA update. A run folder holds `train_config.json`, `train_data.json` (what the data were), `train_log.jsonl` (one
+line a step), `checkpoints/`, and at the end `model/`, which `GIRCSE.from_pretrained` loads.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ from tqdm.auto import tqdm
 
 from gircse import ops
 from gircse.atomic import new_file
+from gircse.batches import Example, TrainingData, false_negatives
 from gircse.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from gircse.data import BatchSampler, Row, format_row, load_rows
+from gircse.data import Row
 from gircse.encode import pad, tokenize
 from gircse.loading import load_pretrained
 from gircse.model import GIRCSE
 from gircse.train_config import LORA_TARGETS, TrainConfig
 
 CONFIG_NAME = "train_config.json"
+DATA_NAME = "train_data.json"
 LOG_NAME = "train_log.jsonl"
 Evaluation = Callable[[GIRCSE], dict[str, Any]]
 
@@ -69,13 +71,10 @@ def train(
     """
     run = Path(config.output)
     _check_run_folder(run, config)
-    rows = list(rows) if rows is not None else [row for source in config.data for row in load_rows(source)]
-    if not rows:
-        raise ValueError("data: got no training rows, expected at least one file or data set")
-    if len(rows) < config.batch_size:
-        raise ValueError(f"batch_size: got {config.batch_size}, expected at most the number of rows, {len(rows)}")
-    sampler = BatchSampler(len(rows), config.batch_size, seed=config.seed)
-    total_steps = config.max_steps or len(rows) // config.batch_size
+    data = TrainingData.open(config, rows=rows)
+    if config.resume and (run / DATA_NAME).exists():
+        data.check_continues(run / DATA_NAME)
+    total_steps = config.max_steps or data.steps_per_epoch
 
     torch.manual_seed(config.seed)
     model = trainable_model(config, model)
@@ -89,26 +88,38 @@ def train(
         log = _read_log(run, up_to=done)
     run.mkdir(parents=True, exist_ok=True)
     _write(run / CONFIG_NAME, config.to_json())
+    _write(run / DATA_NAME, data.to_json())
     _write(run / LOG_NAME, "".join(json.dumps(entry) + "\n" for entry in log))
 
     model.train()
     with _outputs(run, total_steps, done, config.progress) as (write, progress):
         for step in range(done, total_steps):
             started = time.perf_counter()
-            queries, passages, target = collate(model, rows, sampler, step, config)
+            examples = data.batch(step)
+            queries, passages, target = collate(model, examples, config)
+            mask = false_negatives(examples) if config.filter_false_negatives else None
+            num_steps = config.steps_at(step)
             losses = ops.stepwise_info_nce(
-                model.rollout(*queries),
-                model.rollout(*passages),
+                model.rollout(*queries, num_steps),
+                model.rollout(*passages, num_steps),
                 target.to(model.device),
                 temperature=config.contrastive_temperature,
                 pooling=config.pooling,
+                mask=None if mask is None else mask.to(model.device),
+                include_queries=config.include_queries,
+                symmetric=config.symmetric,
             )
             counted = losses if config.stepwise else losses[-1:]
-            loss = ops.icr_objective(counted, reg_weight=config.reg_weight, reduction=config.reduction)
+            loss = ops.icr_objective(
+                counted,
+                reg_weight=config.reg_weight,
+                reduction=config.reduction,
+                detach_previous=config.detach_previous,
+            )
             if not math.isfinite(loss.item()):
                 raise FloatingPointError(
-                    f"step {step + 1}: the loss is {loss.item()}; batch rows {list(sampler.batch(step))[:8]}.. of seed "
-                    f"{config.seed}. Nothing of this step was kept; the last checkpoint is whole"
+                    f"step {step + 1}: the loss is {loss.item()}; its batch is {', '.join(e.id for e in examples[:8])} "
+                    f"..; seed {config.seed}. Nothing of this step was kept; the last checkpoint is whole"
                 )
             loss.backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
@@ -190,28 +201,19 @@ def lora_targets(base: torch.nn.Module, wanted: Sequence[str] = LORA_TARGETS) ->
 
 
 def collate(
-    model: GIRCSE, rows: Sequence[Row], sampler: BatchSampler, step: int, config: TrainConfig
+    model: GIRCSE, examples: Sequence[Example], config: TrainConfig
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
-    """The batch of a step: (query ids, mask), (passage ids, mask), target.
+    """A batch in tokens: (query ids, mask), (passage ids, mask), target.
 
     The passages are [pos_0, negatives of 0.., pos_1, ..]; target [B] points at each row's positive, so rows may have
-    different numbers of negatives. Which of several positives and negatives is used is a function of seed and step.
+    different numbers of negatives.
     """
-    queries: list[str] = []
-    passages: list[str] = []
-    target: list[int] = []
-    for index in sampler.batch(step):
-        row = rows[index]
-        choice = sampler.positive(step, index, len(row.positives))
-        query, positive, negatives = format_row(row, positive=choice, template=model.config.prompt_template)
-        wanted = len(negatives) if config.max_negatives is None else config.max_negatives
-        queries.append(query)
-        target.append(len(passages))
-        passages += [positive, *(negatives[i] for i in sampler.negatives(step, index, len(negatives), wanted))]
+    passages = [[example.positive, *example.negatives] for example in examples]
+    counts = torch.tensor([len(texts) for texts in passages])
     return (
-        _tokens(model, queries, config.query_max_length),
-        _tokens(model, passages, config.passage_max_length),
-        torch.tensor(target),
+        _tokens(model, [example.query for example in examples], config.query_max_length, config),
+        _tokens(model, [text for texts in passages for text in texts], config.passage_max_length, config),
+        counts.cumsum(0) - counts,
     )
 
 
@@ -224,8 +226,8 @@ def linear_schedule(
     return get_linear_schedule_with_warmup(optimizer, math.ceil(warmup_ratio * total_steps), total_steps)
 
 
-def _tokens(model: GIRCSE, prompts: list[str], max_length: int) -> tuple[Tensor, Tensor]:
-    ids = tokenize(model, prompts, instruction=None, max_length=max_length, num_steps=model.num_steps)
+def _tokens(model: GIRCSE, prompts: list[str], max_length: int, config: TrainConfig) -> tuple[Tensor, Tensor]:
+    ids = tokenize(model, prompts, instruction=None, max_length=max_length, num_steps=config.max_num_steps)
     return pad(ids, pad_id=model.tokenizer.pad_token_id)
 
 
