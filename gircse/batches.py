@@ -48,8 +48,8 @@ class TrainingData:
     Homogeneous batches (the default) take all rows of a batch from one source, so that every negative is of the same
     task. The source of each batch is drawn by weight; the default weights are the numbers of whole batches in the
     sources, so an epoch passes once through each. Mixed batches draw every row: without weights an epoch is a
-    permutation of all rows of all sources; with weights every batch has each source's share of rows, rounded up or down,
-    and a row may come twice in a batch where its source begins anew. In each source, rows come in permutations.
+    permutation of all rows of all sources; with weights every batch has each source's share of rows, rounded up or
+    down, and a row may come twice in a batch where its source begins anew. In each source, rows come in permutations.
 
     Attributes:
         num_rows: rows of all sources.
@@ -85,8 +85,11 @@ class TrainingData:
             BatchSampler(len(source), 1 if self._row_by_row else self._batch_size, seed=source_seed(seed, number))
             for number, source in enumerate(self._drawn_from)
         ]
-        period = self._batch_size if self._row_by_row else self.steps_per_epoch
-        self._schedule = SourceSchedule(weights if len(self._drawn_from) > 1 and weights else batches, period, seed=seed)
+        self._schedule = SourceSchedule(
+            weights if weights and len(self._drawn_from) > 1 else batches,
+            period=self._batch_size if self._row_by_row else self.steps_per_epoch,
+            seed=seed,
+        )
 
     @classmethod
     def open(cls, config: TrainConfig, *, rows: Sequence[Row] | None = None) -> TrainingData:

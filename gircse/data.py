@@ -108,7 +108,7 @@ def read_jsonl(
         for line in read_lines(file, path, problems, max_line_bytes=max_line_bytes):
             try:
                 rows.append(parse_row(parse_line(line.content), instruction=instruction))
-            except ValueError as error:
+            except ValueError as error:  # noqa: PERF203
                 problems.add(f"{path}:{line.number}", error)
     problems.check()
     if not rows:

@@ -82,7 +82,9 @@ def open_jsonl(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             yield raw, raw
 
 
-def read_lines(file: BinaryIO, path: Path, problems: Problems, *, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Line]:
+def read_lines(
+    file: BinaryIO, path: Path, problems: Problems, *, max_line_bytes: int = MAX_LINE_BYTES
+) -> Iterator[Line]:
     """The lines of a file that are not blank, without a byte order mark; what is wrong goes to `problems`.
 
     A line that is too long is passed over without being kept; a file that breaks off ends there.

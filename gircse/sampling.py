@@ -15,20 +15,30 @@ import numpy as np
 _ORDER, _POSITIVE, _NEGATIVE, _SOURCE, _SOURCE_SEED, _NUMBER = range(6)  # separate streams of the same seed
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele et al. 2014), a bijection of uint64: well-mixed bits out of counters."""
-    with np.errstate(over="ignore"):
-        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+_STEP, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_MASK = 2**64 - 1
+
+
+def _mix(value: int) -> int:
+    """The finaliser of SplitMix64 (Steele et al. 2014), a bijection of 64-bit numbers: well-mixed bits of counters."""
+    value = (value ^ (value >> 30)) * _FIRST & _MASK
+    value = (value ^ (value >> 27)) * _SECOND & _MASK
+    return value ^ (value >> 31)
+
+
+def _mix_all(values: np.ndarray) -> np.ndarray:
+    """`_mix` of each element of a uint64 array."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(_FIRST)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(_SECOND)
     return values ^ (values >> np.uint64(31))
 
 
 def _keys(count: int, *path: int) -> np.ndarray:
     """`count` uint64 random keys that depend on `path` alone; numpy's generators may change with its version."""
-    state = np.zeros(1, np.uint64)
+    state = 0
     for part in path:
-        state = _mix(_mix(state + np.uint64(0x9E3779B97F4A7C15)) ^ np.uint64(part % 2**64))
-    return _mix(state + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+        state = _mix(_mix((state + _STEP) & _MASK) ^ (part & _MASK))
+    return _mix_all(np.uint64(state) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_STEP))
 
 
 def _permutation(count: int, *path: int) -> np.ndarray:

@@ -2,12 +2,14 @@
 
 A JSONL file is read from front to back, checked line by line, and only an index is kept: 16 bytes a row (24 where the
 file has blank lines). Rows are then read by offset. A packed file has no offsets: it is unpacked into an unnamed
-temporary file on the way (in TMPDIR), so it needs disk, not memory. A folder of `datasets` is mapped by `datasets` itself.
+temporary file on the way (in TMPDIR), so it needs disk, not memory. A folder of `datasets` is mapped by `datasets`
+itself.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import stat
@@ -16,7 +18,6 @@ import zlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -81,7 +82,7 @@ class JsonlSource:
         problems = Problems()
         with open_jsonl(Path(path)) as (file, raw):
             plain = file is raw and stat.S_ISREG(os.fstat(raw.fileno()).st_mode)
-            self._file = _own(raw) if plain else tempfile.TemporaryFile()
+            self._file = _own(raw) if plain else tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the source
             written = 0
             for number, offset, content in read_lines(file, Path(path), problems, max_line_bytes=max_line_bytes):
                 try:
@@ -147,7 +148,7 @@ class RecordSource:
         for number, record in enumerate(records):
             try:
                 row = parse_row(record, instruction=instruction)
-            except ValueError as error:
+            except ValueError as error:  # noqa: PERF203
                 problems.add(f"{name}:row {number}", error)
             else:
                 fields = [row.instruction, row.query, row.positives, row.negatives]
@@ -174,7 +175,7 @@ class JoinedSource:
         self.name = ", ".join(source.name for source in sources)
         self.fingerprint = "-".join(source.fingerprint for source in sources)
         self._sources = list(sources)
-        self._ends = list(accumulate(map(len, sources)))
+        self._ends = list(itertools.accumulate(map(len, sources)))
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -208,7 +209,8 @@ def open_sources(paths: Sequence[str | os.PathLike[str]], instructions: Sequence
     """`open_source` of each path with its instruction (or none at all); the problems of all of them in one error."""
     sources: list[Source] = []
     problems = Problems()
-    for path, instruction in zip(paths, instructions or [None] * len(paths), strict=True):
+    given = instructions or itertools.repeat(None, len(paths))
+    for path, instruction in zip(paths, given, strict=True):
         try:
             sources.append(open_source(path, instruction=instruction))
         except DataError as error:  # noqa: PERF203

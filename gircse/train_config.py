@@ -180,7 +180,9 @@ def check_keys(values: Mapping[str, Any]) -> None:
     for key in values:
         if key not in names:
             close = difflib.get_close_matches(key.replace("-", "_"), names, 1)
-            hint = f"did you mean {close[0]!r}?" if close else "expected a name that `gircse train --help` lists, with _"
+            hint = (
+                f"did you mean {close[0]!r}?" if close else "expected a name that `gircse train --help` lists, with _"
+            )
             raise ValueError(f"{key}: no such setting, {hint}")
 
 
