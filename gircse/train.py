@@ -6,8 +6,8 @@
 Every step: a batch of rows -> tokens -> rollout of queries and of candidates -> K contrastive losses -> ICR objective
 -> LoRA update. A batch that is too large for the memory goes through in micro-batches (`gircse.grad_cache`), of several
 processes each has a share of it (`gircse.distributed`); neither changes what is computed. A run folder holds
-`train_config.json`, `train_log.jsonl` (one line a step), `checkpoints/`, and at the end `model/`, which
-`GIRCSE.from_pretrained` loads.
+`train_config.json`, `train_data.json`, `train_log.jsonl` (one line a step), `checkpoints/`, and at the end `model/`,
+which `GIRCSE.from_pretrained` loads.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from torch import Tensor
 
 from gircse import ops
 from gircse.atomic import new_file, remove_leftovers
+from gircse.batches import Example, TrainingData, false_negatives
 from gircse.checkpoint import checkpoint_folder, list_checkpoints, load_checkpoint, save_checkpoint, save_failure
-from gircse.data import BatchSampler, Row, format_row, load_rows
+from gircse.data import Row
 from gircse.distributed import Ranks, digest_of, digest_of_rows, join_ranks, step_seed
 from gircse.encode import tokenize
 from gircse.grad_cache import MicroBatch, backward, micro_batches, positions
@@ -39,6 +40,7 @@ from gircse.token_budget import probe_budget
 from gircse.train_config import LORA_TARGETS, TrainConfig
 
 CONFIG_NAME = "train_config.json"
+DATA_NAME = "train_data.json"
 Evaluation = Callable[[GIRCSE], dict[str, Any]]
 
 
@@ -83,7 +85,9 @@ def train(
             _check_run_folder(run, config)
         if config.fsdp and evaluate is not None:
             raise ValueError("fsdp: got an evaluation during the run as well; evaluate the saved model instead")
-        data = training_data(config, rows)
+        data = TrainingData.open(config, rows=rows)
+        if ranks.first and config.resume and (run / DATA_NAME).exists():
+            data.check_continues(run / DATA_NAME)
         ranks.share(config.batch_size)  # enough rows for every process?
         total_steps = config.max_steps or data.steps_per_epoch
 
@@ -101,6 +105,7 @@ def train(
         log: list[dict[str, Any]] = []
         if ranks.first:
             _write(run / CONFIG_NAME, config.to_json())
+            _write(run / DATA_NAME, data.to_json())
             log = start_log(run, up_to=done)
             for folder in (run, checkpoint_folder(run)):
                 remove_leftovers(folder)
@@ -111,14 +116,14 @@ def train(
                 monitor.start()
                 examples = data.batch(step)
                 names = [example.id for example in examples]
-                position = digest_of_rows(names)
+                position = digest_of_rows([data.fingerprint, *names])
                 if ranks.same(step + 1, rows=position, weights=weights, stop=stop.requested):
                     record.sync()
                     if ranks.first:
                         save_checkpoint(run, step, model, optimizer, scheduler, keep=config.keep_checkpoints)
                     raise _stopped(run, step, ranks)
-                num_steps = config.num_steps
-                batch = collate(model, examples, config, num_steps=num_steps, share=ranks.share(len(examples)))
+                num_steps = config.steps_at(step)
+                batch = collate(model, examples, config, share=ranks.share(len(examples)))
 
                 torch.manual_seed(step_seed(config.seed, step, ranks.rank))
                 loss, losses, parts = contrastive_backward(
@@ -252,19 +257,17 @@ class Batch(NamedTuple):
         return sum(map(len, [*self.queries, *self.passages]))
 
 
-def collate(
-    model: GIRCSE, examples: Sequence[Example], config: TrainConfig, *, num_steps: int, share: slice | None = None
-) -> Batch:
+def collate(model: GIRCSE, examples: Sequence[Example], config: TrainConfig, *, share: slice | None = None) -> Batch:
     """The rows `share` (default: all) of a step's `examples`."""
     own = examples[share] if share is not None else examples
     passages = [[example.positive, *example.negatives] for example in own]
-    firsts = torch.tensor([len(texts) for texts in passages]).cumsum(0)
-    mask = false_negatives(examples)
-    tokens = partial(tokenize, model, instruction=None, num_steps=num_steps)
+    counts = torch.tensor([len(texts) for texts in passages])
+    mask = false_negatives(examples) if config.filter_false_negatives else None
+    tokens = partial(tokenize, model, instruction=None, num_steps=config.max_num_steps)
     return Batch(
         tokens([example.query for example in own], max_length=config.query_max_length),
         tokens([text for texts in passages for text in texts], max_length=config.passage_max_length),
-        torch.cat([torch.zeros(1, dtype=torch.int64), firsts[:-1]]),
+        counts.cumsum(0) - counts,
         mask if mask is None or share is None else mask[share],
     )
 
@@ -308,10 +311,14 @@ def contrastive_backward(
             temperature=config.contrastive_temperature,
             pooling=config.pooling,
             mask=None if batch.mask is None else batch.mask.to(states.device),
+            include_queries=config.include_queries,
+            symmetric=config.symmetric,
             group=ranks.group,
         )
         counted = losses if config.stepwise else losses[-1:]
-        loss = ops.icr_objective(counted, reg_weight=config.reg_weight, reduction=config.reduction)
+        loss = ops.icr_objective(
+            counted, reg_weight=config.reg_weight, reduction=config.reduction, detach_previous=config.detach_previous
+        )
         return loss, losses.detach()
 
     embed = partial(model.rollout, num_steps=num_steps, observer=monitor)
@@ -345,7 +352,7 @@ def _budget(run: Path, config: TrainConfig, model: GIRCSE, ranks: Ranks) -> int:
         found = TrainConfig.from_json(run / CONFIG_NAME).micro_batch_tokens
     if found is None:
         length = max(config.query_max_length, config.passage_max_length)
-        found = probe_budget(model, num_steps=config.num_steps, length=length, sharded=config.fsdp)
+        found = probe_budget(model, num_steps=config.max_num_steps, length=length, sharded=config.fsdp)
     return -int(ranks.most(-found))
 
 
@@ -374,54 +381,6 @@ def _quiet() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-
-
-# ---------------------------------------------------------------- rows to examples
-
-
-class Example(NamedTuple):
-    """A training example, its texts written as prompts."""
-
-    id: str
-    query: str
-    positive: str
-    negatives: tuple[str, ...]
-
-
-class _LoadedRows:
-    """Rows in memory as batches of examples: `batch(step)` is a function of seed and step alone."""
-
-    def __init__(self, rows: Sequence[Row], config: TrainConfig) -> None:
-        self._rows, self._config = rows, config
-        self._sampler = BatchSampler(len(rows), config.batch_size, seed=config.seed)
-        self.steps_per_epoch = self._sampler.steps_per_epoch
-
-    def batch(self, step: int) -> list[Example]:
-        template = self._config.gircse_config().prompt_template
-        examples = []
-        for index in self._sampler.batch(step):
-            row = self._rows[index]
-            choice = self._sampler.positive(step, index, len(row.positives))
-            query, positive, negatives = format_row(row, positive=choice, template=template)
-            wanted = len(negatives) if self._config.max_negatives is None else self._config.max_negatives
-            chosen = self._sampler.negatives(step, index, len(negatives), wanted)
-            examples.append(Example(str(index), query, positive, tuple(negatives[i] for i in chosen)))
-        return examples
-
-
-def training_data(config: TrainConfig, rows: Sequence[Row] | None) -> _LoadedRows:
-    """The batches of a run; everything is checked first."""
-    rows = list(rows) if rows is not None else [row for source in config.data for row in load_rows(source)]
-    if not rows:
-        raise ValueError("data: got no training rows, expected at least one file or data set")
-    if len(rows) < config.batch_size:
-        raise ValueError(f"batch_size: got {config.batch_size}, expected at most the number of rows, {len(rows)}")
-    return _LoadedRows(rows, config)
-
-
-def false_negatives(examples: Sequence[Example]) -> Tensor | None:
-    """[B, M] bool or None; True: the candidate does not count for that row."""
-    return None
 
 
 if __name__ == "__main__":  # torchrun -m gircse.train
