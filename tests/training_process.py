@@ -98,13 +98,13 @@ def _die_at(place: str) -> None:
     elif place == "state":
         save = torch.save
 
-        def half(state: Any, path: Path) -> None:
+        def half_a_file(state: Any, path: Path) -> None:
             save(state, path)
             if saves["count"] == 2:
                 path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
                 kill()
 
-        checkpoint.torch.save = half
+        checkpoint.torch.save = half_a_file
     elif place == "rename":
         sync = atomic._sync_tree
 
@@ -115,6 +115,16 @@ def _die_at(place: str) -> None:
 
         atomic._sync_tree = synced
     elif place == "deletion":
-        atomic.shutil.rmtree = lambda path, **_: ((next(Path(path).rglob("*.safetensors"))).unlink(), kill())
+        remove = checkpoint.remove_folder
+
+        def half(path: Any, **_: Any) -> None:
+            next(Path(path).rglob("*.safetensors")).unlink()
+            kill()
+
+        def removing(path: Path) -> None:
+            atomic.shutil.rmtree = half
+            remove(path)
+
+        checkpoint.remove_folder = removing
     else:
         raise ValueError(place)
