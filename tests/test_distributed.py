@@ -16,11 +16,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from gircse.checkpoint import list_checkpoints
 from gircse.distributed import Ranks, digest_of, digest_of_rows, join_ranks, step_seed
 from gircse.train import contrastive_backward
 from tests.full_precision import keep_float64
 from tests.tiny_models import tiny_model, tiny_tokenizer
 from tests.training_batches import NUM_STEPS, adapted, batch, config, gradients, share_of
+from tests.training_process import CONTEXT, command
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,7 +34,8 @@ def free_port() -> int:
 
 
 def in_processes(size: int, task, *arguments) -> None:
-    mp.start_processes(_enter, (size, free_port(), task, arguments), nprocs=size, start_method="spawn")
+    assert CONTEXT  # its server has imported everything
+    mp.start_processes(_enter, (size, free_port(), task, arguments), nprocs=size, start_method="forkserver")
 
 
 def _enter(rank: int, size: int, port: int, task, arguments) -> None:
@@ -146,28 +149,44 @@ def job(tmp_path_factory):
     return folder
 
 
-def start(job: Path, output: Path, size: int, *extra: str, torchrun: bool = True, **environment: str):
-    """`torchrun --nproc-per-node size -m gircse.train`, or the processes by themselves where the test wants them."""
+def options(job: Path, output: Path, *extra: str) -> list[str]:
     # fmt: off
-    arguments = [
-        "-m", "gircse.train", "--model", str(job / "base"), "--data", str(job / "rows.jsonl"), "--output", str(output),
+    return [
+        "--model", str(job / "base"), "--data", str(job / "rows.jsonl"), "--output", str(output),
         "--batch-size", "5", "--num-steps", "2", "--max-steps", "6", "--save-every", "2", "--lora-dropout", "0",
         "--learning-rate", "3e-3", "--device", "cpu", "--no-progress", *extra,
     ]
     # fmt: on
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    if size == 1:
-        return [subprocess.Popen([sys.executable, *arguments], env=common, **pipes)]
-    if torchrun:
-        runner = ["-m", "torch.distributed.run", "--nproc-per-node", str(size), "--master-port", str(free_port())]
-        return [subprocess.Popen([sys.executable, *runner, *arguments], env=common, **pipes)]
-    common |= {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [
-        subprocess.Popen([sys.executable, *arguments], env={**common, "RANK": str(r), "LOCAL_RANK": str(r)}, **pipes)
-        for r in range(size)
-    ]
+
+
+def start(job: Path, output: Path, size: int, *extra: str) -> list:
+    """The processes of a job, without torchrun, which would end the others itself when one dies."""
+    port, found = str(free_port()), []
+    for rank in range(size):
+        places = {"WORLD_SIZE": str(size), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        arguments = [each.replace("{rank}", str(rank)) for each in options(job, output, *extra)]
+        found.append(command(["train", *arguments], output.parent / f"errors-{rank}", **places))
+    return found
+
+
+def torchrun(job: Path, output: Path, size: int, *extra: str) -> None:
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+    }
+    runner = ["-m", "torch.distributed.run", "--nproc-per-node", str(size), "--master-port", str(free_port())]
+    line = [sys.executable, *runner, "-m", "gircse.train", *options(job, output, *extra)]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trained 6 steps") == 1
+
+
+def ended(processes: list) -> list[int]:
+    for process in processes:
+        process.join(100)
+    return [process.exitcode for process in processes]
 
 
 def read(output: Path) -> list[dict]:
@@ -182,65 +201,74 @@ def wait_for_lines(output: Path, count: int) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.slow
 def test_torchrun_trains_like_one_process_and_one_goes_on_where_two_stopped(job, tmp_path):
-    runs = {size: start(job, tmp_path / str(size), size)[0] for size in (1, 2)}
-    for process in runs.values():
-        _, errors = process.communicate(timeout=200)
-        assert process.returncode == 0, errors
+    alone = start(job, tmp_path / "1", 1)
+    torchrun(job, tmp_path / "2", 2)
+    assert ended(alone) == [0]
     one, two = read(tmp_path / "1"), read(tmp_path / "2")
     assert [entry["batch"] for entry in one] == [entry["batch"] for entry in two]
     for name in ("losses", "entropy", "grad_norm"):
-        torch.testing.assert_close(
-            torch.tensor([e[name] for e in one]), torch.tensor([e[name] for e in two]), rtol=1e-4, atol=1e-5
-        )
+        close([e[name] for e in one], [e[name] for e in two])
     assert (tmp_path / "2" / "model" / "adapter_model.safetensors").is_file()
-    # another number of processes goes on at the exact row: the checkpoint of step 4, steps 5 and 6 again
-    for folder in (tmp_path / "2" / "checkpoints").iterdir():
-        if folder.name == "step-000006":
-            folder.rename(tmp_path / "away")
-    (process,) = start(job, tmp_path / "2", 1, "--resume")
-    _, errors = process.communicate(timeout=100)
-    assert process.returncode == 0, errors
+    # another number of processes goes on at the exact row: from step 4, steps 5 and 6 again
+    (tmp_path / "2" / "checkpoints" / "step-000006").rename(tmp_path / "away")
+    assert ended(start(job, tmp_path / "2", 1, "--resume")) == [0]
     again = read(tmp_path / "2")
     assert again[:4] == two[:4]
     assert [entry["batch"] for entry in again] == [entry["batch"] for entry in one]
-    torch.testing.assert_close(
-        torch.tensor([e["losses"] for e in again]), torch.tensor([e["losses"] for e in one]), rtol=1e-4, atol=1e-5
-    )
+    close([e["losses"] for e in again], [e["losses"] for e in one])
 
 
-@pytest.mark.slow
+def close(ours: list, theirs: list) -> None:
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=1e-5)
+
+
 def test_a_rank_that_dies_ends_the_job_with_one_message(job, tmp_path):
-    processes = start(job, tmp_path / "run", 3, "--max-steps", "100000", "--rank-timeout", "60", torchrun=False)
+    processes = start(job, tmp_path / "run", 3, "--max-steps", "100000", "--rank-timeout", "60")
     wait_for_lines(tmp_path / "run", 3)
-    processes[1].send_signal(signal.SIGKILL)
+    os.kill(processes[1].pid, signal.SIGKILL)
     killed = time.monotonic()
-    outputs = [process.communicate(timeout=60) for process in processes]
+    codes = ended(processes)
     assert time.monotonic() - killed < 30
-    codes = [process.returncode for process in processes]
     assert codes[1] == -signal.SIGKILL
     assert sorted(codes[::2]) == [1, 2]
-    messages = [line for _, errors in outputs for line in errors.splitlines() if "gircse" in line and "error" in line]
-    assert len(messages) == 1
-    assert "rank 1 of 3 processes died or no longer answers" in messages[0]
-    assert "--resume" in messages[0]
-    assert "Traceback" not in "".join(errors for _, errors in outputs)
+    errors = said(tmp_path)
+    assert errors.count("gircse train: error: ") == 1
+    assert "error: rank 1 of 3 processes died or no longer answers, so rank " in errors
+    assert "start again with --resume" in errors
+    assert "Traceback" not in errors
 
 
-@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_job_with_one_message(job, tmp_path):
+    processes = start(job, tmp_path / "run", 2, "--max-steps", "100000", "--rank-timeout", "8")
+    wait_for_lines(tmp_path / "run", 3)
+    os.kill(processes[1].pid, signal.SIGSTOP)
+    try:
+        assert ended(processes[:1]) == [2]
+    finally:
+        os.kill(processes[1].pid, signal.SIGKILL)
+    errors = said(tmp_path)
+    assert errors.count("gircse train: error: ") == 1
+    assert "error: rank 1 of 2 processes died or no longer answers, so rank 0 ends the job" in errors
+
+
 def test_other_rows_in_one_process_end_the_job_with_one_message(job, tmp_path):
     """Another seed is another order of the rows."""
-    port = str(free_port())
-    processes = []
-    for rank in range(2):
-        (process,) = start(
-            job, tmp_path / "run", 1, "--seed", str(rank),
-            WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
-        )  # fmt: skip
-        processes.append(process)
-    outputs = [process.communicate(timeout=100) for process in processes]
-    assert sorted(process.returncode for process in processes) == [1, 2]
-    errors = "".join(errors for _, errors in outputs)
+    assert sorted(ended(start(job, tmp_path / "run", 2, "--seed", "{rank}"))) == [1, 2]
+    errors = said(tmp_path)
     assert errors.count("step 1: rank 1 of 2 turned out to read other rows than rank 0") == 1
     assert "Traceback" not in errors
+
+
+def test_a_signal_to_one_process_stops_them_all_and_all_end_well(job, tmp_path):
+    processes = start(job, tmp_path / "run", 2, "--max-steps", "100000", "--save-every", "100000")
+    wait_for_lines(tmp_path / "run", 3)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    assert ended(processes) == [0, 0]
+    done = len(read(tmp_path / "run"))
+    assert f"stopped after step {done}, saved in " in said(tmp_path)
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == [f"step-{done:06d}"]
+
+
+def said(folder: Path) -> str:
+    return "".join(path.read_text() for path in folder.glob("errors-*"))

@@ -15,7 +15,7 @@ import peft  # noqa: F401  (what a run imports late)
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-from gircse import checkpoint, train
+from gircse import checkpoint, cli, train
 from gircse.data import Row
 from gircse.train_config import TrainConfig
 
@@ -42,6 +42,26 @@ def settings(base: Path, output: Path, **options: Any) -> TrainConfig:
     return TrainConfig(**{**defaults, **options})
 
 
+def command(argv: list[str], errors: Path, **environment: str) -> Any:
+    """A process that runs `gircse` with these arguments; what it writes to stderr goes into a file."""
+    process = CONTEXT.Process(target=_command, args=(argv, errors, environment))
+    process.start()
+    return process
+
+
+def _command(argv: list[str], errors: Path, environment: dict[str, str]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= environment
+    _errors_to(errors)
+    sys.exit(cli.main(argv))
+
+
+def _errors_to(path: Path) -> None:
+    log = open(path, "a")  # noqa: SIM115 - for as long as the process lives
+    os.dup2(log.fileno(), 2)
+    sys.stderr = log
+
+
 def start(config: TrainConfig, *, die_at: str | None = None, pause: float = 0.0) -> Any:
     """A process that trains; `die_at` names the place in a save where it kills itself, `pause` are seconds a step."""
     process = CONTEXT.Process(target=_run, args=(config, die_at, pause))
@@ -51,9 +71,7 @@ def start(config: TrainConfig, *, die_at: str | None = None, pause: float = 0.0)
 
 def _run(config: TrainConfig, die_at: str | None, pause: float) -> None:
     torch.set_num_threads(1)
-    if sys.stderr is not None:
-        log = open(Path(config.output).parent / "stderr.txt", "a")  # noqa: SIM115 - for as long as the process lives
-        os.dup2(log.fileno(), 2)
+    _errors_to(Path(config.output).parent / "stderr.txt")
     if die_at is not None:
         _die_at(die_at)
     if pause:
