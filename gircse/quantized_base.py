@@ -7,7 +7,7 @@ they are.
 
 from __future__ import annotations
 
-import importlib.util
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ def quantization_config(kind: str, dtype: torch.dtype) -> Any:
     """
     if kind not in KINDS:
         raise ValueError(f"quantization: got {kind!r}, expected one of {', '.join(map(repr, KINDS))}")
-    missing = [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
             f"quantization: got {kind!r}, which needs {' and '.join(missing)}: pip install {' '.join(missing)}"

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import os
 import secrets
@@ -15,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ def _wandb(run: Path, config: dict[str, Any]) -> Any:
     asked = config["wandb"]
     if not asked and not os.environ.get("WANDB_PROJECT"):
         return None
-    if "wandb" not in sys.modules and importlib.util.find_spec("wandb") is None:
+    if "wandb" not in sys.modules and find_spec("wandb") is None:
         if asked:
             raise ModuleNotFoundError("wandb: asked for, but it is not installed: pip install wandb")
         warnings.warn("WANDB_PROJECT is set, but wandb is not installed (pip install wandb): not logged", stacklevel=3)

@@ -366,8 +366,8 @@ def _stopped(run: Path, step: int, ranks: Ranks) -> TrainingStopped:
 def _not_finite(run: Path, what: dict[str, Any]) -> FloatingPointError:
     first = ", ".join(what["rows"][:8]) + (", .." if len(what["rows"]) > 8 else "")
     return FloatingPointError(
-        f"step {what['step']}: the loss is {what['loss']}, the norm of its gradient {what['grad_norm']}; rows {first} "
-        f"of seed {what['seed']}. Nothing of this step was kept: the state before it and the names of its rows are "
+        f"step {what['step']}: the loss is {what['loss']}, the norm of its gradient {what['grad_norm']}; its batch is "
+        f"{first}; seed {what['seed']}. Nothing of this step was kept: the state before it and the names of its rows are "
         f"in {run / 'failed'}, the checkpoints are whole"
     )
 

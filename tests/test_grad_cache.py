@@ -92,7 +92,7 @@ def test_an_unused_pass_changes_nothing():
         _, rows = backward(model.rollout, parts, objective, cached=cached)
         expected = gradients(model)
         assert backward(model.rollout, [*parts, parts[0].unused()], objective, cached=cached)[1] == rows
-        assert torch.equal(gradients(model), expected)
+        assert relative(gradients(model), expected) < 1e-12  # added up in another order
 
 
 def test_only_one_micro_batch_keeps_its_activations():

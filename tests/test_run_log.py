@@ -116,7 +116,7 @@ def test_wandb_is_left_alone_otherwise_and_never_ends_a_run(tmp_path, monkeypatc
 
 def test_wandb_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    monkeypatch.setattr("gircse.run_log.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("gircse.run_log.find_spec", lambda name: None)
     with (
         pytest.raises(ModuleNotFoundError, match="pip install wandb"),
         open_log(tmp_path, {**CONFIG, "wandb": True}, total=4, done=0),

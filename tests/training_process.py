@@ -23,7 +23,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.training_process"])
 
 WORDS = ["red", "blue", "fox", "dog", "tree", "sea"]
-ROWS = [Row("find the echo", f"{a} {b}", (f"{b} {a}",), (f"{a} {a}",)) for a in WORDS for b in WORDS if a != b]
+ROWS = [Row("echo", f"{a} {b}", (f"{b} {a}",)) for a in WORDS for b in WORDS if a != b]
 
 
 def settings(base: Path, output: Path, **options: Any) -> TrainConfig:
@@ -32,11 +32,11 @@ def settings(base: Path, output: Path, **options: Any) -> TrainConfig:
         "output": str(output),
         "batch_size": 4,
         "num_steps": 2,
-        "max_steps": 16,
+        "max_steps": 12,
         "learning_rate": 3e-3,
         "save_every": 2,
         "progress": False,
-        "micro_batch_tokens": 150,  # less than a batch: gradient caching, with dropout
+        "micro_batch_tokens": 130,  # less than a batch: gradient caching, with dropout
         "device": "cpu",
     }
     return TrainConfig(**{**defaults, **options})
