@@ -367,8 +367,8 @@ def _not_finite(run: Path, what: dict[str, Any]) -> FloatingPointError:
     first = ", ".join(what["rows"][:8]) + (", .." if len(what["rows"]) > 8 else "")
     return FloatingPointError(
         f"step {what['step']}: the loss is {what['loss']}, the norm of its gradient {what['grad_norm']}; its batch is "
-        f"{first}; seed {what['seed']}. Nothing of this step was kept: the state before it and the names of its rows are "
-        f"in {run / 'failed'}, the checkpoints are whole"
+        f"{first}; seed {what['seed']}. Nothing of this step was kept: the state before it and the names of its rows "
+        f"are in {run / 'failed'}, the checkpoints are whole"
     )
 
 

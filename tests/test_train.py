@@ -290,7 +290,9 @@ def test_an_infinite_loss_stops_and_keeps_the_checkpoint(base, tmp_path, monkeyp
         return objective(losses, **options) * (float("nan") if len(calls) == 4 else 1)
 
     monkeypatch.setattr(ops, "icr_objective", breaks_at_the_fourth)
-    with pytest.raises(FloatingPointError, match=r"step 4: the loss is nan; its batch is rows:row \d+, rows:row \d+"):
+    with pytest.raises(
+        FloatingPointError, match=r"step 4: the loss is nan, .*; its batch is rows:row \d+, rows:row \d+"
+    ):
         train(config(base, tmp_path), rows=ROWS)
     assert [c.name for c in list_checkpoints(tmp_path / "run")] == ["step-000002"]
 
