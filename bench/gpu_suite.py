@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""One command on a GPU: correctness, every op benchmark, throughput, the generation engine; JSON records, ten minutes.
+"""One command on a GPU: correctness, every op benchmark, throughput, engine, training step; JSON records, ten minutes.
 
     PYTHONPATH=.:kernels python bench/gpu_suite.py --out bench/results
 
@@ -40,6 +40,7 @@ from bench.op_measure import first_line, judge, measure
 from bench.provenance import ROOT, device_name, engine_hash, provenance
 from bench.records import save
 from bench.tables import OPS, REPLAY, table
+from bench.train_cases import SMOKE_TRAIN_CASES, TRAIN_CASES
 
 Matrices = tuple[Tensor, Tensor | None]
 
@@ -214,10 +215,11 @@ def throughput(suite: Suite, options: argparse.Namespace) -> None:
 
 
 def engine(suite: Suite, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """`bench/run.py` once for each case of the generation engine, its figures held against their targets. -> records
-    of all cases that are there at the end."""
+    """`bench/run.py` once for each case of the generation engine and of the training step, its figures held against
+    their targets. -> records of all cases that are there at the end."""
     found = []
-    for case in SMOKE_ENGINE_CASES if options.smoke else ENGINE_CASES:
+    smoke, full = [*SMOKE_ENGINE_CASES, *SMOKE_TRAIN_CASES], [*ENGINE_CASES, *TRAIN_CASES]
+    for case in smoke if options.smoke else full:
         before = suite.finished(case.name)
         if before is not None and before["provenance"].get("engine_sources") != engine_hash():
             (suite.folder / f"{case.name}.json").unlink()  # measured with another engine

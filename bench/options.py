@@ -30,7 +30,7 @@ code 1). The last line on stdout is the record as JSON."""
 _BATCH = "texts in a batch (default 4), with --train queries, with --corpus of official-eval (default 32)"
 _DISTRIBUTION = "of lengths: fixed N (default), lognormal (median N/3) or uniform over 1 to N; padded on the left"
 _PREFIX = f"all texts start with the same P tokens; adds {NO_REUSE} to the default engines"
-_STEPS = "default 0 1 2 5 10, with --corpus 0 20; with --train one, default 5"
+_STEPS = "default 0 1 2 5 10, with --corpus 0 20; with --train default 5"
 _ENGINES = "default: single-pass recompute official-eval cached graph; with --train recompute cached"
 _LATENCY = (
     "runs of one text alone, each engine: default 20, on a CPU 5 and only at the least and the largest K; 0: none"
@@ -84,7 +84,12 @@ def _parser() -> Parser:
     add("--steps", type=int, nargs="+", metavar="K", help=_STEPS)
     add("--engines", nargs="+", metavar="NAME", help=_ENGINES)
     add("--official-waste", action="store_true", help=f"add {OFFICIAL}: with what the reference computes for nothing")
-    add("--checkpointing", action="store_true", help="--train: recompute the prompt pass in backward")
+    add(
+        "--checkpointing",
+        nargs="*",
+        metavar="NAME",
+        help="--train: recompute the prompt pass in backward, in all engines or in these",
+    )
     add("--dtype", choices=DTYPES, help="default: float32 on the CPU, bfloat16 on CUDA")
     add("--device", help="default: cuda if there is one, else cpu")
     add(
@@ -145,9 +150,8 @@ def _check(options: argparse.Namespace) -> PretrainedConfig:
         value = getattr(options, name)
         if value < least:
             raise ValueError(f"--{name}: got {value}, expected at least {least}")
-    least = 1 if options.train else 0
-    if min(options.steps) < least:
-        raise ValueError(f"--steps: got {min(options.steps)}, expected at least {least}")
+    if min(options.steps) < 0:
+        raise ValueError(f"--steps: got {min(options.steps)}, expected at least 0")
     options.steps = sorted(set(options.steps))
     _check_mode(options)
     if options.corpus is not None:
@@ -192,7 +196,7 @@ def _check_given(options: argparse.Namespace) -> None:
         for name in ("prefix_reuse", "latency"):
             if getattr(options, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} does not go with --train")
-    elif options.negatives is not None or options.checkpointing:
+    elif options.negatives is not None or options.checkpointing is not None:
         raise ValueError("--negatives and --checkpointing belong to --train")
 
 
@@ -219,8 +223,6 @@ def _check_prefix(options: argparse.Namespace) -> None:
 
 
 def _check_mode(options: argparse.Namespace) -> None:
-    if options.train and len(options.steps) > 1:
-        raise ValueError(f"--steps: got {len(options.steps)} values, expected one with --train")
     options.negatives = 1 if options.negatives is None else options.negatives
     if options.negatives < 0:
         raise ValueError(f"--negatives: got {options.negatives}, expected at least 0")
@@ -228,6 +230,11 @@ def _check_mode(options: argparse.Namespace) -> None:
 
 def _check_engines(options: argparse.Namespace) -> None:
     options.engines = list(dict.fromkeys(options.engines))
+    if options.checkpointing is not None:
+        options.checkpointing = options.checkpointing or options.engines
+        for name in options.checkpointing:
+            if name not in options.engines:
+                raise ValueError(f"--checkpointing: got {name!r}, expected {', '.join(options.engines)}")
     known = [name for name, engine in ENGINES.items() if engine.trains or not options.train]
     for name in options.engines:
         if name not in known:

@@ -141,9 +141,9 @@ def plot_throughput(record: dict[str, Any], path: Path) -> None:
 
 
 def plot_training(record: dict[str, Any], path: Path) -> None:
-    """Two bar charts, seconds and peak memory of one training step per engine."""
+    """Two bar charts, seconds and peak memory of one training step per engine, at the largest K."""
     plt = pyplot()
-    rows = record["points"]
+    rows = [row for row in record["points"] if row["num_steps"] == max(record["num_steps"])]
     names = [row["engine"] for row in rows]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.4, 1.9 + 0.55 * len(rows)), layout="constrained", sharey=True)
     colors = [_style(name, names)["color"] for name in names]

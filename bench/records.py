@@ -29,9 +29,8 @@ def describe(record: dict[str, Any]) -> tuple[str, str]:
         lengths += f", the first {batch['shared_prefix']} of all the same"
     rows = f"{batch['texts']} texts"
     if record["benchmark"] == "training":
-        rows = (
-            f"{batch['queries']} queries + {batch['texts'] - batch['queries']} passages, K = {record['num_steps'][0]}"
-        )
+        steps = ", ".join(map(str, record["num_steps"]))
+        rows = f"{batch['queries']} queries + {batch['texts'] - batch['queries']} passages, K = {steps}"
     return what, f"{rows}, {lengths}"
 
 

@@ -128,11 +128,11 @@ def _train(options: argparse.Namespace, config: PretrainedConfig) -> dict[str, A
         negatives=options.negatives,
         length=options.length,
         distribution=options.distribution,
-        num_steps=options.steps[0],
+        num_steps=options.steps[-1],
         dtype=options.dtype,
         device=options.device,
         seed=options.seed,
-        checkpointing=options.checkpointing,
+        checkpointing=tuple(options.checkpointing or ()),
     )
     facts = ModelFacts.of(meta_model(config, job.torch_dtype))
     checks = training.check_agreement(job, options.engines)
@@ -140,10 +140,10 @@ def _train(options: argparse.Namespace, config: PretrainedConfig) -> dict[str, A
     if torch.device(job.device).type == "cuda":
         torch.cuda.empty_cache()
     ceilings = measure_ceilings(job.device, job.torch_dtype)
-    more, rows = training.measure(job, facts, ceilings, options.engines, options.repeats)
+    more, rows = training.measure(job, facts, ceilings, options.engines, options.steps, options.repeats)
     settings = _settings(options, config, facts, job.lengths(), [*checks, *more])
     settings["batch"] |= {"queries": job.queries, "negatives": job.negatives}
-    settings["checkpointing"] = job.checkpointing
+    settings["checkpointing"] = list(job.checkpointing)
     return {"benchmark": "training", **settings, "ceilings": vars(ceilings), "points": rows}
 
 

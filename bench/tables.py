@@ -52,6 +52,7 @@ TRAINING = [
     ("over model GiB", _number("peak_extra_bytes", "{:.2f}", 1 / 2**30)),
     ("peak/recompute", _number("peak_ratio_to_recompute", "{:.2f}")),
     *_FLOOR,
+    *_OVER_ZERO,
 ]
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
@@ -25,18 +26,24 @@ def main() -> int:
     setup = json.loads(sys.stdin.readline())
     job, engine = TrainJob(**setup["job"]), setup["engine"]
     device = torch.device(job.device)
-    lm = trainable(job)
+    lm = trainable(job, engine)
     queries, passages = job.batches(lm.embed_weight.shape[0])
     loaded = reset_peak(device)
     print(json.dumps({"loaded_bytes": loaded}), file=answers, flush=True)
 
     losses: list[torch.Tensor] = []
+
+    def one(num_steps: int) -> None:
+        losses.append(step(lm, engine, queries, passages, num_steps))
+
     with ENGINES[engine].attached(lm):
-        for count, _ in enumerate(sys.stdin):
+        for count, line in enumerate(sys.stdin):
+            num_steps = int(line)
             if device.type == "cuda" and count:  # the memory was handed back: fill the allocator again, untimed
-                step(lm, engine, queries, passages, job.num_steps)
+                step(lm, engine, queries, passages, num_steps)
                 lm.model.zero_grad(set_to_none=True)
-            took = seconds(lambda: losses.append(step(lm, engine, queries, passages, job.num_steps)), device)
+            reset_peak(device)
+            took = seconds(partial(one, num_steps), device)
             answer = {"seconds": took, "peak_bytes": peak(device)}
             if count == 0:
                 torch.save(results(lm, losses[0]), setup["results"])

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,9 @@ class TrainJob:
         queries, negatives: B rows of one query, one positive and `negatives` hard negatives.
         length: prompt tokens of every text, or of the longest.
         distribution: of the lengths, one of `bench.batches.DISTRIBUTIONS`.
-        num_steps: K >= 1.
+        num_steps: the largest K.
         dtype: of the frozen base; the LoRA matrices are float32 beside half precision.
-        checkpointing: recompute the prompt pass in backward.
+        checkpointing: engines that recompute the prompt pass in backward.
     """
 
     shape: str | None
@@ -59,7 +59,7 @@ class TrainJob:
     dtype: str
     device: str
     seed: int
-    checkpointing: bool = False
+    checkpointing: tuple[str, ...] = ()
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -79,9 +79,10 @@ class TrainJob:
         )
 
 
-def trainable(job: TrainJob) -> CausalLM:
-    """The model with LoRA on it as in training, but no dropout (it differs between engines by construction) and a small
-    random B as after some training (with B = 0, as it starts, A has no gradient to compare)."""
+def trainable(job: TrainJob, engine: str | None = None) -> CausalLM:
+    """The model, for an engine, with LoRA on it as in training, but no dropout (it differs between engines by
+    construction) and a small random B as after some training (with B = 0, as it starts, A has no gradient to compare).
+    """
     from peft import LoraConfig, get_peft_model
 
     if job.model is not None:
@@ -107,7 +108,7 @@ def trainable(job: TrainJob) -> CausalLM:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)
     lm = CausalLM.from_model(adapted.get_base_model())
-    if job.checkpointing:
+    if engine in job.checkpointing:
         lm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     lm.model.train()
     return lm
@@ -178,12 +179,12 @@ class Worker:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.loaded = self._tell(setup)
 
-    def step(self) -> dict[str, Any]:
+    def step(self, num_steps: int) -> dict[str, Any]:
         """-> {"seconds", "peak_bytes"}."""
-        return self._tell("step")
+        return self._tell(str(num_steps))
 
     def results(self) -> dict[str, Tensor]:
-        """Losses and gradients of its first step."""
+        """Losses and gradients of its first step, the job's largest K."""
         return torch.load(self.results_file, weights_only=True)
 
     def close(self) -> None:
@@ -218,15 +219,16 @@ def workers(job: TrainJob, engines: list[str]) -> Iterator[list[Worker]]:
 
 
 def measure(
-    job: TrainJob, facts: ModelFacts, ceilings: Ceilings, engines: list[str], repeats: int
+    job: TrainJob, facts: ModelFacts, ceilings: Ceilings, engines: list[str], steps: list[int], repeats: int
 ) -> tuple[list[Difference], list[dict[str, Any]]]:
-    """-> differences on the timed batch (with the reference among the engines), and one JSON object per engine."""
+    """-> differences on the timed batch (with the reference among the engines), one JSON object per engine and K."""
+    total = len(engines) * (1 + len(steps) * repeats)
     with (
         workers(job, engines) as found,
-        tqdm(total=len(engines) * (repeats + 1), desc="bench", unit="step", disable=None, leave=False) as progress,
+        tqdm(total=total, desc="bench", unit="step", disable=None, leave=False) as progress,
     ):
         for worker in found:
-            worker.step()  # warm-up, and the results
+            worker.step(job.num_steps)  # warm-up, and the results
             progress.update()
         differences = []
         if REFERENCE in engines:
@@ -237,13 +239,19 @@ def measure(
                     theirs = worker.results()
                     differences.append(training_difference(worker.engine, what, theirs, expected, job.torch_dtype))
                     differences[-1].check(REFERENCE)
-        answers: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
+        answers: dict[int, dict[str, list[dict[str, Any]]]] = {k: {name: [] for name in engines} for k in steps}
         for _ in range(repeats):
-            for worker in found:
-                answers[worker.engine].append(worker.step())
-                progress.update()
+            for k in steps:
+                for worker in found:
+                    answers[k][worker.engine].append(worker.step(k))
+                    progress.update()
         loaded = {worker.engine: worker.loaded for worker in found}
-    return differences, _rows(job, facts, ceilings, answers, loaded)
+    rows = [row for k in steps for row in _rows(replace(job, num_steps=k), facts, ceilings, answers[k], loaded)]
+    for row in rows if steps[0] == 0 else ():
+        zero = next(other for other in rows if other["engine"] == row["engine"])
+        row["time_over_zero"] = row["seconds"] / zero["seconds"]
+        row["floor_over_zero"] = row["floor_seconds"] / zero["floor_seconds"]
+    return differences, rows
 
 
 def _rows(

@@ -1,26 +1,31 @@
 """Checkpoints of a training run: a loadable GIRCSE folder plus what the loop needs to go on bitwise.
 
     RUN/checkpoints/step-000100/    adapter, tokenizer, gircse_config.json (GIRCSE.from_pretrained reads it)
-                                    training_state.pt: step, optimizer, scheduler, random states
+                                    training_state.pt: step, optimizer, scheduler
+    RUN/failed/step-000123/         the same state before a step that went wrong, and what its batch was
 
-A checkpoint is written aside, synced, and renamed into place, so a folder named step-* is always whole.
+A checkpoint is written aside, synced, and renamed into place, and renamed away before it is deleted, so a folder named
+step-* is always whole. The step is the position in the data (batches are a function of it), and every step seeds its
+own random numbers (`gircse.distributed.step_seed`): there is no generator whose state would have to be kept.
 """
 
 from __future__ import annotations
 
-import random
+import errno
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gircse.atomic import new_folder
+from gircse.atomic import new_folder, remove_folder
 
 if TYPE_CHECKING:
     from gircse.model import GIRCSE
 
 STATE_NAME = "training_state.pt"
+_SPARE_BYTES = 16 << 20  # tokenizer, configs, the file system's own
 
 
 def save_checkpoint(
@@ -32,20 +37,31 @@ def save_checkpoint(
     *,
     keep: int,
 ) -> Path:
-    """Saves the state after `step` steps, then drops all but the newest `keep` checkpoints."""
+    """Saves the state after `step` steps, then drops all but the newest `keep` checkpoints.
+
+    Raises:
+        OSError: it could not be written whole (no space left, ..); the earlier checkpoints are untouched.
+    """
     folder = checkpoint_folder(run) / f"step-{step:06d}"
-    state = {
-        "step": step,
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
-        "rng": _random_states(),
-    }
     if not folder.exists():
-        with new_folder(folder) as partial:
-            model.save_pretrained(partial)
-            torch.save(state, partial / STATE_NAME)
+        _write(folder, step, model, optimizer, scheduler)
     for old in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+        remove_folder(old)
+    return folder
+
+
+def save_failure(
+    run: Path,
+    step: int,
+    model: GIRCSE,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    batch: dict[str, Any],
+) -> Path:
+    """Saves the state before the failed step `step` (from 1) and `batch`, as JSON, beside the checkpoints."""
+    folder = run / "failed" / f"step-{step:06d}"
+    if not folder.exists():
+        _write(folder, step - 1, model, optimizer, scheduler, batch)
     return folder
 
 
@@ -55,7 +71,7 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
 ) -> int:
-    """Puts adapter, optimizer, scheduler and random states back; returns the number of steps done.
+    """Puts adapter, optimizer and scheduler back; returns the number of steps done.
 
     Raises:
         ValueError: the checkpoint is damaged or belongs to another model.
@@ -69,7 +85,6 @@ def load_checkpoint(
         result: Any = set_peft_model_state_dict(model.base, weights)
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
-        _restore_random_states(state["rng"])
         step = state["step"]
     except Exception as error:  # whatever a damaged file provokes: unpickling, zip, header and shape errors
         raise ValueError(f"checkpoint {folder} cannot be read: {type(error).__name__}: {error}") from error
@@ -87,17 +102,36 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(checkpoint_folder(run).glob("step-[0-9]*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def _random_states() -> dict[str, Any]:
-    version, numbers, gauss = random.getstate()
-    states = {"torch": torch.get_rng_state(), "python": [version, list(numbers), gauss]}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state_all()
-    return states
+def _write(
+    folder: Path,
+    step: int,
+    model: GIRCSE,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    batch: dict[str, Any] | None = None,
+) -> None:
+    state = {"step": step, "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(folder.parent, model, optimizer)
+        with new_folder(folder) as partial:
+            model.save_pretrained(partial)
+            torch.save(state, partial / STATE_NAME)
+            if batch is not None:
+                (partial / "batch.json").write_text(json.dumps(batch, indent=2) + "\n", encoding="utf-8")
+    except Exception as error:  # OSError, and what PyTorch's and safetensors' writers raise in its place
+        number = error.errno if isinstance(error, OSError) else None
+        kept = ", ".join(path.name for path in list_checkpoints(folder.parents[1])) or "none yet"
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        text = f"{folder} could not be written: {reason}; checkpoints that are whole: {kept}"
+        raise OSError(number or errno.EIO, text) from error
 
 
-def _restore_random_states(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    version, numbers, gauss = states["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+def _check_space(folder: Path, model: GIRCSE, optimizer: torch.optim.Optimizer) -> None:
+    """Before anything is written: adapter and optimizer state must fit."""
+    tensors: list[torch.Tensor] = [p for p in model.parameters() if p.requires_grad]
+    tensors += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    needed = sum(t.numel() * t.element_size() for t in tensors) + _SPARE_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"no space left: {needed / 2**20:,.0f} MiB needed, {free / 2**20:,.0f} MiB free")

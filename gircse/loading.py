@@ -29,8 +29,12 @@ def load_pretrained(
     device: str | torch.device | None,
     attn_implementation: str | None,
     trust_remote_code: bool,
+    quantization: str | None = None,
 ) -> tuple[Any, PreTrainedTokenizerBase, GircseConfig]:
-    """See `GIRCSE.from_pretrained`: -> base (with the adapter on it), tokenizer, config."""
+    """See `GIRCSE.from_pretrained`: -> base (with the adapter on it), tokenizer, config.
+
+    quantization: see `gircse.quantized_base`.
+    """
     if attn_implementation not in (None, ATTENTION_NAME):
         raise ValueError(
             f"attn_implementation: got {attn_implementation!r}, expected None or {ATTENTION_NAME!r}: the rollout keeps "
@@ -42,10 +46,16 @@ def load_pretrained(
     _check_exists("adapter", adapter)
     _check_exists("name_or_path", base_name)
 
-    base: Any = AutoModelForCausalLM.from_pretrained(
-        str(base_name), dtype=dtype, trust_remote_code=trust_remote_code, low_cpu_mem_usage=True
-    )
-    base = base.to(device)
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "low_cpu_mem_usage": True}
+    if quantization is not None:
+        from gircse.quantized_base import quantization_config
+
+        compute = torch.bfloat16 if isinstance(dtype, str) else dtype
+        # quantised weights are made on their device, and cannot be moved there
+        options |= {"quantization_config": quantization_config(quantization, compute), "device_map": {"": device}}
+    base: Any = AutoModelForCausalLM.from_pretrained(str(base_name), **options)
+    if quantization is None:
+        base = base.to(device)
     if adapter is not None:
         base = _with_adapter(base, adapter)
     config = (adapter is not None and GircseConfig.load(adapter)) or GircseConfig.load(base_name) or GircseConfig()

@@ -17,7 +17,7 @@ from gircse.config import GircseConfig
 from gircse.engine import Engine, EngineConfig
 from gircse.merging import MergedAdapter
 from gircse.ops.pooling import pool_steps
-from gircse.rollout import rollout
+from gircse.rollout import RolloutObserver, rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -133,13 +133,21 @@ class GIRCSE(nn.Module):
         """The same as `rollout`."""
         return self.rollout(input_ids, attention_mask, num_steps)
 
-    def rollout(self, input_ids: Tensor, attention_mask: Tensor, num_steps: int | None = None) -> Tensor:
+    def rollout(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        num_steps: int | None = None,
+        *,
+        observer: RolloutObserver | None = None,
+    ) -> Tensor:
         """The generated hidden states g_1..g_K, differentiable; the prompt is encoded once.
 
         Args:
             input_ids: [B, N] integer token ids, padded on either side.
             attention_mask: [B, N], nonzero at real tokens; every row has at least one.
             num_steps: K; default: the config's.
+            observer: see `gircse.rollout.rollout`.
 
         Returns:
             [B, K, D] in the model's dtype. With K = 0, the encoder-only baseline: [B, 1, D], the prompt's last state,
@@ -157,6 +165,7 @@ class GIRCSE(nn.Module):
             attention_mask.to(self.device),
             steps,
             temperature=self.config.temperature,
+            observer=observer,
         )
         return states.steps if steps else states.prompt[:, None]
 

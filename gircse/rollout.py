@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,24 @@ class Rollout(NamedTuple):
     steps: Tensor
 
 
+class RolloutObserver(Protocol):
+    """Whoever wants to know how a rollout goes (`gircse.step_monitor`)."""
+
+    def enter(self, phase: str) -> None:
+        """Called where the "prompt" pass and the "steps" begin, in forward and again in backward."""
+
+    def soft_token(self, step: int, entropy: Tensor) -> None:
+        """The entropies [B] of the soft tokens of step 0..K-1, in nats, without gradient."""
+
+
 def rollout(
-    lm: CausalLM, input_ids: Tensor, attention_mask: Tensor, num_steps: int, *, temperature: float | Tensor = 1.0
+    lm: CausalLM,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    num_steps: int,
+    *,
+    temperature: float | Tensor = 1.0,
+    observer: RolloutObserver | None = None,
 ) -> Rollout:
     """Encodes the prompts and generates `num_steps` soft tokens for each.
 
@@ -41,22 +57,42 @@ def rollout(
         attention_mask: [B, N], nonzero at real tokens; every row has at least one.
         num_steps: K >= 0.
         temperature: logit temperature T of the soft tokens, a float or a tensor that broadcasts to [B].
+        observer: is told when the phases begin and how certain the soft tokens are; changes no result.
 
     Differentiable in every parameter of the model. With activation checkpointing switched on in the model
     (`gradient_checkpointing_enable`, non-reentrant) the prompt pass is checkpointed, the K short steps are not.
     """
+    if observer is not None:
+        observer.enter("prompt")
     input_ids, lengths = _pad_right(input_ids, attention_mask)
     kv = RolloutKV(lengths)
     states = lm.run_prompt(kv, input_ids)
     prompt = hidden = states[torch.arange(len(lengths), device=lengths.device), lengths - 1]
     steps = []
+    if observer is not None:
+        observer.enter("steps")
     with _no_checkpointing(lm.body):
         for t in range(num_steps):
-            hidden = lm.run_step(kv, t, lm.soft_embed(hidden, temperature=temperature))
+            if observer is None:
+                token = lm.soft_embed(hidden, temperature=temperature)
+            else:
+                token, stats = lm.soft_embed(hidden, temperature=temperature, return_stats=True)
+                observer.soft_token(t, stats.entropy.detach())
+            hidden = lm.run_step(kv, t, token)
             steps.append(hidden)
-    return Rollout(
+    result = Rollout(
         prompt, torch.stack(steps, dim=1) if steps else prompt.new_empty(prompt.shape[0], 0, prompt.shape[1])
     )
+    if observer is not None:
+        _observe_backward(result, observer)
+    return result
+
+
+def _observe_backward(states: Rollout, observer: RolloutObserver) -> None:
+    """Backward goes through the steps first, then through the prompt pass; a hook on a tensor runs in between."""
+    for phase, tensor in (("steps", states.steps), ("prompt", states.prompt)):
+        if tensor.requires_grad:
+            tensor.register_hook(lambda _, phase=phase: observer.enter(phase))
 
 
 def _pad_right(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:

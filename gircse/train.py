@@ -1,38 +1,46 @@
 """Training: one loop that reads from top to bottom.
 
     python -m gircse train --model BASE --data rows.jsonl --output runs/mine
+    torchrun --nproc-per-node 8 -m gircse.train --model BASE --data rows.jsonl --output runs/mine
 
 Every step: a batch of rows -> tokens -> rollout of queries and of candidates -> K contrastive losses -> ICR objective
--> LoRA update. A run folder holds `train_config.json`, `train_log.jsonl` (one line a step), `checkpoints/`, and at the
-end `model/`, which `GIRCSE.from_pretrained` loads.
+-> LoRA update. A batch that is too large for the memory goes through in micro-batches (`gircse.grad_cache`), of several
+processes each has a share of it (`gircse.distributed`); neither changes what is computed. A run folder holds
+`train_config.json`, `train_data.json`, `train_log.jsonl` (one line a step), `checkpoints/`, and at the end `model/`,
+which `GIRCSE.from_pretrained` loads.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from gircse import ops
-from gircse.atomic import new_file
-from gircse.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from gircse.data import BatchSampler, Row, format_row, load_rows
-from gircse.encode import pad, tokenize
+from gircse.atomic import new_file, remove_leftovers
+from gircse.batches import Example, TrainingData, false_negatives
+from gircse.checkpoint import checkpoint_folder, list_checkpoints, load_checkpoint, save_checkpoint, save_failure
+from gircse.data import Row
+from gircse.distributed import Ranks, digest_of, digest_of_rows, join_ranks, step_seed
+from gircse.encode import tokenize
+from gircse.grad_cache import MicroBatch, backward, micro_batches, positions
 from gircse.loading import load_pretrained
 from gircse.model import GIRCSE
+from gircse.run_log import LOG_NAME, open_log, start_log
+from gircse.signals import TrainingStopped, stop_on_signals
+from gircse.step_monitor import StepMonitor
+from gircse.token_budget import probe_budget
 from gircse.train_config import LORA_TARGETS, TrainConfig
 
 CONFIG_NAME = "train_config.json"
-LOG_NAME = "train_log.jsonl"
+DATA_NAME = "train_data.json"
 Evaluation = Callable[[GIRCSE], dict[str, Any]]
 
 
@@ -52,110 +60,142 @@ def train(
     model: GIRCSE | None = None,
     evaluate: Evaluation | None = None,
 ) -> TrainResult:
-    """Trains LoRA adapters with the ICR objective.
+    """Trains LoRA adapters with the ICR objective; in every process of a torchrun job alike.
 
     Args:
         config: the settings.
         rows: training rows; default: read from `config.data`. All of it is checked before anything starts.
         model: a model to train, its base in memory, without an adapter; default: `config.model` is loaded.
-        evaluate: called every `config.eval_every` steps and at the end; what it returns goes into the log.
+        evaluate: called every `config.eval_every` steps and at the end, in every process; what it returns in the first
+            goes into the log.
 
     Raises:
         DataError: bad rows, each with file, line and reason.
         FileExistsError: the run folder holds a run and `config.resume` is off.
         FileNotFoundError: there is nothing to resume.
-        FloatingPointError: the loss is NaN or infinite; the last checkpoint stays.
+        FloatingPointError: the loss or its gradient is NaN or infinite; the state is saved beside the checkpoints.
+        OSError: a checkpoint could not be written; the earlier ones are whole.
+        TrainingStopped: SIGTERM or SIGINT came; the run is saved (a SystemExit with code 0).
+        RankLost, RanksDisagree: another process died, or does something else.
         ValueError: settings that contradict the data or the run to be resumed.
     """
     run = Path(config.output)
-    _check_run_folder(run, config)
-    rows = list(rows) if rows is not None else [row for source in config.data for row in load_rows(source)]
-    if not rows:
-        raise ValueError("data: got no training rows, expected at least one file or data set")
-    if len(rows) < config.batch_size:
-        raise ValueError(f"batch_size: got {config.batch_size}, expected at most the number of rows, {len(rows)}")
-    sampler = BatchSampler(len(rows), config.batch_size, seed=config.seed)
-    total_steps = config.max_steps or len(rows) // config.batch_size
+    with join_ranks(config.device, timeout=config.rank_timeout) as ranks, stop_on_signals() as stop:
+        if ranks.first:
+            _check_run_folder(run, config)
+        if config.fsdp and evaluate is not None:
+            raise ValueError("fsdp: got an evaluation during the run as well; evaluate the saved model instead")
+        data = TrainingData.open(config, rows=rows)
+        if ranks.first and config.resume and (run / DATA_NAME).exists():
+            data.check_continues(run / DATA_NAME)
+        ranks.share(config.batch_size)  # enough rows for every process?
+        total_steps = config.max_steps or data.steps_per_epoch
 
-    torch.manual_seed(config.seed)
-    model = trainable_model(config, model)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    scheduler = linear_schedule(optimizer, total_steps, config.warmup_ratio)
+        torch.manual_seed(config.seed)
+        model = trainable_model(config, model, ranks=ranks)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        scheduler = linear_schedule(optimizer, total_steps, config.warmup_ratio)
+        done = 0
+        if config.resume and (found := list_checkpoints(run)):
+            done = load_checkpoint(found[-1], model, optimizer, scheduler)
+        model.train()
+        config = replace(config, micro_batch_tokens=_budget(run, config, model, ranks))
 
-    done, log = 0, []
-    if config.resume:
-        done = load_checkpoint(list_checkpoints(run)[-1], model, optimizer, scheduler)
-        log = _read_log(run, up_to=done)
-    run.mkdir(parents=True, exist_ok=True)
-    _write(run / CONFIG_NAME, config.to_json())
-    _write(run / LOG_NAME, "".join(json.dumps(entry) + "\n" for entry in log))
+        log: list[dict[str, Any]] = []
+        if ranks.first:
+            _write(run / CONFIG_NAME, config.to_json())
+            _write(run / DATA_NAME, data.to_json())
+            log = start_log(run, up_to=done)
+            for folder in (run, checkpoint_folder(run)):
+                remove_leftovers(folder)
+        monitor = StepMonitor(ranks.device)
+        weights = digest_of(parameters) if ranks.group else 0
+        with open_log(run if ranks.first else None, asdict(config), total=total_steps, done=done) as record:
+            for step in range(done, total_steps):
+                monitor.start()
+                examples = data.batch(step)
+                names = [example.id for example in examples]
+                position = digest_of_rows([data.fingerprint, *names])
+                if ranks.same(step + 1, rows=position, weights=weights, stop=stop.requested):
+                    record.sync()
+                    if ranks.first:
+                        save_checkpoint(run, step, model, optimizer, scheduler, keep=config.keep_checkpoints)
+                    raise _stopped(run, step, ranks)
+                num_steps = config.steps_at(step)
+                batch = collate(model, examples, config, share=ranks.share(len(examples)))
 
-    model.train()
-    with _outputs(run, total_steps, done, config.progress) as (write, progress):
-        for step in range(done, total_steps):
-            started = time.perf_counter()
-            queries, passages, target = collate(model, rows, sampler, step, config)
-            losses = ops.stepwise_info_nce(
-                model.rollout(*queries),
-                model.rollout(*passages),
-                target.to(model.device),
-                temperature=config.contrastive_temperature,
-                pooling=config.pooling,
-            )
-            counted = losses if config.stepwise else losses[-1:]
-            loss = ops.icr_objective(counted, reg_weight=config.reg_weight, reduction=config.reduction)
-            if not math.isfinite(loss.item()):
-                raise FloatingPointError(
-                    f"step {step + 1}: the loss is {loss.item()}; batch rows {list(sampler.batch(step))[:8]}.. of seed "
-                    f"{config.seed}. Nothing of this step was kept; the last checkpoint is whole"
+                torch.manual_seed(step_seed(config.seed, step, ranks.rank))
+                loss, losses, parts = contrastive_backward(
+                    model, batch, config, num_steps=num_steps, ranks=ranks, monitor=monitor
                 )
-            loss.backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-            learning_rate = scheduler.get_last_lr()[0]
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad(set_to_none=True)
+                monitor.enter("update")
+                weights = ranks.sum_gradients(parameters)
+                grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+                if not (math.isfinite(loss.item()) and math.isfinite(grad_norm.item())):
+                    what = {"step": step + 1, "loss": str(loss.item()), "losses": list(map(str, losses.tolist()))}
+                    what |= {"grad_norm": str(grad_norm.item()), "seed": config.seed, "rows": names}
+                    if ranks.first:
+                        save_failure(run, step + 1, model, optimizer, scheduler, what)
+                    ranks.wait()
+                    raise _not_finite(run, what)
+                learning_rate = scheduler.get_last_lr()[0]
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad(set_to_none=True)
 
-            seconds = time.perf_counter() - started
-            tokens = int(queries[1].sum() + passages[1].sum())
-            entry: dict[str, Any] = {
-                "step": step + 1,
-                "loss": loss.item(),
-                "losses": losses.tolist(),
-                "grad_norm": grad_norm.item(),
-                "learning_rate": learning_rate,
-                "tokens_per_second": tokens / seconds,
-                "seconds": seconds,
-            }
-            last = step + 1 == total_steps
-            if evaluate is not None and (last or (config.eval_every and (step + 1) % config.eval_every == 0)):
-                entry["evaluation"] = evaluate(model)
-                model.train()
-            log.append(entry)
-            write(entry)
-            progress.set_postfix(loss=f"{entry['loss']:.3f}", L1=f"{losses[0]:.3f}", LK=f"{losses[-1]:.3f}")
-            progress.update()
-            if last or (step + 1) % config.save_every == 0:
-                save_checkpoint(run, step + 1, model, optimizer, scheduler, keep=config.keep_checkpoints)
+                seconds = monitor.seconds()
+                whole = sum(seconds.values())
+                measured = ranks.gather([batch.tokens, batch.texts, monitor.peak_bytes(), parts, *monitor.entropies()])
+                tokens, texts, peaks, counts, *entropies = map(list, zip(*measured, strict=True))
+                entry: dict[str, Any] = {
+                    "step": step + 1,
+                    "loss": loss.item(),
+                    "losses": losses.tolist(),
+                    "entropy": [sum(map(float.__mul__, each, texts)) / sum(texts) for each in entropies],
+                    "grad_norm": grad_norm.item(),
+                    "learning_rate": learning_rate,
+                    "tokens_per_second": sum(tokens) / whole,
+                    "seconds": whole,
+                    "time": {phase: value / whole for phase, value in seconds.items()},
+                    "peak_bytes": int(max(peaks)),
+                    "micro_batches": int(max(counts)),
+                    "batch": f"{position:016x}",
+                }
+                last = step + 1 == total_steps
+                if evaluate is not None and (last or (config.eval_every and (step + 1) % config.eval_every == 0)):
+                    entry["evaluation"] = evaluate(model)
+                    model.train()
+                log.append(entry)
+                record.write(entry)
+                if ranks.first and (last or (step + 1) % config.save_every == 0):
+                    record.sync()
+                    save_checkpoint(run, step + 1, model, optimizer, scheduler, keep=config.keep_checkpoints)
 
-    model.eval()
-    model.save_pretrained(run / "model")
+        model.eval()
+        if ranks.first:
+            model.save_pretrained(run / "model")
+        ranks.wait()
     return TrainResult(model, log, run / "model")
 
 
-def trainable_model(config: TrainConfig, model: GIRCSE | None = None) -> GIRCSE:
-    """The base of `config.model` (or of `model`), frozen, with fresh LoRA adapters in float32 on it."""
+def trainable_model(config: TrainConfig, model: GIRCSE | None = None, *, ranks: Ranks | None = None) -> GIRCSE:
+    """The base of `config.model` (or of `model`), frozen, with fresh LoRA adapters in float32 on it; its layers shared
+    out over the processes where `config.fsdp` asks for that."""
     from peft import LoraConfig, get_peft_model
 
+    ranks = ranks or Ranks(torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu")))
     if model is None:
+        if not ranks.first:
+            _quiet()
         base, tokenizer, _ = load_pretrained(
             config.model,
             adapter=None,
             dtype=config.dtype,
-            device=config.device,
+            device="cpu" if config.fsdp else ranks.device,
             attn_implementation=None,
             trust_remote_code=False,
+            quantization=config.quantization,
         )
     else:
         base, tokenizer = model.base, model.tokenizer
@@ -173,6 +213,10 @@ def trainable_model(config: TrainConfig, model: GIRCSE | None = None) -> GIRCSE:
     adapted = GIRCSE(get_peft_model(base, lora), tokenizer, config.gircse_config())
     if config.gradient_checkpointing:
         adapted.gradient_checkpointing_enable()
+    if config.fsdp:
+        from gircse.sharding import shard_layers
+
+        shard_layers(adapted, ranks)
     return adapted
 
 
@@ -189,30 +233,97 @@ def lora_targets(base: torch.nn.Module, wanted: Sequence[str] = LORA_TARGETS) ->
     return targets or "all-linear"
 
 
-def collate(
-    model: GIRCSE, rows: Sequence[Row], sampler: BatchSampler, step: int, config: TrainConfig
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
-    """The batch of a step: (query ids, mask), (passage ids, mask), target.
+class Batch(NamedTuple):
+    """This process's share of a step's rows, as tokens.
 
-    The passages are [pos_0, negatives of 0.., pos_1, ..]; target [B] points at each row's positive, so rows may have
-    different numbers of negatives. Which of several positives and negatives is used is a function of seed and step.
+    Attributes:
+        queries: token ids of its B queries.
+        passages: of its candidates, [pos_0, negatives of 0.., pos_1, ..].
+        target: [B] int64, each row's positive among `passages`; rows may have different numbers of negatives.
+        mask: [B, candidates of all processes] bool or None; True: does not count for that row.
     """
-    queries: list[str] = []
-    passages: list[str] = []
-    target: list[int] = []
-    for index in sampler.batch(step):
-        row = rows[index]
-        choice = sampler.positive(step, index, len(row.positives))
-        query, positive, negatives = format_row(row, positive=choice, template=model.config.prompt_template)
-        wanted = len(negatives) if config.max_negatives is None else config.max_negatives
-        queries.append(query)
-        target.append(len(passages))
-        passages += [positive, *(negatives[i] for i in sampler.negatives(step, index, len(negatives), wanted))]
-    return (
-        _tokens(model, queries, config.query_max_length),
-        _tokens(model, passages, config.passage_max_length),
-        torch.tensor(target),
+
+    queries: list[list[int]]
+    passages: list[list[int]]
+    target: Tensor
+    mask: Tensor | None
+
+    @property
+    def texts(self) -> int:
+        return len(self.queries) + len(self.passages)
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, [*self.queries, *self.passages]))
+
+
+def collate(model: GIRCSE, examples: Sequence[Example], config: TrainConfig, *, share: slice | None = None) -> Batch:
+    """The rows `share` (default: all) of a step's `examples`."""
+    own = examples[share] if share is not None else examples
+    passages = [[example.positive, *example.negatives] for example in own]
+    counts = torch.tensor([len(texts) for texts in passages])
+    mask = false_negatives(examples) if config.filter_false_negatives else None
+    tokens = partial(tokenize, model, instruction=None, num_steps=config.max_num_steps)
+    return Batch(
+        tokens([example.query for example in own], max_length=config.query_max_length),
+        tokens([text for texts in passages for text in texts], max_length=config.passage_max_length),
+        counts.cumsum(0) - counts,
+        mask if mask is None or share is None else mask[share],
     )
+
+
+def contrastive_backward(
+    model: GIRCSE,
+    batch: Batch,
+    config: TrainConfig,
+    *,
+    num_steps: int,
+    ranks: Ranks | None = None,
+    monitor: StepMonitor | None = None,
+) -> tuple[Tensor, Tensor, int]:
+    """Rollouts, contrastive losses, objective, backward: gradients of this process's share are left in `.grad`.
+
+    At once where the share fits `config.micro_batch_tokens` (None: always), else by gradient caching.
+
+    Returns:
+        The loss and its parts L_1..L_K, of the batch of all processes; the number of passes it took.
+    """
+    ranks = ranks or Ranks(model.device)
+    ids, pad_id = [*batch.queries, *batch.passages], model.tokenizer.pad_token_id
+    split = len(batch.queries)
+    parts = [MicroBatch.of(rows, ids, pad_id=pad_id) for rows in (range(split), range(split, len(ids)))]
+    budget = config.micro_batch_tokens
+    cached = budget is not None and positions(parts, num_steps) > budget
+    if config.fsdp:  # whose layers are gathered by all processes together: they must make the same passes
+        cached = bool(ranks.most(cached))
+    if cached and budget is not None:
+        parts = micro_batches(ids, budget, num_steps=num_steps, pad_id=pad_id)
+    if config.fsdp:
+        parts += [parts[-1].unused()] * (int(ranks.most(len(parts))) - len(parts))
+
+    def objective(states: Tensor) -> tuple[Tensor, Tensor]:
+        if monitor is not None:
+            monitor.enter("loss")
+        losses = ops.stepwise_info_nce(
+            states[:split],
+            states[split:],
+            batch.target.to(states.device),
+            temperature=config.contrastive_temperature,
+            pooling=config.pooling,
+            mask=None if batch.mask is None else batch.mask.to(states.device),
+            include_queries=config.include_queries,
+            symmetric=config.symmetric,
+            group=ranks.group,
+        )
+        counted = losses if config.stepwise else losses[-1:]
+        loss = ops.icr_objective(
+            counted, reg_weight=config.reg_weight, reduction=config.reduction, detach_previous=config.detach_previous
+        )
+        return loss, losses.detach()
+
+    embed = partial(model.rollout, num_steps=num_steps, observer=monitor)
+    loss, losses = backward(embed, parts, objective, cached=cached)
+    return loss, losses, len(parts)
 
 
 def linear_schedule(
@@ -224,61 +335,55 @@ def linear_schedule(
     return get_linear_schedule_with_warmup(optimizer, math.ceil(warmup_ratio * total_steps), total_steps)
 
 
-def _tokens(model: GIRCSE, prompts: list[str], max_length: int) -> tuple[Tensor, Tensor]:
-    ids = tokenize(model, prompts, instruction=None, max_length=max_length, num_steps=model.num_steps)
-    return pad(ids, pad_id=model.tokenizer.pad_token_id)
-
-
 def _check_run_folder(run: Path, config: TrainConfig) -> None:
     if config.resume:
-        if not (run / CONFIG_NAME).is_file() or not list_checkpoints(run):
-            raise FileNotFoundError(f"resume: {run} holds no checkpoint to go on from")
+        if not (run / CONFIG_NAME).is_file():
+            raise FileNotFoundError(f"resume: {run} holds no run, and so no checkpoint to go on from")
         config.check_continues(TrainConfig.from_json(run / CONFIG_NAME))
     elif (run / LOG_NAME).exists():
         raise FileExistsError(f"output: {run} holds a run already; resume it, or name another folder")
 
 
-def _read_log(run: Path, up_to: int) -> list[dict[str, Any]]:
-    """The entries of the steps a checkpoint includes; what an interrupted run logged after it is dropped."""
-    entries = []
-    for line in (run / LOG_NAME).read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:  # the line a kill cut short
-            break
-        if entry["step"] <= up_to:
-            entries.append(entry)
-    return entries
+def _budget(run: Path, config: TrainConfig, model: GIRCSE, ranks: Ranks) -> int:
+    """`micro_batch_tokens` of the config, of the run that is resumed, or what a probe finds; the least of all
+    processes."""
+    found = config.micro_batch_tokens
+    if found is None and config.resume:
+        found = TrainConfig.from_json(run / CONFIG_NAME).micro_batch_tokens
+    if found is None:
+        length = max(config.query_max_length, config.passage_max_length)
+        found = probe_budget(model, num_steps=config.max_num_steps, length=length, sharded=config.fsdp)
+    return -int(ranks.most(-found))
+
+
+def _stopped(run: Path, step: int, ranks: Ranks) -> TrainingStopped:
+    stopped = TrainingStopped(step, checkpoint_folder(run) / f"step-{step:06d}")
+    if ranks.first:
+        print(f"{stopped}; go on with the same command and --resume", file=sys.stderr, flush=True)
+    return stopped
+
+
+def _not_finite(run: Path, what: dict[str, Any]) -> FloatingPointError:
+    first = ", ".join(what["rows"][:8]) + (", .." if len(what["rows"]) > 8 else "")
+    return FloatingPointError(
+        f"step {what['step']}: the loss is {what['loss']}, the norm of its gradient {what['grad_norm']}; its batch is "
+        f"{first}; seed {what['seed']}. Nothing of this step was kept: the state before it and the names of its rows "
+        f"are in {run / 'failed'}, the checkpoints are whole"
+    )
 
 
 def _write(path: Path, text: str) -> None:
-    with new_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    with new_file(path) as partial_file:
+        partial_file.write_text(text, encoding="utf-8")
 
 
-@contextmanager
-def _outputs(run: Path, total: int, done: int, show: bool) -> Iterator[tuple[Callable[[dict[str, Any]], None], tqdm]]:
-    """The log file, TensorBoard where it is installed, and the progress bar."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        board = None
-    else:
-        board = SummaryWriter(run / "tensorboard", purge_step=done + 1)
-    bar = tqdm(total=total, initial=done, desc="train", unit="step", disable=not show, dynamic_ncols=True)
-    with (run / LOG_NAME).open("a", encoding="utf-8") as file, bar:
+def _quiet() -> None:
+    from transformers.utils import logging
 
-        def write(entry: dict[str, Any]) -> None:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-            if board is not None:
-                for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second"):
-                    board.add_scalar(name, entry[name], entry["step"])
-                for k, value in enumerate(entry["losses"], start=1):
-                    board.add_scalar(f"loss_by_step/{k}", value, entry["step"])
+    logging.disable_progress_bar()
 
-        try:
-            yield write, bar
-        finally:
-            if board is not None:
-                board.close()
+
+if __name__ == "__main__":  # torchrun -m gircse.train
+    from gircse.cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))

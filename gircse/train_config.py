@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from gircse.config import GircseConfig
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+BATCHINGS = ("homogeneous", "mixed")
 
 # What may differ between a run and its continuation: where it writes, how often, and how it looks.
-_FREE_ON_RESUME = frozenset({"output", "resume", "save_every", "keep_checkpoints", "eval_every", "progress", "device"})
+_FREE_ON_RESUME = frozenset(
+    {"output", "resume", "save_every", "keep_checkpoints", "eval_every", "progress", "device"}
+    | {"micro_batch_tokens", "fsdp", "wandb", "rank_timeout"}
+)
 
 
 def _knob(default: Any, help: str, **kwargs: Any) -> Any:
@@ -26,16 +33,30 @@ class TrainConfig:
 
     model: str = _knob("", "base model: folder or hub name")
     data: tuple[str, ...] = _knob((), "training rows: JSONL files or saved `datasets` folders")
+    weights: tuple[float, ...] = _knob((), "share of the batches of each of `data`; default: by its number of rows")
+    instructions: tuple[str, ...] = _knob(
+        (), 'instruction of each of `data` for rows without "prompt", "" for none; default: such rows are an error'
+    )
     output: str = _knob("runs/train", "folder of the run")
-    num_steps: int = _knob(5, "K, soft tokens per text; 0 trains the encoder-only baseline")
+    num_steps: int | str = _knob(
+        5, "K, soft tokens per text, or a range such as 3:10, drawn per batch; 0 trains the encoder-only baseline"
+    )
+    inference_steps: int | None = _knob(
+        None, "K that the saved model encodes with; default: num_steps, or the end of its range"
+    )
     stepwise: bool = _knob(True, "contrastive loss on every step; without it on the last embedding only")
     reg_weight: float = _knob(1.0, "lambda, weight of the penalty on steps that get worse")
+    detach_previous: bool = _knob(False, "the penalty holds each step to the one before as a constant")
     reduction: str = _knob("mean", "losses over steps: 'mean' (the reference code) or 'sum' (the paper's formula)")
     contrastive_temperature: float = _knob(0.02, "tau of the contrastive loss")
+    include_queries: bool = _knob(False, "the other queries of a batch are negatives too")
+    symmetric: bool = _knob(False, "the mean of this loss and that of each positive among all queries")
+    filter_false_negatives: bool = _knob(True, "candidates with the text of a row's positive do not count for it")
     pooling: str = _knob("mean", "steps to embedding: mean, last or weighted")
     temperature: float = _knob(1.0, "logit temperature T of the soft tokens")
     append_eos: bool = _knob(False, "append the end-of-sequence token to every prompt")
     batch_size: int = _knob(32, "rows per step; all positives and negatives of a batch are candidates")
+    batching: str = _knob("homogeneous", "rows of a batch: 'homogeneous' (all of one of `data`) or 'mixed'")
     max_steps: int | None = _knob(None, "optimizer steps; default: one pass over the data")
     query_max_length: int = _knob(256, "tokens of a query")
     passage_max_length: int = _knob(2048, "tokens of a positive or negative")
@@ -59,41 +80,80 @@ class TrainConfig:
     eval_every: int | None = _knob(None, "steps between evaluations; default: only at the end")
     resume: bool = _knob(False, "go on from the newest checkpoint of `output`")
     progress: bool = _knob(True, "show a progress bar")
+    # memory and machines
+    micro_batch_tokens: int | None = _knob(
+        None, "memory knob: tokens (padding and K included) that go through the model at once; default: by a probe"
+    )
+    fsdp: bool = _knob(
+        False, "share the frozen decoder layers out over the processes (FSDP2), for a base that is too large"
+    )
+    quantization: str | None = _knob(None, "bitsandbytes weights of the frozen base: 'nf4' (4 bits) or 'int8'")
+    wandb: bool = _knob(False, "log to Weights & Biases (also where WANDB_PROJECT is set)")
+    rank_timeout: float = _knob(1800.0, "seconds that a process waits for the others before the job ends")
 
     def __post_init__(self) -> None:
-        self.gircse_config()  # checks num_steps, pooling, temperature, append_eos
+        for name, hint in get_type_hints(type(self)).items():
+            object.__setattr__(self, name, _typed(name, getattr(self, name), hint))
+        self._expect("num_steps", _step_range(self.num_steps) is not None, "an integer >= 0 or a range such as '3:10'")
+        self._expect("inference_steps", self.inference_steps is None or self.inference_steps >= 0, "an integer >= 0")
+        self.gircse_config()  # checks pooling, temperature, append_eos
         for name in (
             "batch_size",
             "query_max_length",
             "passage_max_length",
             "lora_r",
             "lora_alpha",
+            "save_every",
             "keep_checkpoints",
+            "max_steps",
+            "eval_every",
+            "micro_batch_tokens",
         ):
-            self._expect(name, self._is_int(name) and getattr(self, name) >= 1, "an integer >= 1")
-        for name in ("max_steps", "eval_every"):
             value = getattr(self, name)
-            self._expect(name, value is None or (self._is_int(name) and value >= 1), "an integer >= 1")
-        self._expect("save_every", self._is_int("save_every") and self.save_every >= 1, "an integer >= 1")
-        self._expect(
-            "max_negatives",
-            self.max_negatives is None or (self._is_int("max_negatives") and self.max_negatives >= 0),
-            "an integer >= 0",
-        )
-        for name in ("contrastive_temperature", "learning_rate", "max_grad_norm"):
+            self._expect(name, value is None or value >= 1, "an integer >= 1")
+        self._expect("max_negatives", self.max_negatives is None or self.max_negatives >= 0, "an integer >= 0")
+        for name in ("contrastive_temperature", "learning_rate", "max_grad_norm", "rank_timeout"):
             self._expect(name, 0 < getattr(self, name) < float("inf"), "a number > 0")
         for name in ("weight_decay", "reg_weight"):
             self._expect(name, 0 <= getattr(self, name) < float("inf"), "a number >= 0")
         for name in ("warmup_ratio", "lora_dropout"):
             self._expect(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
+        self._expect("quantization", self.quantization in (None, "nf4", "int8"), "'nf4', 'int8' or None")
+        self._expect("fsdp", not (self.fsdp and self.quantization), "False with a quantised base")
         self._expect("reduction", self.reduction in ("mean", "sum"), "'mean' or 'sum'")
+        self._expect("batching", self.batching in BATCHINGS, "'homogeneous' or 'mixed'")
+        self._expect("weights", all(0 < weight < float("inf") for weight in self.weights), "numbers > 0")
+        for name in ("weights", "instructions"):
+            given = len(getattr(self, name))
+            fits = not given or not self.data or given == len(self.data)
+            self._expect(name, fits, f"one for each of the {len(self.data)} of data")
+
+    @property
+    def max_num_steps(self) -> int:
+        """The largest K that a batch can have."""
+        return self._steps()[1]
+
+    def steps_at(self, step: int) -> int:
+        """K of the batch of a step (from 0): a function of (seed, step); in a range each is as likely as the others."""
+        from gircse.sampling import draw_number  # here, because it imports numpy and the command line's --help does not
+
+        low, high = self._steps()
+        return draw_number(low, high, seed=self.seed, step=step)
+
+    def _steps(self) -> tuple[int, int]:
+        steps = _step_range(self.num_steps)
+        assert steps is not None
+        return steps
 
     def gircse_config(self) -> GircseConfig:
         """The part that belongs to the model and is saved with it."""
         from gircse.config import GircseConfig  # here, because it imports torch and the command line's --help does not
 
         return GircseConfig(
-            num_steps=self.num_steps, pooling=self.pooling, temperature=self.temperature, append_eos=self.append_eos
+            num_steps=self.max_num_steps if self.inference_steps is None else self.inference_steps,
+            pooling=self.pooling,
+            temperature=self.temperature,
+            append_eos=self.append_eos,
         )
 
     def to_json(self) -> str:
@@ -101,9 +161,19 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, path: Path) -> TrainConfig:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        tuples = {name: tuple(values[name]) for name in ("data", "lora_targets")}
-        return cls(**{**values, **tuples})
+        """The settings that `to_json` wrote. Fields that an older version did not know have their defaults.
+
+        Raises:
+            ValueError: no JSON object, an unknown key, a wrong type or value; names the file.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(values, dict):
+                raise ValueError(f"got {type(values).__name__}, expected an object")
+            check_keys(values)
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def check_continues(self, earlier: TrainConfig) -> None:
         """Raises ValueError naming the settings in which a resumed run differs from the run it continues."""
@@ -115,10 +185,50 @@ class TrainConfig:
         if changed:
             raise ValueError("resume: the run was started with other settings: " + "; ".join(changed))
 
-    def _is_int(self, name: str) -> bool:
-        value = getattr(self, name)
-        return isinstance(value, int) and not isinstance(value, bool)
-
     def _expect(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
+
+
+def check_keys(values: Mapping[str, Any]) -> None:
+    """Raises ValueError for the first key that is no field of `TrainConfig`."""
+    names = [f.name for f in fields(TrainConfig)]
+    for key in values:
+        if key not in names:
+            close = difflib.get_close_matches(key.replace("-", "_"), names, 1)
+            hint = (
+                f"did you mean {close[0]!r}?" if close else "expected a name that `gircse train --help` lists, with _"
+            )
+            raise ValueError(f"{key}: no such setting, {hint}")
+
+
+def _step_range(num_steps: int | str) -> tuple[int, int] | None:
+    """First and last K of an integer or of a range "3:10"; None if it is neither."""
+    if isinstance(num_steps, int):
+        return (num_steps, num_steps) if num_steps >= 0 else None
+    match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", num_steps)
+    low, high = map(int, match.groups()) if match else (0, 0)
+    return (low, high) if 1 <= low <= high else None
+
+
+_KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """`value` in the type of a field: lists become tuples, integers become floats where a number is expected.
+
+    Raises:
+        ValueError: another type; names the field, the value and what was expected.
+    """
+    if get_origin(hint) is tuple:
+        item = get_args(hint)[0]
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{name}: got {value!r}, expected a list, each {_KINDS[item]}")
+        return tuple(_typed(f"{name}[{i}]", part, item) for i, part in enumerate(value))
+    kinds = get_args(hint) or (hint,)
+    if type(value) in kinds:
+        return value
+    if type(value) is int and float in kinds:
+        return float(value)
+    expected = " or ".join(_KINDS[kind] for kind in kinds if kind in _KINDS)
+    raise ValueError(f"{name}: got {value!r}, expected {expected}")

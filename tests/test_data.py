@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import itertools
 import json
 import pickle
 from pathlib import Path
@@ -12,8 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gircse.data import (
-    MAX_REPORTED,
-    BatchSampler,
     DataError,
     Row,
     format_passage,
@@ -22,9 +19,9 @@ from gircse.data import (
     parse_row,
     read_jsonl,
 )
+from gircse.data_error import MAX_REPORTED
 
 GOOD = {"prompt": "Given a question, retrieve passages", "query": "q", "pos": ["p"], "neg": ["n", "m"]}
-PINNED = ([6, 2, 4, 5], [9, 0, 3, 6])
 ROW = Row("Given a question, retrieve passages", "q", ("p",), ("n", "m"))
 LINE = json.dumps(GOOD).encode()
 
@@ -222,67 +219,3 @@ def test_format_row():
     assert format_row(Row("", "q", ("p",))) == ("q", "p", [])
     assert format_passage(None, "p") == "p"
     assert format_row(ROW, template="{text} | {instruction}")[0] == "q | Given a question, retrieve passages"
-
-
-# ---------------------------------------------------------------- BatchSampler
-
-
-@pytest.mark.parametrize(("rows", "size"), [(10, 3), (8, 4), (5, 5), (1, 1), (1000, 7)])
-def test_every_epoch_is_a_permutation_without_its_rest(rows, size):
-    sampler = BatchSampler(rows, size, seed=3)
-    assert sampler.steps_per_epoch == rows // size
-    epochs = []
-    for epoch in range(4):
-        steps = range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch)
-        drawn = list(itertools.chain.from_iterable(sampler.batch(step) for step in steps))
-        assert len(drawn) == len(set(drawn)) == rows // size * size
-        assert set(drawn) <= set(range(rows))
-        assert {sampler.epoch(step) for step in steps} == {epoch}
-        epochs.append(drawn)
-    assert rows < 8 or len({tuple(drawn) for drawn in epochs}) == 4
-
-
-def test_a_batch_depends_on_seed_and_step_alone():
-    forward = BatchSampler(50, 8, seed=1)
-    batches = [forward.batch(step) for step in range(40)]
-    backward = BatchSampler(50, 8, seed=1)
-    assert [backward.batch(step) for step in reversed(range(40))] == batches[::-1]
-    assert batches != [BatchSampler(50, 8, seed=2).batch(step) for step in range(40)]
-    # Runs that were saved by an earlier version or on another machine go on with the same rows.
-    assert BatchSampler(10, 4, seed=0).batch(0) == PINNED[0]
-    assert BatchSampler(10, 4, seed=7).batch(123) == PINNED[1]
-
-
-def test_choices_among_positives_and_negatives():
-    sampler = BatchSampler(100, 10, seed=5)
-    drawn = [sampler.positive(step, 3, 4) for step in range(0, 1000, 10)]
-    assert set(drawn) == {0, 1, 2, 3}
-    assert all(drawn.count(i) > 10 for i in range(4))
-    assert sampler.positive(11, 3, 4) == sampler.positive(19, 3, 4)  # the same epoch
-    assert sampler.positive(0, 3, 1) == 0
-    assert sorted(sampler.negatives(0, 3, 6, 9)) == list(range(6))
-    assert len(set(sampler.negatives(0, 3, 6, 2))) == 2
-    assert sampler.negatives(0, 3, 0, 2) == sampler.negatives(0, 3, 5, 0) == []
-    assert len({tuple(sampler.negatives(step, 3, 6, 2)) for step in range(0, 1000, 10)}) > 20  # of 30
-
-
-def test_orders_look_uniform():
-    # every row at every place of the epoch about equally often: chi-square with 29 * 29 degrees of freedom
-    counts = [[0] * 30 for _ in range(30)]
-    sampler = BatchSampler(30, 30, seed=11)
-    for step in range(3000):
-        for place, row in enumerate(sampler.batch(step)):
-            counts[place][row] += 1
-    statistic = sum((n - 100) ** 2 / 100 for line in counts for n in line)
-    assert abs(statistic - 841) < 5 * (2 * 841) ** 0.5
-
-
-def test_wrong_arguments():
-    for rows, size in ((0, 1), (3, 4), (3, 0)):
-        with pytest.raises(ValueError, match=r"batch_size must|a batch needs"):
-            BatchSampler(rows, size)
-    with pytest.raises(ValueError, match="step must not be negative"):
-        BatchSampler(3, 1).batch(-1)
-    with pytest.raises(ValueError, match="count must be at least 1"):
-        BatchSampler(3, 1).positive(0, 0, 0)
-    assert len(BatchSampler(3, 1, seed=-(2**70)).batch(10**15)) == 1

@@ -1,10 +1,11 @@
-"""`gircse train`: its options are the fields of `TrainConfig`."""
+"""`gircse train`: its options are the fields of `TrainConfig`, its recipes files that set them."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import MISSING, fields
-from typing import Any, get_args, get_type_hints
+import os
+from dataclasses import fields
+from typing import Any, get_args, get_origin, get_type_hints
 
 from gircse.cli.common import command
 
@@ -17,41 +18,76 @@ def add(commands: Any) -> None:
         "train",
         _train,
         "train LoRA adapters with the stepwise contrastive objective",
-        'Rows are JSONL: {"prompt": str, "query": str, "pos": [str, ..], "neg": [str, ..]}; all are checked first.',
+        'Rows are JSONL: {"prompt": str, "query": str, "pos": [str, ..], "neg": [str, ..]}; all are checked first. '
+        "Settings come from the command line, else from the recipe, else they are the defaults below.",
     )
+    parser.add_argument("--recipe", help="TOML file with settings, named as the options, with _ for -")
     hints = get_type_hints(TrainConfig)
     for field in fields(TrainConfig):
-        kind, default = hints[field.name], field.default
-        flag = "--" + field.name.replace("_", "-")
-        options: dict[str, Any] = {"help": field.metadata["help"].replace("%", "%%"), "default": default}
-        if kind is bool:
+        hint, default = hints[field.name], field.default
+        shown = "" if default is None or default in ("", ()) else f" (default: {_written(default)})"
+        # without a default of its own an option that is not given leaves no trace, and the recipe's value stands
+        options: dict[str, Any] = {"help": (field.metadata["help"] + shown).replace("%", "%%")}
+        options["default"] = argparse.SUPPRESS
+        if hint is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif isinstance(default, tuple):
-            options |= {"nargs": "+", "metavar": "X"}
+        elif get_origin(hint) is tuple:
+            options |= {"nargs": "+", "metavar": "X", "type": get_args(hint)[0]}
+        elif set(get_args(hint)) == {int, str}:
+            options["type"] = _integer_or_text
         else:
-            options["type"] = next((t for t in get_args(kind) if t is not type(None)), kind)
-        assert default is not MISSING
-        parser.add_argument(flag, required=field.name in ("model", "data"), **options)
+            options["type"] = next((t for t in get_args(hint) if t is not type(None)), hint)
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
     parser.add_argument("--eval-data", help="rows to evaluate on (retrieval over their positives and negatives)")
+
+
+def _written(default: object) -> str:
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    return " ".join(default) if isinstance(default, tuple) else str(default)
+
+
+def _integer_or_text(text: str) -> int | str:
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def config_of(arguments: argparse.Namespace) -> Any:
+    """The `TrainConfig` of a parsed command line: its options over the recipe's settings over the defaults.
+
+    Raises:
+        OSError, ValueError: a recipe or a setting that is wrong, or no model or data; each by name.
+    """
+    from gircse.recipes import load_recipe
+    from gircse.train_config import TrainConfig
+
+    given = vars(arguments)
+    values = load_recipe(arguments.recipe) if arguments.recipe else {}
+    values |= {field.name: given[field.name] for field in fields(TrainConfig) if field.name in given}
+    config = TrainConfig(**values)
+    for name in ("model", "data"):
+        if not getattr(config, name):
+            raise ValueError(f"{name}: got none, expected --{name} or {name!r} in the recipe")
+    return config
 
 
 def _train(arguments: argparse.Namespace) -> None:
     from gircse.data import load_rows
     from gircse.evaluate import RetrievalTask, evaluate_retrieval
     from gircse.train import train
-    from gircse.train_config import TrainConfig
 
-    values: dict[str, Any] = {field.name: getattr(arguments, field.name) for field in fields(TrainConfig)}
-    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    config = TrainConfig(**values)
+    config = config_of(arguments)
     evaluate = None
     if arguments.eval_data:
         task = RetrievalTask.from_rows(load_rows(arguments.eval_data))
-        steps = [config.num_steps] if config.num_steps else [0]
+        steps = [config.gircse_config().num_steps]
 
         def evaluate(model: Any) -> dict[str, Any]:
             metrics = evaluate_retrieval(model, task, steps=steps, max_length=config.query_max_length)
             return {str(k): values for k, values in metrics.items()}
 
     result = train(config, evaluate=evaluate)
-    print(f"trained {len(result.log)} steps, last loss {result.log[-1]['loss']:.4f}; model in {result.folder}")
+    if os.environ.get("RANK", "0") == "0":  # torchrun's first process speaks for all
+        print(f"trained {len(result.log)} steps, last loss {result.log[-1]['loss']:.4f}; model in {result.folder}")

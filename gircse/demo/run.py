@@ -110,8 +110,8 @@ def run_demo(output: Path, *, max_steps: int | None = None, seed: int = 0, dtype
         say("\nwhat the soft tokens say")
         say(inspection_table(model.inspect(INSPECTED, instruction=task.instruction, top_n=6)))
         say("\n" + quality_table(before, after))
-        best_before, at_k = max(m[METRIC] for m in before.values()), after[config.num_steps][METRIC]
-        say(f"\n{METRIC} at K = {config.num_steps}: {at_k:.4f}; untrained at its best K: {best_before:.4f}")
+        best_before, at_k = max(m[METRIC] for m in before.values()), after[config.max_num_steps][METRIC]
+        say(f"\n{METRIC} at K = {config.max_num_steps}: {at_k:.4f}; untrained at its best K: {best_before:.4f}")
 
         seconds = time.perf_counter() - started
         metrics = {
@@ -129,7 +129,9 @@ def run_demo(output: Path, *, max_steps: int | None = None, seed: int = 0, dtype
             "seed": seed,
             "seconds": seconds,
         }
-        plot_quality({"trained": after, "untrained": before}, output / "quality.png", trained_steps=config.num_steps)
+        plot_quality(
+            {"trained": after, "untrained": before}, output / "quality.png", trained_steps=config.max_num_steps
+        )
         plot_losses(result.log, output / "losses.png")
         shutil.copyfile(output / "training" / "train_log.jsonl", output / "train_log.jsonl")
         shutil.rmtree(output / "training")

@@ -142,8 +142,7 @@ def test_refuses_to_time_a_wrong_engine(bench, monkeypatch, capsys, tmp_path, wr
         (["--engines", "magic"], "--engines: got 'magic', expected single-pass, recompute"),
         (["--train", "--engines", "single-pass"], "--engines: got 'single-pass'"),
         (["--steps", "-1"], "--steps: got -1, expected at least 0"),
-        (["--train", "--steps", "0"], "--steps: got 0, expected at least 1"),
-        (["--train", "--steps", "2", "5"], "expected one with --train"),
+        (["--train", "--checkpointing", "graph"], "--checkpointing: got 'graph', expected recompute, cached"),
         (["--batch", "0"], "--batch: got 0"),
         (["--negatives", "2"], "belong to --train"),
         (["--length", "9000"], "8192 positions"),
@@ -275,7 +274,7 @@ def test_sources_hash_sees_a_changed_file(tmp_path, monkeypatch, name):
 
 
 def _job(folder: Path, **changes) -> training.TrainJob:
-    job = training.TrainJob(None, str(folder), None, 2, 1, 12, False, 3, "float32", "cpu", 0)
+    job = training.TrainJob(None, str(folder), None, 2, 1, 12, "fixed", 3, "float32", "cpu", 0)
     return replace(job, **changes)
 
 
@@ -302,13 +301,18 @@ def test_refuses_to_time_a_wrong_training_step(folder, monkeypatch, wrong):
 def test_train_mode_from_a_shell_elsewhere(folder, tmp_path):
     """The real thing: its own processes, its own ceilings, another working directory."""
     command = [sys.executable, str(ROOT / "bench" / "run.py"), "--train", "--model", str(folder), "--device", "cpu"]
-    command += ["--batch", "2", "--length", "10", "--steps", "2", "--repeats", "2", "--mixed", "--out", "t.json"]
+    command += ["--batch", "2", "--length", "10", "--steps", "0", "2", "--repeats", "2", "--mixed", "--out", "t.json"]
+    command += ["--checkpointing", "recompute"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout.splitlines()[-1])
     assert record == json.loads((tmp_path / "t.json").read_text())
     assert (tmp_path / "t.png").is_file()
-    assert [p["engine"] for p in record["points"]] == ["recompute", "cached"]
+    assert [(p["engine"], p["num_steps"]) for p in record["points"]] == [
+        ("recompute", 0), ("cached", 0), ("recompute", 2), ("cached", 2),
+    ]  # fmt: skip
+    assert record["checkpointing"] == ["recompute"]
+    assert all(p["time_over_zero"] > 0 for p in record["points"])
     for point in record["points"]:
         assert point["peak_bytes"] > point["loaded_bytes"] > 1 << 26
         assert point["peak_extra_bytes"] == pytest.approx(point["peak_bytes"] - point["loaded_bytes"], rel=1e-3)

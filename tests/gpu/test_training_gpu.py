@@ -1,0 +1,61 @@
+"""Training on the GPU: gradient caching replays CUDA's dropout, the probe keeps within the memory, bf16 with LoRA."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gircse import GIRCSE
+from gircse.grad_cache import backward, micro_batches
+from gircse.step_monitor import PHASES, StepMonitor
+from gircse.token_budget import probe_budget
+from gircse.train import contrastive_backward, trainable_model
+from tests.tiny_models import tiny_model, tiny_tokenizer
+from tests.training_batches import NUM_STEPS, batch, config, gradients
+
+
+def model_on_gpu(settings, dtype=torch.float32) -> GIRCSE:
+    torch.manual_seed(0)
+    model = trainable_model(settings, GIRCSE(tiny_model("llama", dtype=dtype).cuda(), tiny_tokenizer()))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model.train()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_falls_on_the_same_places(checkpointing: bool) -> None:
+    settings = config(lora_dropout=0.3, gradient_checkpointing=checkpointing)
+    model = model_on_gpu(settings)
+    parts = micro_batches(batch().passages, 60, num_steps=NUM_STEPS, pad_id=0)
+    found = []
+    for cached in (False, True):
+        torch.manual_seed(3)
+        backward(model.rollout, parts, lambda states: (states.square().sum(), None), cached=cached)
+        found.append(gradients(model))
+    assert (found[1] - found[0]).norm() <= 1e-4 * found[0].norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_in_micro_batches_is_the_step_in_one_piece(dtype: torch.dtype) -> None:
+    model, whole = model_on_gpu(config(), dtype), batch()
+    monitor = StepMonitor(torch.device("cuda"))
+    monitor.start()
+    expected = contrastive_backward(model, whole, config(), num_steps=NUM_STEPS)[0], gradients(model)
+    settings = config(micro_batch_tokens=60)
+    found = contrastive_backward(model, whole, settings, num_steps=NUM_STEPS, monitor=monitor)[0], gradients(model)
+    tolerance = 1e-3 if dtype == torch.float32 else 5e-2
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).norm() <= tolerance * theirs.norm()
+    seconds = monitor.seconds()
+    assert set(seconds) == set(PHASES)
+    assert min(seconds["prompt"], seconds["steps"], seconds["loss"]) > 0
+    assert len(monitor.entropies()) == NUM_STEPS
+    assert monitor.peak_bytes() > 0
+
+
+def test_the_probe_finds_a_budget_that_fits() -> None:
+    model = model_on_gpu(config())
+    found = probe_budget(model, num_steps=NUM_STEPS, length=64)
+    assert found > 10_000
+    assert all(p.grad is None for p in model.parameters())
