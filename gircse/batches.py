@@ -169,8 +169,10 @@ class TrainingData:
 
     def check_continues(self, path: Path) -> None:
         """Raises ValueError if the data are not those of a run that saved `to_json` in `path`."""
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        was = [(source["rows"], source["fingerprint"]) for source in earlier]
+        try:
+            was = [(s["rows"], s["fingerprint"]) for s in json.loads(path.read_text(encoding="utf-8"))]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}: cannot be read: {error!r}") from None
         now = [(len(source), source.fingerprint) for source in self.sources]
         if was == now:
             return

@@ -77,11 +77,12 @@ class BatchSampler:
     def batch(self, step: int) -> list[int]:
         """The `batch_size` distinct row indices of a step (from 0)."""
         epoch = self.epoch(step)
-        if self._order is None or self._order[0] != epoch:
-            self._order = None  # lets go of the last one first
-            self._order = epoch, _permutation(self.num_rows, self.seed, _ORDER, epoch)
+        cached = self._order
+        if cached is None or cached[0] != epoch:
+            cached = self._order = None  # lets go of the last one first
+            cached = self._order = epoch, _permutation(self.num_rows, self.seed, _ORDER, epoch)
         start = (step - epoch * self.steps_per_epoch) * self.batch_size
-        return self._order[1][start : start + self.batch_size].tolist()
+        return cached[1][start : start + self.batch_size].tolist()
 
     def positive(self, step: int, index: int, count: int) -> int:
         """Which of the `count` positives of row `index` is used in a step; another draw in every epoch."""
@@ -136,17 +137,19 @@ class SourceSchedule:
         if number < 0:
             raise ValueError(f"number must not be negative, got {number}")
         period, place = divmod(number, self.period)
-        if self._at[0] != period:
-            self._at = period, self._before(period), self._shuffled(period)
-        _, before, order = self._at
+        cached = self._at
+        if cached[0] != period:
+            cached = self._at = period, self._before(period, *cached[:2]), self._shuffled(period)
+        _, before, order = cached
         source = int(order[place])
         return source, int(before[source] + np.count_nonzero(order[:place] == source))
 
-    def _before(self, period: int) -> np.ndarray:
-        """[sources] draws of each source in all periods before."""
-        start, total = self._at[0], self._at[1].copy()
-        if not 0 <= start <= period:
-            start, total = 0, np.zeros_like(total)
+    def _before(self, period: int, start: int, known: np.ndarray) -> np.ndarray:
+        """[sources] draws of each source in all periods before, where `known` are those before period `start`."""
+        if 0 <= start <= period:
+            total = known.copy()
+        else:
+            start, total = 0, np.zeros_like(known)
         for first in range(start, period, 2**16):
             total += self.counts(first, min(first + 2**16, period)).sum(axis=0)
         return total

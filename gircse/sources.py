@@ -103,8 +103,9 @@ class JsonlSource:
         problems.check()
         if not starts:
             raise DataError([f"{path}: no rows in it"])
-        self._starts, self._lengths, self._checks = (np.array(column) for column in (starts, lengths, checks))
-        self._numbers = None if numbers[-1] == len(numbers) else np.array(numbers)
+        self._starts, self._lengths = np.frombuffer(starts, np.uint64), np.frombuffer(lengths, np.uint32)
+        self._checks = np.frombuffer(checks, np.uint32)
+        self._numbers = None if numbers[-1] == len(numbers) else np.frombuffer(numbers, np.uint64)
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:

@@ -222,6 +222,10 @@ def test_a_run_goes_on_with_the_data_it_began_with(tmp_path):
     assert other.fingerprint != before.fingerprint == data({"a": 8, "b": 9}, seed=5).fingerprint
     with pytest.raises(ValueError, match="started with 2 sources of data, now there are 1"):
         data({"a": 8}).check_continues(saved)
+    for damaged in ("[", "3", "[{}]"):
+        saved.write_text(damaged)
+        with pytest.raises(ValueError, match=r"train_data\.json: cannot be read"):
+            before.check_continues(saved)
 
 
 # ---------------------------------------------------------------- false negatives

@@ -144,6 +144,16 @@ def test_train_from_the_command_line_with_evaluation(base, rows, tmp_path, capsy
     assert settings["lora_targets"] == ["q_proj", "v_proj"]
 
 
+def test_train_with_a_recipe(base, rows, tmp_path):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(f'model = "{base}"\nbatch_size = 4\nnum_steps = "1:2"\nprogress = false\nmax_steps = 2\n')
+    arguments = ["--data", str(rows), "--output", str(tmp_path / "run"), "--batch-size", "2"]
+    assert main(["train", "--recipe", str(recipe), *arguments]) == 0
+    settings = json.loads((tmp_path / "run" / "train_config.json").read_text())
+    assert (settings["batch_size"], settings["num_steps"], settings["max_steps"]) == (2, "1:2", 2)
+    assert GIRCSE.from_pretrained(tmp_path / "run" / "model").num_steps == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -155,6 +165,13 @@ def test_train_from_the_command_line_with_evaluation(base, rows, tmp_path, capsy
         (["inspect", "--model", "BASE", "--num-steps", "0", "a"], "num_steps: got 0"),
         (["train", "--model", "BASE", "--data", "/no/rows.jsonl"], "/no/rows.jsonl"),
         (["train", "--model", "BASE", "--data", "IN", "--batch-size", "0"], "batch_size: got 0"),
+        (
+            ["train", "--model", "BASE", "--data", "IN", "--num-steps", "9:3"],
+            "num_steps: got '9:3', expected an integer",
+        ),
+        (["train", "--recipe", "IN"], "in.txt: invalid TOML"),
+        (["train", "--recipe", "/no/recipe.toml"], "/no/recipe.toml"),
+        (["train", "--model", "BASE"], "data: got none, expected --data"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(base, tmp_path, arguments, message, capsys, monkeypatch):
