@@ -33,13 +33,14 @@ from torch import Tensor
 from bench import engine_cases
 from bench.cases import CASES, MODELS, SMOKE_CASES, Case
 from bench.engine_cases import ENGINE_CASES, SMOKE_ENGINE_CASES
-from bench.floors import Ceilings, measure_ceilings
+from bench.floors import measure_ceilings
 from bench.memory import give_back
 from bench.op_engines import WrongResultError, draw_matrices
 from bench.op_measure import first_line, judge, measure
 from bench.provenance import ROOT, device_name, engine_hash, provenance
 from bench.records import save
 from bench.tables import OPS, REPLAY, table
+from gircse.floors import Ceilings
 
 Matrices = tuple[Tensor, Tensor | None]
 

@@ -7,6 +7,7 @@ from dataclasses import MISSING, fields
 from typing import Any, get_args, get_type_hints
 
 from gircse.cli.common import command
+from gircse.cli.plan import add_plan_options, print_plan
 
 
 def add(commands: Any) -> None:
@@ -33,6 +34,7 @@ def add(commands: Any) -> None:
         assert default is not MISSING
         parser.add_argument(flag, required=field.name in ("model", "data"), **options)
     parser.add_argument("--eval-data", help="rows to evaluate on (retrieval over their positives and negatives)")
+    add_plan_options(parser)
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -44,6 +46,8 @@ def _train(arguments: argparse.Namespace) -> None:
     values: dict[str, Any] = {field.name: getattr(arguments, field.name) for field in fields(TrainConfig)}
     values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     config = TrainConfig(**values)
+    if arguments.plan:
+        return print_plan(config, arguments)
     evaluate = None
     if arguments.eval_data:
         task = RetrievalTask.from_rows(load_rows(arguments.eval_data))

@@ -13,10 +13,10 @@ import torch
 
 from bench import gpu_suite, op_measure
 from bench.cases import SMOKE_CASES
-from bench.floors import Ceilings
 from bench.op_engines import eager
 from bench.options import parse
 from bench.provenance import ROOT
+from gircse.floors import Ceilings
 
 NAMES = [case.name for case in SMOKE_CASES]
 THROUGHPUT = "throughput-smollm2-135m"
