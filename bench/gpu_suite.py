@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""One command on a GPU: correctness, every op benchmark, throughput, the generation engine; JSON records, ten minutes.
+"""One command on a GPU: correctness, every op benchmark, throughput, the training plan, the generation engine; JSON records, ten minutes.
 
     PYTHONPATH=.:kernels python bench/gpu_suite.py --out bench/results
 
@@ -120,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     records = op_benchmarks(suite, options, reserve)
     info_nce(suite, options)
     throughput(suite, options)
+    training_plan(suite, options)
     summarise(suite, records, engine(suite, options))
     return 1 if suite.problems else 0
 
@@ -238,6 +239,15 @@ def info_nce(suite: Suite, options: argparse.Namespace) -> None:
     """`bench/info_nce.py` in a process of its own."""
     arguments = ["--smoke"] if options.smoke else []
     _script(suite, options, "info_nce", "info_nce.py", arguments, 5.0 if options.smoke else 40.0)
+
+
+def training_plan(suite: Suite, options: argparse.Namespace) -> None:
+    """`bench/plan_check.py` in a process of its own; a prediction that is off is a problem, every time."""
+    before = suite.finished("plan")
+    if before is not None and not before["met"]:
+        (suite.folder / "plan.json").unlink()
+    arguments = ["--smoke"] if options.smoke else []
+    _script(suite, options, "plan", "plan_check.py", arguments, 15.0 if options.smoke else 60.0)
 
 
 def _script(

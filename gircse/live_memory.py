@@ -43,13 +43,32 @@ class StepMemory:
         keys_values: of the prompts, kept for the steps and for backward.
         prompt: everything else that the prompt passes leave alive, mostly what autograd saved.
         steps: what the generated steps add to that.
-        peak: the most that is alive at any moment.
+        moments: the most that is alive in each part of the step: up to the first soft token, to the second, ..; in
+            backward likewise.
     """
 
     keys_values: int
     prompt: int
     steps: int
-    peak: int
+    moments: tuple[int, ...]
+
+    @property
+    def peak(self) -> int:
+        """The most that is alive at any moment."""
+        return max(self.moments)
+
+    def extrapolated(self, other: StepMemory, times: float) -> StepMemory:
+        """self + times (other - self): all of it is affine in the number of layers, and of rows."""
+
+        def on(a: int, b: int) -> int:
+            return round(a + times * (b - a))
+
+        return StepMemory(
+            on(self.keys_values, other.keys_values),
+            on(self.prompt, other.prompt),
+            on(self.steps, other.steps),
+            tuple(map(on, self.moments, other.moments)),
+        )
 
     @property
     def temporaries(self) -> int:
@@ -92,7 +111,8 @@ def step_memory(base: Any, batches: Sequence[Batch], num_steps: int, *, cuda: bo
         torch.autograd.backward(states, [torch.empty_like(state) for state in states])
         del states
     keys_values = sum(lm.kept)
-    return StepMemory(keys_values, prompt - keys_values, steps, live.peak)
+    live.cut()
+    return StepMemory(keys_values, prompt - keys_values, steps, tuple(live.moments))
 
 
 class LiveBytes(TorchDispatchMode):
@@ -102,12 +122,15 @@ class LiveBytes(TorchDispatchMode):
         known: tensors whose storages are not counted, nor are views of them.
 
     Attributes:
-        now, peak: bytes.
+        now: bytes.
+        peak: the most since the last cut.
+        moments: the peaks before each cut.
     """
 
     def __init__(self, known: Sequence[Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
+        self.moments: list[int] = []
         self._seen: dict[int, weakref.ref] = {}
         for tensor in known:
             self._see(tensor.untyped_storage(), counts=False)
@@ -119,6 +142,10 @@ class LiveBytes(TorchDispatchMode):
                 self._see(leaf.untyped_storage())
         self.peak = max(self.peak, self.now)
         return result
+
+    def cut(self) -> None:
+        self.moments.append(self.peak)
+        self.peak = self.now
 
     def _see(self, storage: torch.UntypedStorage, counts: bool = True) -> None:
         # the wrapper of a storage lives exactly as long as the storage
@@ -146,17 +173,22 @@ class _StandIn(CausalLM):
 
     def run_prompt(self, kv: RolloutKV, input_ids: Tensor) -> Tensor:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        states = self.run_body(_FusedPrompt(kv), positions, input_ids=input_ids)
+        states = self.run_body(_FusedPrompt(kv, self.cuda), positions, input_ids=input_ids)
+        states.register_hook(lambda _: self.live.cut())
         self.marks.append(self.live.now)
         self.kept.append(sum(t.nbytes for pair in kv.prompt.values() for t in pair))
         return states
 
     def soft_embed(self, hidden: Tensor, *, temperature: float | Tensor = 1.0, return_stats: bool = False):
-        return _SoftEmbed.apply(hidden, self.embed_weight.shape[1], _workspace(hidden, self, self.cuda))
+        return _SoftEmbed.apply(hidden, self)
 
 
 class _FusedPrompt(PromptPass):
     """Flash attention keeps its inputs, its result and one number for each query."""
+
+    def __init__(self, kv: RolloutKV, cuda: bool) -> None:
+        super().__init__(kv)
+        self.cuda = cuda
 
     def attend(self, layer, query, key, value, *, scaling, dropout, window, softcap):
         if softcap is not None:  # plain products, as on a real device
@@ -165,6 +197,8 @@ class _FusedPrompt(PromptPass):
             )
         key, value = key.contiguous(), value.contiguous()
         self.kv.prompt.setdefault(layer, (key, value))
+        if self.cuda and window is not None and window < key.shape[2]:  # a mask: heads are repeated
+            key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
         return _Attention.apply(query, key, value)
 
 
@@ -184,20 +218,21 @@ class _SoftEmbed(torch.autograd.Function):
     """Keeps hidden, the result in the accumulation dtype and three numbers a row (`gircse.ops.soft_embed_op`)."""
 
     @staticmethod
-    def forward(ctx, hidden, width, workspace):
+    def forward(ctx, hidden, lm):
+        ctx.live, ctx.workspace = lm.live, _workspace(hidden, lm, lm.cuda)
+        ctx.live.cut()
         wide = accumulation_dtype(hidden.dtype)
-        exact = hidden.new_empty(*hidden.shape[:-1], width, dtype=wide)
-        _scratch(workspace)
+        exact = hidden.new_empty(*hidden.shape[:-1], lm.embed_weight.shape[1], dtype=wide)
+        _scratch(ctx.workspace)
         out = exact if wide == hidden.dtype else exact.to(hidden.dtype)
-        ctx.workspace = workspace
         ctx.save_for_backward(hidden, exact, hidden.new_empty(3, *hidden.shape[:-1], dtype=wide))
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        hidden = ctx.saved_tensors[0]
+        ctx.live.cut()
         _scratch(ctx.workspace)
-        return torch.empty_like(hidden), None, None
+        return torch.empty_like(ctx.saved_tensors[0]), None
 
 
 class _Dropout(torch.autograd.Function):

@@ -9,6 +9,7 @@ time / floor.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -130,13 +131,12 @@ def plan(
     device = find_gpu(gpu)
     _check(world_size=world_size, length=length, micro_batch_tokens=micro_batch_tokens)
     if quantization is not None and quantization not in QUANTIZED_BYTES:
-        raise ValueError(
-            f"quantization: got {quantization!r}, expected None, {' or '.join(map(repr, QUANTIZED_BYTES))}"
-        )
+        raise ValueError(f"quantization: got {quantization!r}, expected None or one of {', '.join(QUANTIZED_BYTES)}")
     if negatives is None:
         negatives = 1 if config.max_negatives is None else config.max_negatives
     steps = config.num_steps if num_steps is None else num_steps
-    base, facts = meta_base(config, model_config)
+    model = TraceModel.of(config, model_config)
+    base, facts = model.base, model.facts
     rows = math.ceil(config.batch_size / world_size)
     batches = [
         Batch(rows, min(length or config.query_max_length, config.query_max_length)),
@@ -144,12 +144,14 @@ def plan(
     ]
     fixed = _fixed(base, facts, quantization, world_size if fsdp else 1)
     loss = info_nce_bytes(config.batch_size, negatives, steps, facts.hidden)
+    of_length = {length: StepRows.of(model, length, steps) for length in sorted({batch.length for batch in batches})}
+    by_rows = [of_length[batch.length] for batch in batches]
     states = _cache_bytes(batches, steps, facts)
     if micro_batch_tokens is None:
-        memory = fixed | _activations(step_memory(base, batches, steps, cuda=True, loss_bytes=loss))
+        memory = fixed | _activations(model.memory(batches, steps, loss_bytes=loss))
     else:
-        micro = [divided(batch, micro_batch_tokens) for batch in batches]
-        most = max((step_memory(base, [one], steps, cuda=True) for one in micro), key=lambda found: found.peak)
+        rows = [divided(batch, micro_batch_tokens).rows for batch in batches]
+        most = max(map(StepRows.memory, by_rows, rows), key=lambda found: found.peak)
         memory = fixed | {"gradient cache": states} | _activations(most, at_least=loss)
     room = USABLE * device.memory - sum(fixed.values()) - states - CONTEXT_BYTES
     passes = (1 + steps) * (2 if micro_batch_tokens is None else 3) + config.gradient_checkpointing
@@ -163,21 +165,54 @@ def plan(
         seconds=_seconds(batches, steps, facts, device.ceilings(base.dtype), config, micro_batch_tokens, quantization),
         network_seconds=gathered / device.link_bytes_per_s,
         micro_batch_tokens=micro_batch_tokens,
-        largest_micro_batch_tokens=largest_micro_batch_tokens(base, batches, steps, room, at_least=loss),
+        largest_micro_batch_tokens=_largest_micro_batch(by_rows, batches, room) if room >= loss else None,
     )
 
 
-def meta_base(config: TrainConfig, model_config: PretrainedConfig | None = None) -> tuple[Any, ModelFacts]:
-    """The base of a run with LoRA and, if wanted, checkpointing, in train mode on the meta device; the plain model's
-    facts."""
+@dataclass(frozen=True)
+class TraceModel:
+    """A model on the meta device whose steps' memory is known: counted at two depths, and the rest of the layers added.
+
+    Attributes:
+        base: the whole one, with LoRA, for its parameters.
+        facts: of the plain model.
+        cut: the two shallow ones; the whole one alone where it is not deeper.
+        times: how many times their difference must be added to the first.
+    """
+
+    base: Any
+    facts: ModelFacts
+    cut: tuple[Any, ...]
+    times: float
+
+    @classmethod
+    def of(cls, config: TrainConfig, model_config: PretrainedConfig | None = None) -> TraceModel:
+        """The base of a run, with LoRA and, if wanted, checkpointing, in train mode."""
+        from transformers import AutoConfig
+
+        if model_config is None:
+            model_config = AutoConfig.from_pretrained(config.model)
+        base, facts = _meta_base(config, model_config)
+        period = _period(getattr(model_config, "layer_types", None))
+        near, far = 2 * period, 3 * period  # the first and the last layer are not like those between
+        if facts.layers <= far:
+            return cls(base, facts, (base,), 0.0)
+        cut = tuple(_meta_base(config, _cut(model_config, depth))[0] for depth in (near, far))
+        return cls(base, facts, cut, (facts.layers - near) / (far - near))
+
+    def memory(self, batches: Sequence[Batch], num_steps: int, *, cuda: bool = True, loss_bytes: int = 0) -> StepMemory:
+        """See `step_memory`."""
+        found = [step_memory(base, batches, num_steps, cuda=cuda, loss_bytes=loss_bytes) for base in self.cut]
+        return found[0] if len(found) == 1 else found[0].extrapolated(found[1], self.times)
+
+
+def _meta_base(config: TrainConfig, model_config: PretrainedConfig) -> tuple[Any, ModelFacts]:
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from gircse.train import lora_targets
 
-    if model_config is None:
-        model_config = AutoConfig.from_pretrained(config.model)
-    dtype = getattr(model_config, "dtype", None) if config.dtype == "auto" else getattr(torch, config.dtype, None)
+    dtype = getattr(model_config, "dtype", None) if config.dtype == "auto" else config.dtype
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
     with torch.device("meta"):
@@ -196,6 +231,20 @@ def meta_base(config: TrainConfig, model_config: PretrainedConfig | None = None)
     return base, facts
 
 
+def _period(layer_types: Sequence[str] | None) -> int:
+    """After how many layers their types repeat."""
+    types = list(layer_types or [""])
+    return next(p for p in range(1, len(types) + 1) if all(a == b for a, b in zip(types, types[p:], strict=False)))
+
+
+def _cut(model_config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    config = copy.deepcopy(model_config)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    return config
+
+
 def divided(batch: Batch, micro_batch_tokens: int) -> Batch:
     """A micro-batch of it: as many rows as its tokens allow, at least one."""
     return Batch(min(batch.rows, max(1, micro_batch_tokens // batch.length)), batch.length)
@@ -207,27 +256,43 @@ def _parts(batch: Batch, micro_batch_tokens: int) -> int:
 
 def info_nce_bytes(queries: int, negatives: int, num_steps: int, width: int) -> int:
     """Temporaries of `stepwise_info_nce`: unit vectors of all ranks for as many steps at a time as its budget holds, in
-    backward their gradients and two copies on the way to the states; and one workspace."""
+    backward their gradients and two copies on the way to the states; and a few tiles of similarities."""
     one = 4 * width * queries * (2 + negatives)
-    return 4 * one * min(max(1, VECTOR_BYTES // one), max(num_steps, 1)) + WORKSPACE_BYTES
+    tiles = min(WORKSPACE_BYTES, 4 * 3 * queries * queries * (1 + negatives))
+    return 4 * one * min(max(1, VECTOR_BYTES // one), max(num_steps, 1)) + tiles
 
 
-def largest_micro_batch_tokens(
-    base: Any, batches: Sequence[Batch], num_steps: int, room: float, *, at_least: int = 0
-) -> int | None:
-    """The most tokens of a micro-batch whose activations stay below `room` bytes, no more than the largest batch has;
-    None if there is none, or not even room for `at_least`."""
-    if room < at_least:
+@dataclass(frozen=True)
+class StepRows:
+    """The memory of a rollout's step as a function of its rows: that of one and of two."""
+
+    one: StepMemory
+    two: StepMemory
+
+    @classmethod
+    def of(cls, model: TraceModel, length: int, num_steps: int) -> StepRows:
+        return cls(*(model.memory([Batch(rows, length)], num_steps) for rows in (1, 2)))
+
+    def memory(self, rows: int) -> StepMemory:
+        return self.one.extrapolated(self.two, rows - 1)
+
+    def largest(self, room: float) -> int:
+        """The most rows whose peak stays below `room` bytes."""
+        rows = [
+            1 + (room - one) // (two - one)
+            for one, two in zip(self.one.moments, self.two.moments, strict=True)
+            if two > one
+        ]
+        return max(0, int(min(rows)))
+
+
+def _largest_micro_batch(by_rows: Sequence[StepRows], batches: Sequence[Batch], room: float) -> int | None:
+    """Tokens of the largest micro-batch that fits, no more than the largest batch has; None if one row does not."""
+    found = [(model.largest(room), batch) for model, batch in zip(by_rows, batches, strict=True)]
+    if any(rows == 0 for rows, _ in found):
         return None
-    best = max(batch.rows * batch.length for batch in batches)
-    for batch in batches:
-        one, two = (step_memory(base, [Batch(r, batch.length)], num_steps, cuda=True).peak for r in (1, 2))
-        rows = int((room - one) // max(two - one, 1)) + 1
-        if rows < 1:
-            return None
-        if rows < batch.rows:
-            best = min(best, rows * batch.length)
-    return best
+    limits = [rows * batch.length for rows, batch in found if rows < batch.rows]
+    return min([max(batch.rows * batch.length for batch in batches), *limits])
 
 
 def _fixed(base: Any, facts: ModelFacts, quantization: str | None, shards: int) -> dict[str, int]:

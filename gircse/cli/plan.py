@@ -10,9 +10,7 @@ if TYPE_CHECKING:
 
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "planning", "predicts memory and time from the model's config alone (docs/planning.md)"
-    )
+    group = parser.add_argument_group("planning", "memory and time predicted from the model's config")
     group.add_argument("--plan", action="store_true", help="print the prediction and do nothing")
     group.add_argument("--gpu", default="h100", help="device: h100, h200, a100-80gb, a100-40gb, l40s, rtx4090")
     group.add_argument("--length", type=int, help="tokens of every text (default: the limits of the config)")
