@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""One command on a GPU: correctness, every op benchmark, throughput, the training plan, the generation engine; JSON records, ten minutes.
+"""One command on a GPU: correctness, ops, throughput, the training plan, the generation engine; records, ten minutes.
 
     PYTHONPATH=.:kernels python bench/gpu_suite.py --out bench/results
 

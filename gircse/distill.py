@@ -239,7 +239,8 @@ def student_of(teacher: GIRCSE, config: DistillConfig) -> GIRCSE:
         return student
     if hasattr(base, "peft_config"):
         base = base.unload()
-        del base.peft_config  # PEFT leaves it, and would take the plain base for an adapted one
+        if hasattr(base, "peft_config"):
+            del base.peft_config  # left behind: it would make the plain base look like an adapted one
     train_config = TrainConfig(
         model=config.teacher,
         num_steps=0,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 
 from gircse import GIRCSE
+from gircse.cli import main
 from gircse.data import Row
 from gircse.distill import distill, distillation_loss
 from gircse.distill_config import DistillConfig
@@ -223,22 +222,21 @@ def test_settings_are_checked(options, message):
         DistillConfig(**options)
 
 
-def test_the_command(teacher, tmp_path):
+def test_the_command(teacher, tmp_path, capsys):
     data = tmp_path / "rows.jsonl"
     lines = [
         {"prompt": row.instruction, "query": row.query, "pos": row.positives, "neg": row.negatives} for row in ROWS
     ]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     # fmt: off
-    command = [
-        sys.executable, "-m", "gircse", "distill", "--teacher", str(teacher), "--data", str(data), "--output",
-        str(tmp_path / "run"), "--batch-size", "8", "--max-steps", "2", "--eval-data", str(data), "--no-progress",
+    arguments = [
+        "distill", "--teacher", str(teacher), "--data", str(data), "--output", str(tmp_path / "run"),
+        "--batch-size", "8", "--max-steps", "2", "--eval-data", str(data), "--no-progress",
     ]
     # fmt: on
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "teacher, K = 3" in done.stdout
-    assert "distilled 2 steps" in done.stdout
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert again.returncode == 2
-    assert "holds a run already" in again.stderr
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "teacher, K = 3" in out
+    assert "distilled 2 steps" in out
+    assert main(arguments) == 2
+    assert "holds a run already" in capsys.readouterr().err

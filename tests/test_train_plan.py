@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,13 +84,11 @@ def test_gradient_caching_bounds_memory_and_costs_one_forward(shallow):
 
 
 def test_the_largest_micro_batch_fits_and_one_more_row_does_not(shallow):
-    config = settings(batch_size=4096)
-    found = plan(config, gpu="rtx4090", model_config=shallow, length=512)
-    assert not found.fits
+    config = settings(batch_size=4096, query_max_length=512)
+    found = plan(config, gpu="rtx4090", model_config=shallow)
     largest = found.largest_micro_batch_tokens
-    assert largest % 512 // 2 == 0
-    config = replace(config, query_max_length=512)
-    largest = plan(config, gpu="rtx4090", model_config=shallow).largest_micro_batch_tokens
+    assert not found.fits
+    assert largest % 512 == 0
     fits, not_any_more = (
         plan(config, gpu="rtx4090", model_config=shallow, micro_batch_tokens=tokens)
         for tokens in (largest, largest + 512)
