@@ -34,9 +34,10 @@ from gircse.architecture import CausalLM
 from gircse.live_memory import Batch
 from gircse.report import text_table
 from gircse.rollout import rollout
+from gircse.traced_model import TracedModel
 from gircse.train import lora_targets
 from gircse.train_config import TrainConfig
-from gircse.train_plan import TraceModel, plan
+from gircse.train_plan import plan
 
 TOLERANCE = 0.15
 
@@ -140,7 +141,7 @@ def check_on_cuda(case: PlanCase, device: torch.device) -> dict[str, Any]:
 
 def check_on_cpu(case: PlanCase, device: torch.device) -> dict[str, Any]:
     """The activations alone, of one batch and its backward."""
-    model = TraceModel.of(case.config(), SHAPES[case.shape].config(case.layers))
+    model = TracedModel.of(case.config(), SHAPES[case.shape].config(case.layers))
     predicted = model.memory([Batch(case.queries, case.length)], case.num_steps, cuda=False).peak
     lm, parameters = trainable(case, device)
     batch = random_batch(lm.embed_weight.shape[0], [case.length] * case.queries, seed=0, device=str(device))

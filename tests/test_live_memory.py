@@ -12,9 +12,9 @@ from bench.shapes import SHAPES, random_model
 from gircse.architecture import CausalLM
 from gircse.live_memory import Batch, LiveBytes, step_memory
 from gircse.rollout import rollout
+from gircse.traced_model import TracedModel
 from gircse.train import lora_targets
 from gircse.train_config import TrainConfig
-from gircse.train_plan import TraceModel
 from tests.tiny_models import CONFIGS, tiny_model
 
 WITHIN = 0.15
@@ -112,7 +112,7 @@ def test_depth_and_rows_are_extrapolated_exactly(name, checkpointing):
     """What is counted at 2 and 3 layers, and at one row and two, is what 8 layers and 7 rows take."""
     config = TrainConfig(dtype="bfloat16", gradient_checkpointing=checkpointing)
     shape = shape_config(name, 7)
-    model = TraceModel.of(config, shape)
+    model = TracedModel.of(config, shape)
     assert len(model.cut) == 2
     whole = step_memory(model.base, [Batch(3, 40)], 2, cuda=True)
     assert model.memory([Batch(3, 40)], 2) == whole
@@ -124,14 +124,14 @@ def test_layers_of_alternating_types():
     """Gemma 2 has windows in every second layer."""
     config = CONFIGS["gemma2"]()
     config.num_hidden_layers, config.layer_types = 8, config.layer_types * 4
-    model = TraceModel.of(TrainConfig(), config)
+    model = TracedModel.of(TrainConfig(), config)
     assert [base.config.num_hidden_layers for base in model.cut] == [4, 6]
     assert model.memory([Batch(2, 20)], 2) == step_memory(model.base, [Batch(2, 20)], 2, cuda=True)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma", "gemma3", "gpt2"])
 def test_every_architecture_can_be_counted(name):
-    found = TraceModel.of(TrainConfig(), CONFIGS[name]()).memory([Batch(2, 12)], 2)
+    found = TracedModel.of(TrainConfig(), CONFIGS[name]()).memory([Batch(2, 12)], 2)
     assert min(found.keys_values, found.prompt, found.steps) > 0
     assert found.peak >= found.keys_values + found.prompt + found.steps
 

@@ -80,7 +80,8 @@ def test_gradient_caching_bounds_memory_and_costs_one_forward(shallow):
     assert cached.memory["gradient cache"] == 2 * 3 * 16 * 2 * 3584 * 2  # twice, rows, K, D, bfloat16
     extra = cached.seconds["gradient caching, the extra forward"]
     assert extra == cached.seconds["prompt, forward"] + cached.seconds["steps, forward"]
-    assert sum(cached.seconds.values()) < 1.7 * sum(whole.seconds.values())
+    # every micro-batch reads the matrices again
+    assert sum(cached.seconds.values()) - extra >= sum(whole.seconds.values())
 
 
 def test_the_largest_micro_batch_fits_and_one_more_row_does_not(shallow):
@@ -186,7 +187,8 @@ from gircse.data import Row
 from gircse.live_memory import Batch
 from gircse.train import train
 from gircse.train_config import TrainConfig
-from gircse.train_plan import TraceModel, info_nce_bytes
+from gircse.traced_model import TracedModel
+from gircse.train_plan import info_nce_bytes
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 out, checkpointing = sys.argv[1], sys.argv[2] == "True"
@@ -206,7 +208,7 @@ model = GIRCSE(random_model(shape, dtype=torch.float32, device="cpu"), tiny_toke
 before = reset_peak(torch.device("cpu"))
 train(config, rows=rows, model=model)
 measured = peak(torch.device("cpu")) - before
-traced = TraceModel.of(config, shape)
+traced = TracedModel.of(config, shape)
 lora = sum(p.nbytes for p in traced.base.parameters() if p.requires_grad)
 loss = info_nce_bytes(4, 1, 3, 576)
 found = traced.memory([Batch(4, 96), Batch(8, 96)], 3, cuda=False, loss_bytes=loss)

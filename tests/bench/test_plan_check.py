@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from bench import plan_check
-from gircse.train_plan import TraceModel
+from gircse.traced_model import TracedModel
 
 
 def test_predictions_hold(tmp_path, capsys):
@@ -21,20 +21,19 @@ def test_predictions_hold(tmp_path, capsys):
 
 
 def test_a_prediction_that_is_off_fails(monkeypatch, capsys):
-    memory = TraceModel.memory
+    memory = TracedModel.memory
 
     def too_little(self, *args, **kwargs):
         found = memory(self, *args, **kwargs)
         return replace(found, moments=tuple(moment * 8 // 10 for moment in found.moments))
 
-    monkeypatch.setattr(TraceModel, "memory", too_little)
+    monkeypatch.setattr(TracedModel, "memory", too_little)
     assert plan_check.main(["--smoke"]) == 1
     assert "predictions within 15%: NO" in capsys.readouterr().out
 
 
 def test_options(capsys):
-    for arguments in (["--device", "cpu"], ["--device", "cuda"]):
-        with pytest.raises(SystemExit) as stop:
-            plan_check.main(arguments)
-        assert stop.value.code == 2
+    with pytest.raises(SystemExit) as stop:
+        plan_check.main(["--device", "cpu"])
+    assert stop.value.code == 2
     assert "expected cuda, or cpu with --smoke" in capsys.readouterr().err
