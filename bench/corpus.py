@@ -7,10 +7,11 @@ Before any speed is reported every text's two embeddings must agree.
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,14 @@ from gircse.floors import Ceilings, ModelFacts
 from gircse.ops import l2_normalize
 from gircse.prompts import format_query
 
-# Cosine distance of the worst text of a corpus. Half precision rounds every step's state: over thousands of texts and
-# twenty steps the worst text is far from the usual one.
-COSINE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+# Cosine distance that rounding explains, of nearly every text. Twenty soft tokens, each fed back, multiply rounding
+# errors: on a few texts of SmolLM2 (untrained, K = 20) by 10^4, so that float32 official-style evaluation is itself
+# 6e-4 away from float64. Those texts are held to the higher precision instead (`compare`).
+COSINE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+_HIGHER = {torch.float32: torch.float64, torch.float16: torch.float32, torch.bfloat16: torch.float32}
+_MOST_OUTLIERS = 64
+# Share of the texts that may be further away than COSINE.
+_OUTLIERS = 0.05
 
 
 class CorpusError(ValueError):
@@ -176,10 +182,7 @@ def measure(
                 progress.set_description(f"{point.engine}, K = {point.num_steps}")
                 took, found[point] = _timed(model, job, point, progress.update)
                 runs[point].append(took)
-    checks = [
-        compare(found[Point(GRAPH, k)], found[Point(OFFICIAL_EVAL, k)], k, model.causal_lm.head_weight.dtype)
-        for k in steps
-    ]
+    checks = [compare(model, job, found[Point(GRAPH, k)], found[Point(OFFICIAL_EVAL, k)], k) for k in steps]
     timings = {point: Timing.of(times) for point, times in runs.items()}
     at_zero = facts.inference(lengths, 0, shared_prefix=shared)
     points = []
@@ -196,19 +199,57 @@ def measure(
     return checks, points, prompts
 
 
-def compare(ours: np.ndarray, theirs: np.ndarray, num_steps: int, dtype: torch.dtype) -> Difference:
-    """Embeddings [n, D] of the same texts: the worst text's cosine distance.
+def compare(model: GIRCSE, job: CorpusJob, ours: np.ndarray, theirs: np.ndarray, num_steps: int) -> Difference:
+    """Embeddings [n, D] of the job's texts by the engine and by official-style evaluation.
+
+    The median text and all but a few must agree. Where they do not, both are compared with official-style evaluation in
+    the next higher precision: on average over these texts the engine must not be twice as far from it as the official
+    side is.
 
     Raises:
-        Disagreement: it is more than rounding explains.
+        Disagreement: they differ by more than rounding explains.
     """
+    dtype = model.causal_lm.head_weight.dtype
     what = f"{len(theirs)} texts, K = {num_steps}"
     if ours.shape != theirs.shape:
         raise Disagreement(f"{GRAPH} on {what}: got embeddings {ours.shape}, {OFFICIAL_EVAL} {theirs.shape}")
+    distance = cosine_distance(ours, theirs)
+    allowed = COSINE[dtype]
+    measured = {
+        "median cosine distance": float(np.median(distance)),
+        "share of texts beyond the tolerance": float(np.mean(~(distance <= allowed))),
+    }
+    bounds = {"median cosine distance": allowed, "share of texts beyond the tolerance": _OUTLIERS}
+    Difference(GRAPH, what, measured, bounds).check(OFFICIAL_EVAL)
+    measured["largest cosine distance"] = float(distance.max())
+    bounds["largest cosine distance"] = allowed
+    if measured["largest cosine distance"] > allowed:
+        outliers = [int(i) for i in np.argsort(-distance)[:_MOST_OUTLIERS] if distance[i] > allowed]
+        exact = _encode_higher(model, job, outliers, num_steps)
+        of_ours, of_theirs = (float(cosine_distance(e[outliers], exact).mean()) for e in (ours, theirs))
+        measured |= {"their mean distance from higher precision": of_ours, f"of {OFFICIAL_EVAL}": of_theirs}
+        bounds |= {
+            "largest cosine distance": 2.0,  # explained by the two that follow
+            "their mean distance from higher precision": 2 * of_theirs + allowed,
+            f"of {OFFICIAL_EVAL}": 2.0,
+        }
+    return Difference(GRAPH, what, measured, bounds).check(OFFICIAL_EVAL)
+
+
+def cosine_distance(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """[n, D], [n, D] -> [n] float64."""
     a, b = ours.astype(np.float64), theirs.astype(np.float64)
-    cosine = (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
-    measured = {"cosine distance": float((1 - cosine).max())}
-    return Difference(GRAPH, what, measured, {"cosine distance": COSINE[dtype]}).check(OFFICIAL_EVAL)
+    return 1 - (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+
+
+def _encode_higher(model: GIRCSE, job: CorpusJob, chosen: list[int], num_steps: int) -> np.ndarray:
+    """[n, D]: official-style evaluation of some texts on a copy of the model in the next higher precision."""
+    dtype = model.causal_lm.head_weight.dtype
+    exact = copy.deepcopy(model.base).to(_HIGHER[dtype])
+    few = replace(job, texts=[job.texts[i] for i in chosen], batch=min(job.batch, 8))
+    lifted = GIRCSE(exact, model.tokenizer, model.config).eval()
+    with ENGINES[OFFICIAL_EVAL].attached(lifted.causal_lm):
+        return encode_official(lifted, few, num_steps, lambda count: None)
 
 
 def _timed(model: GIRCSE, job: CorpusJob, point: Point, update: Callable[[int], Any]) -> tuple[float, np.ndarray]:

@@ -13,6 +13,7 @@ import torch
 
 from bench import gpu_suite, op_measure
 from bench.cases import SMOKE_CASES
+from bench.engine_cases import ENGINE_CASES, SMOKE_ENGINE_CASES
 from bench.op_engines import eager
 from bench.options import parse
 from bench.provenance import ROOT
@@ -20,6 +21,7 @@ from gircse.floors import Ceilings
 
 NAMES = [case.name for case in SMOKE_CASES]
 THROUGHPUT = "throughput-smollm2-135m"
+ENGINE = "engine-smoke"
 
 
 class Runner:
@@ -82,6 +84,7 @@ def test_everything_in_order_and_nothing_twice(suite, capsys, monkeypatch):
         [str(ROOT / "bench/info_nce.py"), "--smoke"],
         [str(ROOT / "bench/run.py"), "--shape"],
         [str(ROOT / "bench/plan_check.py"), "--smoke"],
+        [str(ROOT / "bench/run.py"), "--shape"],
     ]
     printed = capsys.readouterr().out
     header = next(line for line in printed.splitlines() if line.startswith("case "))
@@ -94,7 +97,10 @@ def test_everything_in_order_and_nothing_twice(suite, capsys, monkeypatch):
         assert record["compile_backend"] == "aot_eager"
     summary = suite.record("summary")
     assert [record["case"] for record in summary["cases"]] == NAMES
-    assert (summary["met"], summary["with_target"]) == (2, 3)
+    # the engine's case has no points here: a figure that cannot be measured is not met
+    assert (summary["met"], summary["with_target"]) == (2, 4)
+    assert list(summary["engine"]) == [ENGINE]
+    assert all(line.endswith("not measured, NOT met") for line in summary["engine"][ENGINE])
     assert summary["skipped"] == summary["problems"] == []
 
     assert suite() == 0  # again: nothing is run, the summary is the same
@@ -112,8 +118,16 @@ def test_everything_in_order_and_nothing_twice(suite, capsys, monkeypatch):
     monkeypatch.setattr(gpu_suite, "provenance", lambda device: {**provenance(device), "sources": "another"})
     assert suite() == 0
     assert suite.measured == NAMES
-    assert len(suite.commands) == 4
+    assert len(suite.commands) == 5
     assert suite.record(NAMES[0])["provenance"]["sources"] == "another"
+
+
+def test_another_engine_is_measured_again(suite, monkeypatch):
+    assert suite("--only", "engine") == 0
+    assert len(suite.commands) == 2  # the tests and the engine's case
+    monkeypatch.setattr(gpu_suite, "engine_hash", lambda: "another")
+    assert suite("--only", "engine") == 0
+    assert len(suite.commands) == 1
 
 
 def test_changed_tests_run_again(suite):
@@ -200,7 +214,7 @@ def test_what_does_not_fit_is_skipped(suite, capsys):
     assert suite("--only", "nothing") == 0  # the tests have passed
     assert suite("--minutes", "0.01") == 0
     assert suite.measured == suite.commands == []
-    assert suite.record("summary")["skipped"] == [*NAMES, "info_nce", THROUGHPUT, "plan"]
+    assert suite.record("summary")["skipped"] == [*NAMES, "info_nce", THROUGHPUT, "plan", ENGINE]
     assert f"skipped: {NAMES[0]} takes about" in capsys.readouterr().out
 
 
@@ -228,7 +242,14 @@ def test_bad_options(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [gpu_suite.THROUGHPUT, gpu_suite.SMOKE_THROUGHPUT])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        gpu_suite.THROUGHPUT,
+        gpu_suite.SMOKE_THROUGHPUT,
+        *(case.arguments for case in (*ENGINE_CASES, *SMOKE_ENGINE_CASES)),
+    ],
+)
 def test_run_py_takes_these_options(arguments):
     options, _ = parse([*arguments, "--device", "cpu"])
     assert options.shape == arguments[1]

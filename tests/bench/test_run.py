@@ -58,10 +58,16 @@ def test_table_record_and_plot(bench, tmp_path, capsys):
     assert (tmp_path / "record.png").read_bytes().startswith(b"\x89PNG")
 
     header = next(line for line in printed if line.startswith("engine "))
-    assert all(name in header for name in ("texts/s", "tokens/s", "x recompute", "of single-pass", "time/floor"))
+    assert all(
+        name in header
+        for name in ("texts/s", "tokens/s", "x recompute", "x official", "of single-pass", "time/floor", "p95 ms")
+    )
     start = printed.index(header) + 2
     shown = [line.split()[:2] for line in printed[start : printed.index("", start)]]
-    timed = [["single-pass", "0"], *([name, k] for k in "013" for name in ("recompute", "cached"))]
+    timed = [
+        ["single-pass", "0"],
+        *([name, k] for k in "013" for name in ("recompute", "official-eval", "cached", "graph")),
+    ]
     assert shown == timed
     assert [[p["engine"], str(p["num_steps"])] for p in record["points"]] == timed
 
@@ -240,12 +246,13 @@ def test_ceilings_are_measured():
     assert 1e8 < ceilings.bytes_per_s < 1e13
 
 
-def test_batches():
-    lengths = draw_lengths(40, 90, mixed=True, seed=3)
+@pytest.mark.parametrize("distribution", ["lognormal", "uniform"])
+def test_batches(distribution):
+    lengths = draw_lengths(40, 90, distribution=distribution, seed=3)
     assert max(lengths) == 90
     assert min(lengths) >= 1
     assert len(set(lengths)) > 10
-    assert lengths == draw_lengths(40, 90, mixed=True, seed=3)
+    assert lengths == draw_lengths(40, 90, distribution=distribution, seed=3)
     batch = random_batch(131, check_lengths(6), seed=0, device="cpu")
     assert batch.lengths == [6, 6, 3, 1]
     assert batch.attention_mask[:, -1].all()  # padded on the left
