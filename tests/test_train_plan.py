@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,23 +24,28 @@ from tests.tiny_models import tiny_model
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def shallow():
-    """Four layers of Qwen2.5-7B: their plan takes a second."""
-    return SHAPES["qwen2.5-7b"].config(4)
+LAYERS = 2
+SHALLOW = SHAPES["qwen2.5-7b"].config(LAYERS)  # its plan takes a second
 
 
 def settings(**options):
-    return TrainConfig(**{"dtype": "bfloat16", "batch_size": 16, "num_steps": 2, "passage_max_length": 512, **options})
+    defaults = {"dtype": "bfloat16", "batch_size": 16, "num_steps": 1, "query_max_length": 512}
+    return TrainConfig(**{**defaults, "passage_max_length": 512, **options})
 
 
-def test_fixed_parts_are_the_parameters(shallow):
-    found = plan(settings(), gpu="h100", model_config=shallow)
+@cache
+def planned(gpu="h100", checkpointing=False, batch_size=16, **options):
+    config = settings(gradient_checkpointing=checkpointing, batch_size=batch_size)
+    return plan(config, gpu=gpu, model_config=SHALLOW, **options)
+
+
+def test_fixed_parts_are_the_parameters():
+    found = planned()
     hidden, inner, kv = 3584, 18944, 512
-    matrices = 4 * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner)
-    small = 4 * (2 * hidden + hidden + 2 * kv) + hidden  # norms and the biases of q, k, v
+    matrices = LAYERS * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner)
+    small = LAYERS * (2 * hidden + hidden + 2 * kv) + hidden  # norms and the biases of q, k, v
     assert found.memory["frozen weights"] == 2 * (matrices + small + 2 * 152064 * hidden)
-    sides = 4 * (4 * hidden + 2 * (hidden + kv) + 3 * (hidden + inner))
+    sides = LAYERS * (4 * hidden + 2 * (hidden + kv) + 3 * (hidden + inner))
     lora = 4 * 16 * sides  # float32, rank 16
     assert found.memory["LoRA weights"] == found.memory["LoRA gradients"] == lora
     assert found.memory["AdamW moments"] == 2 * lora
@@ -47,19 +53,17 @@ def test_fixed_parts_are_the_parameters(shallow):
     assert found.allocated_bytes == found.total_bytes - found.memory["CUDA context"]
 
 
-def test_quantized_matrices(shallow):
-    whole, eight, four = (
-        plan(settings(), gpu="h100", model_config=shallow, quantization=kind).memory for kind in (None, "8bit", "4bit")
-    )
-    matrix = 4 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
+def test_quantized_matrices():
+    whole, eight, four = (planned(quantization=kind).memory for kind in (None, "8bit", "4bit"))
+    matrix = LAYERS * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
     assert whole["frozen weights"] - eight["frozen weights"] == matrix
     assert whole["frozen weights"] - four["frozen weights"] == pytest.approx(matrix * (2 - 0.5625), abs=1)
     assert four["dequantised matrix"] == 2 * 3584 * 18944
     assert "dequantised matrix" not in whole
 
 
-def test_sharding_divides_what_belongs_to_the_model(shallow):
-    one, eight = (plan(settings(), gpu="h100", world_size=8, model_config=shallow, fsdp=fsdp) for fsdp in (False, True))
+def test_sharding_divides_what_belongs_to_the_model():
+    one, eight = (planned(world_size=8, fsdp=fsdp) for fsdp in (False, True))
     assert eight.memory["frozen weights"] == one.memory["frozen weights"] // 8
     assert eight.memory["AdamW moments"] == pytest.approx(one.memory["AdamW moments"] / 8, abs=16)
     assert eight.memory["gathered layers"] > 0
@@ -67,32 +71,30 @@ def test_sharding_divides_what_belongs_to_the_model(shallow):
     assert eight.step_seconds == max(sum(eight.seconds.values()), eight.network_seconds)
 
 
-def test_the_batch_is_divided_among_the_ranks(shallow):
-    one, four = (plan(settings(), gpu="h100", world_size=ranks, model_config=shallow) for ranks in (1, 4))
+def test_the_batch_is_divided_among_the_ranks():
+    one, four = (planned(world_size=ranks) for ranks in (1, 4))
     assert four.memory["prompt keys and values"] * 4 == one.memory["prompt keys and values"]
     assert sum(four.seconds.values()) < sum(one.seconds.values())
 
 
-def test_gradient_caching_bounds_memory_and_costs_one_forward(shallow):
-    whole = plan(settings(), gpu="h100", model_config=shallow)
-    cached = plan(settings(), gpu="h100", model_config=shallow, micro_batch_tokens=1024)
+def test_gradient_caching_bounds_memory_and_costs_one_forward():
+    whole = planned()
+    cached = planned(micro_batch_tokens=1024)
     assert cached.allocated_bytes < whole.allocated_bytes
-    assert cached.memory["gradient cache"] == 2 * 3 * 16 * 2 * 3584 * 2  # twice, rows, K, D, bfloat16
+    assert cached.memory["gradient cache"] == 2 * 3 * 16 * 1 * 3584 * 2  # twice, rows, K, D, bfloat16
     extra = cached.seconds["gradient caching, the extra forward"]
     assert extra == cached.seconds["prompt, forward"] + cached.seconds["steps, forward"]
     # every micro-batch reads the matrices again
     assert sum(cached.seconds.values()) - extra >= sum(whole.seconds.values())
 
 
-def test_the_largest_micro_batch_fits_and_one_more_row_does_not(shallow):
-    config = settings(batch_size=4096, query_max_length=512)
-    found = plan(config, gpu="rtx4090", model_config=shallow)
-    largest = found.largest_micro_batch_tokens
-    assert not found.fits
+def test_the_largest_micro_batch_fits_and_one_more_row_does_not():
+    whole = planned("rtx4090", batch_size=4096)
+    largest = whole.largest_micro_batch_tokens
+    assert not whole.fits
     assert largest % 512 == 0
     fits, not_any_more = (
-        plan(config, gpu="rtx4090", model_config=shallow, micro_batch_tokens=tokens)
-        for tokens in (largest, largest + 512)
+        planned("rtx4090", batch_size=4096, micro_batch_tokens=tokens) for tokens in (largest, largest + 512)
     )
     assert fits.fits
     assert fits.total_bytes > 0.9 * USABLE * GPUS["rtx4090"].memory
@@ -108,29 +110,25 @@ def test_a_model_that_does_not_fit_at_all():
     assert "not even a micro-batch of one row fits" in str(found)
 
 
-def test_the_floor_is_that_of_the_benchmarks(shallow):
+def test_the_floor_is_that_of_the_benchmarks():
     """One phase after the other at the GPU's ceilings, as `bench/run.py` computes it."""
     from bench.shapes import meta_model
 
-    found = plan(settings(query_max_length=512), gpu="a100-80gb", model_config=shallow)
-    facts, ceilings = ModelFacts.of(meta_model(shallow, torch.bfloat16)), GPUS["a100-80gb"].ceilings(torch.bfloat16)
-    expected = sum(ceilings.seconds(facts.training([512] * rows, 2)) for rows in (16, 32))
+    found = planned("a100-80gb")
+    facts, ceilings = ModelFacts.of(meta_model(SHALLOW, torch.bfloat16)), GPUS["a100-80gb"].ceilings(torch.bfloat16)
+    expected = sum(ceilings.seconds(facts.training([512] * rows, 1)) for rows in (16, 32))
     assert found.step_seconds == pytest.approx(expected, rel=1e-12)
 
 
-def test_checkpointing_adds_a_prompt_and_takes_memory(shallow):
-    plain, checkpointed = (
-        plan(settings(gradient_checkpointing=on), gpu="h100", model_config=shallow) for on in (False, True)
-    )
+def test_checkpointing_adds_a_prompt_and_takes_memory():
+    plain, checkpointed = (planned(checkpointing=on) for on in (False, True))
     assert checkpointed.seconds["checkpointing, the prompt again"] == plain.seconds["prompt, forward"]
     assert checkpointed.memory["prompt activations"] < 0.2 * plain.memory["prompt activations"]
 
 
-def test_lengths_are_capped_by_the_config(shallow):
-    config = settings(query_max_length=32, passage_max_length=64)
-    assert str(plan(config, gpu="h100", model_config=shallow, length=4000)) == str(
-        plan(config, gpu="h100", model_config=shallow)
-    )
+def test_lengths_are_capped_by_the_config():
+    assert str(planned(length=4000)) == str(planned())
+    assert str(planned(length=128)) != str(planned())
 
 
 def test_micro_batches_have_at_least_a_row():
@@ -154,9 +152,9 @@ def test_the_loss_stays_within_its_budget():
         ({"quantization": "2bit"}, "quantization: got '2bit', expected None or one of 4bit, 8bit"),
     ],
 )
-def test_wrong_arguments(shallow, options, message):
+def test_wrong_arguments(options, message):
     with pytest.raises(ValueError, match=message):
-        plan(settings(), **{"gpu": "h100", "model_config": shallow, **options})
+        plan(settings(), **{"gpu": "h100", "model_config": SHALLOW, **options})
 
 
 def test_half_precision_has_its_own_ceiling():
