@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.floors import Ceilings, Work
 from bench.shapes import SHAPES
+from gircse.floors import Ceilings, Work
 
 FORWARD, BOTH = "forward", "forward+backward"
 PASSES = (FORWARD, BOTH)

@@ -22,10 +22,10 @@ from tqdm import tqdm
 from bench.agreement import Difference, Disagreement
 from bench.batches import Batch
 from bench.engines import ENGINES, GRAPH, OFFICIAL_EVAL
-from bench.floors import Ceilings, ModelFacts
 from bench.throughput import Point, point_row
 from bench.timing import Timing, seconds
 from gircse import GIRCSE
+from gircse.floors import Ceilings, ModelFacts
 from gircse.ops import l2_normalize
 from gircse.prompts import format_query
 

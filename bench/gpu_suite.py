@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""One command on a GPU: correctness, every op benchmark, throughput, engine, training step; JSON records, ten minutes.
+"""One command on a GPU: correctness, ops, throughput, the engine, training and its plan; JSON records, ten minutes.
 
     PYTHONPATH=.:kernels python bench/gpu_suite.py --out bench/results
 
@@ -33,7 +33,7 @@ from torch import Tensor
 from bench import engine_cases
 from bench.cases import CASES, MODELS, SMOKE_CASES, Case
 from bench.engine_cases import ENGINE_CASES, SMOKE_ENGINE_CASES
-from bench.floors import Ceilings, measure_ceilings
+from bench.floors import measure_ceilings
 from bench.memory import give_back
 from bench.op_engines import WrongResultError, draw_matrices
 from bench.op_measure import first_line, judge, measure
@@ -41,6 +41,7 @@ from bench.provenance import ROOT, device_name, engine_hash, provenance
 from bench.records import save
 from bench.tables import OPS, REPLAY, table
 from bench.train_cases import SMOKE_TRAIN_CASES, TRAIN_CASES
+from gircse.floors import Ceilings
 
 Matrices = tuple[Tensor, Tensor | None]
 
@@ -120,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     records = op_benchmarks(suite, options, reserve)
     info_nce(suite, options)
     throughput(suite, options)
+    training_plan(suite, options)
     summarise(suite, records, engine(suite, options))
     return 1 if suite.problems else 0
 
@@ -239,6 +241,15 @@ def info_nce(suite: Suite, options: argparse.Namespace) -> None:
     """`bench/info_nce.py` in a process of its own."""
     arguments = ["--smoke"] if options.smoke else []
     _script(suite, options, "info_nce", "info_nce.py", arguments, 5.0 if options.smoke else 40.0)
+
+
+def training_plan(suite: Suite, options: argparse.Namespace) -> None:
+    """`bench/plan_check.py` in a process of its own; a prediction that is off is a problem, every time."""
+    before = suite.finished("plan")
+    if before is not None and not before["met"]:
+        (suite.folder / "plan.json").unlink()
+    arguments = ["--smoke"] if options.smoke else []
+    _script(suite, options, "plan", "plan_check.py", arguments, 15.0 if options.smoke else 60.0)
 
 
 def _script(

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from bench.cases import Case
-from bench.floors import Ceilings
 from bench.memory import give_back, peak_extra_bytes
 from bench.op_engines import ENGINE_NAMES, Op, Problem, check, compiled, eager, ours
 from bench.timing import Timing, enqueue_seconds, interleaved, seconds
+from gircse.floors import Ceilings
 
 _OUT_OF_MEMORY = "out of memory"
 _FEWEST, _MOST = 5, 50

@@ -65,7 +65,7 @@ def report(record: dict[str, Any]) -> str:
         "",
         f"medians of {record['repeats']} interleaved runs; spread = (slowest - fastest) / median",
         "tokens = prompt tokens + K generated positions per text, whatever the engine computes",
-        "floor = least time of the job (prompt once, K cached steps) at the measured ceilings: bench/floors.py",
+        "floor = least time of the job (prompt once, K cached steps) at the measured ceilings: gircse/floors.py",
     ]
     if any("latency_p50" in row for row in record["points"]):
         lines.append(f"1 text: seconds of one text alone, percentiles of {record['latency_runs']} runs")

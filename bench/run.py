@@ -21,13 +21,14 @@ from bench import corpus, throughput, training
 from bench.agreement import Difference, Disagreement, worst
 from bench.batches import draw_lengths, random_batch
 from bench.engines import ENGINES
-from bench.floors import ModelFacts, measure_ceilings
+from bench.floors import measure_ceilings
 from bench.options import parse
 from bench.plots import draw
 from bench.provenance import provenance
 from bench.records import report, save, to_json
 from bench.shapes import meta_model, pretrained_model, random_model
 from gircse.architecture import CausalLM, UnsupportedModelError
+from gircse.floors import ModelFacts
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 # Standard deviation of the random models' logits, set by the gain of the last norm. Trained models' soft tokens have an
@@ -179,10 +179,3 @@ def check_layers(layers: int, available: int) -> None:
 def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model without storage: for counting parameters."""
     return random_model(config, dtype=dtype, device="meta")
-
-
-def vocabulary_matrices(model: PreTrainedModel) -> list[Tensor]:
-    """Input embedding [V, E] and output head [V, D]; one entry where they are tied."""
-    modules: tuple[Any, Any] = model.get_input_embeddings(), model.get_output_embeddings()
-    table, head = (module.weight for module in modules)
-    return [table] if head is table else [table, head]

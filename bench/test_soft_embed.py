@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from bench.cases import CASES, CPU_CASES, Case
-from bench.floors import Ceilings, measure_ceilings
+from bench.floors import measure_ceilings
 from bench.memory import peak_extra_bytes
 from bench.op_engines import ENGINE_NAMES, Op, Problem, check, compiled, draw_matrices, eager, ours
 from bench.op_measure import is_out_of_memory
 from bench.timing import cache_buffer, synchronize
+from gircse.floors import Ceilings
 
 pytest.importorskip("pytest_benchmark")
 

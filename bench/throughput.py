@@ -17,9 +17,9 @@ from tqdm import tqdm
 from bench.agreement import Difference, embedding_difference
 from bench.batches import Batch, check_lengths, random_batch
 from bench.engines import ENGINES, OFFICIAL_EVAL, REFERENCE, SINGLE_PASS, Generation
-from bench.floors import Ceilings, ModelFacts, Work
 from bench.timing import Timing, seconds
 from gircse.architecture import CausalLM
+from gircse.floors import Ceilings, ModelFacts, Work
 from gircse.ops import l2_normalize, pool_steps
 
 

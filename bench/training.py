@@ -23,11 +23,11 @@ from tqdm import tqdm
 from bench.agreement import Difference, training_difference
 from bench.batches import Batch, check_lengths, draw_lengths, random_batch
 from bench.engines import ENGINES, REFERENCE
-from bench.floors import Ceilings, ModelFacts
 from bench.shapes import SHAPES, pretrained_model, random_model
 from bench.timing import Timing
 from gircse import ops
 from gircse.architecture import CausalLM
+from gircse.floors import Ceilings, ModelFacts
 from gircse.ops.reference import icr_objective_reference, info_nce_reference
 from gircse.train import lora_targets
 from gircse.train_config import TrainConfig

@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any, get_args, get_origin, get_type_hints
 
 from gircse.cli.common import command
+from gircse.cli.plan import add_plan_options, print_plan
 
 
 def add(commands: Any) -> None:
@@ -39,6 +40,7 @@ def add(commands: Any) -> None:
             options["type"] = next((t for t in get_args(hint) if t is not type(None)), hint)
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
     parser.add_argument("--eval-data", help="rows to evaluate on (retrieval over their positives and negatives)")
+    add_plan_options(parser)
 
 
 def _written(default: object) -> str:
@@ -79,6 +81,8 @@ def _train(arguments: argparse.Namespace) -> None:
     from gircse.train import train
 
     config = config_of(arguments)
+    if arguments.plan:
+        return print_plan(config, arguments)
     evaluate = None
     if arguments.eval_data:
         task = RetrievalTask.from_rows(load_rows(arguments.eval_data))

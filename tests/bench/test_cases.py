@@ -11,12 +11,12 @@ import torch
 
 from bench import op_measure, soft_embed
 from bench.cases import BOTH, CASES, CPU_CASES, FORWARD, H100, MODELS, SMOKE_CASES, Case, Target
-from bench.floors import Ceilings
 from bench.memory import peak_extra_bytes
 from bench.op_engines import Problem, WrongResultError, check, draw_matrices, eager, ours
 from bench.op_measure import judge, measure
 from bench.provenance import ROOT
 from bench.timing import interleaved
+from gircse.floors import Ceilings
 
 CEILINGS = Ceilings(flops_per_s=1e11, bytes_per_s=1e10)
 CPU = torch.device("cpu")

@@ -14,10 +14,10 @@ from bench import corpus, docstrings, run
 from bench.agreement import Disagreement
 from bench.batches import random_batch
 from bench.engines import ENGINES, GRAPH, NO_REUSE, OFFICIAL_EVAL, REFERENCE
-from bench.floors import Ceilings, ModelFacts
 from bench.throughput import check_agreement
 from gircse import GIRCSE, GircseConfig
 from gircse.architecture import CausalLM
+from gircse.floors import Ceilings, ModelFacts
 from gircse.ops import l2_normalize
 from tests.plain import plain_rollout
 from tests.tiny_models import tiny_model, tiny_tokenizer

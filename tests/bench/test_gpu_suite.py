@@ -14,10 +14,10 @@ import torch
 from bench import gpu_suite, op_measure
 from bench.cases import SMOKE_CASES
 from bench.engine_cases import ENGINE_CASES, SMOKE_ENGINE_CASES
-from bench.floors import Ceilings
 from bench.op_engines import eager
 from bench.options import parse
 from bench.provenance import ROOT
+from gircse.floors import Ceilings
 
 NAMES = [case.name for case in SMOKE_CASES]
 THROUGHPUT = "throughput-smollm2-135m"
@@ -33,7 +33,7 @@ class Runner:
         self.records = self.out / "cpu"
         self.measured: list[str] = []
         self.commands: list[list[str]] = []
-        self.throughput_code, self.real_tests = 0, False
+        self.throughput_code, self.real_tests, self.plan_met = 0, False, True
         self.tests.mkdir()
         self.write_test("assert True")
         run, measure = gpu_suite._run, gpu_suite.measure
@@ -52,7 +52,7 @@ class Runner:
                 return run([*command, "-p", "no:cacheprovider"], seconds)
             if self.throughput_code == 0:
                 record = {"benchmark": "throughput", "provenance": gpu_suite.provenance("cpu")}
-                Path(command[command.index("--out") + 1]).write_text(json.dumps(record))
+                Path(command[command.index("--out") + 1]).write_text(json.dumps(record | {"met": self.plan_met}))
             return self.throughput_code, "a table\n{}"
 
         monkeypatch.setattr(gpu_suite, "measure", counted)
@@ -83,6 +83,7 @@ def test_everything_in_order_and_nothing_twice(suite, capsys, monkeypatch):
         ["-m", "pytest"],
         [str(ROOT / "bench/info_nce.py"), "--smoke"],
         [str(ROOT / "bench/run.py"), "--shape"],
+        [str(ROOT / "bench/plan_check.py"), "--smoke"],
         [str(ROOT / "bench/run.py"), "--shape"],
     ]
     printed = capsys.readouterr().out
@@ -117,7 +118,7 @@ def test_everything_in_order_and_nothing_twice(suite, capsys, monkeypatch):
     monkeypatch.setattr(gpu_suite, "provenance", lambda device: {**provenance(device), "sources": "another"})
     assert suite() == 0
     assert suite.measured == NAMES
-    assert len(suite.commands) == 4
+    assert len(suite.commands) == 5
     assert suite.record(NAMES[0])["provenance"]["sources"] == "another"
 
 
@@ -198,11 +199,22 @@ def test_a_throughput_run_that_fails(suite):
     assert "bench/run.py ended with exit code 1" in problem
 
 
+def test_a_plan_that_was_off_is_checked_again(suite):
+    suite.plan_met = False
+    for _ in range(2):
+        suite("--only", "plan")
+        assert [Path(command[1]).name for command in suite.commands if "pytest" not in command] == ["plan_check.py"]
+    suite.plan_met = True
+    suite("--only", "plan")
+    suite("--only", "plan")
+    assert suite.commands == []
+
+
 def test_what_does_not_fit_is_skipped(suite, capsys):
     assert suite("--only", "nothing") == 0  # the tests have passed
     assert suite("--minutes", "0.01") == 0
     assert suite.measured == suite.commands == []
-    assert suite.record("summary")["skipped"] == [*NAMES, "info_nce", THROUGHPUT, ENGINE]
+    assert suite.record("summary")["skipped"] == [*NAMES, "info_nce", THROUGHPUT, "plan", ENGINE]
     assert f"skipped: {NAMES[0]} takes about" in capsys.readouterr().out
 
 

@@ -16,12 +16,13 @@ from bench import run, training
 from bench.agreement import Disagreement
 from bench.batches import check_lengths, draw_lengths, random_batch
 from bench.engines import ENGINES, cached
-from bench.floors import Ceilings, ModelFacts, measure_ceilings
+from bench.floors import measure_ceilings
 from bench.provenance import ROOT, sources_hash
 from bench.shapes import SHAPES, meta_model
 from gircse.architecture import CausalLM
 from gircse.attention import ATTENTION_NAME
 from gircse.cpu_linear import OneDNNLinear
+from gircse.floors import Ceilings, ModelFacts
 from tests.tiny_models import tiny_model
 
 CEILINGS = Ceilings(flops_per_s=1e11, bytes_per_s=1e10)

@@ -1,0 +1,228 @@
+"""The plan of a training run: its parts, its advice, and the peak of a real step."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.shapes import SHAPES
+from gircse.cli import main
+from gircse.floors import ModelFacts
+from gircse.gpus import GPUS, find_gpu
+from gircse.live_memory import Batch
+from gircse.train_config import TrainConfig
+from gircse.train_plan import USABLE, divided, info_nce_bytes, plan
+from tests.tiny_models import tiny_model
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+LAYERS = 2
+SHALLOW = SHAPES["qwen2.5-7b"].config(LAYERS)  # its plan takes a second
+
+
+def settings(**options):
+    defaults = {"dtype": "bfloat16", "batch_size": 16, "num_steps": 1, "query_max_length": 512}
+    return TrainConfig(**{**defaults, "passage_max_length": 512, **options})
+
+
+@cache
+def planned(gpu="h100", checkpointing=False, batch_size=16, **options):
+    config = settings(gradient_checkpointing=checkpointing, batch_size=batch_size)
+    return plan(config, gpu=gpu, model_config=SHALLOW, **options)
+
+
+def test_fixed_parts_are_the_parameters():
+    found = planned()
+    hidden, inner, kv = 3584, 18944, 512
+    matrices = LAYERS * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner)
+    small = LAYERS * (2 * hidden + hidden + 2 * kv) + hidden  # norms and the biases of q, k, v
+    assert found.memory["frozen weights"] == 2 * (matrices + small + 2 * 152064 * hidden)
+    sides = LAYERS * (4 * hidden + 2 * (hidden + kv) + 3 * (hidden + inner))
+    lora = 4 * 16 * sides  # float32, rank 16
+    assert found.memory["LoRA weights"] == found.memory["LoRA gradients"] == lora
+    assert found.memory["AdamW moments"] == 2 * lora
+    assert found.total_bytes == sum(found.memory.values())
+    assert found.allocated_bytes == found.total_bytes - found.memory["CUDA context"]
+
+
+def test_quantized_matrices():
+    whole, eight, four = (planned(quantization=kind).memory for kind in (None, "8bit", "4bit"))
+    matrix = LAYERS * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
+    assert whole["frozen weights"] - eight["frozen weights"] == matrix
+    assert whole["frozen weights"] - four["frozen weights"] == pytest.approx(matrix * (2 - 0.5625), abs=1)
+    assert four["dequantised matrix"] == 2 * 3584 * 18944
+    assert "dequantised matrix" not in whole
+
+
+def test_sharding_divides_what_belongs_to_the_model():
+    one, eight = (planned(world_size=8, fsdp=fsdp) for fsdp in (False, True))
+    assert eight.memory["frozen weights"] == one.memory["frozen weights"] // 8
+    assert eight.memory["AdamW moments"] == pytest.approx(one.memory["AdamW moments"] / 8, abs=16)
+    assert eight.memory["gathered layers"] > 0
+    assert eight.network_seconds > 0 == one.network_seconds
+    assert eight.step_seconds == max(sum(eight.seconds.values()), eight.network_seconds)
+
+
+def test_the_batch_is_divided_among_the_ranks():
+    one, four = (planned(world_size=ranks) for ranks in (1, 4))
+    assert four.memory["prompt keys and values"] * 4 == one.memory["prompt keys and values"]
+    assert sum(four.seconds.values()) < sum(one.seconds.values())
+
+
+def test_gradient_caching_bounds_memory_and_costs_one_forward():
+    whole = planned()
+    cached = planned(micro_batch_tokens=1024)
+    assert cached.allocated_bytes < whole.allocated_bytes
+    assert cached.memory["gradient cache"] == 2 * 3 * 16 * 1 * 3584 * 2  # twice, rows, K, D, bfloat16
+    extra = cached.seconds["gradient caching, the extra forward"]
+    assert extra == cached.seconds["prompt, forward"] + cached.seconds["steps, forward"]
+    # every micro-batch reads the matrices again
+    assert sum(cached.seconds.values()) - extra >= sum(whole.seconds.values())
+
+
+def test_the_largest_micro_batch_fits_and_one_more_row_does_not():
+    whole = planned("rtx4090", batch_size=4096)
+    largest = whole.largest_micro_batch_tokens
+    assert not whole.fits
+    assert largest % 512 == 0
+    fits, not_any_more = (
+        planned("rtx4090", batch_size=4096, micro_batch_tokens=tokens) for tokens in (largest, largest + 512)
+    )
+    assert fits.fits
+    assert fits.total_bytes > 0.9 * USABLE * GPUS["rtx4090"].memory
+    assert not not_any_more.fits
+
+
+def test_a_model_that_does_not_fit_at_all():
+    found = plan(
+        settings(dtype="float32", batch_size=1), gpu="rtx4090", model_config=SHAPES["qwen2.5-7b"].config(28), length=64
+    )
+    assert not found.fits
+    assert found.largest_micro_batch_tokens is None
+    assert "not even a micro-batch of one row fits" in str(found)
+
+
+def test_the_floor_is_that_of_the_benchmarks():
+    """One phase after the other at the GPU's ceilings, as `bench/run.py` computes it."""
+    from bench.shapes import meta_model
+
+    found = planned("a100-80gb")
+    facts, ceilings = ModelFacts.of(meta_model(SHALLOW, torch.bfloat16)), GPUS["a100-80gb"].ceilings(torch.bfloat16)
+    expected = sum(ceilings.seconds(facts.training([512] * rows, 1)) for rows in (16, 32))
+    assert found.step_seconds == pytest.approx(expected, rel=1e-12)
+
+
+def test_checkpointing_adds_a_prompt_and_takes_memory():
+    plain, checkpointed = (planned(checkpointing=on) for on in (False, True))
+    assert checkpointed.seconds["checkpointing, the prompt again"] == plain.seconds["prompt, forward"]
+    assert checkpointed.memory["prompt activations"] < 0.2 * plain.memory["prompt activations"]
+
+
+def test_lengths_are_capped_by_the_config():
+    assert str(planned(length=4000)) == str(planned())
+    assert str(planned(length=128)) != str(planned())
+
+
+def test_micro_batches_have_at_least_a_row():
+    assert divided(Batch(8, 512), 1200) == Batch(2, 512)
+    assert divided(Batch(8, 512), 100) == Batch(1, 512)
+    assert divided(Batch(8, 512), 10**9) == Batch(8, 512)
+
+
+def test_the_loss_stays_within_its_budget():
+    assert info_nce_bytes(100_000, 7, 20, 4096) < 10 * 4 * 100_000 * 9 * 4096
+    assert info_nce_bytes(4, 1, 5, 576) == 4 * (4 * 576 * 12) * 5 + 4 * 3 * 4 * 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gpu": "h900"}, "gpu: got 'h900', expected one of h100, "),
+        ({"world_size": 0}, "world_size: got 0, expected an integer >= 1"),
+        ({"length": 0}, "length: got 0"),
+        ({"micro_batch_tokens": -1}, "micro_batch_tokens: got -1"),
+        ({"quantization": "2bit"}, "quantization: got '2bit', expected None or one of 4bit, 8bit"),
+    ],
+)
+def test_wrong_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        plan(settings(), **{"gpu": "h100", "model_config": SHALLOW, **options})
+
+
+def test_half_precision_has_its_own_ceiling():
+    gpu = find_gpu("H100")
+    assert gpu.ceilings(torch.bfloat16).flops_per_s > 5 * gpu.ceilings(torch.float32).flops_per_s
+
+
+def test_the_command(tmp_path, capsys):
+    tiny_model("qwen2").save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").unlink()  # the config is enough
+    arguments = ["train", "--model", str(tmp_path / "base"), "--data", "nowhere.jsonl"]
+    assert main([*arguments, "--output", str(tmp_path / "run"), "--plan", "--gpu", "l40s", "--length", "64"]) == 0
+    out = capsys.readouterr().out
+    for words in ("memory of a rank", "floor of a step", "frozen weights", "fits:", "l40s", "64 tokens"):
+        assert words in out
+    assert not (tmp_path / "run").exists()
+    assert main([*arguments, "--plan", "--gpu", "abacus"]) == 2
+    assert "gpu: got 'abacus'" in capsys.readouterr().err
+
+
+_STEP = """
+import json, sys
+import torch
+from bench.shapes import SHAPES, random_model
+from bench.train_worker import peak, reset_peak
+from gircse import GIRCSE
+from gircse.data import Row
+from gircse.live_memory import Batch
+from gircse.train import train
+from gircse.train_config import TrainConfig
+from gircse.traced_model import TracedModel
+from gircse.train_plan import info_nce_bytes
+from tests.tiny_models import tiny_model, tiny_tokenizer
+
+out, checkpointing = sys.argv[1], sys.argv[2] == "True"
+rows = [Row("retrieve it", "q" * 200, ("p" * 200,), ("n" * 200,))] * 8
+options = dict(max_steps=2, progress=False, device="cpu")
+train(  # whatever is imported or built once
+    TrainConfig(output=out + "/warm", num_steps=1, batch_size=2, query_max_length=8, passage_max_length=8, **options),
+    rows=rows, model=GIRCSE(tiny_model("llama"), tiny_tokenizer()),
+)
+config = TrainConfig(
+    output=out + "/run", num_steps=3, batch_size=4, query_max_length=96, passage_max_length=96, dtype="float32",
+    gradient_checkpointing=checkpointing, **options
+)
+shape = SHAPES["smollm2-135m"].config(6)
+shape.vocab_size = 8192
+model = GIRCSE(random_model(shape, dtype=torch.float32, device="cpu"), tiny_tokenizer())
+before = reset_peak(torch.device("cpu"))
+train(config, rows=rows, model=model)
+measured = peak(torch.device("cpu")) - before
+traced = TracedModel.of(config, shape)
+lora = sum(p.nbytes for p in traced.base.parameters() if p.requires_grad)
+loss = info_nce_bytes(4, 1, 3, 576)
+found = traced.memory([Batch(4, 96), Batch(8, 96)], 3, cuda=False, loss_bytes=loss)
+print(json.dumps({"measured": measured, "predicted": found.peak + 4 * lora}))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_peak_of_a_process_that_trains(tmp_path, checkpointing):
+    """Resident memory of two real steps, optimizer and all, above what was there before."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _STEP, str(tmp_path), str(checkpointing)],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert found["predicted"] == pytest.approx(found["measured"], rel=0.15)
