@@ -1,0 +1,237 @@
+"""The paper's open checks on a model and data of one's own (`gircse analyze`).
+
+Where does refinement stop (quality and movement for every K up to 100), does clustering gain from steps, is GIRCSE
+better than an encoder-only baseline on the same data, what are its soft tokens made of. Every text is encoded once, with
+the largest K; the embeddings after fewer steps are prefixes of the same pass.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gircse.anatomy import anatomy
+from gircse.clustering import kmeans, v_measure
+from gircse.data import DataError
+from gircse.encoded_steps import EncodedSteps
+from gircse.evaluate import RetrievalTask
+from gircse.metrics import _metrics_of, relevant_ranks
+from gircse.prompts import is_symmetric
+from gircse.signatures import SHARE, Finding, near_one_hot, no_gain, redundant
+
+if TYPE_CHECKING:
+    from gircse.model import GIRCSE
+
+METRIC = "ndcg@10"
+STEPS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)
+SAMPLE = 64  # texts whose soft tokens are taken apart
+CLUSTERING_SEEDS = 5
+
+
+@dataclass(frozen=True)
+class LabelledTexts:
+    """Texts to cluster and their labels, one each."""
+
+    texts: list[str]
+    labels: list[str]
+    instruction: str | None = None
+
+    @classmethod
+    def read(cls, path: str, *, instruction: str | None = None) -> LabelledTexts:
+        """JSON Lines of {"text": str, "label": str or int}; blank lines are allowed.
+
+        Raises:
+            DataError: a line that is not that (named), fewer than two labels. OSError: no such file.
+        """
+        texts, labels, problems = [], [], []
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError as error:
+                    problems.append(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}")
+                    continue
+                text, label = (record.get("text"), record.get("label")) if isinstance(record, dict) else (None, None)
+                if not isinstance(text, str) or isinstance(label, bool) or not isinstance(label, (str, int)):
+                    problems.append(f'{path}:{number}: expected an object with "text" (string) and "label"')
+                    continue
+                texts.append(text)
+                labels.append(str(label))
+        if not problems and len(set(labels)) < 2:
+            problems.append(f"{path}: got {len(set(labels))} different labels, expected two or more")
+        if problems:
+            raise DataError(problems[:10], len(problems))
+        return cls(texts, labels, instruction)
+
+
+def analyze(
+    model: GIRCSE,
+    task: RetrievalTask,
+    *,
+    baseline: GIRCSE | None = None,
+    clusters: LabelledTexts | None = None,
+    steps: Sequence[int] = STEPS,
+    sample: int = SAMPLE,
+    batch_size: int | None = None,
+    max_length: int = 512,
+    scratch: Path | None = None,
+) -> dict[str, Any]:
+    """Runs all checks.
+
+    Args:
+        model: to look at; its config's K is taken for the trained one.
+        task: queries and documents (`RetrievalTask.from_rows`).
+        baseline: encoder-only model, run with K = 0; None: K = 0 of `model` itself.
+        clusters: labelled texts, or None: no clustering.
+        steps: numbers of steps at which quality is measured; movement is measured at every one up to the largest.
+        sample: texts whose soft tokens are taken apart, spread evenly over queries and documents.
+        batch_size, max_length: as for `GIRCSE.encode`.
+        scratch: folder for a temporary file of 4 * (texts) * (number of `steps`) * D bytes, which keeps memory
+            independent of the number of texts; default: the system's.
+
+    Returns:
+        What `analysis.json` holds (docs/inspecting.md), ready for `json.dumps`.
+
+    Raises:
+        ValueError: bad steps or sample.
+    """
+    steps = _checked_steps(steps)
+    if isinstance(sample, bool) or not isinstance(sample, int) or sample < 1:
+        raise ValueError(f"sample: got {sample!r}, expected an integer >= 1")
+    document_instruction = task.instruction if is_symmetric(task.instruction) else None
+    groups = {"queries": (task.queries, task.instruction), "documents": (task.documents, document_instruction)}
+    options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length}
+    zero = baseline or model
+    with tempfile.TemporaryDirectory(prefix="gircse-analysis-", dir=scratch) as folder:
+
+        def encoded(name: str, with_model: GIRCSE, texts: list[str], instruction: str | None, at: tuple[int, ...]):
+            path = Path(folder) / f"{name}-{at[-1]}.npy"
+            return EncodedSteps.of(with_model, texts, at, path, instruction=instruction, **options)
+
+        full = {name: encoded(name, model, texts, how, steps) for name, (texts, how) in groups.items()}
+        none = {name: encoded(name, zero, texts, how, (0,)) for name, (texts, how) in groups.items()}
+        quality, per_query = {}, {}
+        for k in steps:
+            ranks = relevant_ranks(full["queries"].at(k), full["documents"].at(k), task.relevant)
+            quality[k], per_query[k] = _metrics_of(ranks, 10), _ndcg(ranks)
+        ranks = relevant_ranks(none["queries"].at(0), none["documents"].at(0), task.relevant)
+        of_baseline = {"metrics": _metrics_of(ranks, 10), "per_query": _ndcg(ranks)}
+        clustering = None
+        if clusters is not None:
+            how = (clusters.texts, clusters.instruction)
+            clustered = encoded("clusters", model, *how, steps)
+            clustering = {
+                "texts": len(clusters.texts),
+                "labels": len(set(clusters.labels)),
+                "v_measure": {k: _cluster(clustered.at(k), clusters.labels) for k in steps},
+                "baseline": _cluster(encoded("clusters", zero, *how, (0,)).at(0), clusters.labels),
+            }
+        movement = {name: part.movement.summary() for name, part in full.items()}
+    per_group = -(-sample // 2)
+    tokens = anatomy(model, [_spread(*group, per_group) for group in groups.values()], steps[-1], max_length=max_length)
+    result = {
+        "steps": list(steps),
+        "trained_steps": model.config.num_steps,
+        "texts": {name: len(texts) for name, (texts, _) in groups.items()},
+        "metric": METRIC,
+        "quality": quality,
+        "refinement": _refinement(per_query, movement),
+        "movement": movement,
+        "baseline": {
+            "model": "K = 0 of the same model" if baseline is None else "K = 0 of the baseline model",
+            "metrics": of_baseline["metrics"],
+            "differences": {k: paired_difference(per_query[k], of_baseline["per_query"]) for k in steps},
+        },
+        "clustering": clustering,
+        "soft_tokens": tokens,
+    }
+    result["warnings"] = [vars(finding) for finding in _findings(result, per_query)]
+    return result
+
+
+def _checked_steps(steps: Sequence[int]) -> tuple[int, ...]:
+    for k in steps:
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ValueError(f"steps: got {k!r}, expected integers >= 1")
+    if not steps:
+        raise ValueError("steps: got none, expected at least one")
+    return tuple(sorted(set(steps)))
+
+
+def _spread(texts: list[str], instruction: str | None, count: int) -> tuple[list[str], str | None]:
+    """At most `count` of the texts, evenly spaced."""
+    count = min(count, len(texts))
+    return [texts[i * len(texts) // count] for i in range(count)], instruction
+
+
+def _ndcg(ranks: list[list[int]]) -> np.ndarray:
+    """Each query's own nDCG@10."""
+    return np.array([_metrics_of([row], 10)[METRIC] for row in ranks])
+
+
+def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
+    """Mean over the queries of `ours - theirs` and its standard error (0 for a single query)."""
+    difference = ours - theirs
+    error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else 0.0
+    return {"mean": float(difference.mean()), "standard_error": float(error)}
+
+
+def plateau(per_query: dict[int, np.ndarray]) -> tuple[int, int]:
+    """-> the K with the best mean, and the smallest K that is not worse than it by more than a paired standard error.
+
+    The one-standard-error rule (Breiman et al. 1984), paired over queries: the simplest that the data cannot tell from
+    the best.
+    """
+    best = max(per_query, key=lambda k: per_query[k].mean())
+    for k in sorted(per_query):
+        lost = paired_difference(per_query[best], per_query[k])
+        if lost["mean"] <= lost["standard_error"]:
+            return best, k
+    return best, best
+
+
+def _refinement(per_query: dict[int, np.ndarray], movement: dict[str, Any]) -> dict[str, Any]:
+    best, enough = plateau(per_query)
+    return {
+        "best_steps": best,
+        "enough_steps": enough,
+        "gain_over_one_step": paired_difference(per_query[best], per_query[min(per_query)]),
+        "settled_steps": {name: part["settled"]["median"] for name, part in movement.items()},
+    }
+
+
+def _cluster(embeddings: np.ndarray, labels: list[str]) -> dict[str, float]:
+    """Mean and standard deviation over seeds of the V-measure of k-means with as many clusters as labels."""
+    count = len(set(labels))
+    scores = [
+        v_measure(labels, kmeans(embeddings, count, seed=seed, restarts=1).tolist()) for seed in range(CLUSTERING_SEEDS)
+    ]
+    return {"mean": float(np.mean(scores)), "std": float(np.std(scores))}
+
+
+def _findings(result: dict[str, Any], per_query: dict[int, np.ndarray]) -> list[Finding]:
+    """The three signatures on the whole data; "no gain" by measured quality."""
+    found = []
+    tokens = result["soft_tokens"]
+    if tokens["near_one_hot_share"] >= SHARE:
+        found.append(near_one_hot(f"{tokens['near_one_hot_share']:.0%} of the soft tokens are"))
+    refinement = result["refinement"]
+    if len(per_query) > 1 and refinement["enough_steps"] == min(per_query):
+        gain = refinement["gain_over_one_step"]
+        found.append(
+            no_gain(
+                f"{METRIC} at its best K = {refinement['best_steps']} is {gain['mean']:+.4f} against K = "
+                f"{min(per_query)}, within its standard error of {gain['standard_error']:.4f}."
+            )
+        )
+    if tokens["redundant_share"] is not None and tokens["redundant_share"] >= SHARE:
+        found.append(redundant(f"{tokens['redundant_share']:.0%} of the steps repeat the state of the step before."))
+    return found
