@@ -1,8 +1,8 @@
 """The paper's open checks on a model and data of one's own (`gircse analyze`).
 
-Where does refinement stop (quality and movement for every K up to 100), does clustering gain from steps, is GIRCSE
-better than an encoder-only baseline on the same data, what are its soft tokens made of. Every text is encoded once, with
-the largest K; the embeddings after fewer steps are prefixes of the same pass.
+Where does refinement stop (quality and movement for K up to 100), does clustering gain from steps, is GIRCSE better
+than an encoder-only baseline on the same data, what are its soft tokens made of. Every text is encoded once, with the
+largest K; the embeddings after fewer steps are prefixes of the same pass.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def analyze(
     document_instruction = task.instruction if is_symmetric(task.instruction) else None
     groups = {"queries": (task.queries, task.instruction), "documents": (task.documents, document_instruction)}
     options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length}
-    zero = baseline or model
+    zero = model if baseline is None else baseline
     with tempfile.TemporaryDirectory(prefix="gircse-analysis-", dir=scratch) as folder:
 
         def encoded(name: str, with_model: GIRCSE, texts: list[str], instruction: str | None, at: tuple[int, ...]):
@@ -118,12 +118,11 @@ def analyze(
 
         full = {name: encoded(name, model, texts, how, steps) for name, (texts, how) in groups.items()}
         none = {name: encoded(name, zero, texts, how, (0,)) for name, (texts, how) in groups.items()}
-        quality, per_query = {}, {}
-        for k in steps:
-            ranks = relevant_ranks(full["queries"].at(k), full["documents"].at(k), task.relevant)
-            quality[k], per_query[k] = _metrics_of(ranks, 10), _ndcg(ranks)
-        ranks = relevant_ranks(none["queries"].at(0), none["documents"].at(0), task.relevant)
-        of_baseline = {"metrics": _metrics_of(ranks, 10), "per_query": _ndcg(ranks)}
+        ranks = {
+            k: relevant_ranks(part["queries"].at(k), part["documents"].at(k), task.relevant)
+            for part, at in ((none, (0,)), (full, steps))
+            for k in at
+        }
         clustering = None
         if clusters is not None:
             how = (clusters.texts, clusters.instruction)
@@ -135,20 +134,23 @@ def analyze(
                 "baseline": _cluster(encoded("clusters", zero, *how, (0,)).at(0), clusters.labels),
             }
         movement = {name: part.movement.summary() for name, part in full.items()}
+    quality = {k: _metrics_of(ranks[k], 10) for k in ranks}
+    per_query = {k: _ndcg(ranks[k]) for k in ranks}
+    of_baseline = per_query.pop(0)
     per_group = -(-sample // 2)
     tokens = anatomy(model, [_spread(*group, per_group) for group in groups.values()], steps[-1], max_length=max_length)
-    result = {
+    result: dict[str, Any] = {
         "steps": list(steps),
         "trained_steps": model.config.num_steps,
         "texts": {name: len(texts) for name, (texts, _) in groups.items()},
         "metric": METRIC,
-        "quality": quality,
+        "quality": {k: quality[k] for k in steps},
         "refinement": _refinement(per_query, movement),
         "movement": movement,
         "baseline": {
             "model": "K = 0 of the same model" if baseline is None else "K = 0 of the baseline model",
-            "metrics": of_baseline["metrics"],
-            "differences": {k: paired_difference(per_query[k], of_baseline["per_query"]) for k in steps},
+            "metrics": quality[0],
+            "differences": {k: paired_difference(per_query[k], of_baseline) for k in steps},
         },
         "clustering": clustering,
         "soft_tokens": tokens,

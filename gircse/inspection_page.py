@@ -18,6 +18,8 @@ from gircse.inspection_style import SCRIPT, stylesheet
 from gircse.signatures import Finding
 from gircse.visible_text import html_text, html_token
 
+# U+FE0E asks for the text form: the sign takes the colour and needs no emoji font
+_WARNING_SIGN = '<span aria-hidden="true">\u26a0\ufe0e</span>'
 _COLUMNS = (  # heading, what it is
     ("k", "number of the soft token"),
     ("entropy", "of its distribution over the vocabulary, in nats; 0 is one-hot"),
@@ -87,21 +89,24 @@ def _summary(inspections: Sequence[TextInspection]) -> str:
     """One line a text, linked."""
     rows = []
     for i, inspection in enumerate(inspections, start=1):
-        names = ", ".join(finding.title for finding in inspection.warnings)
+        names = ", ".join(html.escape(finding.title) for finding in inspection.warnings)
         steps = inspection.steps
         rows.append(
             f'<tr data-text="{i}"><th scope="row"><a href="#text-{i}"><bdi>{html_text(_short(inspection.text))}</bdi>'
-            f"</a></th><td>{_mean(s.entropy for s in steps):.2f}</td><td>{max(s.max_probability for s in steps):.3f}"
-            f"</td><td>{1 - steps[-1].cosine_to_first:.4f}</td>"
-            f'<td class="words">{_warning_sign() + " " + html.escape(names) if names else "none"}</td></tr>'
+            f'</a></th><td class="words">{f"{_WARNING_SIGN}&nbsp;{names}" if names else "none"}</td>'
+            f'<td class="extra">{_mean(s.entropy for s in steps):.2f}</td>'
+            f'<td class="extra">{max(s.max_probability for s in steps):.3f}</td>'
+            f"<td>{1 - steps[-1].cosine_to_first:.4f}</td></tr>"
         )
     return f"""<section aria-labelledby="overview">
 <h2 id="overview">Overview</h2>
 <div class="scroll" tabindex="0" role="region" aria-labelledby="overview">
 <table class="summary">
 <caption>The texts, and the signs of failure found in them</caption>
-<thead><tr><th scope="col">text</th><th scope="col">mean entropy</th><th scope="col">highest probability</th>
-<th scope="col">1 \u2212 cos(z<sub>1</sub>, z<sub>K</sub>)</th><th scope="col" class="words">warnings</th></tr></thead>
+<thead><tr><th scope="col">text</th><th scope="col" class="words">warnings</th>
+<th scope="col" class="extra">mean entropy</th><th scope="col" class="extra">highest probability</th>
+<th scope="col"><abbr title="1 minus the cosine between the embedding after one step and after all">moved after
+step 1</abbr></th></tr></thead>
 <tbody>
 {chr(10).join(rows)}
 </tbody>
@@ -110,10 +115,11 @@ def _summary(inspections: Sequence[TextInspection]) -> str:
 </section>"""
 
 
+# A narrow screen lays the rows of this table out as grids, which takes table semantics away: the roles give them back
 def _article(number: int, inspection: TextInspection, columns: Sequence[tuple[str, str]]) -> str:
     heads = "".join(
-        f'<th scope="col"{" class=words" if i == len(columns) - 1 else ""}><abbr title="{html.escape(what)}">{name}'
-        "</abbr></th>"
+        f'<th scope="col" role="columnheader"{" class=words" if i == len(columns) - 1 else ""}><abbr '
+        f'title="{html.escape(what)}">{name}</abbr></th>'
         for i, (name, what) in enumerate(columns)
     )
     most = max((step.entropy for step in inspection.steps), default=0.0) or 1.0
@@ -123,10 +129,10 @@ def _article(number: int, inspection: TextInspection, columns: Sequence[tuple[st
 <p class="text" dir="auto">{html_text(inspection.text)}</p>
 {_warnings(inspection.warnings)}
 <div class="scroll" tabindex="0" role="region" aria-label="soft tokens of text {number}">
-<table class="steps">
+<table class="steps" role="table">
 <caption>Soft tokens of text {number}</caption>
-<thead><tr>{heads}</tr></thead>
-<tbody>
+<thead role="rowgroup"><tr role="row">{heads}</tr></thead>
+<tbody role="rowgroup">
 {rows}
 </tbody>
 </table>
@@ -141,31 +147,29 @@ def _row(step: SoftToken, most_entropy: float) -> str:
         for token, probability in zip(step.tokens, step.probabilities, strict=True)
     )
     return (
-        f'<tr><th scope="row">{step.step}</th>{_bar(step.entropy, f"{step.entropy:.3f}", most_entropy)}'
-        f"{_bar(step.max_probability, f'{step.max_probability:.3f}', 1.0)}<td>{step.tail_mass:.3f}</td>"
-        f"<td>{step.cosine_to_previous:.4f}</td><td>{step.state_cosine:.4f}</td>"
-        f'<td class="words"><ol>{tokens}</ol></td></tr>'
+        f'<tr role="row"><th scope="row" role="rowheader">{step.step}</th>'
+        f"{_cell(f'{step.entropy:.3f}', step.entropy / most_entropy)}"
+        f"{_cell(f'{step.max_probability:.3f}', step.max_probability)}"
+        f"{_cell(f'{step.tail_mass:.3f}')}{_cell(f'{step.cosine_to_previous:.4f}')}{_cell(f'{step.state_cosine:.4f}')}"
+        f'<td role="cell" class="words"><ol>{tokens}</ol></td></tr>'
     )
 
 
-def _bar(value: float, label: str, full: float) -> str:
-    return f'<td class="bar" style="--share:{100 * min(1.0, max(0.0, value / full)):.1f}%">{label}</td>'
+def _cell(label: str, share: float | None = None) -> str:
+    """A number, with a bar of `share` of its width."""
+    bar = "" if share is None else f' class="bar" style="--share:{100 * min(1.0, max(0.0, share)):.1f}%"'
+    return f'<td role="cell"{bar}>{label}</td>'
 
 
 def _warnings(findings: Sequence[Finding]) -> str:
     if not findings:
         return ""
     items = "".join(
-        f"<li><strong>{_warning_sign()} {html.escape(finding.title)}.</strong> {html.escape(finding.message)} "
+        f"<li><strong>{_WARNING_SIGN} {html.escape(finding.title)}.</strong> {html.escape(finding.message)} "
         f"<em>What to do:</em> {html.escape(finding.advice)}</li>"
         for finding in findings
     )
     return f'<ul class="warnings" aria-label="Warnings">{items}</ul>'
-
-
-def _warning_sign() -> str:
-    # U+FE0E asks for the text form: the sign takes the colour and needs no emoji font
-    return '<span aria-hidden="true">\u26a0\ufe0e</span>'
 
 
 def _short(text: str, width: int = 80) -> str:

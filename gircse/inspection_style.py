@@ -77,7 +77,7 @@ caption{text-align:start;color:var(--quiet);padding:0 0 .25rem}
 .steps caption{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:end;vertical-align:top;white-space:nowrap;
 font-variant-numeric:tabular-nums}
-thead th{border-bottom:2px solid var(--quiet);font-weight:600;vertical-align:bottom}
+thead th{border-bottom:2px solid var(--quiet);font-weight:600;vertical-align:bottom;white-space:normal}
 thead abbr{text-decoration-line:none;border-bottom:1px dotted var(--quiet);cursor:help}
 .summary{min-width:44rem}
 .summary th:first-child,.words{text-align:start}
@@ -85,8 +85,8 @@ thead abbr{text-decoration-line:none;border-bottom:1px dotted var(--quiet);curso
 .summary td.words{white-space:normal}
 .steps{min-width:52rem}
 .steps .words{white-space:normal;width:60%}
-.bar{min-width:5.5rem;background:linear-gradient(var(--bar),var(--bar)) left .6rem bottom .25rem/
-calc((100% - 1.2rem)*0 + var(--share)) 3px no-repeat}
+.bar{min-width:5.5rem;background:linear-gradient(var(--bar),var(--bar)) left top 1.45em/var(--share) 3px no-repeat
+content-box border-box;padding-bottom:.5rem}
 ol{list-style:none;margin:0;padding:0;display:flex;flex-wrap:wrap;gap:.25rem .4rem}
 ol li{display:inline-flex;gap:.45rem;align-items:baseline;border:1px solid var(--line);border-radius:4px;
 padding:0 .4rem .15rem;max-width:100%;
@@ -94,9 +94,21 @@ background:linear-gradient(var(--bar),var(--bar)) left bottom/var(--share) 3px n
 code{font:.95em ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;white-space:pre;
 overflow:hidden;text-overflow:ellipsis}
 .p{color:var(--quiet);font-size:.85em}
-.mark{color:var(--quiet)}
-.text .mark{border:1px solid var(--line);border-radius:3px;padding:0 .15em;font-size:.85em}
+.blank{color:var(--quiet)}
+.mark{color:var(--quiet);border:1px dotted var(--quiet);border-radius:3px;padding:0 .15em;font-size:.85em}
 [data-hidden]{display:none}
+@media screen and (max-width:46rem){
+.summary{min-width:0}
+.summary .extra{display:none}
+.summary th,.summary td{padding:.3rem}
+.summary tbody th{min-width:7rem}
+.steps{display:block;min-width:0}
+.steps thead,.steps tbody{display:block}
+.steps tr{display:grid;grid-template-columns:1.6rem repeat(5,1fr);border-bottom:1px solid var(--line)}
+.steps th,.steps td{border:0;padding:.3rem .15rem;font-size:.85rem}
+.steps .bar{min-width:0}
+.steps .words{grid-column:1/-1;width:auto}
+}
 """
 
 _PRINT = """
@@ -111,6 +123,7 @@ tr,.warnings li{break-inside:avoid}
 h2,.text,.warnings{break-after:avoid}
 th,td{padding:.2rem .35rem}
 .bar{min-width:3.6rem}
+.reading::details-content{content-visibility:visible;block-size:auto;display:block}
 .steps .words{width:56%}
 """
 

@@ -115,7 +115,7 @@ def _redundant(state_cosine: Sequence[float]) -> Finding | None:
     if len(same) < 2 or len(same) < SHARE * len(later):
         return None
     first = next((k for k in same if all(is_redundant(c) for c in state_cosine[k - 1 :])), None)
-    since = f" From step {first} on all are." if first is not None else ""
+    since = f" From step {first} on all do." if first is not None else ""
     return redundant(f"{len(same)} of {len(later)} later steps repeat the state of the step before.{since}")
 
 

@@ -28,19 +28,18 @@ def html_token(token: str) -> str:
     inner = token.strip(" ")
     before = len(token) - len(token.lstrip(" "))
     after = len(token) - before - len(inner)
-    blank = _mark("\u2423", "blank")
     if not token:
         return _mark("\u2205", "nothing: part of a character")
+    blank = '<span class="blank" title="blank">\u2423</span>'
     return blank * before + "".join(map(_html_character, inner)) + blank * after
 
 
 def _html_character(character: str) -> str:
-    if _is_visible(character):
-        return html.escape(character)
-    code = ord(character)
-    # U+2400.. are pictures of the control characters
-    sign = chr(0x2400 + code) if code < 32 else "\u2421" if code == 127 else f"U+{code:04X}"
-    return _mark(sign, unicodedata.name(character, f"U+{code:04X}").lower())
+    return html.escape(character) if _is_visible(character) else _mark(_escape(character), _name(character))
+
+
+def _name(character: str) -> str:
+    return unicodedata.name(character, f"U+{ord(character):04X}").lower()
 
 
 def _is_visible(character: str) -> bool:
@@ -48,7 +47,8 @@ def _is_visible(character: str) -> bool:
 
 
 def _mark(sign: str, name: str) -> str:
-    return f'<span class="mark" title="{html.escape(name)}">{sign}</span>'
+    # its own left-to-right island: inside right-to-left text the backslash would change sides
+    return f'<bdi dir="ltr" class="mark" title="{html.escape(name)}">{sign}</bdi>'
 
 
 def _escape(character: str) -> str:
