@@ -115,39 +115,43 @@ def plot_clustering(result: Mapping[str, Any]) -> Any:
 
 
 def plot_soft_tokens(result: Mapping[str, Any]) -> Any:
-    """Anatomy: entropy, highest probability and tail, likeness of successive states; medians and the middle 80%."""
+    """Anatomy: entropy, highest probability and tail, change of the state; medians and the middle 80%."""
     figure, panels = new_figure(columns=3)
-    tokens, steps = result["soft_tokens"], list(range(1, len(result["soft_tokens"]["entropy"]["mean"]) + 1))
-    tail = f"beyond the top {tokens['tail_tokens']}"
-    groups: list[tuple[str, list[tuple[str, str]], float | None]] = [
-        ("entropy, nats", [("entropy", "entropy")], None),
-        (
-            "probability",
-            [("max_probability", "most probable token"), ("tail_mass", tail)],
-            tokens["one_hot_probability"],
-        ),
-        ("$\\cos(g_k, g_{k-1})$", [("state_cosine", "state to the one before")], 1 - tokens["same_state"]),
-    ]
-    for axes, (label, lines, threshold) in zip(panels, groups, strict=True):
-        for (name, legend), style in zip(lines, STYLES, strict=False):
-            low, middle, high = (tokens[name]["quantiles"][q] for q in ("0.1", "0.5", "0.9"))
-            axes.fill_between(steps, low, high, color=style["color"], alpha=0.18, linewidth=0)
-            axes.plot(steps, middle, label=legend, markevery=_marked(steps, result["steps"]), **style, **_LINE)
-        if threshold is not None:
-            _level(axes, threshold, "near-one-hot" if label == "probability" else "redundant above")
-        _log_steps(axes, [k for k in (1, 2, 5, 10, 20, 50, 100) if k <= steps[-1]])
-        axes.set(xlabel="step k", ylabel=label)
-        axes.set_ylim(top=1.02 if threshold is not None else None, bottom=None if "cos" in label else 0)
-        if len(lines) > 1 or threshold is not None:
-            axes.legend(fontsize=8)
-    _titles(
-        panels[0], "What the soft tokens are made of", f"{tokens['texts']} texts: median and middle 80%", figure=figure
-    )
+    tokens = result["soft_tokens"]
+    steps = list(range(1, len(tokens["entropy"]["mean"]) + 1))
+    spread, probability, state = panels
+    _band(spread, result, "entropy", "entropy", STYLES[0])
+    _band(probability, result, "max_probability", "most probable token", STYLES[0])
+    _band(probability, result, "tail_mass", f"beyond the top {tokens['tail_tokens']}", STYLES[1])
+    _level(probability, tokens["one_hot_probability"], "near-one-hot above")
+    _band(state, result, "state_cosine", "change of the state", STYLES[0], change=True)
+    _level(state, tokens["same_state"], "redundant below")
+    spread.set(ylabel="entropy, nats")
+    probability.set(ylabel="probability", ylim=(0, 1.02))
+    state.set(ylabel="$1 - \\cos(g_k, g_{k-1})$", yscale="log")
+    for axes in panels:
+        _log_steps(axes, [k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500) if k <= steps[-1]])
+        axes.set(xlabel="step k")
+    spread.set_ylim(bottom=0)
+    for axes in (probability, state):  # above the axes: no corner is free for sure
+        axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0.2)
+    _titles(spread, "What the soft tokens are made of", f"{tokens['texts']} texts: median and middle 80%")
     return figure
 
 
-def _titles(axes: Any, title: str, small: str, *, figure: Any = None) -> None:
-    (figure or axes.figure).suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
+def _band(
+    axes: Any, result: Mapping[str, Any], name: str, label: str, style: dict[str, Any], *, change: bool = False
+) -> None:
+    """Median and the middle 80% of an entry of the anatomy; with `change` of 1 minus it."""
+    quantiles = [result["soft_tokens"][name]["quantiles"][q] for q in ("0.1", "0.5", "0.9")]
+    low, middle, high = ([max(1 - v, 1e-8) if change else v for v in values] for values in quantiles)
+    steps = list(range(1, len(middle) + 1))
+    axes.fill_between(steps, low, high, color=style["color"], alpha=0.18, linewidth=0)
+    axes.plot(steps, middle, label=label, markevery=_marked(steps, result["steps"]), **style, **_LINE)
+
+
+def _titles(axes: Any, title: str, small: str) -> None:
+    axes.figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
     axes.set_title(small, loc="left", fontsize=9, color=_QUIET)
 
 

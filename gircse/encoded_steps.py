@@ -18,7 +18,7 @@ from gircse.signatures import SETTLED
 if TYPE_CHECKING:
     from gircse.model import GIRCSE
 
-_WINDOW_BYTES = 128 << 20  # embeddings of all steps held at once
+_WINDOW_BYTES = 512 << 20  # embeddings of all steps of a window; two are held at once
 
 
 @dataclass

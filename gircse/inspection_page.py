@@ -126,7 +126,7 @@ def _article(number: int, inspection: TextInspection, columns: Sequence[tuple[st
     rows = "\n".join(_row(step, most) for step in inspection.steps)
     return f"""<article id="text-{number}" data-text="{number}" data-warnings="{len(inspection.warnings)}">
 <h2>Text {number}</h2>
-<p class="text" dir="auto">{html_text(inspection.text)}</p>
+<p class="text" dir="auto"{_reachable(number, inspection.text)}>{html_text(inspection.text)}</p>
 {_warnings(inspection.warnings)}
 <div class="scroll" tabindex="0" role="region" aria-label="soft tokens of text {number}">
 <table class="steps" role="table">
@@ -138,6 +138,12 @@ def _article(number: int, inspection: TextInspection, columns: Sequence[tuple[st
 </table>
 </div>
 </article>"""
+
+
+def _reachable(number: int, text: str) -> str:
+    """A text so long that its box may scroll can be reached by keyboard."""
+    long = len(text) > 800 or text.count("\n") > 8
+    return f' tabindex="0" role="region" aria-label="text {number}"' if long else ""
 
 
 def _row(step: SoftToken, most_entropy: float) -> str:

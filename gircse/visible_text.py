@@ -39,7 +39,7 @@ def _html_character(character: str) -> str:
 
 
 def _name(character: str) -> str:
-    return unicodedata.name(character, f"U+{ord(character):04X}").lower()
+    return unicodedata.name(character, "").lower() or f"U+{ord(character):04X}"
 
 
 def _is_visible(character: str) -> bool:

@@ -94,6 +94,8 @@ def test_tables_are_tables_that_a_screen_reader_can_read(page):
     for region in read.all("div", **{"class": "scroll"}):
         assert region["tabindex"] == "0"
         assert region.get("aria-label") or region.get("aria-labelledby")
+    long = Reader(inspection_page([inspection("word " * 400)])).all("p", **{"class": "text"})[0]
+    assert (long["tabindex"], long["role"], long["aria-label"]) == ("0", "region", "text 1")
     ids = [e["id"] for e in read.found if e.get("id")]
     assert len(ids) == len(set(ids))
     assert {a["href"][1:] for a in read.all("a")} <= set(ids)

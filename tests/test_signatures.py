@@ -31,7 +31,7 @@ def test_healthy_numbers_give_no_warning():
     [
         ({"max_probability": [0.99, 0.97, 0.95, 0.2, 0.1]}, "near-one-hot"),
         ({"cosine_to_first": [1.0, 0.9999, 0.9998, 0.9997, 0.9995]}, "no-gain"),
-        ({"state_cosine": [0.7, 0.8, 0.995, 0.999, 0.9999]}, "redundant"),
+        ({"state_cosine": [0.7, 0.8, 0.9995, 0.9999, 0.99999]}, "redundant"),
     ],
 )
 def test_each_sign_fires_alone_and_says_what_to_do(changed, sign):
@@ -48,7 +48,9 @@ def test_each_sign_fires_alone_and_says_what_to_do(changed, sign):
         {"max_probability": [0.99, 0.97, 0.5, 0.5, 0.5]},  # two of five are fewer than half
         {"max_probability": [ONE_HOT_PROBABILITY - 1e-6] * 5},
         {"cosine_to_first": [1.0, 1.0, 1.0, 1.0, 1 - 1.01 * SETTLED]},
-        {"state_cosine": [0.999, 0.8, 0.9, 0.9, 0.999]},  # one step that repeats is chance; the first entry is no step
+        {
+            "state_cosine": [0.9999, 0.8, 0.9, 0.9, 0.9999]
+        },  # one step that repeats is chance; the first entry is no step
         {"state_cosine": [0.7] + [1 - 1.01 * SAME_STATE] * 4},
     ],
 )
@@ -57,14 +59,20 @@ def test_numbers_just_short_of_a_sign_are_healthy(changed):
 
 
 def test_a_redundant_tail_is_named_by_its_first_step():
-    (finding,) = diagnose(**{**HEALTHY, "state_cosine": [0.7, 0.999, 0.8, 0.999, 0.999]})
+    (finding,) = diagnose(**{**HEALTHY, "state_cosine": [0.7, 0.9999, 0.8, 0.9999, 0.9999]})
     assert "3 of 4" in finding.message
     assert "From step 4 on" in finding.message
 
 
+def test_steps_that_still_gain_quality_are_healthy():
+    """The means of a briefly trained SmolLM2-135M-Instruct at K = 5, where nDCG@10 grew from 0.50 to 0.59 (docs)."""
+    states = [0.94, 0.9932, 0.9909, 0.9951, 0.9974]
+    assert signs(state_cosine=states, cosine_to_first=[1.0, 0.998, 0.996, 0.994, 0.992]) == []
+
+
 def test_one_step_has_nothing_to_gain_and_nothing_to_repeat():
-    assert diagnose([0.3], [0.999], [1.0]) == []
-    assert [f.signature for f in diagnose([0.95], [0.999], [1.0])] == ["near-one-hot"]
+    assert diagnose([0.3], [0.9999], [1.0]) == []
+    assert [f.signature for f in diagnose([0.95], [0.9999], [1.0])] == ["near-one-hot"]
 
 
 def test_independent_states_never_look_settled_or_redundant():
