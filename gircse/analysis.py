@@ -7,10 +7,8 @@ largest K; the embeddings after fewer steps are prefixes of the same pass.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +16,11 @@ import numpy as np
 
 from gircse.anatomy import anatomy
 from gircse.clustering import kmeans, v_measure
-from gircse.data import DataError
 from gircse.encoded_steps import EncodedSteps
 from gircse.evaluate import RetrievalTask
+from gircse.labelled_texts import LabelledTexts
 from gircse.metrics import _metrics_of, relevant_ranks
+from gircse.paired import paired_difference, plateau
 from gircse.prompts import is_symmetric
 from gircse.signatures import SHARE, Finding, near_one_hot, no_gain, redundant
 
@@ -32,44 +31,6 @@ METRIC = "ndcg@10"
 STEPS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)
 SAMPLE = 64  # texts whose soft tokens are taken apart
 CLUSTERING_SEEDS = 5
-
-
-@dataclass(frozen=True)
-class LabelledTexts:
-    """Texts to cluster and their labels, one each."""
-
-    texts: list[str]
-    labels: list[str]
-    instruction: str | None = None
-
-    @classmethod
-    def read(cls, path: str, *, instruction: str | None = None) -> LabelledTexts:
-        """JSON Lines of {"text": str, "label": str or int}; blank lines are allowed.
-
-        Raises:
-            DataError: a line that is not that (named), fewer than two labels. OSError: no such file.
-        """
-        texts, labels, problems = [], [], []
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    problems.append(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}")
-                    continue
-                text, label = (record.get("text"), record.get("label")) if isinstance(record, dict) else (None, None)
-                if not isinstance(text, str) or isinstance(label, bool) or not isinstance(label, (str, int)):
-                    problems.append(f'{path}:{number}: expected an object with "text" (string) and "label"')
-                    continue
-                texts.append(text)
-                labels.append(str(label))
-        if not problems and len(set(labels)) < 2:
-            problems.append(f"{path}: got {len(set(labels))} different labels, expected two or more")
-        if problems:
-            raise DataError(problems[:10], len(problems))
-        return cls(texts, labels, instruction)
 
 
 def analyze(
@@ -94,7 +55,7 @@ def analyze(
         steps: numbers of steps at which quality is measured; movement is measured at every one up to the largest.
         sample: texts whose soft tokens are taken apart, spread evenly over queries and documents.
         batch_size, max_length: as for `GIRCSE.encode`.
-        scratch: folder for a temporary file of 4 * (texts) * (number of `steps`) * D bytes, which keeps memory
+        scratch: folder for temporary files of 4 * (texts) * (number of `steps`) * D bytes, which keeps memory
             independent of the number of texts; default: the system's.
 
     Returns:
@@ -126,13 +87,8 @@ def analyze(
         clustering = None
         if clusters is not None:
             how = (clusters.texts, clusters.instruction)
-            clustered = encoded("clusters", model, *how, steps)
-            clustering = {
-                "texts": len(clusters.texts),
-                "labels": len(set(clusters.labels)),
-                "v_measure": {k: _cluster(clustered.at(k), clusters.labels) for k in steps},
-                "baseline": _cluster(encoded("clusters", zero, *how, (0,)).at(0), clusters.labels),
-            }
+            parts = (encoded("clusters", zero, *how, (0,)), encoded("clusters", model, *how, steps))
+            clustering = _clustering(*parts, clusters.labels)
         movement = {name: part.movement.summary() for name, part in full.items()}
     quality = {k: _metrics_of(ranks[k], 10) for k in ranks}
     per_query = {k: _ndcg(ranks[k]) for k in ranks}
@@ -179,27 +135,6 @@ def _ndcg(ranks: list[list[int]]) -> np.ndarray:
     return np.array([_metrics_of([row], 10)[METRIC] for row in ranks])
 
 
-def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
-    """Mean over the queries of `ours - theirs` and its standard error (0 for a single query)."""
-    difference = ours - theirs
-    error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else 0.0
-    return {"mean": float(difference.mean()), "standard_error": float(error)}
-
-
-def plateau(per_query: dict[int, np.ndarray]) -> tuple[int, int]:
-    """-> the K with the best mean, and the smallest K that is not worse than it by more than a paired standard error.
-
-    The one-standard-error rule (Breiman et al. 1984), paired over queries: the simplest that the data cannot tell from
-    the best.
-    """
-    best = max(per_query, key=lambda k: per_query[k].mean())
-    for k in sorted(per_query):
-        lost = paired_difference(per_query[best], per_query[k])
-        if lost["mean"] <= lost["standard_error"]:
-            return best, k
-    return best, best
-
-
 def _refinement(per_query: dict[int, np.ndarray], movement: dict[str, Any]) -> dict[str, Any]:
     best, enough = plateau(per_query)
     return {
@@ -207,6 +142,15 @@ def _refinement(per_query: dict[int, np.ndarray], movement: dict[str, Any]) -> d
         "enough_steps": enough,
         "gain_over_one_step": paired_difference(per_query[best], per_query[min(per_query)]),
         "settled_steps": {name: part["settled"]["median"] for name, part in movement.items()},
+    }
+
+
+def _clustering(none: EncodedSteps, full: EncodedSteps, labels: list[str]) -> dict[str, Any]:
+    return {
+        "texts": len(labels),
+        "labels": len(set(labels)),
+        "v_measure": {k: _cluster(full.at(k), labels) for k in full.steps},
+        "baseline": _cluster(none.at(0), labels),
     }
 
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from gircse import GIRCSE
-from gircse.analysis import LabelledTexts, analyze, paired_difference, plateau
+from gircse.analysis import analyze
 from gircse.analysis_plots import plot_analysis
 from gircse.analysis_report import analysis_table
 from gircse.anatomy import anatomy
 from gircse.clustering import kmeans, v_measure
-from gircse.data import DataError
 from gircse.encoded_steps import EncodedSteps, Movement, settled_at
 from gircse.evaluate import RetrievalTask
 from gircse.inspection import TAIL_TOKENS
+from gircse.labelled_texts import LabelledTexts
 from gircse.metrics import retrieval_metrics
 from tests.tiny_models import VOCAB, tiny_model, tiny_tokenizer
 
@@ -160,25 +160,6 @@ def test_texts_settle_where_auto_stops_them(model):
     assert movement.summary()["settled"]["median"] == (middle if middle != 99 else None)
 
 
-def test_the_plateau_is_the_smallest_k_within_a_standard_error_of_the_best():
-    random = np.random.default_rng(0)
-    noise = random.normal(0, 0.3, size=200)
-    rising = {k: 0.5 + 0.1 * min(k, 5) + noise + random.normal(0, 1e-3, 200) for k in (1, 3, 5, 10, 20)}
-    best, enough = plateau(rising)
-    assert best >= 5
-    assert enough == 5  # noise that all K share does not hide a real difference
-    flat = {k: random.normal(0.5, 0.3, 200) for k in (1, 5, 20)}
-    assert plateau(flat)[1] in (1, 5)
-    assert plateau({3: np.array([1.0])}) == (3, 3)
-
-
-def test_paired_difference_is_the_textbook_one():
-    ours, theirs = np.array([1.0, 0.5, 0.0, 0.5]), np.array([0.5, 0.5, 0.5, 0.0])
-    found = paired_difference(ours, theirs)
-    assert found["mean"] == pytest.approx(0.125)
-    assert found["standard_error"] == pytest.approx(np.std([0.5, 0, -0.5, 0.5], ddof=1) / 2)
-
-
 def test_no_measured_gain_is_a_warning_and_a_gain_is_none(model, monkeypatch):
     def warned(values: dict[int, float]) -> list[str]:
         ranks = iter([[[9]] * len(QUERIES), *([[values[k]]] * len(QUERIES) for k in STEPS)])
@@ -228,20 +209,3 @@ def _integer_keys(values: dict) -> dict:
 def test_bad_arguments_are_named(model, options, message):
     with pytest.raises(ValueError, match=message):
         analyze(model, TASK, **options)
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        ('{"text": "a", "label": 1}\n{"text": 5, "label": 2}\n', r"labels\.jsonl:2: expected an object with"),
-        ('{"text": "a"}\n', r"labels\.jsonl:1: expected"),
-        ('["a", 1]\n', r"labels\.jsonl:1: expected"),
-        ('{"text": "a", "label": true}\n', r"labels\.jsonl:1: expected"),
-        ("{\n", r"labels\.jsonl:1: not JSON"),
-        ('{"text": "a", "label": 1}\n\n{"text": "b", "label": 1}\n', "got 1 different labels"),
-    ],
-)
-def test_bad_labels_are_named(tmp_path, lines, message):
-    (tmp_path / "labels.jsonl").write_text(lines)
-    with pytest.raises(DataError, match=message):
-        LabelledTexts.read(str(tmp_path / "labels.jsonl"))

@@ -34,12 +34,13 @@ def add(commands: Any) -> None:
 
 
 def _analyze(arguments: argparse.Namespace) -> None:
-    from gircse.analysis import LabelledTexts, analyze
+    from gircse.analysis import analyze
     from gircse.analysis_plots import plot_analysis
     from gircse.analysis_report import analysis_table
     from gircse.atomic import new_file
     from gircse.data import load_rows
     from gircse.evaluate import RetrievalTask
+    from gircse.labelled_texts import LabelledTexts
 
     if arguments.max_rows is not None and arguments.max_rows < 1:
         raise ValueError(f"max_rows: got {arguments.max_rows}, expected an integer >= 1")
