@@ -1,9 +1,9 @@
-"""What soft tokens say: their top tokens, entropy, and how far each one moves the embedding."""
+"""What soft tokens say: their top tokens, entropy, how far each one moves the embedding, and signs of failure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from gircse import ops
 from gircse.encode import check_texts, pad, tokenize
 from gircse.rollout import rollout
+from gircse.signatures import Finding, diagnose
 
 if TYPE_CHECKING:
     from gircse.model import GIRCSE
 
+TAIL_TOKENS = 256  # what is beyond so many most probable tokens is the tail: what a top-k cut would lose
 _ROWS = 16  # texts rolled out together
 
 
@@ -30,7 +32,10 @@ class SoftToken:
         probabilities: their probabilities.
         entropy: of the whole distribution, in nats; log(vocabulary size) at most.
         max_probability: of the most probable token.
+        tail_mass: probability of all but the `TAIL_TOKENS` most probable tokens.
         cosine_to_previous: between the embeddings after k and after k - 1 steps; for k = 1 to the prompt's own state.
+        cosine_to_first: between the embeddings after k steps and after one.
+        state_cosine: between the hidden states g_k and g_{k-1}; for k = 1 to the prompt's own state.
     """
 
     step: int
@@ -39,15 +44,19 @@ class SoftToken:
     probabilities: list[float]
     entropy: float
     max_probability: float
+    tail_mass: float
     cosine_to_previous: float
+    cosine_to_first: float
+    state_cosine: float
 
 
 @dataclass(frozen=True)
 class TextInspection:
-    """One text and its soft tokens, one entry a step."""
+    """One text, its soft tokens, one entry a step, and the signs of failure in them (see `gircse.signatures`)."""
 
     text: str
     steps: list[SoftToken]
+    warnings: list[Finding] = field(default_factory=list)
 
 
 def inspect(
@@ -93,28 +102,38 @@ def _inspect_batch(
     states = rollout(lm, input_ids.to(model.device), mask.to(model.device), num_steps, temperature=temperature)
     # soft token k is spoken by the state before it: h_0, g_1, .., g_{K-1}
     speakers = torch.cat([states.prompt[:, None], states.steps[:, :-1]], dim=1)
+    vocabulary = lm.head_weight.shape[0]
     token_ids, probabilities = ops.top_tokens(
-        speakers, lm.head_weight, min(top_n, lm.head_weight.shape[0]), **lm.head_options(temperature)
+        speakers, lm.head_weight, min(max(top_n, TAIL_TOKENS), vocabulary), **lm.head_options(temperature)
     )
+    tail = (1 - probabilities[..., :TAIL_TOKENS].sum(-1)).clamp_min(0) if vocabulary > TAIL_TOKENS else None
     _, stats = lm.soft_embed(speakers, temperature=temperature, return_stats=True)
     embeddings = model.pool(states.steps)
     before = torch.cat([states.prompt[:, None].to(embeddings.dtype), embeddings[:, :-1]], dim=1)
-    cosine = F.cosine_similarity(embeddings, before, dim=-1)
+    columns = {
+        "entropy": stats.entropy,
+        "max_probability": stats.max_prob,
+        "tail_mass": torch.zeros_like(stats.entropy) if tail is None else tail,
+        "cosine_to_previous": F.cosine_similarity(embeddings, before, dim=-1),
+        "cosine_to_first": F.cosine_similarity(embeddings, embeddings[:, :1], dim=-1),
+        "state_cosine": F.cosine_similarity(states.steps.float(), speakers.float(), dim=-1),
+    }
+    numbers = {name: column.tolist() for name, column in columns.items()}
+    ids, shares = token_ids[..., :top_n].tolist(), probabilities[..., :top_n].tolist()
     return [
         TextInspection(
             text,
             [
                 SoftToken(
                     step=k + 1,
-                    tokens=[str(model.tokenizer.decode([i])) for i in token_ids[row, k].tolist()],
-                    token_ids=token_ids[row, k].tolist(),
-                    probabilities=probabilities[row, k].tolist(),
-                    entropy=stats.entropy[row, k].item(),
-                    max_probability=stats.max_prob[row, k].item(),
-                    cosine_to_previous=cosine[row, k].item(),
+                    tokens=[str(model.tokenizer.decode([i])) for i in ids[row][k]],
+                    token_ids=ids[row][k],
+                    probabilities=shares[row][k],
+                    **{name: values[row][k] for name, values in numbers.items()},
                 )
                 for k in range(num_steps)
             ],
+            diagnose(*(numbers[name][row] for name in ("max_probability", "state_cosine", "cosine_to_first"))),
         )
         for row, text in enumerate(texts)
     ]

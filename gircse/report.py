@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gircse.atomic import new_file
 from gircse.inspection import TextInspection
+from gircse.signatures import Finding
+from gircse.visible_text import terminal_text
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -30,10 +33,10 @@ def metrics_table(metrics: Mapping[int, Mapping[str, float]]) -> str:
 
 
 def inspection_table(inspections: Sequence[TextInspection], *, width: int = 100) -> str:
-    """Per text a heading and one line a step: entropy, movement, top tokens with their probabilities."""
+    """Per text a heading, one line a step (entropy, movement, top tokens with probabilities), and the warnings."""
     blocks = []
     for inspection in inspections:
-        text = " ".join(inspection.text.split())
+        text = terminal_text(inspection.text)
         lines = [text if len(text) <= width else text[: width - 1] + "…"]
         lines.append(f"  {'k':>3} {'entropy':>8} {'cos to k-1':>10}  top tokens")
         for step in inspection.steps:
@@ -42,15 +45,29 @@ def inspection_table(inspections: Sequence[TextInspection], *, width: int = 100)
                 for token, probability in zip(step.tokens, step.probabilities, strict=True)
             )
             lines.append(f"  {step.step:>3} {step.entropy:>8.3f} {step.cosine_to_previous:>10.4f}  {tokens}")
+        for finding in inspection.warnings:
+            lines += warning_lines(finding, width=width)
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
+
+
+def warning_lines(finding: Finding, *, width: int = 100) -> list[str]:
+    """A finding as lines of at most `width` characters, indented."""
+    layout: dict[str, Any] = {"width": width, "break_long_words": False, "break_on_hyphens": False}
+    said = textwrap.wrap(
+        f"{finding.title}. {finding.message}", initial_indent="  ! ", subsequent_indent="    ", **layout
+    )
+    return [
+        *said,
+        *textwrap.wrap(f"What to do: {finding.advice}", initial_indent="    ", subsequent_indent="    ", **layout),
+    ]
 
 
 def plot_quality(
     curves: Mapping[str, Mapping[int, Mapping[str, float]]], path: Path, *, metric: str = "ndcg@10", trained_steps: int
 ) -> None:
     """Quality versus number of steps at inference, one line a model; the K it was trained with is marked."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for (name, curve), marker in zip(curves.items(), "osD^v", strict=False):
         steps = list(curve)
         axes.plot(steps, [curve[k][metric] for k in steps], marker=marker, label=name)
@@ -68,14 +85,14 @@ def plot_quality(
     axes.set_ylim(bottom=0)
     axes.set_xticks(sorted({k for curve in curves.values() for k in curve}))
     axes.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_losses(log: Sequence[Mapping[str, Any]], path: Path) -> None:
     """The contrastive losses L_1..L_K over training, smoothed by a running mean of about a tenth of the run."""
     import numpy as np
 
-    figure, axes = _figure()
+    figure, axes = new_figure()
     losses = np.array([entry["losses"] for entry in log], dtype=float)
     steps = np.array([entry["step"] for entry in log])
     window = max(1, len(log) // 10)
@@ -89,10 +106,15 @@ def plot_losses(log: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.set(xlabel="training step", ylabel="contrastive loss (nats)", title="Loss of each step during training")
     axes.set_ylim(bottom=0)
     axes.legend(title=f"mean of {window}" if window > 1 else None)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _figure():
+def new_figure(columns: int = 1) -> tuple[Any, Any]:
+    """A figure and its axes, or `columns` axes side by side.
+
+    Raises:
+        ModuleNotFoundError: no matplotlib; says how to install it.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -100,10 +122,12 @@ def _figure():
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.3), layout="constrained")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    size = (7, 4.3) if columns == 1 else (4.2 * columns, 4.2)
+    figure, panels = pyplot.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
+    for axes in panels[0]:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels[0, 0] if columns == 1 else panels[0]
 
 
 def _viridis(value: float):
@@ -112,9 +136,17 @@ def _viridis(value: float):
     return colormaps["viridis"](value)
 
 
-def _save(figure, path: Path) -> None:
-    from matplotlib import pyplot
+def save_figure(figure: Any, *paths: Path) -> list[Path]:
+    """Writes the figure to each path, in the format of its suffix, and closes it: -> the paths.
 
-    with new_file(Path(path)) as partial:
-        figure.savefig(partial, dpi=150)
+    An SVG keeps its text as text, and is the same file for the same figure.
+    """
+    from matplotlib import pyplot, rc_context
+
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "gircse"}):
+        for path in paths:
+            metadata = {"Date": None} if Path(path).suffix == ".svg" else None
+            with new_file(Path(path)) as partial:
+                figure.savefig(partial, dpi=150, metadata=metadata)
     pyplot.close(figure)
+    return list(paths)

@@ -1,4 +1,4 @@
-"""The command line: `gircse demo | train | distill | encode | evaluate | inspect` (also `python -m gircse`)."""
+"""The command line: `gircse demo | train | distill | encode | evaluate | inspect | analyze` (also `python -m gircse`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from gircse._version import __version__
-from gircse.cli import demo, distill, encode, evaluate, inspect, train
+from gircse.cli import analyze, demo, distill, encode, evaluate, inspect, train
 
 # Mistakes of the user or of the surroundings: one line and exit code 2. Anything else is a bug and keeps its traceback.
 _REPORTED = (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointError)
@@ -37,6 +37,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gircse {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (demo, train, distill, encode, evaluate, inspect):
+    for command in (demo, train, distill, encode, evaluate, inspect, analyze):
         command.add(commands)
     return parser
