@@ -27,7 +27,7 @@ def fingerprint(model: GIRCSE) -> str:
     digest.update(_tokenizer_state(model.tokenizer))
     for name, tensor in [*model.base.named_parameters(), *model.base.named_buffers()]:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        for part in _plain_parts(tensor.detach()):
+        for part in _plain_parts(tensor):
             digest.update(part.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
@@ -35,7 +35,7 @@ def fingerprint(model: GIRCSE) -> str:
 def _plain_parts(tensor: Tensor) -> list[Tensor]:
     """The ordinary tensors that a quantised weight is made of; of an ordinary one, itself."""
     if not hasattr(tensor, "__tensor_flatten__"):
-        return [tensor]
+        return [tensor.detach()]
     names, _ = tensor.__tensor_flatten__()
     return [part for name in names for part in _plain_parts(getattr(tensor, name))]
 

@@ -245,5 +245,5 @@ def _ranking(
         relevant_docs={f"q{n}": {names[query]: 1} for n, query in enumerate(queries)},
         top_ranked=None
         if candidates is None
-        else {f"q{n}": [names[text] for text in draw(row, len(row), seed=n)] for n, row in enumerate(candidates)},
+        else {f"q{n}": [names[text] for text in draw(row, len(row), seed=-1 - n)] for n, row in enumerate(candidates)},
     )

@@ -79,9 +79,12 @@ def evaluate_tasks(
 
     Raises:
         ValueError: bad `steps`.
+        ModuleNotFoundError: matplotlib, for the plots, is not installed.
         ConnectionError: a task's data are neither on this machine nor to be had; results so far are kept.
     """
     output, steps = Path(output), check_steps(steps)
+    if len(steps) > 1:
+        require("matplotlib")  # now rather than after hours
     cache = ResultCache(output)
     scores: list[TaskScores] = []
     with StepStore(steps, output) as store:
@@ -129,7 +132,7 @@ def _evaluate_task(
         np.random.seed(task.seed)  # noqa: NPY002 - scikit-learn's default, which mteb seeds as well
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UndefinedMetricWarning)  # a class that is never predicted, many times
-            result = mteb.evaluate(
+            mteb.evaluate(
                 encoders[k],
                 task,
                 cache=cache,
@@ -137,7 +140,9 @@ def _evaluate_task(
                 show_progress_bar=False,
                 co2_tracker=False,
             )
-        scores[k] = float(result.task_results[0].get_score())
+        result = cache.load_task_result(task.metadata.name, encoders[k].mteb_model_meta, raise_if_not_found=True)
+        assert result is not None
+        scores[k] = float(result.get_score())  # of the file, which has six digits: the same in the next run
     if stale:
         task.unload_data()
         assert encoder.store is not None
@@ -155,7 +160,7 @@ def _is_current(cache: ResultCache, task: AbsTask, encoder: GIRCSEEncoder) -> bo
 def _load(task: AbsTask) -> None:
     try:
         task.load_data()
-    except (OSError, ValueError) as error:
+    except Exception as error:
         if not isinstance(error, ConnectionError) and type(error).__module__.split(".")[0] not in _HUB:
             raise
         data: Any = task.metadata.dataset
