@@ -64,14 +64,18 @@ def _mean(tasks: Sequence[TaskScores], steps: Sequence[int]) -> dict[int, float]
 
 
 def scores_table(evaluation: Evaluation) -> str:
-    """One line a task, then the means by type and over all, x 100; the paper's figures below where they compare."""
+    """One line a task, then the means by type (where they differ from the tasks) and over all, x 100; the paper's
+    figures below where they compare."""
 
     def line(name: str, metric: str, scores: Mapping[int, float]) -> list[object]:
         return [name, metric, *(f"{100 * scores[k]:.2f}" for k in evaluation.steps)]
 
     rows = [line(task.task, task.metric, task.scores) for task in evaluation.tasks]
-    rows += [line(f"mean of {name}", "", scores) for name, scores in evaluation.mean_by_type.items()]
-    rows.append(line(f"mean of {len(evaluation.tasks)} tasks", "", evaluation.mean))
+    by_type = evaluation.mean_by_type
+    if len(by_type) < len(evaluation.tasks):
+        rows += [line(f"mean of {name}", "", scores) for name, scores in by_type.items()]
+    if len(evaluation.tasks) > 1:
+        rows.append(line(f"mean of {len(evaluation.tasks)} tasks", "", evaluation.mean))
     rows += [[name, "", *([f"{value:.2f}"] * len(evaluation.steps))] for name, value in evaluation.paper.items()]
     return text_table(["task", "metric", *(f"K={k}" for k in evaluation.steps)], rows)
 

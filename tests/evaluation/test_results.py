@@ -31,7 +31,13 @@ def test_the_paper_is_beside_the_whole_benchmark_only():
     assert lines[-2].split()[-2:] == ["67.83", "67.83"]
     assert lines[-3].startswith("mean of 41 tasks")
     assert lines[-3].split()[-2:] == ["20.10", "20.50"]
+    assert lines[-5].startswith("mean of Retrieval")
     assert "paper" not in scores_table(evaluation(40))
+
+
+def test_means_are_shown_where_they_say_something():
+    assert "mean" not in scores_table(evaluation(1))
+    assert [line.split()[2] for line in scores_table(evaluation(2)).splitlines() if "mean" in line] == ["2"]
 
 
 @pytest.mark.parametrize("count", [1, 41])
