@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from gircse import GIRCSE, GircseConfig
+from gircse.evaluation.fingerprint import fingerprint
+from tests.tiny_models import tiny_model, tiny_tokenizer
+
+
+def model(seed=0, dtype=torch.float32, tokenizer=None, **config):
+    return GIRCSE(tiny_model("llama", seed=seed, dtype=dtype), tokenizer or tiny_tokenizer(), GircseConfig(**config))
+
+
+def test_the_same_model_has_the_same_name_however_it_is_used():
+    one = model()
+    before = fingerprint(one)
+    one.tokenizer(["a", "longer"], padding=True, truncation=True, max_length=3)
+    one.encode(["a text"], num_steps=2)
+    assert fingerprint(one) == before == fingerprint(model(num_steps=9))
+    assert len(before) == 16
+
+
+def test_what_changes_an_embedding_changes_the_name():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["another"])
+    changed = model()
+    with torch.no_grad():
+        next(iter(changed.base.parameters()))[0, 0] += 1e-6
+    others = [
+        model(seed=1),
+        model(dtype=torch.bfloat16),
+        model(pooling="last"),
+        model(temperature=0.5),
+        model(append_eos=True),
+        model(tokenizer=tokenizer),
+        changed,
+    ]
+    names = {fingerprint(other) for other in [model(), *others]}
+    assert len(names) == len(others) + 1
+
+
+def test_an_adapter_counts_apart_and_folded_in():
+    peft = pytest.importorskip("peft")
+    base = tiny_model("llama")
+    wrapped = peft.get_peft_model(
+        base, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    )
+    adapted = GIRCSE(wrapped, tiny_tokenizer()).eval()
+    apart = fingerprint(adapted)
+    adapted.merge_adapter()
+    assert len({apart, fingerprint(adapted), fingerprint(model())}) == 3
+    adapted.unmerge_adapter()
+    assert fingerprint(adapted) == apart
+
+
+def test_quantised_weights_are_read_by_their_parts():
+    class Parts(torch.nn.Parameter):
+        def __tensor_flatten__(self):
+            return ["scale"], None
+
+    def quantised(scale):
+        one = model()
+        one.base.lm_head.weight = Parts(one.base.lm_head.weight.data)
+        one.base.lm_head.weight.scale = torch.tensor(scale)
+        return one
+
+    assert fingerprint(quantised(1.0)) == fingerprint(quantised(1.0)) != fingerprint(quantised(2.0))
+
+
+def test_every_setting_of_the_config_but_the_steps_counts():
+    names = {field.name for field in dataclasses.fields(GircseConfig)}
+    assert names - {"num_steps", "pooling", "temperature", "append_eos", "prompt_template"} == set()
