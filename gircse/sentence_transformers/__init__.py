@@ -1,9 +1,9 @@
 """GIRCSE as a sentence-transformers (6.x) model: the module, its losses, loading.
 
-    modeling_gircse.py   the module in plain PyTorch; saved beside the weights, runs without this package
-    module.py            `GIRCSEModule`: the same module on our engine (encoding) and rollout (training)
-    losses.py            `GIRCSELoss`, `CachedGIRCSELoss` for `SentenceTransformerTrainer`
-    loading.py           `load`, which is `gircse.load`
+modeling_gircse.py   the module in plain PyTorch; saved beside the weights, runs without this package
+module.py            `GIRCSEModule`: the same module on our engine (encoding) and rollout (training)
+losses.py            `GIRCSELoss`, `CachedGIRCSELoss` for `SentenceTransformerTrainer`
+loading.py           `load`, which is `gircse.load`
 """
 
 from __future__ import annotations

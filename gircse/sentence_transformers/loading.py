@@ -31,8 +31,8 @@ def load(
     trust_remote_code: bool = False,
     merge_adapter: bool = False,
 ) -> SentenceTransformer:
-    """Loads a causal LM, a LoRA folder, or a folder saved by `GIRCSE` or by `SentenceTransformer` over a `GIRCSEModule`,
-    as a `SentenceTransformer` on the generation engine. No modelling code of the folder is run.
+    """Loads a causal LM, a LoRA folder, or a folder that `GIRCSE` or a `SentenceTransformer` of ours has saved, as a
+    `SentenceTransformer` on the generation engine. The folder's own modelling file is not run.
 
     Args:
         name_or_path: a folder or a hub name.
@@ -71,14 +71,14 @@ def load(
     if instruction is not None:
         prompts = {"query": first.format_prompt(instruction), **(prompts or {})}
     config = _saved(name, "config_sentence_transformers.json") or {}
-    return SentenceTransformer(
-        modules=[first, *(_module(entry, name, trust_remote_code) for entry in entries[1:])],
-        device=str(model.device),
-        prompts={**config.get("prompts", {}), **(prompts or {})},
-        default_prompt_name=default_prompt_name or config.get("default_prompt_name"),
-        similarity_fn_name=similarity_fn_name or config.get("similarity_fn_name"),  # type: ignore[arg-type]
-        truncate_dim=truncate_dim or config.get("truncate_dim"),
-    )
+    settings: dict[str, Any] = {
+        "prompts": {**config.get("prompts", {}), **(prompts or {})},
+        "default_prompt_name": default_prompt_name or config.get("default_prompt_name"),
+        "similarity_fn_name": similarity_fn_name or config.get("similarity_fn_name"),
+        "truncate_dim": truncate_dim or config.get("truncate_dim"),
+    }
+    modules = [first, *(_module(entry, name, trust_remote_code) for entry in entries[1:])]
+    return SentenceTransformer(modules=modules, device=str(model.device), **settings)
 
 
 def _saved(name: str, filename: str) -> Any:

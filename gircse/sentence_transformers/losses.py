@@ -89,8 +89,8 @@ class GIRCSELoss(nn.Module):
 
 
 class CachedGIRCSELoss(CachedLossMixin, GIRCSELoss):
-    """`GIRCSELoss` with gradient caching (GradCache, arXiv 2101.06983): the same loss and gradient for any batch size, in
-    the memory of `mini_batch_size` texts, for one more forward pass.
+    """`GIRCSELoss` with gradient caching (GradCache, arXiv 2101.06983): the same loss and gradient for a batch of any
+    size, in the memory of `mini_batch_size` texts, for one more forward pass.
 
     A first pass embeds the batch without gradients. The loss over the whole batch gives the gradient of each embedding;
     then every mini-batch is embedded again, with the random numbers of the first pass (dropout), and takes its share
@@ -118,7 +118,7 @@ class CachedGIRCSELoss(CachedLossMixin, GIRCSELoss):
         self.show_progress_bar = show_progress_bar
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        return self.forward_cached(check_columns(sentence_features), labels)
+        return CachedLossMixin.forward_cached(self, check_columns(sentence_features), labels)
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
@@ -140,7 +140,7 @@ class CachedGIRCSELoss(CachedLossMixin, GIRCSELoss):
         random_state: RandContext | None = None,
     ) -> tuple[Tensor, RandContext | None]:
         """As the library's, with the embeddings after every number of steps in place of the last one."""
-        features = _rows(sentence_feature, begin, end)
+        features = minibatch(sentence_feature, begin, end)
         with random_state or nullcontext(), nullcontext() if with_grad else torch.no_grad():
             state = RandContext(*features.values()) if copy_random_state else None
             return embed_steps(self.model, features), state
@@ -172,10 +172,12 @@ def _check_modules(model: SentenceTransformer) -> None:
         raise TypeError(f"model: its first module is {type(model[0]).__name__}, expected GIRCSEModule")
     other = [type(module).__name__ for module in list(model)[1:] if not isinstance(module, Normalize)]
     if other:
-        raise ValueError(f"model: {', '.join(other)} after the GIRCSEModule would not be trained by a loss over its steps")
+        raise ValueError(
+            f"model: {', '.join(other)} after the GIRCSEModule would not be trained by a loss over its steps"
+        )
 
 
-def _rows(features: dict[str, Tensor], begin: int, end: int) -> dict[str, Tensor]:
+def minibatch(features: dict[str, Tensor], begin: int, end: int) -> dict[str, Tensor]:
     """Rows begin..end of each tensor, without the columns that are padding in all of them."""
     real = features["attention_mask"][begin:end].any(dim=0).nonzero()
     columns = slice(int(real[0]), int(real[-1]) + 1)

@@ -4,9 +4,9 @@ This file is saved beside the weights, so that a folder runs where the `gircse` 
 
     SentenceTransformer(folder, trust_remote_code=True)
 
-It needs torch, transformers and sentence-transformers >= 6 only (and peft for a LoRA adapter). Every text is a prompt to
-a causal LM. The LM then "speaks" K soft tokens: softmax over its vocabulary times its own input embeddings, appended to
-the sequence. The embedding is the mean of the last hidden states at the K generated positions, scaled to length 1.
+It needs torch, transformers and sentence-transformers >= 6 only (and peft for a LoRA adapter). Every text is a prompt
+to a causal LM. The LM then "speaks" K soft tokens: softmax over its vocabulary times its own input embeddings, appended
+to the sequence. The embedding is the mean of the last hidden states at the K generated positions, scaled to length 1.
 With `gircse` installed, `gircse.load(folder)` gives the same embeddings faster, and trains.
 """
 
@@ -62,8 +62,8 @@ class GIRCSEModule(InputModule):
     """
 
     config_file_name = "gircse_config.json"
-    config_keys = ["num_steps", "pooling", "temperature", "prompt_template", "append_eos"]
-    forward_kwargs = {"num_steps", "return_steps"}
+    config_keys = ["num_steps", "pooling", "temperature", "prompt_template", "append_eos"]  # noqa: RUF012
+    forward_kwargs = {"num_steps", "return_steps"}  # noqa: RUF012
     save_in_root = True
 
     def __init__(
@@ -230,9 +230,7 @@ class GIRCSEModule(InputModule):
         check_backend(backend)
         where = {"subfolder": subfolder, "token": token, "revision": revision, "local_files_only": local_files_only}
         config = cls.load_config(model_name_or_path, cache_folder=cache_folder, **where)
-        config |= cls.load_config(
-            model_name_or_path, config_filename=LENGTH_CONFIG, cache_folder=cache_folder, **where
-        )
+        config |= cls.load_config(model_name_or_path, config_filename=LENGTH_CONFIG, cache_folder=cache_folder, **where)
         source = {**where, "cache_dir": cache_folder, "trust_remote_code": trust_remote_code}
         options = {**source, "dtype": "auto", **(config_kwargs or {}), **(model_kwargs or {})}
         model = AutoModelForCausalLM.from_pretrained(model_name_or_path, **options)
@@ -309,7 +307,9 @@ def name_base_model(lm: Any, output_path: str) -> None:
                 "name_or_path to a folder that holds it"
             )
         if Path(name).is_dir() and Path(name).resolve() == Path(output_path).resolve():
-            raise ValueError(f"path: {output_path} is the base model's own folder, expected another one for the adapter")
+            raise ValueError(
+                f"path: {output_path} is the base model's own folder, expected another one for the adapter"
+            )
 
 
 def check_steps(num_steps: Any) -> int:

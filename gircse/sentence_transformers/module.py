@@ -1,4 +1,4 @@
-"""`GIRCSEModule`: the sentence-transformers module on the engine (encoding) and on the differentiable rollout (training).
+"""`GIRCSEModule`: the sentence-transformers module on the engine (encoding) and the differentiable rollout (training).
 
 Texts, prompts, settings and what comes out are those of `modeling_gircse.GIRCSEModule`, which a saved folder carries
 along; here only the generation is another one, and so are saving and loading.
@@ -89,8 +89,8 @@ class GIRCSEModule(modeling_gircse.GIRCSEModule):
             return engine.states(rows, num_steps, temperature=self.temperature)
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
-        """Writes what `GIRCSE.save_pretrained` writes (the adapter, or without one the whole model), the token limit and
-        the plain modelling file.
+        """Writes what `GIRCSE.save_pretrained` writes (the adapter, or without one the whole model), the token limit
+        and the plain modelling file.
 
         Raises:
             ValueError: an adapter whose base model has no name or path to load it from again.
@@ -128,8 +128,8 @@ class GIRCSEModule(modeling_gircse.GIRCSEModule):
         unknown = sorted([*options, *(processor_kwargs or {}), *(config_kwargs or {})])
         if unknown:
             raise ValueError(
-                f"model_kwargs, processor_kwargs, config_kwargs: got {', '.join(unknown)}, expected dtype only; load with "
-                "GIRCSE.from_pretrained or build a gircse.GIRCSE from a model and tokenizer of your own"
+                f"model_kwargs, processor_kwargs, config_kwargs: got {', '.join(unknown)}, expected dtype only; "
+                "build a gircse.GIRCSE from a model and tokenizer of your own and put it into a GIRCSEModule"
             )
         where: dict[str, Any] = {
             "subfolder": subfolder,

@@ -95,7 +95,8 @@ for name, folder in folders.items():
     found[name + "-query"] = model.encode_query(texts)
     again = folder + "-again"
     model.save_pretrained(again)
-    assert np.array_equal(SentenceTransformer(again, trust_remote_code=True, device="cpu").encode(texts), model.encode(texts))
+    other = SentenceTransformer(again, trust_remote_code=True, device="cpu")
+    assert np.array_equal(other.encode(texts), model.encode(texts))
 np.savez(output, **found)
 """
 
