@@ -65,6 +65,7 @@ class GIRCSEModule(InputModule):
     config_keys = ["num_steps", "pooling", "temperature", "prompt_template", "append_eos"]  # noqa: RUF012
     forward_kwargs = {"num_steps", "return_steps"}  # noqa: RUF012
     save_in_root = True
+    tokenizer: Any
 
     def __init__(
         self,
@@ -219,6 +220,8 @@ class GIRCSEModule(InputModule):
         cache_folder: str | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
+        init_defaults: dict[str, Any] | None = None,
+        *,
         trust_remote_code: bool = False,
         model_kwargs: dict[str, Any] | None = None,
         processor_kwargs: dict[str, Any] | None = None,
@@ -228,7 +231,12 @@ class GIRCSEModule(InputModule):
     ) -> GIRCSEModule:
         """See `SentenceTransformer`; `model_kwargs` go to `AutoModelForCausalLM.from_pretrained`."""
         check_backend(backend)
-        where = {"subfolder": subfolder, "token": token, "revision": revision, "local_files_only": local_files_only}
+        where: dict[str, Any] = {
+            "subfolder": subfolder,
+            "token": token,
+            "revision": revision,
+            "local_files_only": local_files_only,
+        }
         config = cls.load_config(model_name_or_path, cache_folder=cache_folder, **where)
         config |= cls.load_config(model_name_or_path, config_filename=LENGTH_CONFIG, cache_folder=cache_folder, **where)
         source = {**where, "cache_dir": cache_folder, "trust_remote_code": trust_remote_code}
