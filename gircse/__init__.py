@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from gircse.config import GircseConfig
     from gircse.engine import Engine, EngineConfig
     from gircse.model import GIRCSE
+    from gircse.sentence_transformers.loading import load
 
-__all__ = ["GIRCSE", "Engine", "EngineConfig", "GircseConfig", "UnsupportedModelError", "__version__", "ops"]
+__all__ = ["GIRCSE", "Engine", "EngineConfig", "GircseConfig", "UnsupportedModelError", "__version__", "load", "ops"]
 
 _HOMES = {
     "Engine": "gircse.engine",
@@ -27,6 +28,7 @@ _HOMES = {
     "GIRCSE": "gircse.model",
     "GircseConfig": "gircse.config",
     "UnsupportedModelError": "gircse.architecture",
+    "load": "gircse.sentence_transformers",
 }
 
 

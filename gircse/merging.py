@@ -24,9 +24,7 @@ class MergedAdapter:
         Raises:
             ValueError: the adapter was merged by somebody else, or cannot be merged.
         """
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
+        layers = _adapted_layers(base)
         if any(layer.merged for layer in layers):
             raise ValueError("base: its adapter is merged already; call base.unmerge_adapter() first")
         originals = [
@@ -36,7 +34,11 @@ class MergedAdapter:
         ]
         merged = cls(base, originals)
         try:
-            base.merge_adapter(safe_merge=True)
+            if hasattr(base, "merge_adapter"):
+                base.merge_adapter(safe_merge=True)
+            else:  # layers that transformers' `add_adapter` put into the model
+                for layer in layers:
+                    layer.merge(safe_merge=True)
         except BaseException as error:  # half of the layers may be merged by now
             merged.undo()
             if isinstance(error, ValueError):
@@ -46,6 +48,16 @@ class MergedAdapter:
 
     @torch.no_grad()
     def undo(self) -> None:
-        self._base.unmerge_adapter()
+        if hasattr(self._base, "unmerge_adapter"):
+            self._base.unmerge_adapter()
+        else:
+            for layer in _adapted_layers(self._base):
+                layer.unmerge()
         for parameter, original in self._originals:
             parameter.copy_(original)
+
+
+def _adapted_layers(base: Any) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in base.modules() if isinstance(module, BaseTunerLayer)]

@@ -353,15 +353,29 @@ class GIRCSE(nn.Module):
 
         return inspect(self, texts, instruction=instruction, num_steps=num_steps, top_n=top_n, max_length=max_length)
 
-    def gradient_checkpointing_enable(self) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
         """Recompute the prompt pass in backward instead of keeping its activations (training only, `model.train()`).
 
         Non-reentrant, so the gradient through keys and values is exact; the K steps are not checkpointed.
+
+        Args:
+            gradient_checkpointing_kwargs, options: as for the transformers method of that name.
+
+        Raises:
+            ValueError: `use_reentrant=True`.
         """
+        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if kwargs["use_reentrant"]:
+            raise ValueError(
+                "gradient_checkpointing_kwargs: got use_reentrant=True, which would cut the gradient through the "
+                "rollout's keys and values; expected False"
+            )
         base = self._unwrapped()
         # the newer name of the two where there are both: the older one warns there
         enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        enable(kwargs, **options)
 
     def _unwrapped(self) -> PreTrainedModel:
         """The transformers model, below a PEFT wrapper."""

@@ -1,0 +1,93 @@
+"""`gircse.load`: any folder that `GIRCSE.from_pretrained` reads, as a `SentenceTransformer`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import import_module_class, load_file_path
+
+from gircse.model import GIRCSE
+from gircse.sentence_transformers.modeling_gircse import LENGTH_CONFIG
+from gircse.sentence_transformers.module import GIRCSEModule
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    num_steps: int | None = None,
+    instruction: str | None = None,
+    prompts: dict[str, str] | None = None,
+    default_prompt_name: str | None = None,
+    similarity_fn_name: str | None = None,
+    truncate_dim: int | None = None,
+    max_seq_length: int | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+    merge_adapter: bool = False,
+) -> SentenceTransformer:
+    """Loads a causal LM, a LoRA folder, or a folder that `GIRCSE` or a `SentenceTransformer` of ours has saved, as a
+    `SentenceTransformer` on the generation engine. The folder's own modelling file is not run.
+
+    Args:
+        name_or_path: a folder or a hub name.
+        adapter, num_steps, dtype, device, trust_remote_code, merge_adapter: as for `GIRCSE.from_pretrained`.
+        instruction: what queries are for: the model's "query" prompt, so that `encode_query(texts)` is
+            `GIRCSE.encode(texts, instruction=instruction)`. Documents stay bare.
+        prompts: sentence-transformers prompts (prefixes) by name; they go before the saved ones. See
+            `GIRCSEModule.format_prompt`.
+        default_prompt_name, similarity_fn_name, truncate_dim: as for `SentenceTransformer`; default: the saved ones.
+        max_seq_length: tokens of a prompt, its instruction included; default: the saved limit, else 512.
+
+    Raises:
+        FileNotFoundError: a folder or a base named by an adapter does not exist.
+        ValueError: bad arguments, or a sentence-transformers folder of another kind of model.
+        gircse.UnsupportedModelError: the architecture fails a probe.
+    """
+    name = str(name_or_path)
+    entries = _saved(name, "modules.json") or []
+    if entries and entries[0]["type"].rsplit(".", 1)[-1] != "GIRCSEModule":
+        raise ValueError(
+            f"name_or_path: {name} is a sentence-transformers model that starts with {entries[0]['type']}, expected a "
+            "GIRCSEModule; load it with SentenceTransformer, or name its causal LM"
+        )
+    model = GIRCSE.from_pretrained(
+        name_or_path,
+        adapter=adapter,
+        num_steps=num_steps,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        merge_adapter=merge_adapter,
+    )
+    first = GIRCSEModule(model, **(_saved(name, LENGTH_CONFIG) or {}))
+    if max_seq_length is not None:
+        first.max_seq_length = max_seq_length
+    if instruction is not None:
+        prompts = {"query": first.format_prompt(instruction), **(prompts or {})}
+    config = _saved(name, "config_sentence_transformers.json") or {}
+    settings: dict[str, Any] = {
+        "prompts": {**config.get("prompts", {}), **(prompts or {})},
+        "default_prompt_name": default_prompt_name or config.get("default_prompt_name"),
+        "similarity_fn_name": similarity_fn_name or config.get("similarity_fn_name"),
+        "truncate_dim": truncate_dim or config.get("truncate_dim"),
+    }
+    modules = [first, *(_module(entry, name, trust_remote_code) for entry in entries[1:])]
+    return SentenceTransformer(modules=modules, device=str(model.device), **settings)
+
+
+def _saved(name: str, filename: str) -> Any:
+    """What a JSON file of the folder or repository holds, or None where there is none."""
+    found = load_file_path(name, filename)
+    return None if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+
+
+def _module(entry: dict[str, str], name: str, trust_remote_code: bool) -> Any:
+    """A module that follows the first one."""
+    found: Any = import_module_class(entry["type"], model_name_or_path=name, trust_remote_code=trust_remote_code)
+    return found.load(name, subfolder=entry["path"])

@@ -1,0 +1,184 @@
+"""Losses for `SentenceTransformerTrainer`: the ICR objective over stepwise InfoNCE (SPEC 1.4-1.5), plain and cached.
+
+Columns follow sentence-transformers' convention: anchor, positive, any number of negatives. All positives and negatives
+of the batch are candidates of every anchor.
+
+Both losses work on `step_embeddings` [B, K, D], the embeddings z_1..z_K that `GIRCSEModule` adds to its output, and use
+as many of their dimensions as `sentence_embedding` has. `MatryoshkaLoss` shortens only the latter; so inside it every
+step is shortened with it, and the loss is the right one for each dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.losses import CachedLossMixin, RandContext
+from sentence_transformers.base.modules import Normalize
+from torch import Tensor, nn
+
+from gircse import ops
+from gircse.ops.objective import REDUCTIONS
+from gircse.sentence_transformers import modeling_gircse
+
+_CITATION = """
+@inproceedings{tsai2026gircse,
+    title = {Let LLMs Speak Embedding Languages: Generative Text Embeddings via Iterative Contrastive Refinement},
+    author = {Tsai, Yu-Che and others},
+    booktitle = {International Conference on Learning Representations},
+    year = {2026},
+    eprint = {2509.24291},
+    archivePrefix = {arXiv}
+}
+"""
+
+
+class GIRCSELoss(nn.Module):
+    """The objective of GIRCSE: `icr_objective` of `stepwise_info_nce`, one contrastive loss for each number of steps.
+
+    Args:
+        model: a `SentenceTransformer` whose first module is a `GIRCSEModule`; K is that module's `num_steps`.
+        temperature: tau of the contrastive losses.
+        reg_weight: weight of the penalty on steps that do not improve.
+        reduction: "mean" (the reference code) or "sum" (the paper's formula) over the steps.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        *,
+        temperature: float = 0.02,
+        reg_weight: float = 1.0,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        _check_modules(model)
+        if not temperature > 0:
+            raise ValueError(f"temperature: got {temperature!r}, expected a number > 0")
+        if not reg_weight >= 0:
+            raise ValueError(f"reg_weight: got {reg_weight!r}, expected a number >= 0")
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction: got {reduction!r}, expected one of {', '.join(map(repr, REDUCTIONS))}")
+        self.model = model
+        self.temperature = temperature
+        self.reg_weight = reg_weight
+        self.reduction = reduction
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        """One dict of features for each column -> the loss, a scalar. Labels are not used."""
+        return self.objective([embed_steps(self.model, features) for features in check_columns(sentence_features)])
+
+    def objective(self, columns: list[Tensor]) -> Tensor:
+        """[B, K, D] embeddings after 1..K steps of each column -> the loss, a scalar."""
+        anchors, candidates = columns[0], torch.cat(columns[1:])
+        target = torch.arange(len(anchors), device=anchors.device)  # the positives come first
+        losses = ops.stepwise_info_nce(
+            anchors, candidates, target, temperature=self.temperature, pooling="last"
+        )  # "last", because the steps are pooled already
+        return ops.icr_objective(losses, reg_weight=self.reg_weight, reduction=self.reduction)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        return {"temperature": self.temperature, "reg_weight": self.reg_weight, "reduction": self.reduction}
+
+    @property
+    def citation(self) -> str:
+        return _CITATION
+
+
+class CachedGIRCSELoss(CachedLossMixin, GIRCSELoss):
+    """`GIRCSELoss` with gradient caching (GradCache, arXiv 2101.06983): the same loss and gradient for a batch of any
+    size, in the memory of `mini_batch_size` texts, for one more forward pass.
+
+    A first pass embeds the batch without gradients. The loss over the whole batch gives the gradient of each embedding;
+    then every mini-batch is embedded again, with the random numbers of the first pass (dropout), and takes its share
+    back.
+
+    Args:
+        mini_batch_size: texts embedded at once.
+        show_progress_bar: over the mini-batches.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        *,
+        mini_batch_size: int = 32,
+        temperature: float = 0.02,
+        reg_weight: float = 1.0,
+        reduction: str = "mean",
+        show_progress_bar: bool = False,
+    ) -> None:
+        super().__init__(model, temperature=temperature, reg_weight=reg_weight, reduction=reduction)
+        if isinstance(mini_batch_size, bool) or not isinstance(mini_batch_size, int) or mini_batch_size < 1:
+            raise ValueError(f"mini_batch_size: got {mini_batch_size!r}, expected an integer >= 1")
+        self.mini_batch_size = mini_batch_size
+        self.show_progress_bar = show_progress_bar
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        return CachedLossMixin.forward_cached(self, check_columns(sentence_features), labels)
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """[b, K, D] step embeddings of each column's mini-batches -> the loss; with its gradient put on them."""
+        loss = self.objective([torch.cat(column) for column in reps])
+        if with_backward:
+            loss.backward()
+            loss = loss.detach()
+        return loss
+
+    def embed_minibatch(
+        self,
+        sentence_feature: dict[str, Tensor],
+        begin: int,
+        end: int,
+        with_grad: bool,
+        copy_random_state: bool,
+        random_state: RandContext | None = None,
+    ) -> tuple[Tensor, RandContext | None]:
+        """As the library's, with the embeddings after every number of steps in place of the last one."""
+        features = minibatch(sentence_feature, begin, end)
+        with random_state or nullcontext(), nullcontext() if with_grad else torch.no_grad():
+            state = RandContext(*features.values()) if copy_random_state else None
+            return embed_steps(self.model, features), state
+
+    def get_config_dict(self) -> dict[str, Any]:
+        return {**super().get_config_dict(), "mini_batch_size": self.mini_batch_size}
+
+
+def embed_steps(model: nn.Module, features: dict[str, Tensor]) -> Tensor:
+    """[B, K, D'] embeddings after 1..K steps, with as many dimensions as the output's `sentence_embedding` has."""
+    output = model(features)
+    return output["step_embeddings"][..., : output["sentence_embedding"].shape[-1]]
+
+
+def check_columns(sentence_features: Iterable[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """
+    Raises:
+        ValueError: fewer than two columns.
+    """
+    columns = list(sentence_features)
+    if len(columns) < 2:
+        raise ValueError(f"sentence_features: got {len(columns)} columns, expected anchor, positive and any negatives")
+    return columns
+
+
+def _check_modules(model: SentenceTransformer) -> None:
+    """The steps are those of the first module: nothing after it may change the embedding."""
+    if not isinstance(model[0], modeling_gircse.GIRCSEModule):
+        raise TypeError(f"model: its first module is {type(model[0]).__name__}, expected GIRCSEModule")
+    other = [type(module).__name__ for module in list(model)[1:] if not isinstance(module, Normalize)]
+    if other:
+        raise ValueError(
+            f"model: {', '.join(other)} after the GIRCSEModule would not be trained by a loss over its steps"
+        )
+
+
+def minibatch(features: dict[str, Tensor], begin: int, end: int) -> dict[str, Tensor]:
+    """Rows begin..end of each tensor, without the columns that are padding in all of them."""
+    real = features["attention_mask"][begin:end].any(dim=0).nonzero()
+    columns = slice(int(real[0]), int(real[-1]) + 1)
+    return {name: features[name][begin:end, columns] for name in ("input_ids", "attention_mask")}

@@ -1,0 +1,146 @@
+"""Saved folders: what is in them, who reads them, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sentence_transformers")
+from peft import LoraConfig, PeftModel, get_peft_model
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Normalize
+from transformers import AutoModelForCausalLM
+
+import gircse
+from gircse import GIRCSE, GircseConfig
+from gircse.sentence_transformers import GIRCSEModule
+from tests.tiny_models import tiny_model, tiny_tokenizer
+
+TEXTS = ["a text", "another, longer text", "x"]
+LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+
+
+def same(one, other, **options) -> None:
+    np.testing.assert_allclose(one.encode(TEXTS, **options), other.encode(TEXTS, **options), atol=1e-6, rtol=0)
+
+
+def test_a_whole_model(tmp_path):
+    config = GircseConfig(num_steps=3, pooling="weighted", temperature=0.7, append_eos=True)
+    module = GIRCSEModule(GIRCSE(tiny_model("llama"), tiny_tokenizer(), config).eval(), max_seq_length=30)
+    st = SentenceTransformer(
+        modules=[module, Normalize()], prompts={"topic": "t: "}, similarity_fn_name="dot", truncate_dim=20, device="cpu"
+    )
+    st.save_pretrained(str(tmp_path / "saved"))
+    modules = json.loads((tmp_path / "saved/modules.json").read_text())
+    assert [(entry["path"], entry["type"].split(".")[-1]) for entry in modules] == [
+        ("", "GIRCSEModule"),
+        ("1_Normalize", "Normalize"),
+    ]
+    assert modules[0]["type"] == "modeling_gircse.GIRCSEModule"
+    assert {path.name for path in (tmp_path / "saved").iterdir()} >= {
+        "config.json",
+        "config_sentence_transformers.json",
+        "gircse_config.json",
+        "model.safetensors",
+        "modeling_gircse.py",
+        "sentence_bert_config.json",
+        "tokenizer.json",
+    }
+    again = gircse.load(tmp_path / "saved")
+    assert [type(m) for m in again] == [GIRCSEModule, Normalize]
+    assert (again.max_seq_length, again.truncate_dim, again.similarity_fn_name) == (30, 20, "dot")
+    assert again.prompts["topic"] == "t: "
+    assert again[0].model.config == config
+    same(st, again, prompt_name="topic")
+    plain = GIRCSE.from_pretrained(tmp_path / "saved")
+    assert plain.config == config
+    np.testing.assert_allclose(
+        plain.encode(TEXTS, truncate_dim=20), again.encode(TEXTS, normalize_embeddings=True), atol=1e-6, rtol=0
+    )
+
+
+def test_a_folder_that_gircse_saved(base_folder, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    model = GIRCSE(get_peft_model(base, LORA), tiny_tokenizer(), GircseConfig(num_steps=2)).eval()
+    model.save_pretrained(tmp_path / "ours")
+    st = gircse.load(tmp_path / "ours", instruction="Find it")
+    np.testing.assert_allclose(st.encode_query(TEXTS), model.encode(TEXTS, instruction="Find it"), atol=1e-6, rtol=0)
+    assert st.active_adapters() == ["default"]
+    st.save_pretrained(str(tmp_path / "st"))
+    again = gircse.load(tmp_path / "st")
+    assert again.prompts["query"] == "Instruct: Find it\nQuery:"
+    same(st, again)
+    same(gircse.load(base_folder, adapter=tmp_path / "ours", num_steps=2), again)
+    assert gircse.load(tmp_path / "st", num_steps=7, prompts={"query": ""}).prompts["query"] == ""
+    assert gircse.load(tmp_path / "st", num_steps=7, max_seq_length=3).max_seq_length == 3
+
+
+def test_add_adapter_is_saved_and_read_by_both(base_folder, tmp_path):
+    st = gircse.load(base_folder, num_steps=3)
+    bare = st.encode(TEXTS)
+    st.add_adapter(LORA)
+    st.save_pretrained(str(tmp_path / "adapted"))
+    names = {path.name for path in (tmp_path / "adapted").iterdir()}
+    assert names >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert "model.safetensors" not in names
+    assert not np.allclose(bare, st.encode(TEXTS), atol=1e-3)
+    same(st, gircse.load(tmp_path / "adapted"))
+    ours = GIRCSE.from_pretrained(tmp_path / "adapted")
+    assert isinstance(ours.base, PeftModel)
+    same(st, ours)
+    st.disable_adapters()
+    np.testing.assert_allclose(st.encode(TEXTS), bare, atol=1e-6, rtol=0)
+    st.enable_adapters()
+    st.delete_adapter("default")
+    np.testing.assert_allclose(st.encode(TEXTS), bare, atol=1e-6, rtol=0)
+
+
+def test_merged_for_encoding(base_folder, tmp_path):
+    st = gircse.load(base_folder, num_steps=3)
+    st.add_adapter(LORA)
+    expected = st.encode(TEXTS)
+    weights = {name: p.clone() for name, p in st.named_parameters()}
+    st[0].model.merge_adapter()
+    np.testing.assert_allclose(st.encode(TEXTS), expected, atol=1e-5, rtol=0)
+    st.save_pretrained(str(tmp_path / "adapted"))
+    same(gircse.load(tmp_path / "adapted", merge_adapter=True), st)
+    st.train()
+    assert all((weights[name] == p).all() for name, p in st.named_parameters())
+
+
+def test_an_adapter_must_name_its_base(base_folder, tmp_path):
+    in_memory = SentenceTransformer(modules=[GIRCSEModule(GIRCSE(tiny_model("llama"), tiny_tokenizer()))], device="cpu")
+    in_memory.add_adapter(LORA)
+    with pytest.raises(ValueError, match="built in memory and has no name or path.* set its name_or_path"):
+        in_memory.save_pretrained(str(tmp_path / "lost"))
+    in_memory.transformers_model.name_or_path = str(base_folder)  # the same weights
+    in_memory.save_pretrained(str(tmp_path / "found"))
+    same(in_memory, gircse.load(tmp_path / "found"))
+
+    st = gircse.load(base_folder)
+    st.add_adapter(LORA)
+    with pytest.raises(ValueError, match="is the base model's own folder"):
+        st.save_pretrained(str(base_folder))
+    assert not (base_folder / "adapter_config.json").exists()
+
+
+def test_what_is_refused(base_folder, tmp_path):
+    gircse.load(base_folder).save_pretrained(str(tmp_path / "saved"))
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        SentenceTransformer(str(tmp_path / "saved"))
+    (tmp_path / "saved/modules.json").write_text(
+        json.dumps([{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.Transformer"}])
+    )
+    with pytest.raises(ValueError, match=r"starts with .*Transformer, expected a GIRCSEModule"):
+        gircse.load(tmp_path / "saved")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        gircse.load(tmp_path / "nothing" / "here")
+    for options, words in (
+        ({"backend": "onnx"}, "backend: got 'onnx'"),
+        ({"model_kwargs": {"device_map": "auto"}}, "got device_map, expected dtype only"),
+        ({"model_kwargs": {"attn_implementation": "eager"}}, "attn_implementation: got 'eager'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            GIRCSEModule.load(str(base_folder), **options)

@@ -1,0 +1,149 @@
+"""The losses against SPEC 1.4-1.5 written plainly, their gradients, and the library's modifiers around them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("sentence_transformers")
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+
+from gircse import GIRCSE, GircseConfig
+from gircse.sentence_transformers import CachedGIRCSELoss, GIRCSELoss, GIRCSEModule
+from gircse.sentence_transformers.losses import embed_steps, minibatch
+from tests.plain import plain_losses, plain_objective, plain_rollout
+from tests.tiny_models import tiny_model, tiny_tokenizer
+
+COLUMNS = {
+    "anchor": ["who", "where is it", "what", "when was that", "why"],
+    "positive": ["she did", "in the north", "a thing", "long ago, in spring", "because"],
+    "negative_1": ["no", "never, or hardly ever", "x", "somewhere", "y"],
+    "negative_2": ["an apple", "z", "a very much longer text", "green", "blue"],
+}
+
+
+def build(**overrides) -> SentenceTransformer:
+    model = GIRCSE(tiny_model("llama", dtype=torch.float64, **overrides), tiny_tokenizer(), GircseConfig(num_steps=3))
+    return SentenceTransformer(modules=[GIRCSEModule(model)], device="cpu").train()
+
+
+def features(st: SentenceTransformer) -> list[dict]:
+    return [st.preprocess(texts) for texts in COLUMNS.values()]
+
+
+def gradients(st: SentenceTransformer, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    st.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in st.named_parameters() if parameter.grad is not None}
+
+
+def plain_steps(st: SentenceTransformer, column: str) -> torch.Tensor:
+    """[B, K, D] from the stock model, a row at a time, without any cache."""
+    tokenizer, model = st.tokenizer, tiny_model("llama", dtype=torch.float64)
+    rows = [torch.tensor(ids) for ids in tokenizer(COLUMNS[column], add_special_tokens=False)["input_ids"]]
+    with torch.no_grad():
+        return torch.stack([plain_rollout(model, ids, 3)[1] for ids in rows])
+
+
+def plain_loss(st: SentenceTransformer, dim: int | None = None) -> torch.Tensor:
+    steps = [plain_steps(st, column)[..., :dim] for column in COLUMNS]
+    return plain_objective(plain_losses(steps[0], torch.cat(steps[1:]), torch.arange(5)))
+
+
+def test_the_loss_is_the_specs(no_downcast):
+    st = build()
+    assert torch.allclose(GIRCSELoss(st)(features(st)), plain_loss(st), atol=1e-10)
+    assert torch.allclose(CachedGIRCSELoss(st, mini_batch_size=2)(features(st)), plain_loss(st), atol=1e-10)
+
+
+@pytest.mark.parametrize("mini_batch_size", [1, 2, 3, 8])
+def test_cached_equals_uncached(no_downcast, mini_batch_size):
+    st = build()
+    options = {"temperature": 0.05, "reg_weight": 0.3, "reduction": "sum"}
+    whole = GIRCSELoss(st, **options)(features(st))
+    expected = gradients(st, whole)
+    cached = CachedGIRCSELoss(st, mini_batch_size=mini_batch_size, **options)(features(st))
+    found = gradients(st, cached)
+    assert abs((cached - whole).item()) < 1e-10
+    assert found.keys() == expected.keys()
+    assert max(float(g.abs().max()) for g in expected.values()) > 1e-3
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() < 1e-10, name
+    with torch.no_grad():
+        assert abs(float(CachedGIRCSELoss(st, mini_batch_size=2, **options)(features(st)) - whole)) < 1e-10
+
+
+def test_dropout_is_replayed(no_downcast):
+    """Both passes of gradient caching draw the same masks: its gradient is that of one pass over the mini-batches."""
+    st = build(attention_dropout=0.3)
+    torch.manual_seed(7)
+    cached = CachedGIRCSELoss(st, mini_batch_size=2)
+    loss = cached(features(st))
+    torch.rand(5)  # whatever else draws in between
+    found = gradients(st, loss)
+
+    torch.manual_seed(7)
+    columns = [
+        torch.cat([embed_steps(st, minibatch(column, start, start + 2)) for start in range(0, 5, 2)])
+        for column in features(st)
+    ]
+    once = cached.objective(columns)
+    expected = gradients(st, once)
+    torch.manual_seed(8)
+    assert abs((once - loss).item()) < 1e-10
+    assert abs(float(cached(features(st)) - loss)) > 1e-4  # the masks matter
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() < 1e-10, name
+
+
+@pytest.mark.parametrize("kind", [GIRCSELoss, CachedGIRCSELoss])
+def test_matryoshka_shortens_every_step(no_downcast, kind):
+    st = build()
+    dims, weights = [32, 12, 5], [1.0, 0.5, 0.25]
+    loss = MatryoshkaLoss(st, kind(st), dims, weights)(features(st), None)
+    expected = sum(weight * plain_loss(st, dim) for dim, weight in zip(dims, weights, strict=True))
+    assert torch.allclose(loss, expected, atol=1e-10)
+    assert abs(float(plain_loss(st, 5) - plain_loss(st))) > 1e-3
+    found = gradients(st, loss)
+
+    columns = [embed_steps(st, column) for column in features(st)]
+    parts = [GIRCSELoss(st).objective([column[..., :dim] for column in columns]) for dim in dims]
+    by_hand = gradients(st, sum(weight * part for weight, part in zip(weights, parts, strict=True)))
+    for name, gradient in by_hand.items():
+        assert (found[name] - gradient).abs().max() < 1e-10, name
+
+
+def test_gradient_checkpointing(no_downcast):
+    st = build()
+    expected = gradients(st, GIRCSELoss(st)(features(st)))
+    st.gradient_checkpointing_enable()
+    layer = st.transformers_model.model.layers[0]
+    assert layer.gradient_checkpointing
+    for kind in (GIRCSELoss, CachedGIRCSELoss):
+        found = gradients(st, kind(st)(features(st)))
+        for name, gradient in expected.items():
+            assert (found[name] - gradient).abs().max() < 1e-10, name
+    with pytest.raises(ValueError, match="use_reentrant=True"):
+        st.gradient_checkpointing_enable({"use_reentrant": True})
+
+
+def test_what_is_refused():
+    st = build()
+    for options, words in (
+        ({"temperature": 0.0}, "temperature: got 0.0"),
+        ({"reg_weight": -1.0}, "reg_weight: got -1.0"),
+        ({"reduction": "max"}, "reduction: got 'max'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            GIRCSELoss(st, **options)
+    with pytest.raises(ValueError, match="mini_batch_size: got 0"):
+        CachedGIRCSELoss(st, mini_batch_size=0)
+    with pytest.raises(ValueError, match="got 1 columns, expected anchor, positive"):
+        GIRCSELoss(st)(features(st)[:1])
+    st.append(Dense(32, 8).double())
+    with pytest.raises(ValueError, match="Dense after the GIRCSEModule would not be trained"):
+        GIRCSELoss(st)
+    with pytest.raises(TypeError, match="its first module is Dense"):
+        GIRCSELoss(SentenceTransformer(modules=[Dense(32, 8)], device="cpu"))

@@ -1,0 +1,128 @@
+"""The plain modelling file of saved folders: equal to the package, and alone in the world."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("sentence_transformers")
+from sentence_transformers import SentenceTransformer
+
+from gircse import GIRCSE, GircseConfig
+from gircse.sentence_transformers import GIRCSEModule, modeling_gircse
+from tests.tiny_models import CONFIGS, definition, tiny_model, tiny_tokenizer
+
+TEXTS = ["a text", "another, longer text", "", "x", "word " * 9]
+TASK = "Sort by topic"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_architecture(name):
+    for config in (GircseConfig(num_steps=4), GircseConfig(num_steps=3, pooling="weighted", append_eos=True)):
+        ours = GIRCSE(tiny_model(name), tiny_tokenizer(), config).eval()
+        settings = json.loads(config.to_json())
+        plain = modeling_gircse.GIRCSEModule(
+            tiny_model(name, attn=definition(name)), tiny_tokenizer(), **settings
+        ).eval()
+        st = SentenceTransformer(modules=[plain], device="cpu")
+        prompt = plain.format_prompt(TASK)
+        for steps in (0, config.num_steps):
+            np.testing.assert_allclose(
+                st.encode(TEXTS, prompt=prompt, num_steps=steps, return_steps=True),
+                ours.encode(TEXTS, instruction=TASK, num_steps=steps, return_steps=True),
+                atol=1e-5,
+                rtol=0,
+            )
+
+
+@pytest.mark.parametrize("facts", [{"logit_scale": 0.5}, {"logits_scaling": 3.0}])
+def test_scaled_logits(facts):
+    lm = tiny_model("llama")
+    hidden = torch.randn(3, 32)
+    stock = modeling_gircse.soft_token(lm, hidden, 0.7)
+    for key, value in facts.items():
+        setattr(lm.config, key, value)
+    factor = facts.get("logit_scale", 1.0) / facts.get("logits_scaling", 1.0)
+    expected = torch.softmax(factor * lm.lm_head(hidden) / 0.7, -1) @ lm.get_input_embeddings().weight
+    assert torch.allclose(modeling_gircse.soft_token(lm, hidden, 0.7), expected, atol=1e-6)
+    assert not torch.allclose(stock, expected, atol=1e-4)
+
+
+def test_gradients_are_the_rollouts(no_downcast):
+    modules = [
+        modeling_gircse.GIRCSEModule(tiny_model("llama", dtype=torch.float64), tiny_tokenizer(), num_steps=3),
+        GIRCSEModule(GIRCSE(tiny_model("llama", dtype=torch.float64), tiny_tokenizer(), GircseConfig(num_steps=3))),
+    ]
+    torch.manual_seed(1)
+    weight = torch.randn(len(TEXTS), 3, 32, dtype=torch.float64)
+    gradients = []
+    for module in modules:
+        module.train()
+        steps = module(module.preprocess(TEXTS))["step_embeddings"]
+        (steps * weight).sum().backward()
+        gradients.append({name: p.grad for name, p in module.causal_lm.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-10), name
+
+
+def test_checkpointing_is_refused():
+    module = modeling_gircse.GIRCSEModule(tiny_model("llama"), tiny_tokenizer()).train()
+    module.causal_lm.activation_checkpointing_enable()
+    with pytest.raises(RuntimeError, match=r"gradient checkpointing switches off .* gircse.load"):
+        module(module.preprocess(TEXTS))
+
+
+LONELY = """
+import json, sys
+for name in ("gircse", "gircse_kernels"):
+    sys.modules[name] = None  # import raises ImportError
+import numpy as np
+from sentence_transformers import SentenceTransformer
+folders, texts, prompt, output = json.loads(sys.argv[1])
+found = {}
+for name, folder in folders.items():
+    model = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
+    assert type(model[0]).__module__.startswith("transformers_modules."), type(model[0]).__module__
+    found[name] = model.encode(texts, prompt=prompt)
+    found[name + "-steps"] = model.encode(texts, num_steps=2, return_steps=True, normalize_embeddings=True)
+    found[name + "-query"] = model.encode_query(texts)
+    again = folder + "-again"
+    model.save_pretrained(again)
+    other = SentenceTransformer(again, trust_remote_code=True, device="cpu")
+    assert np.array_equal(other.encode(texts), model.encode(texts))
+np.savez(output, **found)
+"""
+
+
+def test_a_folder_without_the_package(tmp_path, base_folder):
+    from peft import LoraConfig
+
+    import gircse
+
+    adapted = gircse.load(base_folder, num_steps=3, instruction="Find it", device="cpu")
+    adapted.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    gemma = GIRCSE(tiny_model("gemma2"), tiny_tokenizer(), GircseConfig(num_steps=3, pooling="last")).eval()
+    whole = SentenceTransformer(modules=[GIRCSEModule(gemma)], device="cpu")
+    folders = {}
+    for name, st in (("adapted", adapted), ("whole", whole)):
+        folders[name] = str(tmp_path / name)
+        st.save_pretrained(folders[name])
+    prompt = adapted[0].format_prompt(TASK)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    arguments = json.dumps([folders, TEXTS, prompt, str(tmp_path / "found.npz")])
+    subprocess.run([sys.executable, "-c", LONELY, arguments], cwd=tmp_path, env=environment, check=True)
+    found = np.load(tmp_path / "found.npz")
+    for name, st in (("adapted", adapted), ("whole", whole)):
+        np.testing.assert_allclose(found[name], st.encode(TEXTS, prompt=prompt), atol=1e-5, rtol=0)
+        steps = st.encode(TEXTS, num_steps=2, return_steps=True)
+        np.testing.assert_allclose(found[f"{name}-steps"], steps, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(found[f"{name}-query"], st.encode_query(TEXTS), atol=1e-5, rtol=0)
+        again = GIRCSE.from_pretrained(folders[name] + "-again")  # what the plain file saved, the package reads
+        np.testing.assert_allclose(again.encode(TEXTS), st.encode(TEXTS), atol=1e-5, rtol=0)

@@ -1,0 +1,177 @@
+"""`SentenceTransformer` over a `GIRCSEModule` gives what `GIRCSE.encode` gives, for every option the two share."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("sentence_transformers")
+from sentence_transformers import SentenceTransformer
+
+from gircse import GIRCSE, GircseConfig
+from gircse.sentence_transformers import GIRCSEModule
+from tests.tiny_models import tiny_model, tiny_tokenizer
+
+TEXTS = ["a text", "another, longer text", "", "x", "Instruct: {instruction} {text}", "word " * 9]
+TASK = "Given a question, retrieve passages that answer it"
+
+
+@pytest.fixture
+def model() -> GIRCSE:
+    return GIRCSE(tiny_model("qwen2"), tiny_tokenizer(), GircseConfig(num_steps=3)).eval()
+
+
+@pytest.fixture
+def st(model) -> SentenceTransformer:
+    module = GIRCSEModule(model)
+    return SentenceTransformer(modules=[module], prompts={"query": module.format_prompt(TASK)}, device="cpu")
+
+
+def close(ours, expected) -> None:
+    assert ours.shape == expected.shape
+    np.testing.assert_allclose(ours, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("num_steps", [None, 0, 1, 6])
+def test_same_embeddings(model, st, num_steps):
+    steps = {} if num_steps is None else {"num_steps": num_steps}
+    close(st.encode(TEXTS, **steps), model.encode(TEXTS, **steps))
+    close(st.encode(TEXTS, batch_size=2, **steps), model.encode(TEXTS, **steps))
+    close(st.encode_query(TEXTS, **steps), model.encode(TEXTS, instruction=TASK, **steps))
+    close(st.encode_document(TEXTS, **steps), model.encode(TEXTS, **steps))
+    close(st.encode(TEXTS, prompt_name="query", **steps), model.encode(TEXTS, instruction=TASK, **steps))
+    prompt = st[0].format_prompt("Sort by topic")
+    close(st.encode(TEXTS, prompt=prompt, **steps), model.encode(TEXTS, instruction="Sort by topic", **steps))
+
+
+def test_a_single_text_tensors_and_lengths(model, st):
+    close(st.encode("one text"), model.encode("one text"))
+    as_tensor = st.encode(TEXTS, convert_to_tensor=True)
+    assert as_tensor.dtype == torch.float32
+    assert torch.allclose(as_tensor.norm(dim=-1), torch.ones(len(TEXTS)))
+    close(st.encode(TEXTS, truncate_dim=7, normalize_embeddings=True), model.encode(TEXTS, truncate_dim=7))
+    assert st.get_embedding_dimension() == 32
+    assert st.encode([]).shape == (0,)
+
+
+def test_all_steps_from_one_call(model, st):
+    expected = model.encode(TEXTS, num_steps=4, return_steps=True)
+    close(st.encode(TEXTS, num_steps=4, return_steps=True), expected)
+    # the library scales along dimension 1, which are the steps here
+    close(st.encode(TEXTS, num_steps=4, return_steps=True, normalize_embeddings=True), expected)
+    close(
+        st.encode(TEXTS, num_steps=4, return_steps=True, truncate_dim=7, normalize_embeddings=True),
+        model.encode(TEXTS, num_steps=4, return_steps=True, truncate_dim=7),
+    )
+    rows = st.encode(TEXTS, num_steps=4, output_value=None)
+    close(np.stack([row["step_embeddings"] for row in rows]), expected)
+
+
+def test_prompts_are_the_template_tokens(model, st):
+    features = st.preprocess(["a text"], prompt=st.prompts["query"])
+    expected = model.tokenizer(f"Instruct: {TASK}\nQuery:a text", add_special_tokens=False)["input_ids"]
+    assert features["input_ids"].tolist() == [expected]
+    suffix = GIRCSE(tiny_model("llama"), tiny_tokenizer(), GircseConfig(prompt_template="{instruction}: {text}."))
+    with pytest.raises(ValueError, match="goes on after the text"):
+        GIRCSEModule(suffix).format_prompt("x")
+
+
+def test_settings_of_module_and_model_are_one(model, st):
+    st[0].num_steps = 5
+    st[0].append_eos = True
+    assert model.config == GircseConfig(num_steps=5, append_eos=True)
+    close(st.encode(TEXTS), model.encode(TEXTS))
+    with pytest.raises(ValueError, match="pooling: got 'max'"):
+        st[0].pooling = "max"
+
+
+def test_long_texts_are_cut_where_ours_are(model, st):
+    texts = ["ab" * 30, "short"]
+    st.max_seq_length = 11
+    with pytest.warns(UserWarning, match="longer than 11 tokens"):
+        ours = st.encode(texts)
+    with pytest.warns(UserWarning, match="max_length=11"):
+        close(ours, model.encode(texts, max_length=11))
+    st.max_seq_length = None  # 256 positions, of which 3 are the steps'
+    with pytest.warns(UserWarning, match="longer than 253 tokens"):
+        assert st.preprocess(["y" * 300])["input_ids"].shape == (1, 253)
+    with pytest.raises(ValueError, match="256 positions"):
+        st.encode(["x"], num_steps=256)
+
+
+def test_a_chat_template_does_not_wrap_plain_text(model, st):
+    expected = st.encode(TEXTS)
+    model.tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    assert np.array_equal(st.encode(TEXTS), expected)
+    with pytest.raises(ValueError, match="message"):
+        st.encode([[{"role": "user", "content": "a text"}]])
+
+
+def test_similarity_and_progress_bar(st, capfd):
+    queries, documents = st.encode_query(TEXTS[:2]), st.encode_document(TEXTS)
+    close(st.similarity(queries, documents).numpy(), queries @ documents.T)
+    st.encode(TEXTS, show_progress_bar=True)
+    assert "Batches" in capfd.readouterr().err
+
+
+def test_what_runs_underneath(model, st, monkeypatch):
+    st.encode(TEXTS)
+    assert model._engine is not None
+    model._engine = None
+    features = st.preprocess(["a text"])
+    assert st(features)["sentence_embedding"].requires_grad  # gradients are recorded: the rollout
+    st.train()
+    with torch.no_grad():
+        st(features)
+    assert model._engine is None  # training mode: the rollout too, so that dropout is the same in both passes
+    st.eval()
+    with torch.no_grad():
+        assert torch.allclose(st(features)["sentence_embedding"], torch.from_numpy(model.encode(["a text"])), atol=1e-5)
+
+
+def test_left_padded_features(st):
+    ours = st.preprocess(["a text", "x"])
+    left = {name: value.flip(1) for name, value in ours.items()}
+    left["input_ids"] = torch.where(left["attention_mask"] > 0, left["input_ids"], 0)
+    for row in range(2):
+        real = ours["attention_mask"][row].bool()
+        left["input_ids"][row, left["attention_mask"][row].bool()] = ours["input_ids"][row, real]
+    with torch.no_grad():
+        assert torch.allclose(st(left)["sentence_embedding"], st(ours)["sentence_embedding"], atol=1e-6)
+
+
+def test_bad_arguments(model, st):
+    with pytest.raises(ValueError, match="num_steps: got -1"):
+        st.encode(TEXTS, num_steps=-1)
+    with pytest.raises(ValueError, match="num_steps: got 'auto'"):
+        st.encode(TEXTS, num_steps="auto")
+    with pytest.raises(TypeError, match=r"inputs\[1\]: got int, expected str"):
+        st[0].preprocess(["a", 3])
+    with pytest.raises(ValueError, match="processing_kwargs: not supported"):
+        st.encode(TEXTS, processing_kwargs={"text": {"max_length": 8}})
+    with pytest.raises(ValueError, match="additional keyword arguments"):
+        st.encode(TEXTS, steps=3)
+    with pytest.raises(TypeError, match="model: got LlamaForCausalLM, expected gircse.GIRCSE"):
+        GIRCSEModule(tiny_model("llama"))
+
+
+def test_copies_and_pickles(st):
+    expected = st.encode(TEXTS)
+    for other in (copy.deepcopy(st), pickle.loads(pickle.dumps(st))):
+        assert type(other[0]) is GIRCSEModule
+        assert other[0].model.base is not st[0].model.base
+        assert np.array_equal(other.encode(TEXTS), expected)
+
+
+def test_a_multi_process_pool(model, st):
+    pool = st.start_multi_process_pool(["cpu"])
+    try:
+        close(st.encode_query(TEXTS, pool=pool), model.encode(TEXTS, instruction=TASK))
+        options = {"num_steps": 2, "return_steps": True}
+        close(st.encode(TEXTS, pool=pool, chunk_size=2, **options), model.encode(TEXTS, **options))
+    finally:
+        st.stop_multi_process_pool(pool)

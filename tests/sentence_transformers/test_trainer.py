@@ -1,0 +1,95 @@
+"""`SentenceTransformerTrainer` with both losses: LoRA by `add_adapter`, checkpoints, resuming, the saved adapter."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sentence_transformers")
+pytest.importorskip("datasets")
+pytest.importorskip("accelerate")
+from datasets import Dataset
+from peft import LoraConfig
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+
+import gircse
+from gircse.sentence_transformers import CachedGIRCSELoss, GIRCSELoss
+
+WORDS = ["red", "green", "blue", "white", "black", "brown", "pink", "grey"]
+TEXTS = ["what is red", "a red thing", "x"]
+
+
+def rows() -> Dataset:
+    return Dataset.from_dict(
+        {
+            "anchor": [f"what is {word}" for word in WORDS],
+            "positive": [f"a {word} thing" for word in WORDS],
+            "negative": [f"not {word}" for word in WORDS],
+        }
+    )
+
+
+def trainer(st, loss, folder, **options) -> SentenceTransformerTrainer:
+    arguments = SentenceTransformerTrainingArguments(
+        str(folder),
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_steps=2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        prompts={"anchor": st[0].format_prompt("Find it")},
+        **options,
+    )
+    return SentenceTransformerTrainer(st, arguments, train_dataset=rows(), eval_dataset=rows(), loss=loss)
+
+
+def adapted(base_folder) -> SentenceTransformer:
+    st = gircse.load(base_folder, num_steps=3, device="cpu")
+    st.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.05))
+    return st
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "checkpointing"),
+    [(GIRCSELoss, {}, True), (CachedGIRCSELoss, {"mini_batch_size": 3}, False)],
+)
+def test_training(base_folder, tmp_path, kind, options, checkpointing):
+    st = adapted(base_folder)
+    before = {name: p.clone() for name, p in st.named_parameters()}
+    untrained = st.encode(TEXTS)
+    work = trainer(st, kind(st, **options), tmp_path / "run", max_steps=8, activation_checkpointing=checkpointing)
+    first = work.evaluate()["eval_loss"]
+    work.train()
+    assert work.evaluate()["eval_loss"] < first
+    assert all(np.isfinite([entry["loss"] for entry in work.state.log_history if "loss" in entry]))
+    changed = {name for name, p in st.named_parameters() if not (before[name] == p).all()}
+    assert changed == {name for name in before if "lora_" in name}
+
+    st.save_pretrained(str(tmp_path / "final"))
+    trained = st.encode(TEXTS)
+    assert not np.allclose(trained, untrained, atol=1e-3)
+    for again in (
+        gircse.load(tmp_path / "final"),
+        gircse.GIRCSE.from_pretrained(tmp_path / "final"),
+        gircse.load(tmp_path / "run/checkpoint-8"),
+    ):
+        np.testing.assert_allclose(again.encode(TEXTS), trained, atol=1e-6, rtol=0)
+    assert kind.__name__ in (tmp_path / "final/README.md").read_text()  # the model card
+
+
+def test_resuming(base_folder, tmp_path):
+    st = adapted(base_folder)
+    work = trainer(st, GIRCSELoss(st), tmp_path / "run", max_steps=4)
+    work.train()
+    expected = st.encode(TEXTS)
+    other = adapted(base_folder)
+    work = trainer(other, GIRCSELoss(other), tmp_path / "run", max_steps=4)
+    work.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
+    np.testing.assert_allclose(other.encode(TEXTS), expected, atol=1e-5, rtol=0)
