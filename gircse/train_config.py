@@ -35,6 +35,7 @@ class TrainConfig:
     pooling: str = _knob("mean", "steps to embedding: mean, last or weighted")
     temperature: float = _knob(1.0, "logit temperature T of the soft tokens")
     append_eos: bool = _knob(False, "append the end-of-sequence token to every prompt")
+    include_prompt_state: bool = _knob(False, "pool the prompt's last state as the first of the K")
     batch_size: int = _knob(32, "rows per step; all positives and negatives of a batch are candidates")
     max_steps: int | None = _knob(None, "optimizer steps; default: one pass over the data")
     query_max_length: int = _knob(256, "tokens of a query")
@@ -61,7 +62,7 @@ class TrainConfig:
     progress: bool = _knob(True, "show a progress bar")
 
     def __post_init__(self) -> None:
-        self.gircse_config()  # checks num_steps, pooling, temperature, append_eos
+        self.gircse_config()  # checks num_steps, pooling, temperature and the like
         for name in (
             "batch_size",
             "query_max_length",
@@ -93,7 +94,11 @@ class TrainConfig:
         from gircse.config import GircseConfig  # here, because it imports torch and the command line's --help does not
 
         return GircseConfig(
-            num_steps=self.num_steps, pooling=self.pooling, temperature=self.temperature, append_eos=self.append_eos
+            num_steps=self.num_steps,
+            pooling=self.pooling,
+            temperature=self.temperature,
+            append_eos=self.append_eos,
+            include_prompt_state=self.include_prompt_state,
         )
 
     def to_json(self) -> str:
