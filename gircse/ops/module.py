@@ -122,8 +122,8 @@ def from_model(model: Any, *, probe: bool = True) -> SoftEmbedding:
     """The soft tokens of a causal LM of transformers, also under a PEFT adapter.
 
     Args:
-        model: a `PreTrainedModel` with a language-model head, or a `peft.PeftModel` around one whose adapter leaves head
-            and embedding alone. It is not changed.
+        model: a `PreTrainedModel` with a language-model head, or a `peft.PeftModel` around one whose adapter leaves
+            head and embedding alone. It is not changed.
         probe: run a few tokens through the model and compare its own logits and embeddings with the facts that were
             found. A forgotten scale does not crash, it quietly gives wrong soft tokens.
 

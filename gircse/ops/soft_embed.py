@@ -16,7 +16,6 @@ from .truncation import check_truncation, row_floors
 from .vocab_parallel import VocabShard, group_name
 
 
-
 class SoftTokenStats(NamedTuple):
     """Diagnostics of the soft tokens, each shaped ``hidden.shape[:-1]``; float32 (float64 for float64 inputs).
 

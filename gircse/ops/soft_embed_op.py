@@ -173,10 +173,7 @@ class _SoftEmbed(torch.autograd.Function):
         return unfold(_SoftEmbed.apply(*folded, *rest), info.batch_size)
 
 
-_TENSORS = (
-    "Tensor hidden, Tensor head, Tensor? embed, Tensor? bias, Tensor? temperature, Tensor? seeds, "
-    "Tensor? floor"
-)
+_TENSORS = "Tensor hidden, Tensor head, Tensor? embed, Tensor? bias, Tensor? temperature, Tensor? seeds, Tensor? floor"
 _SCALARS = (
     "float scalar_temperature, float? softcap, float logit_scale, float embed_scale, SymInt? seed, SymInt vocab_start, "
     "float logit_temperature, str? group, bool stats, bool exact, str? backend"

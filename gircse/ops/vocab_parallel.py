@@ -108,5 +108,5 @@ def gather_rows(matrix: Tensor, index: Tensor, shard: VocabShard) -> Tensor:
 
     mine = (index >= shard.start) & (index < shard.stop)
     rows = matrix[(index - shard.start).clamp(0, matrix.shape[0] - 1)]
-    group = dist.group.WORLD if shard.group is None else shard.group
+    group: Any = dist.group.WORLD if shard.group is None else shard.group
     return all_reduce(torch.where(mine[..., None], rows, 0), "sum", group)

@@ -28,15 +28,28 @@ def test_both_forms_think_the_same(name: str) -> None:
     assert torch.equal(fused.answers[1:], alone.answers)
 
 
+def test_every_option_of_soft_embed_and_every_model() -> None:
+    """A soft-cap and an embedding scale, truncated and drawn at random; another seed thinks otherwise."""
+    model, ids = tiny_model("gemma2", attn="eager"), torch.randint(5, 60, (2, 7))
+    options = {**OPTIONS, "top_p": 0.8, "gumbel_seed": 3}
+    runs = [reason(model, ids, torch.ones_like(ids), **{**options, "gumbel_seed": seed}) for seed in (3, 3, 4)]
+    assert torch.equal(runs[0].soft_tokens, runs[1].soft_tokens)
+    assert not torch.equal(runs[0].soft_tokens, runs[2].soft_tokens)
+    hard = reason(model, ids, torch.ones_like(ids), **options, hard=True)
+    table = model.get_input_embeddings()(torch.arange(131))
+    nearest = torch.cdist(hard.soft_tokens[0], table).amin(1)
+    assert nearest.max() < 1e-5
+
+
 @pytest.mark.smollm2
 def test_the_command() -> None:
     outputs = []
-    for extra in ([], ["--plain"]):
+    for extra in ([], ["--plain"], ["--top-p", "0.9", "--top-k", "40", "--gumbel-seed", "1"]):
         command = [sys.executable, str(ROOT / "examples" / "latent_reasoning.py"), "--max-new-tokens", "6", *extra]
         done = subprocess.run(
             [*command, "The capital of France is", "Water"], capture_output=True, text=True, timeout=300, check=False
         )
         assert done.returncode == 0, done.stderr[-2000:]
         outputs.append([line for line in done.stdout.splitlines() if "answer:" in line])
-    assert len(outputs[0]) == 2
+    assert [len(output) for output in outputs] == [2, 2, 2]
     assert outputs[0] == outputs[1]

@@ -76,7 +76,9 @@ def test_opcheck(backend: str, stats: bool, dtype: torch.dtype) -> None:
     tensors = random_inputs((5,), 37, 8, 6, bias=True, row_temperature=True, dtype=dtype)
     arguments = [tensor.requires_grad_() for tensor in tensors.values()]
     call = soft_embed_op.Call(soft_embed_op.Options(softcap=3.0), None, stats, True, backend)
-    torch.library.opcheck(torch.ops.gircse.soft_embed.default, (*arguments, None, None, *call.flat()), rtol=1e-2, atol=1e-2)
+    torch.library.opcheck(
+        torch.ops.gircse.soft_embed.default, (*arguments, None, None, *call.flat()), rtol=1e-2, atol=1e-2
+    )
 
 
 @BACKENDS
