@@ -158,8 +158,8 @@ def _check(model: Any, fact: str, ours: Tensor, theirs: Tensor) -> None:
     tolerance = PROBE_TOLERANCE.get(theirs.dtype, 6e-2)
     if not error <= tolerance:
         raise ValueError(
-            f"model: {type(model).__name__} computes something else than what {fact} say: relative difference "
-            f"{error:.2e}, expected <= {tolerance:.0e}"
+            f"model: the probe of {fact} failed on {type(model).__name__}: relative difference {error:.2e} to its own "
+            f"output, expected <= {tolerance:.0e}"
         )
 
 

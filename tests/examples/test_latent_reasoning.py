@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.latent_reasoning import reason, think_fused, think_plain
-from tests.tiny_models import tiny_model
+from examples.latent_reasoning import main, reason, think_fused, think_plain
+from tests.tiny_models import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = {"steps": 4, "temperature": 0.7, "max_new_tokens": 3}
@@ -37,19 +37,34 @@ def test_every_option_of_soft_embed_and_every_model() -> None:
     assert not torch.equal(runs[0].soft_tokens, runs[2].soft_tokens)
     hard = reason(model, ids, torch.ones_like(ids), **options, hard=True)
     table = model.get_input_embeddings()(torch.arange(131))
-    nearest = torch.cdist(hard.soft_tokens[0], table).amin(1)
+    nearest = (hard.soft_tokens[0][:, None] - table).abs().amax(-1).amin(1)
     assert nearest.max() < 1e-5
+
+
+def test_the_options_of_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model("gemma2").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    options = ["--model", str(tmp_path), "--steps", "2", "--top-p", "0.9", "--top-k", "40", "--gumbel-seed", "1"]
+    monkeypatch.setattr(sys, "argv", ["latent_reasoning.py", "a fox", *options])
+    assert main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if "thought" in line]) == 2
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--plain"])
+    with pytest.raises(SystemExit):
+        main()
 
 
 @pytest.mark.smollm2
 def test_the_command() -> None:
     outputs = []
-    for extra in ([], ["--plain"], ["--top-p", "0.9", "--top-k", "40", "--gumbel-seed", "1"]):
+    for extra in ([], ["--plain"]):
         command = [sys.executable, str(ROOT / "examples" / "latent_reasoning.py"), "--max-new-tokens", "6", *extra]
         done = subprocess.run(
             [*command, "The capital of France is", "Water"], capture_output=True, text=True, timeout=300, check=False
         )
         assert done.returncode == 0, done.stderr[-2000:]
         outputs.append([line for line in done.stdout.splitlines() if "answer:" in line])
-    assert [len(output) for output in outputs] == [2, 2, 2]
+    assert len(outputs[0]) == 2
     assert outputs[0] == outputs[1]
