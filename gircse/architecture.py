@@ -17,9 +17,8 @@ from transformers import PreTrainedModel
 from gircse import ops
 from gircse.attention import ATTENTION_NAME, AttentionPass, RolloutKV, no_mask
 from gircse.cpu_linear import use_onednn
+from gircse.ops.module import PROBE_TOLERANCE, HeadFacts
 
-# Relative error ||ours - theirs|| / ||theirs|| that rounding explains; a wrong fact is off by far more.
-PROBE_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 _PROBE_TOKENS = 6
 
 
@@ -55,12 +54,13 @@ class CausalLM:
         Raises:
             UnsupportedModelError: no body, head or embedding can be found, or a probe fails.
         """
+        facts = _facts(model)
         lm = cls(
             model=model,
             body=_body(model),
-            embed_scale=_embed_scale(model.get_input_embeddings()),
-            logit_scale=_logit_scale(model.config),
-            softcap=getattr(model.config, "final_logit_softcapping", None),
+            embed_scale=facts.embed_scale,
+            logit_scale=facts.logit_scale,
+            softcap=facts.softcap,
         )
         use_onednn(model)
         lm._probe()
@@ -197,30 +197,14 @@ class CausalLM:
             )
 
 
+def _facts(model: PreTrainedModel) -> HeadFacts:
+    try:
+        return HeadFacts.of(model)
+    except ValueError as error:
+        raise UnsupportedModelError(str(error)) from None
+
+
 def _body(model: PreTrainedModel) -> nn.Module:
-    head, body = model.get_output_embeddings(), model.base_model
-    if head is None or getattr(head, "weight", None) is None or model.get_input_embeddings() is None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no language-model head with a weight: load a causal LM"
-        )
-    if body is model:
+    if model.base_model is model:
         raise UnsupportedModelError(f"{type(model).__name__} has no decoder body (`base_model`) apart from its head")
-    for name, layer in (("output head", head), ("input embedding", model.get_input_embeddings())):
-        if hasattr(layer, "base_layer") or hasattr(layer, "modules_to_save"):
-            raise UnsupportedModelError(
-                f"an adapter changes the {name} of {type(model).__name__}; merge it first (merge_and_unload), "
-                "or leave the head and embedding out of the adapter's target modules"
-            )
-    return body
-
-
-def _embed_scale(embedding: nn.Module) -> float:
-    scale = getattr(embedding, "embed_scale", 1.0)
-    # Gemma multiplies by the scale rounded to the table's dtype (55.4256 becomes 55.5 in bfloat16)
-    return float(torch.as_tensor(scale).to(cast(Tensor, embedding.weight).dtype))
-
-
-def _logit_scale(config) -> float:
-    if getattr(config, "logits_scaling", None) is not None:  # Granite divides
-        return 1.0 / float(config.logits_scaling)
-    return float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies
+    return model.base_model

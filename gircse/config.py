@@ -22,6 +22,8 @@ class GircseConfig:
         temperature: logit temperature T of the soft tokens, > 0.
         prompt_template: how an instruction and a text become a prompt; holds {instruction} and {text}.
         append_eos: append the end-of-sequence token to every prompt (EOS pooling of encoder-only baselines).
+        include_prompt_state: pool the prompt's last state h_0 too, as the first of K states: h_0, g_1..g_{K-1}, made
+            by K - 1 soft tokens (as LaSER does). The default pools g_1..g_K.
     """
 
     num_steps: int = 5
@@ -29,6 +31,7 @@ class GircseConfig:
     temperature: float = 1.0
     prompt_template: str = DEFAULT_TEMPLATE
     append_eos: bool = False
+    include_prompt_state: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 0:
@@ -37,8 +40,9 @@ class GircseConfig:
             raise ValueError(f"pooling: got {self.pooling!r}, expected one of {', '.join(map(repr, POOLINGS))}")
         if not isinstance(self.temperature, (int, float)) or not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature: got {self.temperature!r}, expected a finite number > 0")
-        if not isinstance(self.append_eos, bool):
-            raise ValueError(f"append_eos: got {self.append_eos!r}, expected true or false")
+        for name in ("append_eos", "include_prompt_state"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected true or false")
         check_template(self.prompt_template)
 
     @classmethod

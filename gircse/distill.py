@@ -23,13 +23,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gircse.atomic import new_file
-from gircse.data import BatchSampler, Row, format_row, load_rows
+from gircse.data import Row, format_row, load_rows
 from gircse.distill_config import DistillConfig
 from gircse.encode import pad, tokenize
 from gircse.evaluate import RetrievalTask, evaluate_retrieval
 from gircse.model import GIRCSE
 from gircse.ops.pooling import l2_normalize
 from gircse.report import text_table
+from gircse.sampling import BatchSampler
 from gircse.train import linear_schedule, trainable_model
 from gircse.train_config import TrainConfig
 

@@ -200,6 +200,7 @@ def _embed(
             options.num_steps,
             keep,
             temperature=model.config.temperature,
+            include_prompt=model.config.include_prompt_state,
             settled=None if options.tolerance is None else _settled(model, options.tolerance),
             max_rows=options.batch_size,
             keep_prefix=keep_prefix,

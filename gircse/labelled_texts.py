@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from gircse.data import MAX_REPORTED, DataError
+from gircse.data_error import MAX_REPORTED, DataError
 
 
 @dataclass(frozen=True)

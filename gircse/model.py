@@ -141,7 +141,7 @@ class GIRCSE(nn.Module):
         *,
         observer: RolloutObserver | None = None,
     ) -> Tensor:
-        """The generated hidden states g_1..g_K, differentiable; the prompt is encoded once.
+        """The hidden states that are pooled, g_1..g_K, differentiable; the prompt is encoded once.
 
         Args:
             input_ids: [B, N] integer token ids, padded on either side.
@@ -150,8 +150,9 @@ class GIRCSE(nn.Module):
             observer: see `gircse.rollout.rollout`.
 
         Returns:
-            [B, K, D] in the model's dtype. With K = 0, the encoder-only baseline: [B, 1, D], the prompt's last state,
-            so that pooling, loss and training take the same path.
+            [B, K, D] in the model's dtype: with the config's `include_prompt_state` h_0, g_1..g_{K-1}. With K = 0, the
+            encoder-only baseline: [B, 1, D], the prompt's last state, so that pooling, loss and training take the same
+            path.
 
         Raises:
             TypeError, ValueError: wrong ranks, shapes or dtypes, or a row without a token.
@@ -159,15 +160,16 @@ class GIRCSE(nn.Module):
         steps = self.config.num_steps if num_steps is None else num_steps
         GircseConfig(num_steps=steps)  # the same check and message as everywhere
         _check_prompt(input_ids, attention_mask, self.causal_lm.max_positions, steps)
+        with_prompt = self.config.include_prompt_state or not steps
         states = rollout(
             self.causal_lm,
             input_ids.to(self.device),
             attention_mask.to(self.device),
-            steps,
+            max(steps - 1, 0) if with_prompt else steps,
             temperature=self.config.temperature,
             observer=observer,
         )
-        return states.steps if steps else states.prompt[:, None]
+        return states.with_prompt if with_prompt else states.steps
 
     def pool(self, steps: Tensor) -> Tensor:
         """[B, K, D] states of `rollout` -> [B, K, D] embeddings after 1..K steps, not normalised, float32 (or 64)."""

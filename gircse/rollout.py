@@ -29,6 +29,11 @@ class Rollout(NamedTuple):
     prompt: Tensor
     steps: Tensor
 
+    @property
+    def with_prompt(self) -> Tensor:
+        """h_0, g_1..g_K [B, K + 1, D]."""
+        return torch.cat([self.prompt[:, None], self.steps], dim=1)
+
 
 class RolloutObserver(Protocol):
     """Whoever wants to know how a rollout goes (`gircse.step_monitor`)."""

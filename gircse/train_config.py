@@ -55,6 +55,7 @@ class TrainConfig:
     pooling: str = _knob("mean", "steps to embedding: mean, last or weighted")
     temperature: float = _knob(1.0, "logit temperature T of the soft tokens")
     append_eos: bool = _knob(False, "append the end-of-sequence token to every prompt")
+    include_prompt_state: bool = _knob(False, "pool the prompt's last state as the first of the K")
     batch_size: int = _knob(32, "rows per step; all positives and negatives of a batch are candidates")
     batching: str = _knob("homogeneous", "rows of a batch: 'homogeneous' (all of one of `data`) or 'mixed'")
     max_steps: int | None = _knob(None, "optimizer steps; default: one pass over the data")
@@ -96,7 +97,7 @@ class TrainConfig:
             object.__setattr__(self, name, _typed(name, getattr(self, name), hint))
         self._expect("num_steps", _step_range(self.num_steps) is not None, "an integer >= 0 or a range such as '3:10'")
         self._expect("inference_steps", self.inference_steps is None or self.inference_steps >= 0, "an integer >= 0")
-        self.gircse_config()  # checks pooling, temperature, append_eos
+        self.gircse_config()  # checks pooling, temperature, append_eos and the like
         for name in (
             "batch_size",
             "query_max_length",
@@ -154,6 +155,7 @@ class TrainConfig:
             pooling=self.pooling,
             temperature=self.temperature,
             append_eos=self.append_eos,
+            include_prompt_state=self.include_prompt_state,
         )
 
     def to_json(self) -> str:

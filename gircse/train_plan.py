@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # Bytes of an element of the decoder's matrices, scales included: bitsandbytes' NF4 has one float32 for 64 elements,
 # LLM.int8 one for each row.
-QUANTIZED_BYTES = {"4bit": 0.5 + 4 / 64, "8bit": 1.0}
+QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
 # CUDA context, loaded kernels and cuBLAS' workspace; outside of PyTorch's allocator. An estimate.
 CONTEXT_BYTES = 640 << 20
 # What may be used: the rest is lost to fragmentation of PyTorch's allocator.
@@ -104,35 +104,28 @@ def plan(
     length: int | None = None,
     negatives: int | None = None,
     num_steps: int | None = None,
-    micro_batch_tokens: int | None = None,
-    quantization: str | None = None,
-    fsdp: bool = False,
     model_config: PretrainedConfig | None = None,
 ) -> Plan:
     """Predicts a step of `config` on each of `world_size` GPUs.
 
     Args:
-        config: the run; its `batch_size` is the contrastive batch of all ranks together.
+        config: the run; its `batch_size` is the contrastive batch of all ranks together. Without `micro_batch_tokens`
+            the batch is planned undivided; a run would find a value by a probe.
         gpu: a name of `gircse.gpus.GPUS`.
         length: tokens of every text, at most the config's limits; default: the limits, the worst case.
         negatives: hard negatives of a row; default: the config's `max_negatives`, else 1.
-        num_steps: K; default: the config's.
-        micro_batch_tokens: tokens, padding included, of a micro-batch of gradient caching; default: the batch is not
-            divided.
-        quantization: None, "4bit" or "8bit": the decoder's frozen matrices.
-        fsdp: frozen weights and adapter are sharded over the ranks.
+        num_steps: K; default: the config's, the largest of a range.
         model_config: of the base; default: read by `config.model`.
 
     Raises:
         ValueError: an argument out of range; OSError: the model's config cannot be found.
     """
     device = find_gpu(gpu)
-    _check(world_size=world_size, length=length, micro_batch_tokens=micro_batch_tokens)
-    if quantization is not None and quantization not in QUANTIZED_BYTES:
-        raise ValueError(f"quantization: got {quantization!r}, expected None or one of {', '.join(QUANTIZED_BYTES)}")
+    _check(world_size=world_size, length=length)
+    micro_batch_tokens, quantization, fsdp = config.micro_batch_tokens, config.quantization, config.fsdp
     if negatives is None:
         negatives = 1 if config.max_negatives is None else config.max_negatives
-    steps = config.num_steps if num_steps is None else num_steps
+    steps = config.max_num_steps if num_steps is None else num_steps
     model = TracedModel.of(config, model_config)
     base, facts = model.base, model.facts
     rows = math.ceil(config.batch_size / world_size)
@@ -141,19 +134,19 @@ def plan(
         Batch(rows * (1 + negatives), min(length or config.passage_max_length, config.passage_max_length)),
     ]
     fixed = _fixed(base, facts, quantization, world_size if fsdp else 1)
-    loss = info_nce_bytes(config.batch_size, negatives, steps, facts.hidden)
+    loss = info_nce_bytes(rows, negatives, steps, facts.hidden, ranks=world_size)
     of_length = {tokens: StepRows.of(model, tokens, steps) for tokens in sorted({batch.length for batch in batches})}
     by_rows = [of_length[batch.length] for batch in batches]
     states = _cache_bytes(batches, steps, facts)
     if micro_batch_tokens is None:
         memory = fixed | _activations(model.memory(batches, steps, loss_bytes=loss))
     else:
-        micro = [divided(batch, micro_batch_tokens).rows for batch in batches]
+        micro = [divided(batch, micro_batch_tokens, steps).rows for batch in batches]
         most = max(map(StepRows.memory, by_rows, micro), key=lambda found: found.peak)
         memory = fixed | {"gradient cache": states} | _activations(most, at_least=loss)
     room = USABLE * device.memory - sum(fixed.values()) - states - CONTEXT_BYTES
     passes = (1 + steps) * (2 if micro_batch_tokens is None else 3) + config.gradient_checkpointing
-    micro_batches = sum(1 if micro_batch_tokens is None else _parts(one, micro_batch_tokens) for one in batches)
+    micro_batches = sum(1 if micro_batch_tokens is None else _parts(one, micro_batch_tokens, steps) for one in batches)
     gathered = fixed["frozen weights"] * (world_size - 1) * passes * micro_batches if fsdp else 0
     where = f"{world_size} x {device.name}" + (", FSDP" if fsdp else "")
     return Plan(
@@ -163,34 +156,39 @@ def plan(
         seconds=_seconds(batches, steps, facts, device.ceilings(base.dtype), config, micro_batch_tokens, quantization),
         network_seconds=gathered / device.link_bytes_per_s,
         micro_batch_tokens=micro_batch_tokens,
-        largest_micro_batch_tokens=_largest_micro_batch(by_rows, batches, room) if room >= loss else None,
+        largest_micro_batch_tokens=_largest_micro_batch(by_rows, batches, room, steps) if room >= loss else None,
     )
 
 
-def divided(batch: Batch, micro_batch_tokens: int) -> Batch:
-    """A micro-batch of it: as many rows as its tokens allow, at least one."""
-    return Batch(min(batch.rows, max(1, micro_batch_tokens // batch.length)), batch.length)
+def divided(batch: Batch, micro_batch_tokens: int, num_steps: int) -> Batch:
+    """A micro-batch of it: as many rows as its tokens, K steps included, allow; at least one."""
+    return Batch(min(batch.rows, max(1, micro_batch_tokens // (batch.length + num_steps))), batch.length)
 
 
-def _parts(batch: Batch, micro_batch_tokens: int) -> int:
-    return math.ceil(batch.rows / divided(batch, micro_batch_tokens).rows)
+def _parts(batch: Batch, micro_batch_tokens: int, num_steps: int) -> int:
+    return math.ceil(batch.rows / divided(batch, micro_batch_tokens, num_steps).rows)
 
 
-def info_nce_bytes(queries: int, negatives: int, num_steps: int, width: int) -> int:
-    """Temporaries of `stepwise_info_nce`: unit vectors of all ranks for as many steps at a time as its budget holds, in
-    backward their gradients and two copies on the way to the states; and a few tiles of similarities."""
-    one = 4 * width * queries * (2 + negatives)
-    tiles = min(WORKSPACE_BYTES, 4 * 3 * queries * queries * (1 + negatives))
-    return 4 * one * min(max(1, VECTOR_BYTES // one), max(num_steps, 1)) + tiles
+def info_nce_bytes(queries: int, negatives: int, num_steps: int, width: int, *, ranks: int = 1) -> int:
+    """Temporaries of `stepwise_info_nce` with `queries` rows on each rank: unit vectors of its rows and their gradient,
+    the same of a piece of the candidates, for as many steps at a time as its budget holds; what later steps leave for
+    earlier ones; a few tiles of similarities."""
+    docs, row = queries * (1 + negatives), 4 * width
+    group = min(max(1, VECTOR_BYTES // (row * ranks * (queries + docs))), max(num_steps, 1))
+    piece = min(ranks * docs, max(1, VECTOR_BYTES // row))
+    carried = row * (queries + docs) if group < num_steps else 0
+    return 2 * group * row * (queries + piece) + carried + min(WORKSPACE_BYTES, 4 * 3 * queries * docs * ranks)
 
 
-def _largest_micro_batch(by_rows: Sequence[StepRows], batches: Sequence[Batch], room: float) -> int | None:
+def _largest_micro_batch(
+    by_rows: Sequence[StepRows], batches: Sequence[Batch], room: float, num_steps: int
+) -> int | None:
     """Tokens of the largest micro-batch that fits, no more than the largest batch has; None if one row does not."""
     found = [(model.largest(room), batch) for model, batch in zip(by_rows, batches, strict=True)]
     if any(rows == 0 for rows, _ in found):
         return None
-    limits = [rows * batch.length for rows, batch in found if rows < batch.rows]
-    return min([max(batch.rows * batch.length for batch in batches), *limits])
+    limits = [rows * (batch.length + num_steps) for rows, batch in found if rows < batch.rows]
+    return min([max(batch.rows * (batch.length + num_steps) for batch in batches), *limits])
 
 
 def _fixed(base: Any, facts: ModelFacts, quantization: str | None, shards: int) -> dict[str, int]:
@@ -246,7 +244,7 @@ def _seconds(
 
     found = dict.fromkeys(("prompt, forward", "steps, forward", "backward"), 0.0)
     for batch in batches:
-        size = batch.rows if micro_batch_tokens is None else divided(batch, micro_batch_tokens).rows
+        size = batch.rows if micro_batch_tokens is None else divided(batch, micro_batch_tokens, num_steps).rows
         whole, rest = divmod(batch.rows, size)
         for rows, count in ((size, whole), (rest, 1 if rest else 0)):
             if not count:
@@ -280,7 +278,7 @@ def _heading(
     queries, passages = batches
     divided_into = "not divided"
     if micro_batch_tokens is not None:
-        micro = [divided(batch, micro_batch_tokens).rows for batch in batches]
+        micro = [divided(batch, micro_batch_tokens, num_steps).rows for batch in batches]
         divided_into = f"in micro-batches of {micro[0]} queries or {micro[1]} passages"
     return (
         f"{name} ({dtype}) on {where}; LoRA of {adapter / 1e6:.1f}M parameters, K = {num_steps}"

@@ -1,4 +1,4 @@
-"""The command line: `gircse demo | train | distill | encode | evaluate | inspect | analyze` (also `python -m gircse`)."""
+"""The command line: `gircse COMMAND` (also `python -m gircse`), one module a command."""
 
 from __future__ import annotations
 

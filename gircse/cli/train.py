@@ -69,7 +69,7 @@ def config_of(arguments: argparse.Namespace) -> Any:
     values = load_recipe(arguments.recipe) if arguments.recipe else {}
     values |= {field.name: given[field.name] for field in fields(TrainConfig) if field.name in given}
     config = TrainConfig(**values)
-    for name in ("model", "data"):
+    for name in ("model",) if arguments.plan else ("model", "data"):
         if not getattr(config, name):
             raise ValueError(f"{name}: got none, expected --{name} or {name!r} in the recipe")
     return config

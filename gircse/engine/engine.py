@@ -117,10 +117,12 @@ class Engine:
         settled: Settled | None = None,
         max_rows: int | None = None,
         keep_prefix: bool = False,
+        include_prompt: bool = False,
     ) -> None:
         """`states`, handed over batch by batch as they are done.
 
         Args:
+            include_prompt: the K states are h_0, g_1..g_{K-1}: the prompt's last one first, and a step less.
             sink: gets (row indices, states [n, max(K, 1), D], counts [n] int64 on the host) of each finished batch; the
                 states are its own. Only the first `counts` of a row's states mean something.
             settled: asked after every step from the second on; rows it is True for leave the batch. None: all run to K.
@@ -145,7 +147,9 @@ class Engine:
                     limits = self._limits.at_most(max_rows)
                     before = len(prefix) if prefix is not None else 0
                     batch = next_batch(order[done:], lengths, limits, num_steps, prefix=before)
-                    states, counts = self._run_batch(batch, rows, num_steps, temperature, prefix, settled)
+                    states, counts = self._run_batch(
+                        batch, rows, num_steps, temperature, prefix, settled, include_prompt
+                    )
                 except RuntimeError as error:
                     if not _out_of_memory(error) or self._limits.smallest:
                         raise
@@ -164,6 +168,7 @@ class Engine:
         temperature: float,
         prefix: Prefix | None,
         settled: Settled | None,
+        include_prompt: bool,
     ) -> tuple[Tensor, Tensor]:
         count = len(batch.rows)
         pool, state = self._buffers(batch, num_steps)
@@ -177,8 +182,10 @@ class Engine:
             state.hidden[count:] = 0
             state.position.zero_()
             state.position[:count] = torch.tensor([len(rows[r]) for r in batch.rows], device=state.position.device)
-            state.step.zero_()
-            states, counts = self._decode(batch, pool, state, num_steps, temperature, settled)
+            state.step.fill_(int(include_prompt))
+            if include_prompt:
+                state.states[:, 0] = state.hidden
+            states, counts = self._decode(batch, pool, state, num_steps, temperature, settled, int(include_prompt))
         # asked once, where the result is about to be read anyway
         if not bool(states.isfinite().all()):
             pool.zero_()
@@ -202,18 +209,20 @@ class Engine:
         num_steps: int,
         temperature: float,
         settled: Settled | None,
+        done: int,
     ) -> tuple[Tensor, Tensor]:
+        """Up to `num_steps` states of each row, of which `done` are there already, and how many it has."""
         count = len(batch.rows)
         step = self._runner.bind(pool, state, batch.slots, temperature)
         if settled is None:
-            for _ in range(num_steps):
+            for _ in range(num_steps - done):
                 step()
             return state.states[:count, :num_steps].clone(), torch.full((count,), num_steps)
 
         states = state.states.new_zeros(count, num_steps, state.states.shape[-1])
         counts = torch.full((count,), num_steps)
         alive = list(range(count))  # which text each row of the buffers holds; settled ones are -1
-        for taken in range(1, num_steps + 1):
+        for taken in range(done + 1, num_steps + 1):
             step()
             if taken == num_steps or taken < 2:
                 continue

@@ -1,6 +1,7 @@
 """Public operations: soft tokens, their inspection, and the stepwise contrastive objective."""
 
 from .info_nce import InfoNCEStats, stepwise_info_nce
+from .module import HeadFacts, SoftEmbedding, from_model
 from .objective import icr_objective
 from .pooling import l2_normalize, pool_steps
 from .soft_embed import SoftTokenStats, soft_embed
@@ -8,9 +9,12 @@ from .top_tokens import top_tokens
 from .vocab_parallel import VocabShard
 
 __all__ = [
+    "HeadFacts",
     "InfoNCEStats",
+    "SoftEmbedding",
     "SoftTokenStats",
     "VocabShard",
+    "from_model",
     "icr_objective",
     "l2_normalize",
     "pool_steps",

@@ -22,20 +22,15 @@ def scores_reference(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    noise: Tensor | None = None,
 ) -> Tensor:
-    """``(softcap(logit_scale * (hidden @ head_weight.T + bias)) + noise) / temperature``, [..., V]."""
+    """``softcap(logit_scale * (hidden @ head_weight.T + bias)) / temperature``, [..., V]."""
     logits = hidden @ head_weight.T
     if bias is not None:
         logits = logits + bias
     logits = logit_scale * logits
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    if noise is not None:
-        logits = logits + noise
-    if isinstance(temperature, Tensor):
-        temperature = temperature.broadcast_to(hidden.shape[:-1])[..., None]
-    return logits / temperature
+    return logits / _column(temperature, hidden)
 
 
 def soft_embed_reference(
@@ -48,19 +43,64 @@ def soft_embed_reference(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     embed_scale: float = 1.0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
     noise: Tensor | None = None,
+    gumbel_temperature: float | Tensor | None = None,
+    hard: bool | Tensor = False,
 ) -> tuple[Tensor, SoftTokenStats]:
     """`gircse.ops.soft_embed` with ``return_stats=True``; noise [..., V] is what its ``gumbel_seed`` draws."""
     scores = scores_reference(
-        hidden, head_weight, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale, noise=noise
+        hidden, head_weight, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale
     )
+    kept = truncation_reference(scores.detach(), top_k=top_k, top_p=top_p, min_p=min_p)
+    if noise is not None:
+        if gumbel_temperature is None:
+            scores = scores + noise / _column(temperature, hidden)
+        else:
+            scores = (scores + noise) / _column(gumbel_temperature, hidden)
+    scores = scores.masked_fill(~kept, -torch.inf)
     log_probs = torch.log_softmax(scores, -1)
     probs = log_probs.exp()
-    out = embed_scale * (probs @ (head_weight if embed_weight is None else embed_weight))
+    values = head_weight if embed_weight is None else embed_weight
+    out = embed_scale * (probs @ values)
     # An entry removed by a bias of -inf counts 0 * -inf = 0.
     entropy = -(probs * log_probs.masked_fill(log_probs == -torch.inf, 0.0)).sum(-1)
-    peak = probs.detach().max(-1)
-    return out, SoftTokenStats(torch.logsumexp(scores, -1), entropy, peak.values, scores.detach().argmax(-1))
+    peak, argmax = probs.detach().max(-1), scores.detach().argmax(-1)
+    token = embed_scale * values.detach()[argmax] + out - out.detach()  # straight-through
+    out = torch.where(torch.as_tensor(hard, device=out.device)[..., None], token, out)
+    return out, SoftTokenStats(torch.logsumexp(scores, -1), entropy, peak.values, argmax)
+
+
+def truncation_reference(
+    scores: Tensor,
+    *,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+) -> Tensor:
+    """Which scores [..., V] the rules keep, one after the other, by sorting: bool [..., V]."""
+    kept = torch.ones_like(scores, dtype=torch.bool)
+    if top_k is not None:
+        k = torch.as_tensor(top_k, device=scores.device).broadcast_to(scores.shape[:-1])[..., None]
+        ordered = scores.sort(dim=-1, descending=True).values
+        kept &= scores >= ordered.gather(-1, k.clamp_max(scores.shape[-1]) - 1)
+    if top_p is not None:
+        probs = scores.masked_fill(~kept, -torch.inf).softmax(-1)
+        ordered = probs.sort(dim=-1, descending=True).values
+        before = ordered.cumsum(-1) - ordered  # of all that come earlier; of a tie, the first decides
+        needed = (before < _column(top_p, scores)).sum(-1, keepdim=True).clamp_min(1)
+        kept &= probs >= ordered.gather(-1, needed - 1)
+    if min_p is not None:
+        probs = scores.masked_fill(~kept, -torch.inf).softmax(-1)
+        kept &= probs >= _column(min_p, scores) * probs.amax(-1, keepdim=True)
+    return kept
+
+
+def _column(value: float | Tensor, rows: Tensor) -> float | Tensor:
+    """A number, or one number for each row as [..., 1]."""
+    return value.broadcast_to(rows.shape[:-1])[..., None] if isinstance(value, Tensor) else value
 
 
 def top_tokens_reference(

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import soft_embed_op
+from .arguments import check_floating, check_like, check_number, check_rows, has_no_values
 from .backends import check_backend
 from .soft_embed_torch import Inputs, Options
+from .straight_through import harden
+from .truncation import check_truncation, row_floors
 from .vocab_parallel import VocabShard, group_name
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class SoftTokenStats(NamedTuple):
     """Diagnostics of the soft tokens, each shaped ``hidden.shape[:-1]``; float32 (float64 for float64 inputs).
 
+    All are those of the distribution that makes the soft token: truncated, renormalised, with noise where there is any.
+
     ``lse`` and ``entropy`` are differentiable, ``max_prob`` and ``argmax`` are not.
     """
 
-    lse: Tensor  # logsumexp of the scores, in nats
+    lse: Tensor  # logsumexp of the scores (of those that are kept), in nats
     entropy: Tensor  # of the probabilities, in nats: 0 (one-hot) to log V (uniform)
     max_prob: Tensor  # the largest probability
     argmax: Tensor  # its vocabulary index, int64; the lowest one of a tie
@@ -39,7 +40,12 @@ def soft_embed(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     embed_scale: float = 1.0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
     gumbel_seed: int | Tensor | None = None,
+    gumbel_temperature: float | Tensor | None = None,
+    hard: bool | Tensor = False,
     vocab_parallel: VocabShard | None = None,
     return_stats: bool = False,
     backend: str | None = None,
@@ -48,8 +54,10 @@ def soft_embed(
 
         logits = logit_scale * (hidden @ head_weight.T + bias)
         if softcap is not None: logits = softcap * tanh(logits / softcap)
-        if gumbel_seed is not None: logits += standard Gumbel noise
-        out = embed_scale * softmax(logits / temperature) @ embed_weight
+        scores = logits / temperature, with -inf where top_k, top_p or min_p remove an entry
+        if gumbel_seed is not None: scores += standard Gumbel noise / temperature, or, with gumbel_temperature,
+                                    scores = (scores + standard Gumbel noise) / gumbel_temperature
+        out = embed_scale * softmax(scores) @ embed_weight
 
     Exact and dense, yet no tensor of size [T, V] (T = rows of hidden) is made in forward or backward: temporaries are
     a fixed chunk budget below 64 MiB plus O(T * (D + E)). Scores, softmax and sums are float32 (float64 for float64
@@ -74,10 +82,26 @@ def soft_embed(
         softcap: > 0 or None; applied before the temperature (Gemma 2's ``final_logit_softcapping``).
         logit_scale: factor of the logits, bias included, before the soft-cap.
         embed_scale: factor of the result, the one that the model's own embedding layer applies (Gemma: sqrt(D)).
+        top_k: keep the k highest scores of a row; an int of at least 1, or an integer tensor broadcastable to
+            ``hidden.shape[:-1]``. A k of V or more keeps everything.
+        top_p: keep the fewest entries, highest first, whose probabilities sum to at least this; above 0 and at most 1,
+            a number or a floating-point tensor of that shape.
+        min_p: keep entries of at least this fraction of the highest probability; between 0 and 1, likewise.
+            The three are applied in this order, as in transformers' generation, to the scores without noise; what is
+            kept is renormalised, and gradients flow through it (the choice itself has none). Entries of equal score
+            stay or go together, so that a tie may keep more (`gircse.ops.truncation`, also for the last digit). They
+            cost a further pass over head_weight for every block of rows.
         gumbel_seed: None, an int64 number, or an int64 tensor broadcastable to ``hidden.shape[:-1]`` with a seed for
             each row. A row's noise depends on its seed and the vocabulary index alone, not on its place in the batch:
             rows with the same seed, and all rows of a call with a number, get the same noise. Statistics and gradients
             are those of the noisy distribution.
+        gumbel_temperature: None: ``temperature`` is that of the relaxation too, as in
+            ``torch.nn.functional.gumbel_softmax(logits, tau=temperature)``. Otherwise > 0, a number or a tensor as for
+            temperature: ``temperature`` shapes the distribution that is drawn from, this one relaxes the draw
+            (Soft-Thinking's ``gumbel_softmax_temperature``). temperature must then be a number.
+        hard: a bool for all rows, or a bool tensor broadcastable to ``hidden.shape[:-1]``: these rows become the
+            embedding of their one highest score (with noise: a sampled token), with the gradient of the soft token
+            towards every argument (straight-through). Statistics stay those of the soft token.
         vocab_parallel: the matrices (and bias) are this rank's `VocabShard` of the vocabulary; every rank of its group
             must make the same call with the same hidden. The result is that of the whole vocabulary, on every rank;
             backward needs the same upstream gradient on every rank (as it is when all compute the same loss).
@@ -103,31 +127,41 @@ def soft_embed(
         _check_embed(embed_weight, head_weight)
         if embed_weight is head_weight:
             embed_weight = None
-    leading = hidden.shape[:-1]
-    seeds = None
-    if gumbel_seed is not None:
-        seed, seeds = _check_seed(gumbel_seed, hidden)
-        options = options._replace(seed=seed)
     group = None
     if vocab_parallel is not None:
         group = _check_shard(vocab_parallel, head_weight)
         options = options._replace(vocab_start=vocab_parallel.start)
     check_backend(backend)
+    leading = hidden.shape[:-1]
+    if hard is not False:
+        _check_hard(hard, hidden)
     inputs = Inputs(
         hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1]),
         head_weight,
         embed_weight,
         bias,
         row_temperature(temperature, leading),
-        seeds,
     )
+    rules = check_truncation(hidden, top_k, top_p, min_p)
+    if gumbel_seed is not None:
+        seed, seeds = _check_seed(gumbel_seed, hidden)
+        inputs, options = inputs._replace(seeds=seeds), options._replace(seed=seed)
+    if rules is not None:
+        inputs = inputs._replace(floor=row_floors(inputs, options, rules, group=group, backend=backend))
+    if gumbel_temperature is not None:
+        inputs, options = _relax(inputs, options, hidden, gumbel_temperature)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    found = soft_embed_op.run(inputs, soft_embed_op.Call(options, group, return_stats, differentiable, backend))
+    stats = return_stats or hard is not False
+    found = soft_embed_op.run(inputs, soft_embed_op.Call(options, group, stats, differentiable, backend))
     result = found.out if hidden.dim() == 2 else found.out.reshape(*leading, found.out.shape[-1])
+    if hard is not False:
+        values = head_weight if embed_weight is None else embed_weight
+        index = found.argmax.reshape(leading)  # type: ignore[union-attr]
+        result = harden(result, values, index, hard, options.embed_scale, vocab_parallel)
     if not return_stats:
         return result
-    stats = (found.lse, found.entropy, found.max_prob, found.argmax)
-    return result, SoftTokenStats(*(stat.reshape(leading) for stat in stats))  # type: ignore[union-attr]
+    statistics = (found.lse, found.entropy, found.max_prob, found.argmax)
+    return result, SoftTokenStats(*(stat.reshape(leading) for stat in statistics))  # type: ignore[union-attr]
 
 
 def check_scores(
@@ -152,7 +186,7 @@ def check_scores(
             f"hidden: got shape {tuple(hidden.shape)}, expected a last dimension of {head_weight.shape[1]}, "
             f"the D of head_weight {tuple(head_weight.shape)}"
         )
-    _check_like("head_weight", head_weight, "hidden", hidden)
+    check_like("head_weight", head_weight, "hidden", hidden)
     if bias is not None:
         check_floating("bias", bias)
         if bias.shape != head_weight.shape[:1]:
@@ -160,12 +194,12 @@ def check_scores(
                 f"bias: got shape {tuple(bias.shape)}, expected ({head_weight.shape[0]},), "
                 "one entry for each row of head_weight"
             )
-        _check_like("bias", bias, "hidden", hidden)
+        check_like("bias", bias, "hidden", hidden)
     if softcap is not None:
         softcap = check_number("softcap", softcap, positive=True)
     logit_scale = check_number("logit_scale", logit_scale)
     if isinstance(temperature, Tensor):
-        _check_temperature(temperature, hidden)
+        _check_temperature("temperature", temperature, hidden)
         return Options(softcap=softcap, logit_scale=logit_scale)
     return Options(check_number("temperature", temperature, positive=True), softcap, logit_scale)
 
@@ -183,13 +217,45 @@ def _check_seed(seed: object, hidden: Tensor) -> tuple[int | None, Tensor | None
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64:
             raise TypeError(f"gumbel_seed: got dtype {seed.dtype}, expected torch.int64")
-        _check_rows("gumbel_seed", seed, hidden)
+        check_rows("gumbel_seed", seed, hidden)
         return None, seed.broadcast_to(leading).reshape(-1).contiguous()
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"gumbel_seed: got {type(seed).__name__}, expected an int or an int64 tensor")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"gumbel_seed: got {seed}, expected a number of 64 bits, -2**63 to 2**63 - 1")
     return seed, None
+
+
+def _relax(
+    inputs: Inputs, options: Options, hidden: Tensor, gumbel_temperature: float | Tensor
+) -> tuple[Inputs, Options]:
+    """The temperature moves before the noise, and the Gumbel temperature takes its place behind it."""
+    if options.seed is None and inputs.seeds is None:
+        raise ValueError("gumbel_temperature: got one without gumbel_seed, expected both")
+    if inputs.temperature is not None:
+        raise TypeError("temperature: got a tensor, expected a number where gumbel_temperature is given")
+    options = options._replace(logit_temperature=options.temperature, temperature=1.0)
+    divisor: float | Tensor
+    if isinstance(gumbel_temperature, Tensor):
+        _check_temperature("gumbel_temperature", gumbel_temperature, hidden)
+        rows = row_temperature(gumbel_temperature, hidden.shape[:-1])
+        inputs = inputs._replace(temperature=rows)
+        divisor = rows.detach()  # type: ignore[union-attr]
+    else:
+        divisor = check_number("gumbel_temperature", gumbel_temperature, positive=True)
+        options = options._replace(temperature=divisor)
+    if inputs.floor is not None:  # in units of the scores
+        inputs = inputs._replace(floor=(inputs.floor / divisor).to(inputs.floor.dtype))
+    return inputs, options
+
+
+def _check_hard(hard: object, hidden: Tensor) -> None:
+    if isinstance(hard, Tensor):
+        if hard.dtype != torch.bool:
+            raise TypeError(f"hard: got dtype {hard.dtype}, expected torch.bool")
+        check_rows("hard", hard, hidden)
+    elif not isinstance(hard, bool):
+        raise TypeError(f"hard: got {type(hard).__name__}, expected a bool or a bool tensor")
 
 
 def _check_shard(shard: object, head_weight: Tensor) -> str:
@@ -202,30 +268,6 @@ def _check_shard(shard: object, head_weight: Tensor) -> str:
             f"those of vocab_parallel from {shard.start} to {shard.stop}"
         )
     return group_name(shard)
-
-
-def check_floating(name: str, value: object) -> None:
-    """``value`` must be an ordinary tensor of a dtype that the backends compute."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
-    if type(value) is not Tensor and type(value).__name__ == "DTensor":
-        raise TypeError(
-            f"{name}: got a DTensor with placements {value.placements}, expected a plain tensor: "  # type: ignore[attr-defined]
-            "use it inside the forward of the module that FSDP shards, or pass .full_tensor(), or this rank's rows of "
-            "the matrices with vocab_parallel="
-        )
-    if value.dtype not in DTYPES:
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected one of {', '.join(map(str, DTYPES))}")
-
-
-def check_number(name: str, value: object, *, positive: bool = False) -> float:
-    """``value`` must be a finite real number, above 0 if ``positive``."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
-    number = float(value)
-    if not -math.inf < number < math.inf or (positive and number <= 0):  # math.isfinite cannot be compiled
-        raise ValueError(f"{name}: got {value}, expected a finite number{' above 0' if positive else ''}")
-    return number
 
 
 def _autocast(hidden: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -251,44 +293,12 @@ def _check_embed(embed_weight: Tensor, head_weight: Tensor) -> None:
             f"embed_weight: got shape {tuple(embed_weight.shape)}, expected [{head_weight.shape[0]}, E] "
             f"with E of at least 1, one row for each of head_weight {tuple(head_weight.shape)}"
         )
-    _check_like("embed_weight", embed_weight, "head_weight", head_weight)
+    check_like("embed_weight", embed_weight, "head_weight", head_weight)
 
 
-def _check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    if value.dtype != other.dtype:
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected {other.dtype}, the dtype of {other_name}")
-    if value.device != other.device:
-        raise ValueError(f"{name}: got device {value.device}, expected {other.device}, the device of {other_name}")
-
-
-def _check_temperature(temperature: Tensor, hidden: Tensor) -> None:
-    check_floating("temperature", temperature)
-    _check_rows("temperature", temperature, hidden)
+def _check_temperature(name: str, temperature: Tensor, hidden: Tensor) -> None:
+    check_floating(name, temperature)
+    check_rows(name, temperature, hidden)
     # On an accelerator the comparison would wait for the device; a compiler has no values.
-    if temperature.device.type == "cpu" and not _has_no_values(temperature) and not bool((temperature > 0).all()):
-        raise ValueError(f"temperature: got {temperature.detach().min().item()}, expected values above 0")
-
-
-def _has_no_values(tensor: Tensor) -> bool:
-    """Whether the tensor stands for values not yet known: compilation, fake tensors, functional transforms."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or type(tensor) not in (Tensor, torch.nn.Parameter)
-    )
-
-
-def _check_rows(name: str, value: Tensor, hidden: Tensor) -> None:
-    """One value for each row of hidden, or something that broadcasts to it."""
-    if value.device != hidden.device:
-        raise ValueError(f"{name}: got device {value.device}, expected {hidden.device}, the device of hidden")
-    leading = hidden.shape[:-1]
-    try:
-        fits = torch.broadcast_shapes(value.shape, leading) == leading
-    except RuntimeError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"{name}: got shape {tuple(value.shape)}, expected one broadcastable to {tuple(leading)}, "
-            "the leading dimensions of hidden"
-        )
+    if temperature.device.type == "cpu" and not has_no_values(temperature) and not bool((temperature > 0).all()):
+        raise ValueError(f"{name}: got {temperature.detach().min().item()}, expected values above 0")

@@ -55,14 +55,14 @@ def run(inputs: Inputs, call: Call) -> Forward:
     """The op by the cheaper entrance that fits."""
     if torch._C._are_functorch_transforms_active():
         return Forward(*_SoftEmbed.apply(*inputs, *call.flat()))
-    if not _eager(inputs, call.backend):
+    if not eager(inputs, call.backend):
         return Forward(*_forward_op(*inputs, *call.flat()))
     if call.exact:
         return Forward(*_SoftEmbed.apply(*inputs, *call.flat()))
     return _forward(inputs, call)
 
 
-def _eager(tensors: Sequence[Tensor | None], backend: str | None) -> bool:
+def eager(tensors: Sequence[Tensor | None], backend: str | None) -> bool:
     """Whether nothing but eager PyTorch sees this call."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
@@ -79,7 +79,7 @@ def _module(backend: str | None, hidden: Tensor) -> ModuleType:
 
 def _forward(inputs: Inputs, call: Call) -> Forward:
     hidden, module = inputs.hidden, _module(call.backend, inputs.hidden)
-    with _no_autocast(hidden.device.type):
+    with no_autocast(hidden.device.type):
         if call.group is None:
             return module.forward(inputs, call.options, stats=call.stats, exact=call.exact)
         state = module.scan(inputs, call.options, stats=call.stats)
@@ -93,7 +93,7 @@ def _forward_flat(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(arguments[0].new_empty(0) if tensor is None else tensor for tensor in found)
 
 
-def _no_autocast(device: str) -> Any:
+def no_autocast(device: str) -> Any:
     """A context in which products keep their dtypes; entering one costs, so only where there is something to leave."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
 
@@ -106,7 +106,7 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients in their input's dtype, None where not wanted."""
     hidden, module = inputs.hidden, _module(call.backend, inputs.hidden)
-    with _no_autocast(hidden.device.type):
+    with no_autocast(hidden.device.type):
         found = module.backward(*grads, inputs, saved, call.options, needs)
         rows, temperature = found.hidden, found.temperature
         if call.group is not None:
@@ -142,7 +142,7 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
     inputs = Inputs(*ctx.saved_tensors[:_NUM_TENSORS])
     saved = Saved(*ctx.saved_tensors[_NUM_TENSORS:])
     needs = Needs(*ctx.needs_input_grad[: len(Needs._fields)])
-    if _eager((*upstream, *inputs), ctx.call.backend):
+    if eager((*upstream, *inputs), ctx.call.backend):
         found = _backward(upstream, inputs, saved, ctx.call, needs)
     else:
         results = _backward_op(*upstream, *inputs, *saved, *ctx.call.flat(), list(needs))
@@ -165,18 +165,18 @@ class _SoftEmbed(torch.autograd.Function):
         """Rows are independent, so a batch of them is more rows; a batch of matrices is a loop."""
         inputs, rest = arguments[:_NUM_TENSORS], arguments[_NUM_TENSORS:]
         if any(in_dims[i] is not None for i in _MATRICES):
-            return _loop(_SoftEmbed.apply, info.batch_size, in_dims, arguments)
+            return loop(_SoftEmbed.apply, info.batch_size, in_dims, arguments)
         folded = [
-            tensor if i in _MATRICES else _fold(tensor, dim, info.batch_size)
+            tensor if i in _MATRICES else fold(tensor, dim, info.batch_size)
             for i, (tensor, dim) in enumerate(zip(inputs, in_dims, strict=False))
         ]
-        return _unfold(_SoftEmbed.apply(*folded, *rest), info.batch_size)
+        return unfold(_SoftEmbed.apply(*folded, *rest), info.batch_size)
 
 
-_TENSORS = "Tensor hidden, Tensor head, Tensor? embed, Tensor? bias, Tensor? temperature, Tensor? seeds"
+_TENSORS = "Tensor hidden, Tensor head, Tensor? embed, Tensor? bias, Tensor? temperature, Tensor? seeds, Tensor? floor"
 _SCALARS = (
     "float scalar_temperature, float? softcap, float logit_scale, float embed_scale, SymInt? seed, SymInt vocab_start, "
-    "str? group, bool stats, bool exact, str? backend"
+    "float logit_temperature, str? group, bool stats, bool exact, str? backend"
 )
 _SAVED = "Tensor out, Tensor peak, Tensor total, Tensor entropy"
 
@@ -255,19 +255,19 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 def _(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
     needs, first = Needs(*arguments[-1]), 3  # of the inputs
     if any(in_dims[first + i] is not None for i in _MATRICES) or needs.head or needs.embed or needs.bias:
-        return _loop(_backward_op, info.batch_size, in_dims, arguments)  # a matrix gradient for each of the batch
+        return loop(_backward_op, info.batch_size, in_dims, arguments)  # a matrix gradient for each of the batch
     tensors = first + _NUM_TENSORS + len(Saved._fields)
     folded = [
-        tensor if i - first in _MATRICES else _fold(tensor, dim, info.batch_size)
+        tensor if i - first in _MATRICES else fold(tensor, dim, info.batch_size)
         for i, (tensor, dim) in enumerate(zip(arguments[:tensors], in_dims, strict=False))
     ]
-    return _unfold(_backward_op(*folded, *arguments[tensors:]), info.batch_size)
+    return unfold(_backward_op(*folded, *arguments[tensors:]), info.batch_size)
 
 
 _MATRICES = (1, 2, 3)  # head, embed, bias; all other inputs are rows
 
 
-def _fold(tensor: Tensor | None, dim: int | None, batch: int) -> Tensor | None:
+def fold(tensor: Tensor | None, dim: int | None, batch: int) -> Tensor | None:
     """A batch of row tensors as one: [B, T, ..] -> [B * T, ..]."""
     if tensor is None:
         return None
@@ -275,13 +275,13 @@ def _fold(tensor: Tensor | None, dim: int | None, batch: int) -> Tensor | None:
     return batched.reshape(-1, *batched.shape[2:]) if tensor.numel() else tensor.new_empty(0, *batched.shape[2:])
 
 
-def _unfold(results: Sequence[Tensor], batch: int) -> tuple[Any, Any]:
+def unfold(results: Sequence[Tensor], batch: int) -> tuple[Any, Any]:
     """[B * T, ..] -> [B, T, ..], an empty stand-in included."""
     rows = [result.shape[0] // batch for result in results]
     return tuple(r.reshape(batch, n, *r.shape[1:]) for r, n in zip(results, rows, strict=True)), (0,) * len(results)
 
 
-def _loop(op: Any, batch: int, in_dims: Sequence[Any], arguments: Sequence[Any]) -> tuple[Any, Any]:
+def loop(op: Any, batch: int, in_dims: Sequence[Any], arguments: Sequence[Any]) -> tuple[Any, Any]:
     """The op for each element of the batch."""
     results = [
         op(

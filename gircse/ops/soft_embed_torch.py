@@ -39,6 +39,7 @@ class Options(NamedTuple):
     embed_scale: float = 1.0
     seed: int | None = None  # of the Gumbel noise, one for all rows
     vocab_start: int = 0  # first vocabulary index of this shard, for the noise
+    logit_temperature: float = 1.0  # divides the capped logits before noise and temperature
 
 
 class Inputs(NamedTuple):
@@ -50,6 +51,7 @@ class Inputs(NamedTuple):
     bias: Tensor | None = None  # [V]
     temperature: Tensor | None = None  # [T], instead of the number
     seeds: Tensor | None = None  # [T] int64, instead of the number
+    floor: Tensor | None = None  # [T] accumulation dtype, the lowest score without noise that a row keeps
 
 
 class Forward(NamedTuple):
@@ -122,21 +124,23 @@ class Scorer:
     """
 
     def __init__(self, inputs: Inputs, options: Options) -> None:
-        hidden, head, _, bias, temperature, seeds = inputs
+        hidden, head, _, bias, temperature, seeds, floor = inputs
         self.dtype = accumulation_dtype(hidden.dtype)
         self.head, self.bias, self.capped = head, bias, options.softcap is not None
         inner: float | Tensor = options.logit_scale
+        before = options.logit_temperature
         outer: float | Tensor = 1.0 / options.temperature
         if temperature is not None:
             outer = outer / temperature.to(self.dtype)[:, None]
         self.inverse_temperature, self.vocab_start = outer, options.vocab_start
+        self.floor = None if floor is None else floor[:, None]
         if options.seed is not None:  # the same noise in every row
             seeds = torch.tensor([options.seed], device=hidden.device)
         self.seeds = seeds
         if options.softcap is not None:
-            inner, outer = inner / options.softcap, outer * options.softcap
+            inner, outer = inner / options.softcap, outer * (options.softcap / before)
         else:
-            inner, outer = outer * inner, 1.0
+            inner, outer = outer * (inner / before), 1.0
         self.inner, self.outer = inner, outer  # numbers, or [T, 1]
         rows = hidden.to(self.dtype)
         self.rows = (rows if isinstance(inner, float) and inner == 1.0 else rows * inner).contiguous()  # [T, D]
@@ -154,8 +158,11 @@ class Scorer:
         if self.capped:
             tanh = scores.tanh_()
             scores = tanh * row_factor(self.outer, rows)
+        removed = None if self.floor is None else scores < self.floor[rows]  # whatever the noise
         if self.seeds is not None:
             self._add_noise(scores, rows, vocab)
+        if removed is not None:
+            scores = scores.masked_fill_(removed, -torch.inf)
         return scores, tanh
 
     def _add_noise(self, scores: Tensor, rows: slice, vocab: slice) -> None:
@@ -207,7 +214,7 @@ def scan(inputs: Inputs, options: Options, *, stats: bool) -> OnlineState:
     tile, size = tiling(
         num_rows,
         num_vocab,
-        tiles=1 + (options.softcap is not None) + stats,
+        tiles=1 + (options.softcap is not None) + stats + (inputs.floor is not None),
         per_vocab=up_cast,
         per_row=values.shape[1],
         itemsize=dtype.itemsize,
@@ -281,7 +288,7 @@ def backward(
     With P the probabilities, H their entropy and dP = embed_scale * grad_out @ embed.T, the gradient of the scores is
     ``dS = P * (dP - sum(grad_out * out) + grad_lse) - grad_entropy * P * (log P + H)``.
     """
-    hidden, head, embed, bias, _, _ = inputs
+    hidden, head, embed, bias = inputs[:4]
     out, entropy = saved.out, saved.entropy
     peak, total = saved.peak[:, None], saved.total[:, None]
     scorer = Scorer(inputs, options)
@@ -316,7 +323,11 @@ def backward(
     tile, size = tiling(
         num_rows,
         num_vocab,
-        tiles=2 + keep_log + 2 * (options.softcap is not None) + 2 * (needs.head or need_values),
+        tiles=2
+        + keep_log
+        + 2 * (options.softcap is not None)
+        + 2 * (needs.head or need_values)
+        + (inputs.floor is not None),
         per_vocab=(width if head.dtype != dtype else 0)
         + (value_width if embed is not None and embed.dtype != dtype else 0)
         + (2 * width if needs.head else 0)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backends import kernels, resolve_backend
+from .backends import resolve_backend
+from .chunk_scores import chunk_scores, ordered_bits
 from .soft_embed import check_scores, row_temperature
-from .soft_embed_torch import Inputs, Options, Scorer
-from .tiles_torch import ChunkReader, accumulation_dtype, slices, tiling
+from .soft_embed_torch import Inputs, Options
+from .tiles_torch import accumulation_dtype, slices, tiling
 
 
 @torch.no_grad()
@@ -54,32 +55,6 @@ def top_tokens(
     return ids.reshape(*leading, n), probs.reshape(*leading, n)
 
 
-class _TorchScores:
-    """Scores of a row tile against a vocabulary chunk; chunks come in order, and each is read once."""
-
-    def __init__(self, inputs: Inputs, options: Options, size: int) -> None:
-        self.scorer = Scorer(inputs, options)
-        self.read = ChunkReader(inputs.head, self.scorer.dtype, size)
-        self.vocab, self.chunk = slice(0, 0), inputs.head[:0]
-
-    def __call__(self, rows: slice, vocab: slice) -> Tensor:
-        if vocab != self.vocab:
-            self.vocab, self.chunk = vocab, self.read(vocab)
-        return self.scorer(rows, vocab, self.chunk)[0]
-
-
-class _TritonScores:
-    """The same by the kernel of the two-pass forward."""
-
-    def __init__(self, inputs: Inputs, options: Options, size: int) -> None:
-        self.inputs, self.options = inputs, options
-
-    def __call__(self, rows: slice, vocab: slice) -> Tensor:
-        temperature = None if self.inputs.temperature is None else self.inputs.temperature[rows]
-        part = self.inputs._replace(hidden=self.inputs.hidden[rows], temperature=temperature)
-        return kernels().chunk_scores(part, self.options, vocab.start, vocab.stop - vocab.start)
-
-
 def _top(inputs: Inputs, options: Options, n: int, backend: str) -> tuple[Tensor, Tensor]:
     (num_rows, width), num_vocab = inputs.hidden.shape, inputs.head.shape[0]
     dtype, device = accumulation_dtype(inputs.hidden.dtype), inputs.hidden.device
@@ -90,7 +65,7 @@ def _top(inputs: Inputs, options: Options, n: int, backend: str) -> tuple[Tensor
     # Besides the scores a tile holds candidates, keys and ids of the chunk and of the n best so far: some eight words
     # each.
     tile, size = tiling(num_rows, num_vocab, tiles=10, per_vocab=width, per_row=10 * n, itemsize=dtype.itemsize)
-    score = (_TritonScores if backend == "triton" else _TorchScores)(inputs, options, size)
+    score = chunk_scores(inputs, options, size, backend)
     for vocab in slices(num_vocab, size):
         for rows in slices(num_rows, tile):
             found = score(rows, vocab)
@@ -113,11 +88,8 @@ def _top_positions(scores: Tensor, n: int) -> Tensor:
     """Positions of the n largest of each row, descending, the lower position first among equals."""
     if scores.dtype != torch.float32:
         return scores.sort(dim=1, descending=True, stable=True).indices[:, :n]
-    # topk leaves the order of ties open, and a stable sort of every chunk is slow: make the keys distinct instead. A
-    # float's bits order like an integer once the magnitude bits of negative numbers are flipped; adding 0 turns -0.0
-    # into 0.0.
-    bits = (scores + 0.0).view(torch.int32)
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
+    # topk leaves the order of ties open, and a stable sort of every chunk is slow: make the keys distinct instead
+    ordered = ordered_bits(scores).to(torch.int64)
     last = scores.shape[1] - 1
     keys = (ordered << 32) | torch.arange(last, -1, -1, device=scores.device)
     return last - (keys.topk(n, dim=1).values & 0xFFFFFFFF)

@@ -100,3 +100,13 @@ def sum_shards(tensor: Tensor | None, group: Any) -> Tensor | None:
     if tensor is not None:
         dist.all_reduce(tensor, group=group)
     return tensor
+
+
+def gather_rows(matrix: Tensor, index: Tensor, shard: VocabShard) -> Tensor:
+    """Rows of a matrix of which this rank holds ``shard``, by their index in the whole: [..., E], on every rank."""
+    from torch.distributed._functional_collectives import all_reduce  # the one that compilers can trace
+
+    mine = (index >= shard.start) & (index < shard.stop)
+    rows = matrix[(index - shard.start).clamp(0, matrix.shape[0] - 1)]
+    group: Any = dist.group.WORLD if shard.group is None else shard.group
+    return all_reduce(torch.where(mine[..., None], rows, 0), "sum", group)

@@ -12,6 +12,21 @@
 | `decode_attention.py` | attention of one token per row on a static buffer of keys and values |
 | `numerics.py` | scores, Gumbel noise, safe maxima: device functions that all share |
 | `traffic.py` | bytes and FLOPs of every launch |
+| `hub_layout.py` | this folder as a repository of the Kernel Hub |
 
 `TRITON_INTERPRET=1`, set before this is imported, runs everything on CPU tensors.
+
+Importing this imports no Triton: the modules with the ops, `gircse_kernels.soft_embed` and its like, come on first use.
 """
+
+import importlib
+from types import ModuleType
+
+OPS = ("decode_attention", "info_nce", "soft_embed")
+
+
+def __getattr__(name: str) -> ModuleType:
+    """A module with an op, also where this package was loaded under another name."""
+    if name in OPS:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

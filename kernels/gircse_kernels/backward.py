@@ -17,7 +17,7 @@ FLOPs for frozen matrices 6 T V D (scores, dP, dh); each trainable use adds 2 T 
 import triton
 import triton.language as tl
 
-from .numerics import LOG_FLOOR, dot, row_factors, row_seeds, scores
+from .numerics import LOG_FLOOR, dot, row_factors, row_floors, row_seeds, scores
 from .two_pass import grouped, row_dot
 
 
@@ -67,6 +67,7 @@ def score_grad_kernel(
     bias_ptr,  # [V]
     temperature_ptr,  # [T]
     seed_ptr,  # [T]
+    floor_ptr,  # [T]
     peak_ptr,  # [T]
     total_ptr,  # [T]
     constant_ptr,  # [T]
@@ -101,6 +102,7 @@ def score_grad_kernel(
     HAS_TEMPERATURE: tl.constexpr,
     CAPPED: tl.constexpr,
     GUMBEL: tl.constexpr,
+    FLOOR: tl.constexpr,
     ALIGNED: tl.constexpr,
     HAS_GRAD: tl.constexpr,
     HAS_SLOPE: tl.constexpr,
@@ -154,9 +156,10 @@ def score_grad_kernel(
 
     inverse = row_factors(temperature_ptr, rows, inverse_temperature, m_rows, HAS_TEMPERATURE)
     seeds = row_seeds(seed_ptr, rows, seed, m_rows, GUMBEL)
+    floors = row_floors(floor_ptr, rows, m_rows, FLOOR)
     score, capped = scores(
-        product, bias_ptr, vocab, vocab_start, num_vocab, stride_bias, inverse, seeds, scale, softcap,
-        HAS_BIAS, CAPPED, GUMBEL, ALIGNED, BLOCK_T, BLOCK_V,
+        product, bias_ptr, vocab, vocab_start, num_vocab, stride_bias, inverse, seeds, floors, scale, softcap,
+        HAS_BIAS, CAPPED, GUMBEL, FLOOR, ALIGNED, BLOCK_T, BLOCK_V,
     )  # fmt: skip
     inside = m_rows[:, None] & m_vocab[None, :]
     relative = score - tl.load(peak_ptr + rows, mask=m_rows, other=0.0)[:, None]

@@ -62,7 +62,7 @@ def backward(
 
     `saved.peak` and `saved.total` may be those of a whole vocabulary of which `head` is one shard.
     """
-    hidden, head, embed, bias, temperature, _ = inputs
+    hidden, head, embed, bias, temperature = inputs[:5]
     values = head if embed is None else embed
     (num_rows, width), (num_vocab, value_width) = hidden.shape, values.shape
     # the kernels take a number of each row to lie beside the next row's; the gradients of a sum have stride 0
@@ -200,7 +200,7 @@ class _BackwardWalk:
         temperature_part: Tensor | None,
         bias_part: Tensor | None,
     ) -> None:
-        hidden, head, embed, bias, temperature, seeds = self.inputs
+        hidden, head, embed, bias, temperature, seeds, floor = self.inputs
         values = head if embed is None else embed
         blocks, count = self.plan.score_grad.blocks, rows.stop - rows.start
         block, grad_block = hidden[rows], self.grad_out[rows]
@@ -210,7 +210,7 @@ class _BackwardWalk:
             (cdiv(count, blocks["BLOCK_T"]) * cdiv(size, blocks["BLOCK_V"]),),
             (
                 block, head, grad_block, values, bias,
-                None if temperature is None else temperature[rows], None if seeds is None else seeds[rows],
+                *(None if tensor is None else tensor[rows] for tensor in (temperature, seeds, floor)),
                 self.saved.peak[rows], self.saved.total[rows], self.constant[rows],
                 None if slope is None else slope[rows],
                 score_grad, probs, temperature_part, bias_part,

@@ -38,7 +38,7 @@ def forward(
     device: Device | None = None,
 ) -> Forward:
     """Soft tokens, and with `stats` entropy, max_prob and argmax. `finish=False`: the mergeable sums of a shard."""
-    hidden, head, embed, _, _, _ = inputs
+    hidden, head, embed = inputs[:3]
     values = head if embed is None else embed
     rows, width = values.new_empty, values.shape[1]
     (num_rows, _), (num_vocab, _) = hidden.shape, head.shape
@@ -87,12 +87,12 @@ class Partials(NamedTuple):
 
 
 def _one_pass(inputs: Inputs, options: Options, plan: OnePass, partials: Partials, stats: bool) -> None:
-    hidden, head, _, bias, temperature, seeds = inputs
+    hidden, head, _, bias, temperature, seeds, floor = inputs
     launching.launch(
         one_pass_kernel,
         (plan.splits * plan.row_blocks,),
         (
-            hidden, head, bias, temperature, seeds,
+            hidden, head, bias, temperature, seeds, floor,
             partials.acc, partials.peak, partials.total, partials.moment, partials.argmax,
             hidden.shape[0], head.shape[0], head.shape[1],
             *hidden.stride(), *head.stride(), bias_stride(inputs),
@@ -107,7 +107,7 @@ def _one_pass(inputs: Inputs, options: Options, plan: OnePass, partials: Partial
 
 
 def _two_pass(inputs: Inputs, options: Options, plan: TwoPass, result: Forward, stats: bool, finish: bool) -> None:
-    hidden, head, embed, bias, temperature, seeds = inputs
+    hidden, head, embed, bias, temperature, seeds, floor = inputs
     values = head if embed is None else embed
     (num_rows, num_vocab), (width, device) = (hidden.shape[0], head.shape[0]), (values.shape[1], hidden.device)
     tile = plan.score.blocks["BLOCK_V"]
@@ -129,7 +129,7 @@ def _two_pass(inputs: Inputs, options: Options, plan: TwoPass, result: Forward, 
                 (cdiv(count, plan.score.blocks["BLOCK_T"]) * cdiv(size, tile),),
                 (
                     block, head, bias,
-                    None if temperature is None else temperature[rows], None if seeds is None else seeds[rows],
+                    *(None if tensor is None else tensor[rows] for tensor in (temperature, seeds, floor)),
                     probs, tile_sums[0], tile_sums[1], tile_sums[2], tile_argmax,
                     count, num_vocab, head.shape[1],
                     *block.stride(), *head.stride(), bias_stride(inputs), probs.stride(0),
@@ -187,7 +187,7 @@ def _merge(partials: Partials, result: Forward, rows: slice, num_vocab: int, emb
 
 def chunk_scores(inputs: Inputs, options: Options, chunk_start: int, size: int) -> Tensor:
     """Scores [T, size] of a chunk of the vocabulary, float32."""
-    hidden, head, _, bias, temperature, seeds = inputs
+    hidden, head, _, bias, temperature, seeds, floor = inputs
     num_rows = hidden.shape[0]
     out = torch.empty((num_rows, size), dtype=torch.float32, device=hidden.device)
     if num_rows == 0:
@@ -199,7 +199,7 @@ def chunk_scores(inputs: Inputs, options: Options, chunk_start: int, size: int) 
         two_pass.score_kernel,
         (cdiv(num_rows, plan.score.blocks["BLOCK_T"]) * cdiv(size, plan.score.blocks["BLOCK_V"]),),
         (
-            hidden, head, bias, temperature, seeds, out, None, None, None, None,
+            hidden, head, bias, temperature, seeds, floor, out, None, None, None, None,
             num_rows, head.shape[0], head.shape[1],
             *hidden.stride(), *head.stride(), bias_stride(inputs), out.stride(0),
             options.vocab_start, chunk_start, size, *score_scalars(options),

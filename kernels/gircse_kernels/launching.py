@@ -24,6 +24,7 @@ class Options(NamedTuple):
     embed_scale: float = 1.0
     seed: int | None = None  # one for all rows
     vocab_start: int = 0  # first vocabulary index of this shard, for the noise
+    logit_temperature: float = 1.0  # divides the capped logits before noise and temperature
 
 
 class Inputs(NamedTuple):
@@ -35,6 +36,7 @@ class Inputs(NamedTuple):
     bias: Tensor | None = None  # [V]
     temperature: Tensor | None = None  # [T], instead of the scalar
     seeds: Tensor | None = None  # [T] int64, instead of the scalar
+    floor: Tensor | None = None  # [T] float32, the lowest score without noise that a row keeps
 
 
 @functools.lru_cache(maxsize=64)
@@ -62,6 +64,7 @@ def score_flags(inputs: Inputs, options: Options) -> dict[str, Any]:
         "HAS_TEMPERATURE": inputs.temperature is not None,
         "CAPPED": options.softcap is not None,
         "GUMBEL": 2 if inputs.seeds is not None else 1 if options.seed is not None else 0,
+        "FLOOR": inputs.floor is not None,
         "ALIGNED": options.vocab_start % 4 == 0,
         "PRECISION": _precision(inputs.hidden.dtype),
     }
@@ -75,9 +78,9 @@ def _precision(dtype: torch.dtype) -> str:
 
 def score_scalars(options: Options) -> tuple[int, float, float, float]:
     """seed, scale, softcap, 1 / temperature, as `numerics.scores` wants them."""
-    cap = options.softcap
-    scale = options.logit_scale if cap is None else options.logit_scale / cap
-    return options.seed or 0, scale, cap or 0.0, 1.0 / options.temperature
+    cap, before = options.softcap, options.logit_temperature
+    scale = options.logit_scale / before if cap is None else options.logit_scale / cap
+    return options.seed or 0, scale, (cap or 0.0) / before, 1.0 / options.temperature
 
 
 def bias_stride(inputs: Inputs) -> int:

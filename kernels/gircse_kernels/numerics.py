@@ -5,6 +5,7 @@ Row by row, with `x = h . w_v + bias_v` accumulated in float32::
     score_v = (softcap * tanh(x * logit_scale / softcap) + gumbel(seed, v)) / temperature        with soft-cap
     score_v = (x * logit_scale                           + gumbel(seed, v)) / temperature        without
 
+With a floor, an entry whose score without noise lies below its row's is removed: its score is -inf.
 The launcher folds the scalars: `scale` is logit_scale, or logit_scale / softcap.
 """
 
@@ -90,6 +91,14 @@ def row_seeds(seed_ptr, rows, seed, in_range, GUMBEL: tl.constexpr):
 
 
 @triton.jit
+def row_floors(floor_ptr, rows, in_range, FLOOR: tl.constexpr):
+    """The lowest score that each row keeps, [BLOCK_T]; not read without FLOOR."""
+    if FLOOR:
+        return tl.load(floor_ptr + rows, mask=in_range, other=0.0)
+    return tl.zeros_like(rows).to(tl.float32)
+
+
+@triton.jit
 def scores(
     dot,  # [BLOCK_T, BLOCK_V] float32, h . w
     bias_ptr,
@@ -99,11 +108,13 @@ def scores(
     stride_bias,
     inverse_temperature,  # [BLOCK_T]
     seed,  # [BLOCK_T] int64
+    floor,  # [BLOCK_T]
     scale,
     softcap,
     HAS_BIAS: tl.constexpr,
     CAPPED: tl.constexpr,
     GUMBEL: tl.constexpr,
+    FLOOR: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -117,8 +128,12 @@ def scores(
     else:
         score = dot * (scale * inverse_temperature)[:, None]
         capped = score
+    if FLOOR:
+        kept = score >= floor[:, None]  # what is kept does not depend on the noise
     if GUMBEL != 0:
         score += gumbel_noise(seed, vocab + vocab_start, ALIGNED, BLOCK_T, BLOCK_V) * inverse_temperature[:, None]
+    if FLOOR:
+        score = tl.where(kept, score, float("-inf"))
     return score, capped
 
 

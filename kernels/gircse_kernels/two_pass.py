@@ -18,7 +18,7 @@ The chunk's P [T, C], in the input's dtype, is all that exists of [T, V]. Traffi
 import triton
 import triton.language as tl
 
-from .numerics import LOG_FLOOR, LOWEST, dot, row_factors, row_seeds, scores, tile_softmax
+from .numerics import LOG_FLOOR, LOWEST, dot, row_factors, row_floors, row_seeds, scores, tile_softmax
 
 
 @triton.jit
@@ -71,6 +71,7 @@ def score_kernel(
     bias_ptr,  # [V]
     temperature_ptr,  # [T]
     seed_ptr,  # [T]
+    floor_ptr,  # [T]
     prob_ptr,  # [T, C] input dtype, out; with RAW: the scores themselves, float32
     tile_peak_ptr,  # [tiles, T] float32, out; the same for total, moment, argmax
     tile_total_ptr,
@@ -96,6 +97,7 @@ def score_kernel(
     HAS_TEMPERATURE: tl.constexpr,
     CAPPED: tl.constexpr,
     GUMBEL: tl.constexpr,
+    FLOOR: tl.constexpr,
     ALIGNED: tl.constexpr,
     STATS: tl.constexpr,
     RAW: tl.constexpr,
@@ -117,9 +119,10 @@ def score_kernel(
     )  # fmt: skip
     inverse = row_factors(temperature_ptr, rows, inverse_temperature, m_rows, HAS_TEMPERATURE)
     seeds = row_seeds(seed_ptr, rows, seed, m_rows, GUMBEL)
+    floors = row_floors(floor_ptr, rows, m_rows, FLOOR)
     score, _ = scores(
-        product, bias_ptr, vocab, vocab_start, num_vocab, stride_bias, inverse, seeds, scale, softcap,
-        HAS_BIAS, CAPPED, GUMBEL, ALIGNED, BLOCK_T, BLOCK_V,
+        product, bias_ptr, vocab, vocab_start, num_vocab, stride_bias, inverse, seeds, floors, scale, softcap,
+        HAS_BIAS, CAPPED, GUMBEL, FLOOR, ALIGNED, BLOCK_T, BLOCK_V,
     )  # fmt: skip
     p_prob = prob_ptr + rows.to(tl.int64)[:, None] * stride_prob + column[None, :]
     inside = m_rows[:, None] & m_vocab[None, :]

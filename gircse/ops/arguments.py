@@ -1,0 +1,67 @@
+"""Checks of arguments that the ops over a vocabulary share. Errors say what came and what was expected."""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_floating(name: str, value: object) -> None:
+    """``value`` must be an ordinary tensor of a dtype that the backends compute."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+    if type(value) is not Tensor and type(value).__name__ == "DTensor":
+        raise TypeError(
+            f"{name}: got a DTensor with placements {value.placements}, expected a plain tensor: "  # type: ignore[attr-defined]
+            "use it inside the forward of the module that FSDP shards, or pass .full_tensor(), or this rank's rows of "
+            "the matrices with vocab_parallel="
+        )
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+
+
+def check_number(name: str, value: object, *, positive: bool = False) -> float:
+    """``value`` must be a finite real number, above 0 if ``positive``."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
+    number = float(value)
+    if not -math.inf < number < math.inf or (positive and number <= 0):  # math.isfinite cannot be compiled
+        raise ValueError(f"{name}: got {value}, expected a finite number{' above 0' if positive else ''}")
+    return number
+
+
+def check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.dtype != other.dtype:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected {other.dtype}, the dtype of {other_name}")
+    if value.device != other.device:
+        raise ValueError(f"{name}: got device {value.device}, expected {other.device}, the device of {other_name}")
+
+
+def has_no_values(tensor: Tensor) -> bool:
+    """Whether the tensor stands for values not yet known: compilation, fake tensors, functional transforms."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+    )
+
+
+def check_rows(name: str, value: Tensor, hidden: Tensor) -> None:
+    """One value for each row of hidden, or something that broadcasts to it."""
+    if value.device != hidden.device:
+        raise ValueError(f"{name}: got device {value.device}, expected {hidden.device}, the device of hidden")
+    leading = hidden.shape[:-1]
+    try:
+        fits = torch.broadcast_shapes(value.shape, leading) == leading
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{name}: got shape {tuple(value.shape)}, expected one broadcastable to {tuple(leading)}, "
+            "the leading dimensions of hidden"
+        )

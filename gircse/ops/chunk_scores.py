@@ -1,0 +1,54 @@
+"""Scores of a tile of rows against a chunk of the vocabulary, as tensors, from either backend.
+
+For what looks at scores themselves, not at the soft token that they make: `top_tokens`, and the rules that truncate.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .backends import kernels
+from .soft_embed_torch import Inputs, Options, Scorer
+from .tiles_torch import ChunkReader
+
+
+class TorchScores:
+    """Chunks come in order, and each is read once; at most ``size`` vocabulary rows."""
+
+    def __init__(self, inputs: Inputs, options: Options, size: int) -> None:
+        self.scorer = Scorer(inputs, options)
+        self.read = ChunkReader(inputs.head, self.scorer.dtype, size)
+        self.vocab, self.chunk = slice(0, 0), inputs.head[:0]
+
+    def __call__(self, rows: slice, vocab: slice) -> Tensor:
+        """[R, C] in the accumulation dtype; the caller may overwrite it."""
+        if vocab != self.vocab:
+            self.vocab, self.chunk = vocab, self.read(vocab)
+        return self.scorer(rows, vocab, self.chunk)[0]
+
+
+class TritonScores:
+    """The same by the kernel of the two-pass forward."""
+
+    def __init__(self, inputs: Inputs, options: Options, size: int) -> None:
+        self.inputs, self.options = inputs, options
+
+    def __call__(self, rows: slice, vocab: slice) -> Tensor:
+        temperature = None if self.inputs.temperature is None else self.inputs.temperature[rows]
+        part = self.inputs._replace(hidden=self.inputs.hidden[rows], temperature=temperature)
+        return kernels().chunk_scores(part, self.options, vocab.start, vocab.stop - vocab.start)
+
+
+def chunk_scores(inputs: Inputs, options: Options, size: int, backend: str) -> TorchScores | TritonScores:
+    """A function of rows and vocabulary entries, both slices; no noise."""
+    return (TritonScores if backend == "triton" else TorchScores)(inputs, options, size)
+
+
+def ordered_bits(scores: Tensor) -> Tensor:
+    """Integers of the same width that order like the scores: int32 for float32, int64 for float64."""
+    # A float's bits order like an integer once the magnitude bits of negative numbers are flipped; adding 0 turns -0.0
+    # into 0.0.
+    integer = torch.int64 if scores.dtype == torch.float64 else torch.int32
+    bits = (scores + 0.0).view(integer)
+    return torch.where(bits < 0, bits ^ torch.iinfo(integer).max, bits)

@@ -1,0 +1,242 @@
+"""Truncated soft tokens: what `top_k`, `top_p` and `min_p` keep of each row, as one lowest score, its *floor*.
+
+The rules and their order are those of transformers' generation (temperature, then top-k, top-p, min-p), each on what
+the ones before it kept; noise comes after all of them. With s the scores of a row and P its softmax::
+
+    top_k   s_v >= the k-th largest score                         ties with it stay: more than k may be kept
+    top_p   the probability strictly above s_v, among what top_k kept and relative to it, is below top_p
+    min_p   P_v >= min_p * max P
+
+Each keeps the highest scores, so together they keep ``{v: s_v >= threshold}``, where the threshold is a score. Entries
+of one score stay or go together, whatever their order (a sort, as in transformers, cuts through a tie that straddles
+top_p). The floor lies halfway between the threshold and the next lower score, because other passes compute the same
+score with other roundings; scores that differ by no more than that may fall on either side of it.
+
+A block of rows is scored against the whole vocabulary, in memory that does not grow with the rows, and the thresholds
+are found by bisection over the bits of a float: sums and comparisons, no sort, nothing that waits for the device.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .arguments import check_number, check_rows, has_no_values
+from .backends import resolve_backend
+from .chunk_scores import chunk_scores, ordered_bits
+from .soft_embed_op import eager, fold, loop, no_autocast, unfold
+from .soft_embed_torch import Inputs, Options
+from .tiles_torch import WORKSPACE_BYTES, accumulation_dtype, slices, tiling
+from .vocab_parallel import find_group
+
+# Floats of a score's size that a block of rows holds of each score: it, its bits, its weight, two temporaries.
+_COPIES = 5
+# The highest score is kept even where a second one follows within rounding: the floor stays this many units of the
+# larger scores below it, where scores lower than 32 below the highest do not count (a mask of -1e30, say).
+_MARGIN, _DEPTH = 32, 32.0
+
+
+class Truncation(NamedTuple):
+    """The rules, one value for each row, [T]; None: no such rule."""
+
+    top_k: Tensor | None = None  # int64, >= 1
+    top_p: Tensor | None = None  # floating point, in (0, 1]
+    min_p: Tensor | None = None  # floating point, in [0, 1]
+
+
+def check_truncation(hidden: Tensor, top_k: object, top_p: object, min_p: object) -> Truncation | None:
+    """The rules for the rows of hidden [..., D], checked; None where nothing is removed.
+
+    Raises:
+        TypeError, ValueError: by the argument's name.
+    """
+    if top_k is None and top_p is None and min_p is None:
+        return None
+    rules = Truncation(
+        _rule("top_k", top_k, hidden, "at least 1"),
+        _rule("top_p", top_p, hidden, "above 0 and at most 1"),
+        _rule("min_p", min_p, hidden, "between 0 and 1"),
+    )
+    return rules
+
+
+def _rule(name: str, value: object, hidden: Tensor, expected: str) -> Tensor | None:
+    if value is None:
+        return None
+    leading, whole = hidden.shape[:-1], name == "top_k"
+    if isinstance(value, Tensor):
+        if whole and (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool):
+            raise TypeError(f"{name}: got dtype {value.dtype}, expected an integer one")
+        if not whole and not value.is_floating_point():
+            raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating-point one")
+        check_rows(name, value, hidden)
+        if value.device.type == "cpu" and not has_no_values(value) and value.numel():
+            for bound in (value.min().item(), value.max().item()):
+                _check_range(name, bound, expected)
+        value = value.detach().to(torch.int64 if whole else accumulation_dtype(hidden.dtype))
+        return value.broadcast_to(leading).reshape(-1).contiguous()
+    if whole:
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected an int or an integer tensor")
+        number: Any = int(value)
+    else:
+        number = check_number(name, value)
+    _check_range(name, number, expected)
+    dtype = torch.int64 if whole else accumulation_dtype(hidden.dtype)
+    return torch.full((leading.numel(),), number, dtype=dtype, device=hidden.device)
+
+
+def _check_range(name: str, value: float, expected: str) -> None:
+    fits = value >= 1 if name == "top_k" else 0 <= value <= 1 and (name == "min_p" or value > 0)
+    if not fits:  # not a number included
+        raise ValueError(f"{name}: got {value}, expected {expected}")
+
+
+def row_floors(
+    inputs: Inputs, options: Options, rules: Truncation, *, group: str | None = None, backend: str | None = None
+) -> Tensor:
+    """The lowest score that each row keeps, [T] in the accumulation dtype; not differentiable.
+
+    Args:
+        inputs, options: what defines the scores; their noise is ignored.
+        group: name of the process group over whose ranks the vocabulary is divided.
+    """
+    inputs = Inputs(*(None if t is None else t.detach() for t in inputs))._replace(embed=None, seeds=None, floor=None)  # type: ignore[arg-type]
+    options = options._replace(seed=None)
+    tensors = (inputs.hidden, inputs.head, inputs.bias, inputs.temperature, *rules)
+    scalars = (options.temperature, options.softcap, options.logit_scale, options.logit_temperature, group, backend)
+    if eager(tensors, backend):
+        return _row_floors(tensors, scalars)
+    return _floor_op(*tensors, *scalars)
+
+
+def _row_floors(tensors: Sequence[Tensor | None], scalars: Sequence[Any]) -> Tensor:
+    hidden, head, bias, temperature = tensors[:4]
+    assert hidden is not None
+    assert head is not None
+    rules = Truncation(*tensors[4:])
+    number, softcap, logit_scale, logit_temperature, name, backend = scalars
+    inputs = Inputs(hidden, head, bias=bias, temperature=temperature)
+    options = Options(number, softcap, logit_scale, logit_temperature=logit_temperature)
+    across = _Across(None if name is None else find_group(name))
+    (num_rows, width), num_vocab, dtype = hidden.shape, head.shape[0], accumulation_dtype(hidden.dtype)
+    floors = torch.empty(num_rows, dtype=dtype, device=hidden.device)
+    # Half of the workspace for the block, the other half for the matrix's chunks.
+    largest = across.largest(num_vocab, hidden.device)
+    block = max(1, min(num_rows, WORKSPACE_BYTES // 2 // (_COPIES * dtype.itemsize * largest)))
+    _, size = tiling(block, num_vocab, tiles=1, per_vocab=2 * width, per_row=0, itemsize=dtype.itemsize)
+    with no_autocast(hidden.device.type):
+        score = chunk_scores(inputs, options, size, resolve_backend(backend, hidden))
+        for rows in slices(num_rows, block):
+            scores = torch.empty((rows.stop - rows.start, num_vocab), dtype=dtype, device=hidden.device)
+            for vocab in slices(num_vocab, size):
+                scores[:, vocab] = score(rows, vocab)
+            part = Truncation(*(None if rule is None else rule[rows, None] for rule in rules))
+            floors[rows] = _floor(scores, part, across)[:, 0]
+    return floors
+
+
+def _floor(scores: Tensor, rules: Truncation, across: _Across) -> Tensor:
+    """[R, 1] from scores [R, V]."""
+    lowest = torch.finfo(scores.dtype).min
+    peak = across.max(scores.amax(1, keepdim=True)).clamp_min(lowest)
+    keys = ordered_bits(scores)
+    threshold = torch.full_like(peak, torch.iinfo(keys.dtype).min, dtype=keys.dtype)
+    if rules.top_k is not None:
+        threshold = _highest(keys, lambda above: across.sum(above.sum(1, keepdim=True)), rules.top_k)
+    if rules.top_p is not None:
+        weights = (scores - peak).exp_().masked_fill_(keys < threshold, 0.0)
+        total = across.sum(weights.sum(1, keepdim=True))
+        threshold = torch.maximum(
+            threshold,
+            _highest(
+                keys,
+                lambda above: across.sum(torch.where(above, weights, 0.0).sum(1, keepdim=True)),
+                total * rules.top_p,
+            ),
+        )
+    if rules.min_p is not None:
+        threshold = torch.maximum(threshold, ordered_bits(peak + rules.min_p.log()))
+    kept = keys >= threshold
+    last = across.min(torch.where(kept, scores, torch.inf).amin(1, keepdim=True))
+    following = across.max(torch.where(kept, -torch.inf, scores).amax(1, keepdim=True))
+    # where nothing is removed there is no following score, and -inf keeps everything
+    floor = last / 2 + following / 2
+    size = across.max(scores.abs_().amax(1, keepdim=True)).minimum(peak.abs() + _DEPTH)
+    return torch.minimum(floor, peak - _MARGIN * torch.finfo(scores.dtype).eps * size)
+
+
+def _highest(keys: Tensor, measure: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
+    """The highest integer x [R, 1] for which `measure(keys >= x)` [R, 1] reaches the target, the lowest if none does.
+
+    Bit by bit, from the sign's on.
+    """
+    info = torch.iinfo(keys.dtype)
+    found = torch.full_like(keys[:, :1], info.min)
+    for bit in range(info.bits - 1, -1, -1):
+        candidate = torch.zeros_like(found) if bit == info.bits - 1 else found + (1 << bit)
+        found = torch.where(measure(keys >= candidate) >= target, candidate, found)
+    return found
+
+
+class _Across:
+    """Reductions over the shards of a vocabulary, in place; without a group nothing."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def _reduce(self, tensor: Tensor, how: Any) -> Tensor:
+        if self.group is not None:
+            dist.all_reduce(tensor, how, group=self.group)
+        return tensor
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return self._reduce(tensor, dist.ReduceOp.SUM) if self.group is not None else tensor
+
+    def max(self, tensor: Tensor) -> Tensor:
+        return self._reduce(tensor, dist.ReduceOp.MAX) if self.group is not None else tensor
+
+    def min(self, tensor: Tensor) -> Tensor:
+        return self._reduce(tensor, dist.ReduceOp.MIN) if self.group is not None else tensor
+
+    def largest(self, size: int, device: torch.device) -> int:
+        """Blocks must be the same on every rank, whatever the size of its shard. Waits for the device."""
+        return size if self.group is None else int(self.max(torch.tensor([size], device=device)).item())
+
+
+_SCHEMA = (
+    "(Tensor hidden, Tensor head, Tensor? bias, Tensor? temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, "
+    "float scalar_temperature, float? softcap, float logit_scale, float logit_temperature, str? group, str? backend) "
+    "-> Tensor"
+)
+_NUM_TENSORS = 7
+
+
+@torch.library.custom_op("gircse::soft_embed_floor", mutates_args=(), schema=_SCHEMA)
+def _floor_op(*arguments: Any) -> Tensor:
+    return _row_floors(arguments[:_NUM_TENSORS], arguments[_NUM_TENSORS:])
+
+
+@_floor_op.register_fake
+def _(*arguments: Any) -> Tensor:
+    hidden = arguments[0]
+    return hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
+
+
+@_floor_op.register_vmap
+def _(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
+    tensors, scalars = arguments[:_NUM_TENSORS], arguments[_NUM_TENSORS:]
+    if in_dims[1] is not None or in_dims[2] is not None:  # a batch of matrices
+        (stacked,), (dim,) = loop(lambda *a: (_floor_op(*a),), info.batch_size, in_dims, arguments)
+        return stacked, dim
+    folded = [
+        tensor if i in (1, 2) else fold(tensor, dim, info.batch_size)
+        for i, (tensor, dim) in enumerate(zip(tensors, in_dims, strict=False))
+    ]
+    (result,), (dim,) = unfold((_floor_op(*folded, *scalars),), info.batch_size)
+    return result, dim

@@ -1,0 +1,85 @@
+"""This folder as a repository of Hugging Face's Kernel Hub.
+
+    python -m gircse_kernels.hub_layout FOLDER
+
+writes, from a checkout::
+
+    build.toml, torch-ext/gircse_kernels/, tests/     what `kernel-builder` builds from
+    build/torch-cpu/, build/torch-cuda/               what `kernels.get_kernel` and `get_local_kernel` load
+
+The kernels are Python and Triton alone, so a build is a copy beside a `metadata.json`, the same for every version of
+Python, PyTorch and CUDA ("noarch", once called universal). All imports here are relative: the hub loads a kernel under
+a name of its own, several versions side by side. Needs Python 3.11 or newer, for its TOML reader.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).resolve().parent
+SHIPPED = ("*.py", "*.json", "py.typed")
+
+
+def write(folder: Path) -> list[Path]:
+    """The repository in `folder`, which is new or empty; returns the build variants.
+
+    Raises:
+        FileExistsError: the folder holds something. FileNotFoundError: this is no checkout, there is no build.toml.
+    """
+    config = PACKAGE.parent / "build.toml"
+    general = _general(config)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"folder: got {folder}, which is not empty, expected a new one")
+    name = general["name"].replace("-", "_")
+    files = sorted(path for pattern in SHIPPED for path in PACKAGE.glob(pattern))
+    _copy(files, folder / "torch-ext" / name)
+    shutil.copy2(config, folder / "build.toml")
+    _copy(sorted((PACKAGE.parent / "tests").glob("*.py")), folder / "tests")
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
+    variants = []
+    for backend in general["backends"]:
+        variant = folder / "build" / f"torch-{backend}"
+        _copy(files, variant)
+        metadata = {
+            "name": general["name"],
+            "id": f"_{name}_{backend}_{digest}",  # of this content, under which it is imported
+            "version": general["version"],
+            "license": general["license"],
+            "python-depends": [],
+            "backend": {"type": backend},
+        }
+        (variant / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+        variants.append(variant)
+    return variants
+
+
+def _general(config: Path) -> dict[str, Any]:
+    import tomllib
+
+    if not config.is_file():
+        raise FileNotFoundError(f"{config}: not found, expected a checkout of the repository")
+    return tomllib.loads(config.read_text(encoding="utf-8"))["general"]
+
+
+def _copy(files: list[Path], folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for path in files:
+        shutil.copy2(path, folder / path.name)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="a new folder")
+    for variant in write(parser.parse_args().folder):
+        print(variant)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""The floor in every kernel: several tiles, splits and blocks of rows, whole tiles removed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gircse.ops import soft_embed
+from gircse.ops.reference import soft_embed_reference
+from tests.kernels.small_plans import small_plans
+from tests.kernels.test_soft_embed import PASSES_AND_DTYPES
+from tests.ops.accuracy import random_inputs, run
+
+ROOT = Path(__file__).resolve().parents[2]
+RULES: dict[str, dict[str, Any]] = {
+    "few": {"top_k": 3},
+    "many": {"top_p": 0.95, "min_p": 1e-4},
+    "rows": {"top_k": torch.arange(1, 31) ** 2, "temperature": 0.5, "softcap": 4.0},
+}
+NOISE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "one": {"gumbel_seed": 7},
+    "rows": {"gumbel_seed": torch.arange(30), "gumbel_temperature": 0.4},
+}
+
+
+@pytest.mark.usefixtures("interpreter")
+@PASSES_AND_DTYPES
+@pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE.keys())
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES.keys())
+def test_against_float64(one_pass: bool, dtype: torch.dtype, noise: dict[str, Any], rules: dict[str, Any]) -> None:
+    tensors = random_inputs((30,), 107, 27, bias=True, dtype=dtype)
+    with small_plans(one_pass):
+        ours = run(soft_embed, tensors, dtype, True, {**rules, **noise, "backend": "triton"})
+    truth = run(soft_embed_reference, tensors, torch.float64, True, {**rules, **noise})
+    for name, exact in truth.items():
+        assert not ours[name].isnan().any(), name
+        statistic = name in ("lse", "entropy", "max_prob", "argmax")
+        tolerance = 5e-5 if dtype == torch.float32 or statistic else 0.03
+        assert (ours[name].double() - exact).abs().max() <= tolerance * (exact.abs().max() + 1), name
+
+
+SCRIPT = """
+import json, sys
+from gircse_kernels.compile_report import Case, is_good, report
+from gircse_kernels.plan import Problem
+tied, untied = Problem(16, 50304, 896, 896, True, 2), Problem(64, 50304, 1024, 1024, False, 2)
+cases = [
+    Case("one pass", tied, "bfloat16", "", True, noise=True, floor=True),
+    Case("two passes", untied, "bfloat16", "", True, floor=True),
+    Case("backward", tied, "bfloat16", "hidden", False, floor=True),
+]
+entries = report(cases, [80, 90], jobs=1)
+print(json.dumps([{**e, "good": is_good(e)} for e in entries]))
+"""
+
+
+def test_kernels_with_a_floor_compile_without_spills() -> None:
+    """Some of the table's entries; `compile_report --floor` compiles all of them."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels"), "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    entries = json.loads(done.stdout)
+    assert {"one_pass_kernel", "score_kernel", "score_grad_kernel"} <= {entry["kernel"] for entry in entries}
+    assert [entry for entry in entries if not entry["good"]] == []
