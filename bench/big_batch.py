@@ -61,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = _record(options, points)
     print(table(_COLUMNS, points))
     print(
-        f"\nstep time: {record['time_ratio']:.3f} x one-shot micro-batches ({record['cpu_time_ratio']:.3f} x in CPU time, "
-        f"which other processes disturb less); peak memory "
+        f"\nstep time: {record['time_ratio']:.3f} x one-shot micro-batches, CPU time (which other processes disturb "
+        f"less) {record['cpu_time_ratio']:.3f} x; peak memory "
         f"{record['peak_bytes'] / 1e9:.2f} GB; cached gradient differs by {record['difference']:.1e}"
     )
     save(record, options.out)
