@@ -63,8 +63,8 @@ def compare_in(ranks: Ranks, rows: int, sharded: bool, dtype: torch.dtype, toler
     model = adapted(config(), dtype)
     loss, losses, _ = contrastive_backward(model, whole, config(), num_steps=NUM_STEPS)
     expected = gradients(model)
-    # in one piece; by gradient caching, with other numbers of passes in each process; with activation checkpointing
-    for options in ({}, {"micro_batch_tokens": 60}, {"gradient_checkpointing": True, "micro_batch_tokens": 90}):
+    # in one piece; by gradient caching, with other numbers of passes in each process, and activation checkpointing
+    for options in ({}, {"gradient_checkpointing": True, "micro_batch_tokens": 60}):
         settings = config(fsdp=sharded, **options)
         model = adapted(settings, dtype, ranks=ranks)
         own = share_of(whole, ranks.share(rows))
@@ -80,7 +80,7 @@ def compare_in(ranks: Ranks, rows: int, sharded: bool, dtype: torch.dtype, toler
             assert kept < 0.6 * sum(p.numel() for p in base)
 
 
-@pytest.mark.parametrize(("size", "rows"), [(2, 6), (2, 5), (4, 6)])
+@pytest.mark.parametrize(("size", "rows"), [(2, 5), (4, 6)])
 def test_the_same_as_one_process_with_the_whole_batch(size, rows):
     in_processes(size, compare, rows, False)
 
@@ -240,7 +240,7 @@ def test_a_rank_that_dies_ends_the_job_with_one_message(job, tmp_path):
 
 
 def test_a_rank_that_hangs_ends_the_job_with_one_message(job, tmp_path):
-    processes = start(job, tmp_path / "run", 2, "--max-steps", "100000", "--rank-timeout", "8")
+    processes = start(job, tmp_path / "run", 2, "--max-steps", "100000", "--rank-timeout", "6")
     wait_for_lines(tmp_path / "run", 3)
     os.kill(processes[1].pid, signal.SIGSTOP)
     try:
