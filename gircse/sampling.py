@@ -55,7 +55,7 @@ class BatchSampler:
     exactly.
 
     Every epoch is a new permutation of all rows; the rows left over at its end (fewer than a batch) are dropped. The
-    permutation of the epoch at hand is kept, 8 bytes a row (at most 24 more while it is made), so that 10^8 rows still
+    permutation of the epoch at hand is kept, 8 bytes a row (at most 16 more while it is made), so that 10^8 rows still
     fit. Raises ValueError if there are fewer rows than one batch needs.
     """
 
