@@ -55,8 +55,8 @@ class BatchSampler:
     exactly.
 
     Every epoch is a new permutation of all rows; the rows left over at its end (fewer than a batch) are dropped. The
-    permutation of the epoch at hand is kept, 8 bytes a row (16 more while it is made): 10^8 rows are 0.8 GB.
-    Raises ValueError if there are fewer rows than one batch needs.
+    permutation of the epoch at hand is kept, 8 bytes a row (at most 16 more while it is made), so that 10^8 rows still
+    fit. Raises ValueError if there are fewer rows than one batch needs.
     """
 
     def __init__(self, num_rows: int, batch_size: int, *, seed: int = 0) -> None:

@@ -99,7 +99,7 @@ class JsonlSource:
                 numbers.append(number)
                 digest.update(content.strip() + b"\n")
         if not plain:
-            self._unpack(None)
+            self._unpack(b"", flush=True)
         problems.check()
         if not starts:
             raise DataError([f"{path}: no rows in it"])
@@ -120,9 +120,11 @@ class JsonlSource:
     def place(self, index: int) -> str:
         return f"{self.name}:{index + 1 if self._numbers is None else self._numbers[index]}"
 
-    def _unpack(self, content: bytes | None) -> None:
+    def _unpack(self, content: bytes, flush: bool = False) -> None:
         try:
-            self._file.flush() if content is None else self._file.write(content)
+            self._file.write(content)
+            if flush:
+                self._file.flush()
         except OSError as error:
             where = tempfile.gettempdir()
             raise DataError(

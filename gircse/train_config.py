@@ -228,9 +228,9 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             raise ValueError(f"{name}: got {value!r}, expected a list, each {_KINDS[item]}")
         return tuple(_typed(f"{name}[{i}]", part, item) for i, part in enumerate(value))
     kinds = get_args(hint) or (hint,)
-    if type(value) in kinds:
+    if isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)):
         return value
-    if type(value) is int and float in kinds:
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     expected = " or ".join(_KINDS[kind] for kind in kinds if kind in _KINDS)
     raise ValueError(f"{name}: got {value!r}, expected {expected}")

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import asdict, fields, replace
 
+import numpy as np
 import pytest
 
 from gircse.config import GircseConfig
@@ -55,6 +56,7 @@ def test_lists_and_whole_numbers_are_taken():
     config = TrainConfig(data=["a", "b"], weights=[2, 1], learning_rate=1)
     assert config == TrainConfig(data=("a", "b"), weights=(2.0, 1.0), learning_rate=1.0)
     assert isinstance(config.weights[0], float)
+    assert TrainConfig(learning_rate=np.float64(0.5)).learning_rate == 0.5
     assert hash(config) == hash(replace(config))
 
 
