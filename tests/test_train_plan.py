@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -178,56 +174,3 @@ def test_the_command(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
     assert main([*arguments, "--plan", "--gpu", "abacus"]) == 2
     assert "gpu: got 'abacus'" in capsys.readouterr().err
-
-
-_STEP = """
-import json, sys
-import torch
-from bench.shapes import SHAPES, random_model
-from bench.train_worker import peak, reset_peak
-from gircse import GIRCSE
-from gircse.data import Row
-from gircse.live_memory import Batch
-from gircse.train import train
-from gircse.train_config import TrainConfig
-from gircse.traced_model import TracedModel
-from gircse.train_plan import info_nce_bytes
-from tests.tiny_models import tiny_model, tiny_tokenizer
-
-out, checkpointing = sys.argv[1], sys.argv[2] == "True"
-rows = [Row("retrieve it", "q" * 200, ("p" * 200,), ("n" * 200,))] * 8
-options = dict(max_steps=2, progress=False, device="cpu")
-train(  # whatever is imported or built once
-    TrainConfig(output=out + "/warm", num_steps=1, batch_size=2, query_max_length=8, passage_max_length=8, **options),
-    rows=rows, model=GIRCSE(tiny_model("llama"), tiny_tokenizer()),
-)
-config = TrainConfig(
-    output=out + "/run", num_steps=3, batch_size=4, query_max_length=96, passage_max_length=96, dtype="float32",
-    gradient_checkpointing=checkpointing, **options
-)
-shape = SHAPES["smollm2-135m"].config(6)
-shape.vocab_size = 8192
-model = GIRCSE(random_model(shape, dtype=torch.float32, device="cpu"), tiny_tokenizer())
-before = reset_peak(torch.device("cpu"))
-train(config, rows=rows, model=model)
-measured = peak(torch.device("cpu")) - before
-traced = TracedModel.of(config, shape)
-lora = sum(p.nbytes for p in traced.base.parameters() if p.requires_grad)
-loss = info_nce_bytes(4, 1, 3, 576)
-found = traced.memory([Batch(4, 96), Batch(8, 96)], 3, cuda=False, loss_bytes=loss)
-print(json.dumps({"measured": measured, "predicted": found.peak + 4 * lora}))
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_peak_of_a_process_that_trains(tmp_path, checkpointing):
-    """Resident memory of two real steps, optimizer and all, above what was there before."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _STEP, str(tmp_path), str(checkpointing)],
-        capture_output=True, text=True, check=False, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    assert found["predicted"] == pytest.approx(found["measured"], rel=0.15)
