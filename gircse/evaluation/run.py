@@ -121,7 +121,8 @@ def _evaluate_task(
         stale = set()
     else:
         stale = {k for k in steps if overwrite or not _is_current(cache, task, encoders[k])}
-    if stale:
+    ours = bool(stale) and not task.data_loaded
+    if ours:
         _load(task)
     # A task draws its samples from generators of its own: every K gets the same ones, and those of a run by itself.
     generators = copy.deepcopy((task.rng_state, task.np_rng))
@@ -143,10 +144,10 @@ def _evaluate_task(
         result = cache.load_task_result(task.metadata.name, encoders[k].mteb_model_meta, raise_if_not_found=True)
         assert result is not None
         scores[k] = float(result.get_score())  # of the file, which has six digits: the same in the next run
-    if stale:
+    if ours:
         task.unload_data()
-        assert encoder.store is not None
-        encoder.store.clear()
+    assert encoder.store is not None
+    encoder.store.clear()
     return TaskScores(task.metadata.name, task.metadata.type, task.metadata.main_score, scores)
 
 
