@@ -27,7 +27,7 @@ from gircse.sentence_transformers import modeling_gircse
 _CITATION = """
 @inproceedings{tsai2026gircse,
     title = {Let LLMs Speak Embedding Languages: Generative Text Embeddings via Iterative Contrastive Refinement},
-    author = {Tsai, Yu-Che and others},
+    author = {Tsai and others},
     booktitle = {International Conference on Learning Representations},
     year = {2026},
     eprint = {2509.24291},

@@ -79,6 +79,21 @@ def test_checkpointing_is_refused():
         module(module.preprocess(TEXTS))
 
 
+@pytest.mark.smollm2
+def test_a_real_model():
+    import gircse
+    from gircse.demo.smollm2 import smollm2_path
+
+    path = str(smollm2_path())
+    texts = ["who wrote the first dictionary?", "Soft tokens are mixtures of embeddings.", ""]
+    st = gircse.load(path, num_steps=3, dtype="float32", device="cpu", instruction=TASK)
+    ours = GIRCSE.from_pretrained(path, num_steps=3, dtype="float32", device="cpu").encode(texts, instruction=TASK)
+    plain = modeling_gircse.GIRCSEModule.load(path, model_kwargs={"dtype": "float32"})
+    alone = SentenceTransformer(modules=[plain], prompts=st.prompts, device="cpu")
+    np.testing.assert_allclose(st.encode_query(texts), ours, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(alone.encode_query(texts, num_steps=3), ours, atol=1e-5, rtol=0)
+
+
 LONELY = """
 import json, sys
 for name in ("gircse", "gircse_kernels"):
