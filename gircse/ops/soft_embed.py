@@ -142,11 +142,11 @@ def soft_embed(
         bias,
         row_temperature(temperature, leading),
     )
-    rules = check_truncation(hidden, top_k, top_p, min_p)
     if gumbel_seed is not None:
         seed, seeds = _check_seed(gumbel_seed, hidden)
         inputs, options = inputs._replace(seeds=seeds), options._replace(seed=seed)
-    if rules is not None:
+    if top_k is not None or top_p is not None or min_p is not None:
+        rules = check_truncation(hidden, top_k, top_p, min_p)
         inputs = inputs._replace(floor=row_floors(inputs, options, rules, group=group, backend=backend))
     if gumbel_temperature is not None:
         inputs, options = _relax(inputs, options, hidden, gumbel_temperature)

@@ -49,20 +49,17 @@ class Truncation(NamedTuple):
     min_p: Tensor | None = None  # floating point, in [0, 1]
 
 
-def check_truncation(hidden: Tensor, top_k: object, top_p: object, min_p: object) -> Truncation | None:
-    """The rules for the rows of hidden [..., D], checked; None where nothing is removed.
+def check_truncation(hidden: Tensor, top_k: object, top_p: object, min_p: object) -> Truncation:
+    """The rules for the rows of hidden [..., D], checked.
 
     Raises:
         TypeError, ValueError: by the argument's name.
     """
-    if top_k is None and top_p is None and min_p is None:
-        return None
-    rules = Truncation(
+    return Truncation(
         _rule("top_k", top_k, hidden, "at least 1"),
         _rule("top_p", top_p, hidden, "above 0 and at most 1"),
         _rule("min_p", min_p, hidden, "between 0 and 1"),
     )
-    return rules
 
 
 def _rule(name: str, value: object, hidden: Tensor, expected: str) -> Tensor | None:

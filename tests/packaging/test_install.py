@@ -108,4 +108,3 @@ def test_installed_in_an_environment_of_its_own(archives: tuple[Path, Path], tmp
     assert found["model"] == "gircse.model"
     version = run(str(scripts / "gircse"), "--version")
     assert version.split() == ["gircse", found["version"][0]]
-    assert run(str(scripts / "gircse"), "encode", "--help")
