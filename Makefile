@@ -1,6 +1,7 @@
 # make demo, make test: each builds .venv by itself on first use and again when what it depends on has changed.
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -26,8 +27,9 @@ $(VENV)/.test: $(VENV)/.base
 demo: $(VENV)/.base  ## train, evaluate and plot a real small model on text found on this machine (10 minutes)
 	$(BIN)/python -m gircse demo --output runs/demo
 
+# one thread a worker: two processes with two threads each on two cores spend their time waiting for each other
 test: $(VENV)/.test lint  ## lint, type-check and run the whole test suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
