@@ -240,7 +240,7 @@ def engine(suite: Suite, options: argparse.Namespace) -> list[dict[str, Any]]:
 def info_nce(suite: Suite, options: argparse.Namespace) -> None:
     """`bench/info_nce.py` in a process of its own."""
     arguments = ["--smoke"] if options.smoke else []
-    _script(suite, options, "info_nce", "info_nce.py", arguments, 5.0 if options.smoke else 40.0)
+    _script(suite, options, "info_nce", "info_nce.py", arguments, 5.0 if options.smoke else 75.0)
 
 
 def training_plan(suite: Suite, options: argparse.Namespace) -> None:
