@@ -7,8 +7,8 @@ All You Need", 2024): every text has a label under each of two criteria, and is 
   instruction the former must be nearer (cosine), under the second the latter.
 - Clusters: k-means under each instruction is compared with that criterion's labels (V-measure).
 
-A model that ignores instructions ranks a triplet one way under both: it is right on half of them, and never under
-both. That is what `both` counts.
+A model that ignores instructions ranks a triplet one way under both: its two shares add up to 1, and `both` is 0. One
+that the instruction merely shakes adds up to 1 as well, with `both` up to 1/4. Following shows in a sum above 1.
 """
 
 from __future__ import annotations
