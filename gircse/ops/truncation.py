@@ -187,19 +187,19 @@ class _Across:
     def __init__(self, group: Any) -> None:
         self.group = group
 
-    def _reduce(self, tensor: Tensor, how: Any) -> Tensor:
+    def _reduce(self, tensor: Tensor, how: str) -> Tensor:
         if self.group is not None:
-            dist.all_reduce(tensor, how, group=self.group)
+            dist.all_reduce(tensor, getattr(dist.ReduceOp, how), group=self.group)
         return tensor
 
     def sum(self, tensor: Tensor) -> Tensor:
-        return self._reduce(tensor, dist.ReduceOp.SUM) if self.group is not None else tensor
+        return self._reduce(tensor, "SUM")
 
     def max(self, tensor: Tensor) -> Tensor:
-        return self._reduce(tensor, dist.ReduceOp.MAX) if self.group is not None else tensor
+        return self._reduce(tensor, "MAX")
 
     def min(self, tensor: Tensor) -> Tensor:
-        return self._reduce(tensor, dist.ReduceOp.MIN) if self.group is not None else tensor
+        return self._reduce(tensor, "MIN")
 
     def largest(self, size: int, device: torch.device) -> int:
         """Blocks must be the same on every rank, whatever the size of its shard. Waits for the device."""

@@ -15,11 +15,13 @@ import torch
 from gircse.ops import soft_embed
 from gircse.ops.reference import soft_embed_reference
 from tests.kernels.small_plans import small_plans
-from tests.kernels.test_soft_embed import PASSES_AND_DTYPES
 from tests.ops.accuracy import random_inputs, run
 
 ROOT = Path(__file__).resolve().parents[2]
-ROWS = 25
+ROWS = 19
+ONE_AND_TWO_PASSES = pytest.mark.parametrize(
+    ("one_pass", "dtype"), [(True, torch.bfloat16), (False, torch.bfloat16), (False, torch.float32)], ids=str
+)
 CASES: dict[str, dict[str, Any]] = {
     "few": {"top_k": 3},
     "many": {"top_p": 0.95, "min_p": 1e-4, "gumbel_seed": 7},
@@ -34,7 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.usefixtures("interpreter")
-@PASSES_AND_DTYPES
+@ONE_AND_TWO_PASSES
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
 def test_against_float64(one_pass: bool, dtype: torch.dtype, options: dict[str, Any]) -> None:
     tensors = random_inputs((ROWS,), 107, 27, bias=True, dtype=dtype)
