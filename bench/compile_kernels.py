@@ -38,7 +38,12 @@ def main() -> int:
     options = parser.parse_args()
     variants: dict[str, Any] = {
         name: compile_report.report(cases(**flags), options.arch, options.jobs)
-        for name, flags in {"plain": {}, "options": {"options": True}, "noise": {"noise": True}}.items()
+        for name, flags in {
+            "plain": {},
+            "options": {"options": True},
+            "noise": {"noise": True},
+            "floor": {"floor": True},
+        }.items()
     }
     save({"benchmark": "kernels-compile", **variants, "provenance": provenance(torch.device("cpu"))}, options.out)
     for name, entries in variants.items():

@@ -108,8 +108,13 @@ def _inspect_batch(
     )
     tail = (1 - probabilities[..., :TAIL_TOKENS].sum(-1)).clamp_min(0) if vocabulary > TAIL_TOKENS else None
     _, stats = lm.soft_embed(speakers, temperature=temperature, return_stats=True)
-    embeddings = model.pool(states.steps)
-    before = torch.cat([states.prompt[:, None].to(embeddings.dtype), embeddings[:, :-1]], dim=1)
+    # the embedding after soft token k, and the one before it; without soft tokens it is the prompt's own state
+    if model.config.include_prompt_state:
+        pooled = model.pool(states.with_prompt)
+        embeddings, before = pooled[:, 1:], pooled[:, :-1]
+    else:
+        embeddings = model.pool(states.steps)
+        before = torch.cat([states.prompt[:, None].to(embeddings.dtype), embeddings[:, :-1]], dim=1)
     columns = {
         "entropy": stats.entropy,
         "max_probability": stats.max_prob,

@@ -86,13 +86,21 @@ class Engine:
             limits=self._limits,
         )
 
-    def states(self, rows: Sequence[Sequence[int]], num_steps: int, *, temperature: float = 1.0) -> Tensor:
+    def states(
+        self,
+        rows: Sequence[Sequence[int]],
+        num_steps: int,
+        *,
+        temperature: float = 1.0,
+        include_prompt: bool = False,
+    ) -> Tensor:
         """Rolls out every row.
 
         Args:
             rows: token ids of each prompt, at least one each; no padding.
             num_steps: K >= 0.
             temperature: logit temperature of the soft tokens.
+            include_prompt: the K states are h_0, g_1..g_{K-1}: the prompt's last one first, and a step less.
 
         Returns:
             [n, max(K, 1), D] in the model's dtype, on its device, in the order of `rows`: g_1..g_K, or with K = 0 the
@@ -104,7 +112,7 @@ class Engine:
         def keep(chosen: list[int], states: Tensor, counts: Tensor) -> None:
             found[torch.tensor(chosen, device=found.device)] = states
 
-        self.run(rows, num_steps, keep, temperature=temperature)
+        self.run(rows, num_steps, keep, temperature=temperature, include_prompt=include_prompt)
         return found
 
     def run(

@@ -57,12 +57,13 @@ class GIRCSEModule(InputModule):
         temperature: logit temperature of the soft tokens.
         prompt_template: how an instruction and a text become a prompt, see `format_prompt`.
         append_eos: append the end-of-sequence token to every prompt.
+        include_prompt_state: pool the prompt's last state as the first of the K.
         max_seq_length: tokens of a prompt, its instruction included; longer ones are cut at the end. None: no limit but
             the model's positions.
     """
 
     config_file_name = "gircse_config.json"
-    config_keys = ["num_steps", "pooling", "temperature", "prompt_template", "append_eos"]  # noqa: RUF012
+    config_keys = ["num_steps", "pooling", "temperature", "prompt_template", "append_eos", "include_prompt_state"]  # noqa: RUF012
     forward_kwargs = {"num_steps", "return_steps"}  # noqa: RUF012
     save_in_root = True
     tokenizer: Any
@@ -77,6 +78,7 @@ class GIRCSEModule(InputModule):
         temperature: float = 1.0,
         prompt_template: str = "Instruct: {instruction}\nQuery:{text}",
         append_eos: bool = False,
+        include_prompt_state: bool = False,
         max_seq_length: int | None = 512,
     ) -> None:
         super().__init__()
@@ -89,6 +91,7 @@ class GIRCSEModule(InputModule):
         self.temperature = temperature
         self.prompt_template = prompt_template
         self.append_eos = append_eos
+        self.include_prompt_state = include_prompt_state
         self.max_seq_length = max_seq_length
 
     @property
@@ -169,8 +172,9 @@ class GIRCSEModule(InputModule):
         return {**features, "step_embeddings": embeddings, "sentence_embedding": sentence}
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, num_steps: int) -> Tensor:
-        """The last hidden states at the generated positions: [B, N] token ids -> [B, K, D]; with K = 0 that of the last
-        token, [B, 1, D]. Differentiable."""
+        """The states that are pooled: [B, N] token ids -> [B, K, D], the last hidden states at the generated positions, or
+        with `include_prompt_state` that of the last token and K - 1 of these; with K = 0 that of the last token alone,
+        [B, 1, D]. Differentiable."""
         if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
             raise RuntimeError(
                 "gradient checkpointing switches off the transformers cache that this module generates on; "
@@ -188,7 +192,9 @@ class GIRCSEModule(InputModule):
             return output.last_hidden_state[:, -1]
 
         hidden, steps = last_state(input_ids=input_ids), []
-        for _ in range(num_steps):
+        if self.include_prompt_state and num_steps:
+            steps.append(hidden)
+        for _ in range(num_steps - len(steps)):
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             position = position[:, -1:] + 1
             hidden = last_state(inputs_embeds=soft_token(lm, hidden, self.temperature)[:, None])

@@ -56,6 +56,7 @@ class GIRCSEModule(modeling_gircse.GIRCSEModule):
     temperature = _of_the_model("temperature")
     prompt_template = _of_the_model("prompt_template")
     append_eos = _of_the_model("append_eos")
+    include_prompt_state = _of_the_model("include_prompt_state")
 
     def __init__(self, model: GIRCSE, *, max_seq_length: int | None = 512) -> None:
         if not isinstance(model, GIRCSE):
@@ -86,7 +87,9 @@ class GIRCSEModule(modeling_gircse.GIRCSEModule):
         real = attention_mask.bool().cpu()
         rows = [ids[mask].tolist() for ids, mask in zip(input_ids.cpu(), real, strict=True)]
         with self.model.inference() as engine:
-            return engine.states(rows, num_steps, temperature=self.temperature)
+            return engine.states(
+                rows, num_steps, temperature=self.temperature, include_prompt=self.include_prompt_state
+            )
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Writes what `GIRCSE.save_pretrained` writes (the adapter, or without one the whole model), the token limit
