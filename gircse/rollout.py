@@ -42,7 +42,8 @@ class RolloutObserver(Protocol):
         """Called where the "prompt" pass and the "steps" begin, in forward and again in backward."""
 
     def soft_token(self, step: int, entropy: Tensor) -> None:
-        """The entropies [B] of the soft tokens of step 0..K-1, in nats, without gradient."""
+        """The entropies [B] of the soft tokens of step 0..K-1, in nats, without gradient; in passes with autograd, of
+        which gradient caching makes one for each text."""
 
 
 def rollout(
@@ -78,7 +79,7 @@ def rollout(
         observer.enter("steps")
     with _no_checkpointing(lm.body):
         for t in range(num_steps):
-            if observer is None:
+            if observer is None or not torch.is_grad_enabled():
                 token = lm.soft_embed(hidden, temperature=temperature)
             else:
                 token, stats = lm.soft_embed(hidden, temperature=temperature, return_stats=True)
