@@ -172,9 +172,11 @@ class GIRCSEModule(InputModule):
         return {**features, "step_embeddings": embeddings, "sentence_embedding": sentence}
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, num_steps: int) -> Tensor:
-        """The states that are pooled: [B, N] token ids -> [B, K, D], the last hidden states at the generated positions, or
-        with `include_prompt_state` that of the last token and K - 1 of these; with K = 0 that of the last token alone,
-        [B, 1, D]. Differentiable."""
+        """The states that are pooled: [B, N] token ids -> [B, K, D], the last hidden states at the generated positions.
+
+        With `include_prompt_state` that of the last token and K - 1 of these; with K = 0 that of the last token alone,
+        [B, 1, D]. Differentiable.
+        """
         if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
             raise RuntimeError(
                 "gradient checkpointing switches off the transformers cache that this module generates on; "

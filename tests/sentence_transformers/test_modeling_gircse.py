@@ -24,7 +24,10 @@ TASK = "Sort by topic"
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_architecture(name):
-    for config in (GircseConfig(num_steps=4), GircseConfig(num_steps=3, pooling="weighted", append_eos=True, include_prompt_state=True)):
+    for config in (
+        GircseConfig(num_steps=4),
+        GircseConfig(num_steps=3, pooling="weighted", append_eos=True, include_prompt_state=True),
+    ):
         ours = GIRCSE(tiny_model(name), tiny_tokenizer(), config).eval()
         settings = json.loads(config.to_json())
         plain = modeling_gircse.GIRCSEModule(
