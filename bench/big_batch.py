@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from bench.agreement import TOLERANCES
 from bench.provenance import ROOT, provenance
 from bench.records import save, to_json
 from bench.shapes import SHAPES, random_model
@@ -39,7 +40,7 @@ from gircse.train import Batch, contrastive_backward, trainable_model
 from gircse.train_config import TrainConfig
 
 CACHED, ONE_SHOT = "gradient-caching", "one-shot"
-_TOLERANCE = 1e-4  # of float32 gradients, relative
+_TOLERANCE = TOLERANCES[torch.float32].gradient
 
 
 def main(argv: Sequence[str] | None = None) -> int:

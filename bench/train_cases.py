@@ -13,20 +13,21 @@ OURS = "cached"
 _LENGTH, _STEPS = 512, 5
 
 
-def _row(record: Record, num_steps: int) -> Record | None:
-    rows = [row for row in record.get("points", []) if row["engine"] == OURS and row["num_steps"] == num_steps]
-    return rows[0] if rows else None
+def _largest(record: Record) -> Record | None:
+    """Our point with the largest K."""
+    rows = [row for row in record.get("points", []) if row["engine"] == OURS]
+    return max(rows, key=lambda row: row["num_steps"], default=None)
 
 
 def speedup(record: Record) -> float | None:
     """Over the reference algorithm, at the largest K."""
-    row = _row(record, max(record["num_steps"]))
+    row = _largest(record)
     return row["speedup_over_recompute"] if row else None
 
 
 def overhead(record: Record) -> float | None:
     """Time of a step with the largest K over the time with K = 0, minus one."""
-    row = _row(record, max(record["num_steps"]))
+    row = _largest(record)
     found = row.get("time_over_zero") if row else None
     return None if found is None else found - 1
 

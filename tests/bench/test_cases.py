@@ -247,8 +247,11 @@ def test_pytest_bench_writes_json(tmp_path, monkeypatch):
 
     monkeypatch.setattr(test_soft_embed, "measure_ceilings", lambda *_: CEILINGS)
     monkeypatch.setattr(test_soft_embed, "compiled", lambda: pytest.fail("an inductor compilation takes too long here"))
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):  # in which nothing would be timed
+        monkeypatch.delenv(name, raising=False)
     out = tmp_path / "bench.json"
-    command = [str(ROOT / "bench"), "-q", "-p", "no:cacheprovider", "-p", "no:timeout", "--benchmark-json", str(out)]
+    without = [word for plugin in ("cacheprovider", "timeout", "xdist") for word in ("-p", f"no:{plugin}")]
+    command = [str(ROOT / "bench"), "-q", *without, "--benchmark-json", str(out)]
     assert pytest.main([*command, "-k", "small-untied-T48-forward-float32 and not compiled"]) == 0
     found = json.loads(out.read_text())["benchmarks"]
     assert {b["extra_info"]["engine"] for b in found} == {"eager", "ours"}

@@ -21,7 +21,7 @@ from gircse.floors import Ceilings
 
 NAMES = [case.name for case in SMOKE_CASES]
 THROUGHPUT = "throughput-smollm2-135m"
-ENGINE = "engine-smoke"
+ENGINE, TRAINING = "engine-smoke", "training-smoke"
 
 
 class Runner:
@@ -85,6 +85,7 @@ def test_everything_in_order_and_nothing_twice(suite, capsys, monkeypatch):
         [str(ROOT / "bench/run.py"), "--shape"],
         [str(ROOT / "bench/plan_check.py"), "--smoke"],
         [str(ROOT / "bench/run.py"), "--shape"],
+        [str(ROOT / "bench/run.py"), "--train"],
     ]
     printed = capsys.readouterr().out
     header = next(line for line in printed.splitlines() if line.startswith("case "))
@@ -97,10 +98,11 @@ def test_everything_in_order_and_nothing_twice(suite, capsys, monkeypatch):
         assert record["compile_backend"] == "aot_eager"
     summary = suite.record("summary")
     assert [record["case"] for record in summary["cases"]] == NAMES
-    # the engine's case has no points here: a figure that cannot be measured is not met
-    assert (summary["met"], summary["with_target"]) == (2, 4)
-    assert list(summary["engine"]) == [ENGINE]
-    assert all(line.endswith("not measured, NOT met") for line in summary["engine"][ENGINE])
+    # the cases of the engine and of training have no points here: a figure that cannot be measured is not met
+    assert (summary["met"], summary["with_target"]) == (2, 5)
+    assert list(summary["engine"]) == [ENGINE, TRAINING]
+    for lines in summary["engine"].values():
+        assert all(line.endswith("not measured, NOT met") for line in lines)
     assert summary["skipped"] == summary["problems"] == []
 
     assert suite() == 0  # again: nothing is run, the summary is the same
@@ -118,7 +120,7 @@ def test_everything_in_order_and_nothing_twice(suite, capsys, monkeypatch):
     monkeypatch.setattr(gpu_suite, "provenance", lambda device: {**provenance(device), "sources": "another"})
     assert suite() == 0
     assert suite.measured == NAMES
-    assert len(suite.commands) == 5
+    assert len(suite.commands) == 6
     assert suite.record(NAMES[0])["provenance"]["sources"] == "another"
 
 
@@ -214,7 +216,7 @@ def test_what_does_not_fit_is_skipped(suite, capsys):
     assert suite("--only", "nothing") == 0  # the tests have passed
     assert suite("--minutes", "0.01") == 0
     assert suite.measured == suite.commands == []
-    assert suite.record("summary")["skipped"] == [*NAMES, "info_nce", THROUGHPUT, "plan", ENGINE]
+    assert suite.record("summary")["skipped"] == [*NAMES, "info_nce", THROUGHPUT, "plan", ENGINE, TRAINING]
     assert f"skipped: {NAMES[0]} takes about" in capsys.readouterr().out
 
 

@@ -35,6 +35,7 @@ def test_what_changes_an_embedding_changes_the_name():
         model(pooling="last"),
         model(temperature=0.5),
         model(append_eos=True),
+        model(include_prompt_state=True),
         model(tokenizer=tokenizer),
         changed,
     ]
@@ -72,4 +73,5 @@ def test_quantised_weights_are_read_by_their_parts():
 
 def test_every_setting_of_the_config_but_the_steps_counts():
     names = {field.name for field in dataclasses.fields(GircseConfig)}
-    assert names - {"num_steps", "pooling", "temperature", "append_eos", "prompt_template"} == set()
+    counted = {"pooling", "temperature", "append_eos", "include_prompt_state", "prompt_template"}
+    assert names - {"num_steps"} - counted == set()
