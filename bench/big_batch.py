@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         points.append(json.loads(done.stdout.splitlines()[-1]))
     record = _record(options, points)
-    print(table(_COLUMNS, points))
+    print(table(COLUMNS, points))
     print(
         f"\nstep time: {record['time_ratio']:.3f} x one-shot micro-batches, CPU time (which other processes disturb "
         f"less) {record['cpu_time_ratio']:.3f} x; peak memory "
@@ -174,7 +174,7 @@ def _record(options: argparse.Namespace, points: list[dict[str, Any]]) -> dict[s
     }
 
 
-_COLUMNS: Any = [
+COLUMNS: Any = [
     ("", lambda row: row["mode"]),
     ("rows", lambda row: str(row["rows"])),
     ("rows at once", lambda row: str(row["micro_batch_rows"])),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from bench.big_batch import COLUMNS
 from bench.cases import BOTH, CASES, H100, MODELS, Case
 from bench.documents import NO_RECORD, Record, Results, block
 from bench.op_plots import plot_op_floors, plot_op_rows
@@ -138,6 +139,24 @@ def training_cpu(results: Results) -> str:
 @block("training-gpu")
 def training_gpu(results: Results) -> str:
     return _runs(results, "training", "python bench/run.py --train", cuda=True)
+
+
+@block("big-batch")
+def big_batch(results: Results) -> str:
+    parts = []
+    for name, record in results.records.items():
+        if record.get("benchmark") == "big-batch":
+            model, batch, share = record["model"], record["batch"], record["points"][1]["measured_share"]
+            what = (
+                f"{model['name']}, {model['dtype']}; {batch['queries']} queries with a positive each, "
+                f"{batch['length']} tokens, K = {record['num_steps']}, LoRA dropout {batch['dropout']}."
+            )
+            parts += [_caption(results, name, record, what), markdown(COLUMNS, record["points"])]
+            parts.append(
+                f"Gradient caching takes {record['time_ratio']:.2f} x the time of one-shot micro-batches of the same "
+                f"total ({share:.0%} of these measured, scaled up), peak memory {record['peak_bytes'] / 1e9:.2f} GB."
+            )
+    return "\n\n".join(parts) or "no record yet: `python bench/big_batch.py`"
 
 
 def _runs(results: Results, benchmark: str, command: str, *, cuda: bool) -> str:

