@@ -30,13 +30,13 @@ from gircse.ops import l2_normalize
 from gircse.prompts import format_query
 
 # Cosine distance that rounding explains, of nearly every text. Twenty soft tokens, each fed back, multiply rounding
-# errors: on a few texts of SmolLM2 (untrained, K = 20) by 10^4, so that float32 official-style evaluation is itself
-# 6e-4 away from float64. Those texts are held to the higher precision instead (`compare`).
+# errors: on one text in 25 (SmolLM2, untrained, K = 20) so much that float32 official-style evaluation is itself further
+# than this from float64. The worst of these are held to the higher precision instead (`compare`).
 COSINE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 _HIGHER = {torch.float32: torch.float64, torch.float16: torch.float32, torch.bfloat16: torch.float32}
 _MOST_OUTLIERS = 64
 # Share of the texts that may be further away than COSINE.
-_OUTLIERS = 0.05
+_OUTLIERS = 0.1
 
 
 class CorpusError(ValueError):

@@ -50,8 +50,9 @@ def plot_engines(record: dict[str, Any], path: Path) -> None:
         line = [row for row in rows if row["engine"] == name]
         style = {"linewidth": 2, "markersize": 6, "label": name, **_style(name, names)}
         rates = [row["texts_per_second"] for row in line]
-        low = [rate - texts / max(row["runs"]) for rate, row in zip(rates, line, strict=True)]
-        high = [texts / min(row["runs"]) - rate for rate, row in zip(rates, line, strict=True)]
+        # records hold six digits: of a single run the ends may lie beside the middle
+        low = [max(0.0, rate - texts / max(row["runs"])) for rate, row in zip(rates, line, strict=True)]
+        high = [max(0.0, texts / min(row["runs"]) - rate) for rate, row in zip(rates, line, strict=True)]
         left.errorbar([row["num_steps"] for row in line], rates, yerr=[low, high], capsize=3, **style)
         if name != OFFICIAL_EVAL:
             _label_points(left, line, "speedup_over_official", style["color"])
