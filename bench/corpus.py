@@ -30,8 +30,8 @@ from gircse.ops import l2_normalize
 from gircse.prompts import format_query
 
 # Cosine distance that rounding explains, of nearly every text. Twenty soft tokens, each fed back, multiply rounding
-# errors: on one text in 25 (SmolLM2, untrained, K = 20) so much that float32 official-style evaluation is itself further
-# than this from float64. The worst of these are held to the higher precision instead (`compare`).
+# errors: on one text in 25 (SmolLM2, untrained, K = 20) so much that float32 official-style evaluation is itself
+# further than this from float64. The worst of these are held to the higher precision instead (`compare`).
 COSINE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 _HIGHER = {torch.float32: torch.float64, torch.float16: torch.float32, torch.bfloat16: torch.float32}
 _MOST_OUTLIERS = 64
