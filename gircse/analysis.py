@@ -19,7 +19,7 @@ from gircse.clustering import kmeans, v_measure
 from gircse.encoded_steps import EncodedSteps
 from gircse.evaluate import RetrievalTask
 from gircse.labelled_texts import LabelledTexts
-from gircse.metrics import _metrics_of, relevant_ranks
+from gircse.metrics import metrics_of, relevant_ranks
 from gircse.paired import paired_difference, plateau
 from gircse.prompts import is_symmetric
 from gircse.signatures import SHARE, Finding, near_one_hot, no_gain, redundant
@@ -90,7 +90,7 @@ def analyze(
             parts = (encoded("clusters", zero, *how, (0,)), encoded("clusters", model, *how, steps))
             clustering = _clustering(*parts, clusters.labels)
         movement = {name: part.movement.summary() for name, part in full.items()}
-    quality = {k: _metrics_of(ranks[k], 10) for k in ranks}
+    quality = {k: metrics_of(ranks[k], 10) for k in ranks}
     per_query = {k: _ndcg(ranks[k]) for k in ranks}
     of_baseline = per_query.pop(0)
     per_group = -(-sample // 2)
@@ -132,7 +132,7 @@ def _spread(texts: list[str], instruction: str | None, count: int) -> tuple[list
 
 def _ndcg(ranks: list[list[int]]) -> np.ndarray:
     """Each query's own nDCG@10."""
-    return np.array([_metrics_of([row], 10)[METRIC] for row in ranks])
+    return np.array([metrics_of([row], 10)[METRIC] for row in ranks])
 
 
 def _refinement(per_query: dict[int, np.ndarray], movement: dict[str, Any]) -> dict[str, Any]:

@@ -105,10 +105,12 @@ def retrieval_metrics(query_emb: Any, doc_emb: Any, relevant: Relevant, k: int =
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    return _metrics_of(relevant_ranks(query_emb, doc_emb, relevant), k)
+    return metrics_of(relevant_ranks(query_emb, doc_emb, relevant), k)
 
 
-def _metrics_of(ranks: list[list[int]], k: int) -> dict[str, float]:
+def metrics_of(ranks: list[list[int]], k: int) -> dict[str, float]:
+    """Mean nDCG, MRR and recall at k from the ranks (from 1) of each query's relevant documents."""
+
     def gain(hits: Iterable[int]) -> float:
         return sum(1 / math.log2(rank + 1) for rank in hits)
 

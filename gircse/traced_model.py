@@ -83,10 +83,10 @@ class StepRows:
 
 
 def _meta_base(config: TrainConfig, model_config: PretrainedConfig) -> tuple[Any, ModelFacts]:
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from gircse.train import lora_targets
+    from gircse.train import lora_config
 
     dtype = getattr(model_config, "dtype", None) if config.dtype == "auto" else config.dtype
     if isinstance(dtype, str):
@@ -94,14 +94,7 @@ def _meta_base(config: TrainConfig, model_config: PretrainedConfig) -> tuple[Any
     with torch.device("meta"):
         base: Any = AutoModelForCausalLM.from_config(model_config, dtype=dtype or torch.float32)
     facts = ModelFacts.of(base)
-    lora = LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=lora_targets(base, config.lora_targets),
-        task_type="CAUSAL_LM",
-    )
-    get_peft_model(base, lora).train()  # puts the adapters into `base` itself
+    get_peft_model(base, lora_config(base, config)).train()  # puts the adapters into `base` itself
     if config.gradient_checkpointing:
         getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)({"use_reentrant": False})
     return base, facts

@@ -182,7 +182,7 @@ def train(
 def trainable_model(config: TrainConfig, model: GIRCSE | None = None, *, ranks: Ranks | None = None) -> GIRCSE:
     """The base of `config.model` (or of `model`), frozen, with fresh LoRA adapters in float32 on it; its layers shared
     out over the processes where `config.fsdp` asks for that."""
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     ranks = ranks or Ranks(torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu")))
     if model is None:
@@ -203,14 +203,7 @@ def trainable_model(config: TrainConfig, model: GIRCSE | None = None, *, ranks: 
         raise ValueError(
             f"model: got {config.model or type(base).__name__} with an adapter on it, expected a plain base model"
         )
-    lora = LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=lora_targets(base, config.lora_targets),
-        task_type="CAUSAL_LM",
-    )
-    adapted = GIRCSE(get_peft_model(base, lora), tokenizer, config.gircse_config())
+    adapted = GIRCSE(get_peft_model(base, lora_config(base, config)), tokenizer, config.gircse_config())
     if config.gradient_checkpointing:
         adapted.gradient_checkpointing_enable()
     if config.fsdp:
@@ -218,6 +211,19 @@ def trainable_model(config: TrainConfig, model: GIRCSE | None = None, *, ranks: 
 
         shard_layers(adapted, ranks)
     return adapted
+
+
+def lora_config(base: torch.nn.Module, config: TrainConfig) -> Any:
+    """PEFT's `LoraConfig` of a run on `base`."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=lora_targets(base, config.lora_targets),
+        task_type="CAUSAL_LM",
+    )
 
 
 def lora_targets(base: torch.nn.Module, wanted: Sequence[str] = LORA_TARGETS) -> list[str] | str:
