@@ -90,7 +90,7 @@ def _device(results: Results, device: str, records: list[Record]) -> list[str]:
     stale = next(filter(None, map(results.mark, asked)), "")
     slug = "-".join(device.lower().split())
     parts = [
-        f"**{device}**: {_versions(records)}. {sum(r['met'] for r in asked)} of {len(asked)} targets met{stale}.",
+        f"**{device}**: {versions(records)}. {sum(r['met'] for r in asked)} of {len(asked)} targets met{stale}.",
         markdown(OPS, marked),
         results.figure(f"soft_embed-{slug}", f"time over floor on {device}", records, plot_op_floors),
     ]
@@ -176,10 +176,10 @@ def _runs(results: Results, benchmark: str, command: str, *, cuda: bool) -> str:
 
 def _caption(results: Results, name: str, record: Record, what: str) -> str:
     """The record's name, what it measured, where."""
-    return f"`{name}.json`{results.mark(record)}: {what} {_versions([record])}; `{record['provenance']['command']}`"
+    return f"`{name}.json`{results.mark(record)}: {what} {versions([record])}; `{record['provenance']['command']}`"
 
 
-def _versions(records: list[Record]) -> str:
+def versions(records: list[Record]) -> str:
     """Machine, versions, days and sources of one or more records, each distinct value once."""
 
     def distinct(key: str, length: int | None = None) -> str:
