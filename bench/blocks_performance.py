@@ -42,12 +42,19 @@ def _mebibytes(name: str) -> Callable[[dict[str, Any]], str]:
     return value
 
 
+def _row_milliseconds(name: str) -> Column:
+    """A dash where a record is from before it was measured, and where it failed."""
+    return f"{name} ms", lambda p: f"{p['milliseconds'][name]:,.1f}" if name in p["milliseconds"] else "-"
+
+
 _ROWS: list[Column] = [
     ("pass", lambda p: p["pass"]),
     ("T", lambda p: str(p["rows"])),
-    ("eager ms", lambda p: f"{p['milliseconds']['eager']:,.1f}"),
-    ("ours ms", lambda p: f"{p['milliseconds']['ours']:,.1f}"),
-    ("speed-up", lambda p: f"{p['speedup']:.2f}x"),
+    ("floor ms", lambda p: f"{p['floor_milliseconds']:,.1f}" if "floor_milliseconds" in p else "-"),
+    _row_milliseconds("ours"),
+    _row_milliseconds("eager"),
+    _row_milliseconds("compiled"),
+    ("x eager", lambda p: f"{p['speedup']:.2f}x"),
     ("eager extra MiB", _mebibytes("eager")),
     ("ours extra MiB", _mebibytes("ours")),
 ]

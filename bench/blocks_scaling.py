@@ -54,5 +54,7 @@ def _machine(results: Results, machine: str, records: list[Record]) -> list[str]
     for kind in KINDS:
         some = [record for record in records if record["curve"].startswith(f"{kind}.")]
         if some:
-            parts.append(results.figure(f"scaling-{kind}-{slug}", f"scaling of {kind} on {machine}", some, plot_scaling))
+            parts.append(
+                results.figure(f"scaling-{kind}-{slug}", f"scaling of {kind} on {machine}", some, plot_scaling)
+            )
     return parts

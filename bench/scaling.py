@@ -144,7 +144,8 @@ def _report(records: list[dict[str, Any]], seconds: float, problems: list[str]) 
         print(f"\n{record['curve']} ({held})")
         for one in record["series"]:
             print(table(POINTS, [{**point, "pass": one["pass"]} for point in one["points"]]))
-        print("\n".join(f"left out: {one['size']}: {one['why']}" for one in record["left_out"]))
+        for one in record["left_out"]:
+            print(f"left out: {one['size']:,}: {one['why']}")
     rows = rows_of(records)
     if rows:
         print("\n" + table(SLOPES, rows))

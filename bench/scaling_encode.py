@@ -53,11 +53,8 @@ def measure(curve: Curve, scale: Scale, device: torch.device, ceilings: Ceilings
         rows, steps = real_tokens(*batches[size]), curve.at(size)["K"]
         return lambda: _embed(engine.states(rows, steps), steps)
 
-    runs = {str(size): run(size) for size in curve.sizes}
-    for size in reversed(curve.sizes):  # the largest first: its buffers serve all others, and no graph is captured twice
-        runs[str(size)]()
-    checks = _check(lm, engine, curve, batches)
-    timings = interleaved(runs, device, scale.repeats)
+    checks = _check(lm, engine, curve, batches)  # and so each is warmed up
+    timings = interleaved({str(size): run(size) for size in curve.sizes}, device, scale.repeats)
     points = []
     for size in curve.sizes:
         at = curve.at(size)
@@ -110,8 +107,10 @@ def _cold_peak(lm: CausalLM, batch: Batch, steps: int) -> tuple[int, Limits]:
 @torch.no_grad()
 def _check(lm: CausalLM, engine: Engine, curve: Curve, batches: dict[int, Batch]) -> list[Difference]:
     differences = []
-    for size, batch in batches.items():
-        at = curve.at(size)
+    for size in reversed(
+        curve.sizes
+    ):  # the largest first: its buffers serve all others, and no graph is captured twice
+        at, batch = curve.at(size), batches[size]
         steps = min(at["K"], CHECKED_STEPS)
         ours = _embed(engine.states(real_tokens(*batch), at["K"]), steps)
         what = f"the timed batch, B = {at['B']}, N = {at['N']}, z_{steps}"

@@ -20,7 +20,10 @@ _AXES = {
     "N": "N, prompt tokens of a text",
     "B": "B, texts",
 }
-_PANELS = (("time", "seconds", "floor_seconds", 1e3, "ms"), ("memory", "peak_extra_bytes", "predicted_bytes", 2.0**-20, "MiB"))
+_PANELS = (
+    ("time", "seconds", "floor_seconds", 1e3, "ms"),
+    ("memory", "peak_extra_bytes", "predicted_bytes", 2.0**-20, "MiB"),
+)
 _LEGEND_INCHES = 0.3
 
 
@@ -33,7 +36,9 @@ def plot_scaling(records: list[dict[str, Any]], path: Path) -> None:
     for column, record in enumerate(records):
         for row, panel in enumerate(_PANELS):
             _panel(panels[row][column], record, *panel)
-        panels[1][column].set_xlabel("B, queries (2 B texts)" if record["curve"] == "train.B" else _AXES[record["axis"]])
+        panels[1][column].set_xlabel(
+            "B, queries (2 B texts)" if record["curve"] == "train.B" else _AXES[record["axis"]]
+        )
         held = ", ".join(f"{name} = {value:,}" for name, value in record["held"].items())
         panels[0][column].set_title(f"against {record['axis']}  ({held})\n{_said(record, 'time')}", **_TITLE)
         panels[1][column].set_title(_said(record, "memory"), **_TITLE)
@@ -43,7 +48,9 @@ def plot_scaling(records: list[dict[str, Any]], path: Path) -> None:
     for axes in panels.flat:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles.keys(), loc="outside upper right", ncols=len(handles), frameon=False, fontsize=9)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside upper right", ncols=len(handles), frameon=False, fontsize=9
+    )
     first, origin = records[0], records[0]["provenance"]
     kind = first["curve"].partition(".")[0]
     title = {"soft_embed": "soft_embed", "encode": "Encoding", "train": "One training step"}[kind]
@@ -63,7 +70,9 @@ def plot_scaling(records: list[dict[str, Any]], path: Path) -> None:
 _TITLE: dict[str, Any] = {"loc": "left", "fontsize": 8.5, "color": "#444444"}
 
 
-def _panel(axes: Any, record: dict[str, Any], what: str, measured: str, predicted: str, scale: float, unit: str) -> None:
+def _panel(
+    axes: Any, record: dict[str, Any], what: str, measured: str, predicted: str, scale: float, unit: str
+) -> None:
     for one, style, other in zip(record["series"], _SERIES, _EAGER, strict=False):
         points = one["points"]
         sizes = [point["size"] for point in points]

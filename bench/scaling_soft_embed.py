@@ -48,9 +48,7 @@ def measure(curve: Curve, scale: Scale, device: torch.device, ceilings: Ceilings
     return {"series": series, "agreement": agreement, "left_out": []}
 
 
-def _points(
-    curve: Curve, what: str, head: torch.Tensor, ceilings: Ceilings, repeats: int
-) -> Iterator[dict[str, Any]]:
+def _points(curve: Curve, what: str, head: torch.Tensor, ceilings: Ceilings, repeats: int) -> Iterator[dict[str, Any]]:
     """All sizes and both implementations in turn; eager PyTorch is left out where its [T, V] does not fit."""
     device, runs, peaks = head.device, {}, {}
     for size in curve.sizes:
