@@ -41,14 +41,13 @@ _COLUMNS: list[Column] = [
 
 @block("at-a-glance")
 def at_a_glance(results: Results) -> str:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, record in results.records.items():
         read = _READ.get(record.get("benchmark", ""))
         if read is None:
             continue
-        origin = record["provenance"]
-        for row in read(record):
-            rows.append({"where": origin["device"], "record": f"`{name}`{results.mark(record)}", **row})
+        common = {"where": record["provenance"]["device"], "record": f"`{name}`{results.mark(record)}"}
+        rows += [{**common, **row} for row in read(record)]
     order = list(_READ)
     rows.sort(key=lambda row: (order.index(row["benchmark"]), row["where"]))  # stable: records by name
     return markdown(_COLUMNS, rows) if rows else "no record yet"

@@ -42,8 +42,10 @@ def _machine(results: Results, machine: str, records: list[Record]) -> list[str]
     rows = rows_of([{**record, "curve": record["curve"] + results.mark(record)} for record in records])
     good, slug = sum(row["ok"] for row in rows), "-".join(machine.lower().split())
     slug = "cpu" if records[0]["device"] == "cpu" else slug
+    # on a CPU its name is among the versions
+    where = versions(records) if records[0]["device"] == "cpu" else f"**{machine}**: {versions(records)}"
     parts = [
-        f"**{machine}**: {versions(records)}. {good} of {len(rows)} slopes as predicted.",
+        f"{where}. {good} of {len(rows)} slopes as predicted.",
         markdown(SLOPES, rows),
         f"Memory: {records[0]['memory_counts']}.",
     ]

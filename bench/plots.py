@@ -62,7 +62,7 @@ def plot_engines(record: dict[str, Any], path: Path) -> None:
     right.set_ylabel("time at K / time at K = 0")
     for axes in (left, right):
         axes.set_yscale("log")
-        _plain_log_ticks(axes)
+        plain_log_ticks(axes)
         axes.set_xticks(steps)
         axes.set_xlabel("K, generated soft tokens per text")
         axes.grid(True, which="both", alpha=0.25, linewidth=0.6)
@@ -130,7 +130,7 @@ def plot_throughput(record: dict[str, Any], path: Path) -> None:
                 color=_style(row["engine"], names)["color"],
             )
     axes.set_yscale("log")
-    _plain_log_ticks(axes)
+    plain_log_ticks(axes)
     axes.set_xticks(sorted(floor))
     axes.set_xlabel("K, generated soft tokens per text")
     axes.set_ylabel("texts per second")
@@ -196,11 +196,12 @@ def _style(name: str, names: list[str]) -> dict[str, Any]:
     return _STYLES[order.index(name) % len(_STYLES)]
 
 
-def _plain_log_ticks(axes: Any) -> None:
-    """1, 2, 5, 10, .. instead of powers of ten."""
+def plain_log_ticks(axes: Any) -> None:
+    """1, 2, 5, 10, .. on the vertical axis instead of powers of ten; powers of ten where those would be too many."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0) if high < 2e3 * low else (1.0,)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 

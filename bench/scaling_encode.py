@@ -107,9 +107,7 @@ def _cold_peak(lm: CausalLM, batch: Batch, steps: int) -> tuple[int, Limits]:
 @torch.no_grad()
 def _check(lm: CausalLM, engine: Engine, curve: Curve, batches: dict[int, Batch]) -> list[Difference]:
     differences = []
-    for size in reversed(
-        curve.sizes
-    ):  # the largest first: its buffers serve all others, and no graph is captured twice
+    for size in reversed(curve.sizes):  # the largest first: its buffers serve all others
         at, batch = curve.at(size), batches[size]
         steps = min(at["K"], CHECKED_STEPS)
         ours = _embed(engine.states(real_tokens(*batch), at["K"]), steps)
@@ -124,7 +122,7 @@ def _check(lm: CausalLM, engine: Engine, curve: Curve, batches: dict[int, Batch]
 def held_bytes(facts: ModelFacts, intermediate: int, limits: Limits, at: dict[str, int]) -> int:
     """Of the largest decode batch: keys and values, states, results, and a prefill's activations.
 
-    The widest moment of a prefill is the gated MLP: the residual and its norm [T, D]; gate, up and their product [T, I].
+    The widest moment of a prefill is the gated MLP: the residual and its norm [T, D]; gate, up and product [T, I].
     """
     lengths = [at["N"]] * at["B"]
     batch = next_batch(range(at["B"]), lengths, limits, at["K"])

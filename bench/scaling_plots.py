@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.plots import pyplot, save_figure
+from bench.plots import plain_log_ticks, pyplot, save_figure
 
 _SERIES = (  # Okabe and Ito, as in bench/plots.py
     {"color": "#0072B2", "marker": "o"},
@@ -20,65 +20,53 @@ _AXES = {
     "N": "N, prompt tokens of a text",
     "B": "B, texts",
 }
-_PANELS = (
-    ("time", "seconds", "floor_seconds", 1e3, "ms"),
-    ("memory", "peak_extra_bytes", "predicted_bytes", 2.0**-20, "MiB"),
-)
-_LEGEND_INCHES = 0.3
+_TITLES = {"soft_embed": "soft_embed", "encode": "Encoding", "train": "One training step"}
+# what, measured, predicted, its unit over the record's
+_PANELS = (("time", "seconds", "floor_seconds", 1e3), ("memory", "peak_extra_bytes", "predicted_bytes", 2.0**-20))
+_LEAST_RANGE = 8.0  # of an axis: what is flat should look flat
 
 
 def plot_scaling(records: list[dict[str, Any]], path: Path) -> None:
     """Curves of one kind, measured on one device in one dtype."""
     plt = pyplot()
     figure, panels = plt.subplots(
-        2, len(records), figsize=(4.3 * len(records), 6.6), layout="constrained", squeeze=False, sharex="col"
+        2, len(records), figsize=(4.3 * len(records), 7.0), layout="constrained", squeeze=False, sharex="col"
     )
     for column, record in enumerate(records):
         for row, panel in enumerate(_PANELS):
             _panel(panels[row][column], record, *panel)
-        panels[1][column].set_xlabel(
-            "B, queries (2 B texts)" if record["curve"] == "train.B" else _AXES[record["axis"]]
-        )
         held = ", ".join(f"{name} = {value:,}" for name, value in record["held"].items())
-        panels[0][column].set_title(f"against {record['axis']}  ({held})\n{_said(record, 'time')}", **_TITLE)
-        panels[1][column].set_title(_said(record, "memory"), **_TITLE)
+        panels[0][column].set_title(f"against {record['axis']}  ({held})\n{_said(record, 'time')}", **_SMALL)
+        panels[1][column].set_title(_said(record, "memory"), **_SMALL)
+        queries = record["curve"] == "train.B"
+        panels[1][column].set_xlabel("B, queries (2 B texts)" if queries else _AXES[record["axis"]])
     panels[0][0].set_ylabel("milliseconds")
     panels[1][0].set_ylabel("peak extra MiB")
-    handles: dict[str, Any] = {}
-    for axes in panels.flat:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside upper right", ncols=len(handles), frameon=False, fontsize=9
-    )
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     first, origin = records[0], records[0]["provenance"]
-    kind = first["curve"].partition(".")[0]
-    title = {"soft_embed": "soft_embed", "encode": "Encoding", "train": "One training step"}[kind]
     model = "" if first["shape"] is None else f"{first['shape']}, "
-    figure.suptitle(f"{title}: {model}{first['dtype']}", fontsize=12, fontweight="bold", x=0.01, ha="left")
-    figure.supxlabel(
+    title = f"{_TITLES[first['curve'].partition('.')[0]]}: {model}{first['dtype']}"
+    where = (
         f"{origin['device']}, torch {origin['torch']}, {origin['date'][:10]}, commit {origin['commit'] or 'none'}, "
-        f"sources {origin['sources']}",
-        fontsize=7.5,
-        color=_GREY,
-        x=0.01,
-        ha="left",
+        f"sources {origin['sources']}"
     )
+    figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
+    figure.supxlabel(where, fontsize=7.5, color=_GREY, x=0.01, ha="left")
     save_figure(plt, figure, path)
 
 
-_TITLE: dict[str, Any] = {"loc": "left", "fontsize": 8.5, "color": "#444444"}
+_SMALL: dict[str, Any] = {"loc": "left", "fontsize": 8.5, "color": "#444444"}
 
 
-def _panel(
-    axes: Any, record: dict[str, Any], what: str, measured: str, predicted: str, scale: float, unit: str
-) -> None:
+def _panel(axes: Any, record: dict[str, Any], what: str, measured: str, predicted: str, scale: float) -> None:
+    several = len(record["series"]) > 1
     for one, style, other in zip(record["series"], _SERIES, _EAGER, strict=False):
         points = one["points"]
         sizes = [point["size"] for point in points]
-        label = one["pass"] if len(record["series"]) > 1 else "ours"
+        label = one["pass"] if several else "measured"
         axes.plot(sizes, [point[measured] * scale for point in points], label=label, linewidth=2, markersize=5, **style)
-        name = "predicted (time: the floor)"
+        name = f"{label}, predicted" if several else "predicted (time: the floor)"
         dotted = {"color": style["color"], "linestyle": ":", "linewidth": 1.6}
         axes.plot(sizes, [point[predicted] * scale for point in points], label=name, **dotted)
         eager = [(point["size"], point["eager"][measured] * scale) for point in points if point.get("eager")]
@@ -89,7 +77,11 @@ def _panel(
     ticks = [point["size"] for point in record["series"][0]["points"]]
     axes.set_xticks(ticks, [_short(tick) for tick in ticks], fontsize=8.5)
     axes.minorticks_off()
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    low, high = axes.get_ylim()
+    if high < _LEAST_RANGE * low:
+        middle, half = (low * high) ** 0.5, _LEAST_RANGE**0.5
+        axes.set_ylim(middle / half, middle * half)
+    plain_log_ticks(axes)
     axes.tick_params(axis="y", labelsize=8.5)
     axes.grid(True, alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
@@ -101,13 +93,15 @@ def _short(size: int) -> str:
 
 
 def _said(record: dict[str, Any], what: str) -> str:
-    """Measured slope, predicted slope, verdict: of each pass."""
-    parts = []
+    """A line for each pass: measured slope, predicted slope, and whether they disagree."""
+    lines = []
     for one in record["series"]:
         verdict = one[what]
         measured, predicted = (
-            "none" if verdict[key] is None else f"{verdict[key]:.2f}" for key in ("measured_slope", "predicted_slope")
+            "none" if verdict[key] is None else f"{verdict[key]:.2f}".replace("-0.00", "0.00")
+            for key in ("measured_slope", "predicted_slope")
         )
-        name = f"{one['pass']} " if len(record["series"]) > 1 else ""
-        parts.append(f"{name}{measured} for {predicted}{'' if verdict['ok'] else ' NOT OK'}")
-    return f"{what}, slope: " + "; ".join(parts)
+        name = f", {one['pass']}" if len(record["series"]) > 1 else ""
+        wrong = "" if verdict["ok"] else "  NOT OK"
+        lines.append(f"{what}{name}: slope {measured}, predicted {predicted}{wrong}")
+    return "\n".join(lines)

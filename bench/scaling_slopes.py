@@ -1,10 +1,10 @@
 """Predicted and measured slopes of a curve, and whether they agree.
 
-A prediction is a curve, not only a slope: the floor of the job at every size (seconds), or a count of what must be held
-at once (bytes). It is never fitted to the measurements. Both curves get one number, the slope of a straight line through
-(log size, log value) by least squares; a constant factor between them, such as how far an implementation is from its
-floor, does not change it, while a factor that grows with the size does. "1" is proportional to the size, "0" does not
-depend on it.
+A prediction is a curve, not only a slope: the floor of the job at every size (seconds), or a count of what must be
+held at once (bytes). It is never fitted to the measurements. Both curves get one number, the slope of a straight line
+through (log size, log value) by least squares; a constant factor between them, such as how far an implementation is
+from its floor, does not change it, while a factor that grows with the size does. "1" is proportional to the size, "0"
+does not depend on it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`soft_embed` against its rows T and its vocabulary V, forward alone and with backward, eager PyTorch beside it.
 
-Predicted time: the floor of the kernels' traffic model at the measured ceilings. Predicted memory: what is held for each
-row, O(T D), plus the temporaries of one vocabulary chunk, which are bounded whatever T and V are; never T V. On CUDA
-every allocation of the launchers' plan is counted (`gircse_kernels.compile_report`).
+Predicted time: the floor of the kernels' traffic model at the measured ceilings. Predicted memory: what is held for
+each row, O(T D), plus the temporaries of one vocabulary chunk, which are bounded whatever T and V are; never T V. On
+CUDA every allocation of the launchers' plan is counted (`gircse_kernels.compile_report`).
 """
 
 from __future__ import annotations

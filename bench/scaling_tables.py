@@ -38,7 +38,7 @@ POINTS: list[Column] = [
 
 
 def _slope(key: str, name: str) -> Column:
-    return name, lambda row: "-" if row[key] is None else f"{row[key]:+.2f}"
+    return name, lambda row: "-" if row[key] is None else f"{row[key]:.2f}".replace("-0.00", "0.00")
 
 
 def _verdict(row: dict[str, Any]) -> str:

@@ -92,7 +92,7 @@ def measure(curve: Curve, scale: Scale, device: torch.device, ceilings: Ceilings
             }
         )
     agreement = {
-        "against": f"losses and LoRA gradients of {REFERENCE} on a small batch; losses of {OFFICIAL_EVAL} on every timed one",
+        "against": f"{REFERENCE}: losses and gradients of a small batch; {OFFICIAL_EVAL}: losses of each timed one",
         "worst": worst(checks),
         "checks": len(checks),
     }
