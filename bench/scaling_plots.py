@@ -42,8 +42,7 @@ def plot_scaling(records: list[dict[str, Any]], path: Path) -> None:
         panels[1][column].set_xlabel("B, queries (2 B texts)" if queries else _AXES[record["axis"]])
     panels[0][0].set_ylabel("milliseconds")
     panels[1][0].set_ylabel("peak extra MiB")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    panels[0][0].legend(loc="best", frameon=False, fontsize=8)
     first, origin = records[0], records[0]["provenance"]
     model = "" if first["shape"] is None else f"{first['shape']}, "
     title = f"{_TITLES[first['curve'].partition('.')[0]]}: {model}{first['dtype']}"
