@@ -35,7 +35,7 @@ def _scaling(results: Results, device: str, scale: Scale) -> str:
         absent = [name for name in order if name not in {record["curve"] for record in records}]
         if absent:
             parts.append(f"Not measured yet: {', '.join(absent)}: `{COMMAND}`")
-    return "\n\n".join(parts) or f"not measured yet: `{COMMAND}`{' --device cuda' if device == 'cuda' else ''}"
+    return "\n\n".join(parts) or f"not measured yet: `{COMMAND}{' --device cuda' if device == 'cuda' else ''}`"
 
 
 def _machine(results: Results, machine: str, records: list[Record]) -> list[str]:
