@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bench.cases import CASES, PASSES
-from bench.documents import Record, Results, block
+from bench.documents import NO_RECORD, Record, Results, block
 from bench.engines import GRAPH, OFFICIAL_EVAL, REFERENCE
 from bench.tables import Column, markdown
 
@@ -19,7 +19,11 @@ _OPS = [
 
 
 def _milliseconds(key: str) -> Column:
-    return f"{key} ms", lambda row: "-" if row.get(key) is None else f"{row[key]:,.4g}"
+    def value(row: dict[str, Any]) -> str:
+        found = row.get(key)
+        return "-" if found is None else f"{found:,.0f}" if found >= 1000 else f"{found:.3g}"
+
+    return f"{key} ms", value
 
 
 def _ratio(row: dict[str, Any]) -> str:
@@ -50,7 +54,8 @@ def at_a_glance(results: Results) -> str:
         rows += [{**common, **row} for row in read(record)]
     order = list(_READ)
     rows.sort(key=lambda row: (order.index(row["benchmark"]), row["where"]))  # stable: records by name
-    return markdown(_COLUMNS, rows) if rows else "no record yet"
+    on_gpu = any(record["provenance"]["driver"] for record in results.records.values() if "benchmark" in record)
+    return "\n\n".join([markdown(_COLUMNS, rows), *([] if on_gpu else [f"On a GPU: {NO_RECORD}"])])
 
 
 def _op(record: Record) -> Iterator[dict[str, Any]]:

@@ -36,7 +36,7 @@ def op_floors(_: Results) -> str:
 
 def _mebibytes(name: str) -> Callable[[dict[str, Any]], str]:
     def value(point: dict[str, Any]) -> str:
-        found = point["peak_extra_bytes"][name]
+        found = point["peak_extra_bytes"].get(name)
         return "-" if found is None else f"{found / 2**20:,.0f}"
 
     return value
@@ -112,6 +112,36 @@ def _device(results: Results, device: str, records: list[Record]) -> list[str]:
     if absent:
         parts.append(f"No record yet of: {', '.join(absent)}.")
     return parts
+
+
+def _over_floor(p: Record) -> str:
+    floor = p.get("floor_milliseconds")
+    return "-" if floor is None else f"{p['milliseconds']['ours'] / floor:.2f}"
+
+
+_LOSS: list[Column] = [
+    ("B", lambda p: f"{p['rows']:,}"),
+    ("M", lambda p: f"{p['candidates']:,}"),
+    ("K", lambda p: str(p["num_steps"])),
+    ("D", lambda p: f"{p['width']:,}"),
+    ("floor ms", lambda p: f"{p['floor_milliseconds']:,.1f}" if "floor_milliseconds" in p else "-"),
+    _row_milliseconds("ours"),
+    ("time/floor", _over_floor),
+    _row_milliseconds("eager"),
+    ("K losses ms", _row_milliseconds("separate")[1]),
+    ("ours extra MiB", _mebibytes("ours")),
+    ("eager extra MiB", _mebibytes("eager")),
+]
+
+
+@block("info-nce-floors")
+def info_nce_floors(results: Results) -> str:
+    parts = []
+    for name, record in results.records.items():
+        if record.get("benchmark") == "info_nce":
+            what = f"hidden states in {record['dtype']}, products in float32."
+            parts += [_caption(results, name, record, what), markdown(_LOSS, record["points"])]
+    return "\n\n".join(parts) or "no record yet: `python bench/info_nce.py`"
 
 
 @block("throughput-cpu")
