@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Scaling curves: time and peak memory against T, V, K, N and B, each with the slope that is predicted for it.
 
-    python bench/scaling.py --out bench/results              # all curves: 12 minutes on two cores
+    python bench/scaling.py --out bench/results              # all curves: about ten minutes on two cores
     python bench/scaling.py --curves soft_embed,encode.K     # some of them
     python bench/scaling.py --quick                          # tiny sizes, half a minute: does it run?
 
@@ -62,12 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device(options.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()) if device.type == "cuda" else "cpu"
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-") if device.type == "cuda" else "cpu"
     folder = options.out / f"scaling-{slug}{'-quick' if options.quick else ''}"
     origin = provenance(device)
     print(f"{origin['device']}, {origin['threads']} threads; torch {origin['torch']}; records: {folder}", flush=True)
     found = {curve.name: _finished(folder, curve, scale, origin) for curve in curves}
-    ceilings, problems = None, []
+    ceilings: Ceilings | None = None
+    problems: list[str] = []
     for number, curve in enumerate(curves, 1):
         if found[curve.name] is not None:
             print(f"{number}/{len(curves)} {curve.name}: is there already", flush=True)
@@ -78,19 +79,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"measured ceilings: {ceilings} ({scale.dtype})", flush=True)
         before = time.perf_counter()
         try:
-            record = _record(curve, scale, device, ceilings)
-        except (Disagreement, WrongResultError) as error:
-            problems.append(f"{curve.name}: {error}")
+            record = {**_record(curve, scale, device, ceilings), "provenance": provenance(device)}
         except Exception as error:  # one curve must not cost the others their turn on the machine
-            problems.append(f"{curve.name}: {first_line(error)}")
+            wrong = isinstance(error, (Disagreement, WrongResultError))
+            problems.append(f"{curve.name}: {error if wrong else first_line(error)}")
+            ended = "PROBLEM, see below"
         else:
-            found[curve.name] = record = {**record, "provenance": provenance(device)}
+            found[curve.name] = record
             save(record, folder / f"{curve.name}.json")
-            print(f"{number}/{len(curves)} {curve.name}: {time.perf_counter() - before:.0f} s", flush=True)
+            ended = f"{time.perf_counter() - before:.0f} s"
+        print(f"{number}/{len(curves)} {curve.name}: {ended}", flush=True)
         gc.collect()
         give_back(device)
-        if problems and problems[-1].startswith(f"{curve.name}: "):
-            print(f"PROBLEM: {problems[-1]}", flush=True)
     _report([record for record in found.values() if record is not None], time.perf_counter() - started, problems)
     return 1 if problems else 0
 

@@ -1,7 +1,7 @@
 """Encoding by the generation engine against the steps K, the prompt's length N and the rows B.
 
 Predicted time: the floor of `gircse.floors`. Predicted memory: the engine's own plan of its buffers (keys and values of
-whole buckets of slots, states), the results, and the activations of the widest moment of a prefill.
+whole buckets of slots, states), the results, and what is widest: the activations of a prefill, or a soft token's tiles.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench import scaling_soft_embed
 from bench.agreement import Difference, embedding_difference, worst
 from bench.batches import Batch, random_batch
+from bench.cases import FORWARD
 from bench.engines import ENGINES, GRAPH, OFFICIAL_EVAL, REFERENCE, real_tokens
 from bench.memory import give_back, peak_extra_bytes
 from bench.scaling_curves import Curve, Scale
+from bench.scaling_soft_embed import Sizes
 from bench.shapes import SHAPES, random_model
 from bench.timing import interleaved
 from gircse.architecture import CausalLM
@@ -64,7 +67,7 @@ def measure(curve: Curve, scale: Scale, device: torch.device, ceilings: Ceilings
                 **timings[str(size)]._asdict(),
                 "floor_seconds": ceilings.seconds(facts.inference([at["N"]] * at["B"], at["K"])),
                 "peak_extra_bytes": peaks[size],
-                "predicted_bytes": held_bytes(facts, model.config.intermediate_size, limits, at),
+                "predicted_bytes": held_bytes(lm, facts, limits, at),
             }
         )
     agreement = {
@@ -119,10 +122,11 @@ def _check(lm: CausalLM, engine: Engine, curve: Curve, batches: dict[int, Batch]
     return differences
 
 
-def held_bytes(facts: ModelFacts, intermediate: int, limits: Limits, at: dict[str, int]) -> int:
-    """Of the largest decode batch: keys and values, states, results, and a prefill's activations.
+def held_bytes(lm: CausalLM, facts: ModelFacts, limits: Limits, at: dict[str, int]) -> int:
+    """Of the largest decode batch: keys and values, states, results, and the activations of a prefill or of a step.
 
-    The widest moment of a prefill is the gated MLP: the residual and its norm [T, D]; gate, up and product [T, I].
+    The widest moment of a prefill is the gated MLP: the residual and its norm [T, D]; gate, up and product [T, I]. That
+    of a step is its soft token.
     """
     lengths = [at["N"]] * at["B"]
     batch = next_batch(range(at["B"]), lengths, limits, at["K"])
@@ -132,5 +136,7 @@ def held_bytes(facts: ModelFacts, intermediate: int, limits: Limits, at: dict[st
     states = batch.buffer_rows * (1 + max(at["K"], STEPS_BUCKET)) * facts.hidden
     results = at["B"] * at["K"] * facts.hidden
     start, stop = batch.prefills[0]
-    prefill = (stop - start) * at["N"] * (2 * facts.hidden + 3 * intermediate)
-    return facts.itemsize * (cached + states + results + prefill)
+    prefill = (stop - start) * at["N"] * (2 * facts.hidden + 3 * lm.config.intermediate_size)
+    token = Sizes(batch.buffer_rows, facts.vocab, facts.hidden, facts.embed, facts.tied, facts.itemsize)
+    step = scaling_soft_embed.held_bytes(token, FORWARD, lm.head_weight.dtype, lm.device)
+    return facts.itemsize * (cached + states + results) + max(facts.itemsize * prefill, step)

@@ -92,8 +92,9 @@ def held_bytes(sizes: Sizes, what: str, dtype: torch.dtype, device: torch.device
         name = str(dtype).removeprefix("torch.")
         passes = ["", *(["hidden"] if backward else [])]
         found = [allocated_bytes(Case("scaling", sizes, name, one), device_of(device)) for one in passes]
-        kept = sizes.rows * sizes.value_width * 4 if backward else 0  # of the forward: its result before rounding
-        return max(found) + kept
+        # of the forward: its result, and before rounding
+        kept = sizes.rows * sizes.value_width * (4 + sizes.itemsize) if backward else 0
+        return max(found[0], found[-1] + kept)
     # the torch backend: tiles of scores [R, C], one more than are in use because the last one goes when the next is
     # there, and a product [R, D]
     used = 2 if backward else 1

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from bench.records import UNSTEADY
 from bench.tables import Column
-
-# Spread above which a median of a few runs says little; as in bench/records.py.
-_UNSTEADY = 0.3
 
 
 def _mebibytes(size: float) -> str:
@@ -72,6 +70,6 @@ def rows_of(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             span = f"{min(sizes):,} to {max(sizes):,}" if sizes else "none"
             spread = max((point["spread"] for point in one["points"]), default=0.0)
             for what in ("time", "memory"):
-                unsteady = what == "time" and spread > _UNSTEADY
+                unsteady = what == "time" and spread > UNSTEADY
                 rows.append({"label": label, "what": what, "sizes": span, "unsteady": unsteady, **one[what]})
     return rows

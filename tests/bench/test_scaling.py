@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gircse_kernels.plan import Device
 
 from bench import documents, op_engines, report, scaling, scaling_encode, scaling_soft_embed
 from bench.agreement import Disagreement
@@ -162,6 +163,20 @@ def test_memory_is_predicted_never_to_be_t_times_v():
     narrow, wide = (floor(Sizes(64, 4096, 576, 576, True, 4), what) for what in (FORWARD, BOTH))
     assert [work.flops for work in narrow] == [4 * 64 * 4096 * 576]
     assert sum(work.flops for work in wide) == 10 * 64 * 4096 * 576
+
+
+def test_what_a_gpu_would_hold(monkeypatch):
+    """The launchers' plans, counted without one: bounded in V, and far below T V."""
+    monkeypatch.setattr(scaling_soft_embed, "device_of", lambda device: Device(90, 132))
+    gpu = torch.device("cuda")
+    for what in PASSES:
+        for rows in (1, 64, 4096):
+            narrow, wide = (
+                held_bytes(Sizes(rows, vocab, 896, 896, True, 2), what, torch.bfloat16, gpu)
+                for vocab in (32_768, 262_144)
+            )
+            assert narrow <= wide <= (64 << 20) + rows * 896 * 4 * 4
+    assert wide < 0.2 * 4096 * 262_144 * 2
 
 
 @pytest.mark.parametrize("scale", [CPU, CUDA], ids=["cpu", "cuda"])
