@@ -1,7 +1,7 @@
 """What `bench/scaling.py` measures: one size varied, the others held, on a CPU and on a GPU.
 
 T rows and V vocabulary entries of `soft_embed`; K steps, N prompt tokens and B rows of encoding and of a training step
-(there B queries with a positive each, so 2 B texts). Sizes at least double from point to point.
+(there B queries with a positive and a negative each, so 3 B texts). Sizes at least double from point to point.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ CPU = Scale(
         Curve(ENCODE, "K", (1, 2, 5, 10, 20), {"B": 16, "N": 32}),
         Curve(ENCODE, "N", (16, 32, 64, 128, 256), {"B": 16, "K": 5}),
         Curve(ENCODE, "B", (1, 2, 4, 8, 16, 32), {"N": 32, "K": 5}),
-        Curve(TRAIN, "K", (1, 2, 4, 8, 16), {"B": 8, "N": 32}),
-        Curve(TRAIN, "N", (16, 32, 64, 128, 256), {"B": 4, "K": 5}),
+        Curve(TRAIN, "K", (1, 2, 4, 8, 16), {"B": 4, "N": 32}),
+        Curve(TRAIN, "N", (16, 32, 64, 128, 256), {"B": 2, "K": 5}),
         Curve(TRAIN, "B", (1, 2, 4, 8, 16), {"N": 32, "K": 5}),
     ),
 )
@@ -90,7 +90,7 @@ CUDA = Scale(
         Curve(ENCODE, "B", (1, 4, 16, 64, 256, 1024), {"N": 64, "K": 5}),
         Curve(TRAIN, "K", (1, 2, 5, 10, 20, 40), {"B": 8, "N": 128}),
         Curve(TRAIN, "N", (64, 128, 256, 512, 1024, 2048), {"B": 2, "K": 5}),
-        Curve(TRAIN, "B", (8, 16, 32, 64, 128, 256, 512), {"N": 32, "K": 5}),
+        Curve(TRAIN, "B", (4, 8, 16, 32, 64, 128, 256), {"N": 32, "K": 5}),
     ),
 )
 

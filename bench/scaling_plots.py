@@ -39,7 +39,7 @@ def plot_scaling(records: list[dict[str, Any]], path: Path) -> None:
         panels[0][column].set_title(f"against {record['axis']}  ({held})\n{_said(record, 'time')}", **_SMALL)
         panels[1][column].set_title(_said(record, "memory"), **_SMALL)
         queries = record["curve"] == "train.B"
-        panels[1][column].set_xlabel("B, queries (2 B texts)" if queries else _AXES[record["axis"]])
+        panels[1][column].set_xlabel("B, queries (3 B texts)" if queries else _AXES[record["axis"]])
     panels[0][0].set_ylabel("milliseconds")
     panels[1][0].set_ylabel("peak extra MiB")
     panels[0][0].legend(loc="best", frameon=False, fontsize=8)

@@ -1,8 +1,9 @@
-"""One training step against the steps K, the prompts' length N and the queries B (a positive each: 2 B texts).
+"""One training step against the steps K, the prompts' length N and the queries B.
 
-Rollouts, stepwise contrastive loss, ICR objective and backward into LoRA matrices; the optimizer's own step is left
-out. Predicted time: the floor of `gircse.floors`. Predicted memory: the step counted on the meta device, as
-`gircse train --plan` counts it. The gradients of the LoRA matrices are there before the step, in both.
+A query has a positive and a negative: 3 B texts. Rollouts, stepwise contrastive loss, ICR objective and backward into
+LoRA matrices; the optimizer's own step is left out. Predicted time: the floor of `gircse.floors`. Predicted memory: the
+step counted on the meta device, as `gircse train --plan` counts it. The gradients of the LoRA matrices are there before
+the step, in both.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from gircse.train_plan import USABLE, info_nce_bytes
 
 # Gradients are compared with the reference algorithm's after so many steps: it keeps the whole prompt for each of them.
 _CHECKED_STEPS, _CHECKED_LENGTH = 3, 16
+_NEGATIVES = 1  # of each query
 
 
 def measure(curve: Curve, scale: Scale, device: torch.device, ceilings: Ceilings) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def measure(curve: Curve, scale: Scale, device: torch.device, ceilings: Ceilings
             {
                 "size": size,
                 **timings[str(size)]._asdict(),
-                "floor_seconds": ceilings.seconds(facts.training([at["N"]] * 2 * at["B"], at["K"])),
+                "floor_seconds": ceilings.seconds(facts.training(jobs[size].lengths(), at["K"])),
                 "peak_extra_bytes": peaks[size],
                 "predicted_bytes": predicted[size],
             }
@@ -105,7 +107,7 @@ def _job(at: dict[str, int], scale: Scale, device: torch.device) -> TrainJob:
         model=None,
         layers=scale.layers,
         queries=at["B"],
-        negatives=0,
+        negatives=_NEGATIVES,
         length=at["N"],
         distribution=FIXED,
         num_steps=at["K"],
@@ -123,9 +125,9 @@ def _make_gradients(model: nn.Module) -> None:
 
 def _activations(traced: TracedModel, at: dict[str, int], device: torch.device) -> int:
     """Bytes at the peak of forward and backward: queries and passages are rolled out one after the other."""
-    batch = Batch(at["B"], at["N"])
-    loss = info_nce_bytes(at["B"], 0, at["K"], traced.facts.hidden)
-    return traced.memory([batch, batch], at["K"], cuda=device.type == "cuda", loss_bytes=loss).peak
+    batches = [Batch(at["B"], at["N"]), Batch(at["B"] * (1 + _NEGATIVES), at["N"])]
+    loss = info_nce_bytes(at["B"], _NEGATIVES, at["K"], traced.facts.hidden)
+    return traced.memory(batches, at["K"], cuda=device.type == "cuda", loss_bytes=loss).peak
 
 
 @torch.no_grad()
