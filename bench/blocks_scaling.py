@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from bench.blocks_performance import versions
 from bench.documents import Record, Results, block
 from bench.scaling_curves import CPU, CUDA, KINDS, Scale
@@ -40,8 +42,7 @@ def _scaling(results: Results, device: str, scale: Scale) -> str:
 
 def _machine(results: Results, machine: str, records: list[Record]) -> list[str]:
     rows = rows_of([{**record, "curve": record["curve"] + results.mark(record)} for record in records])
-    good, slug = sum(row["ok"] for row in rows), "-".join(machine.lower().split())
-    slug = "cpu" if records[0]["device"] == "cpu" else slug
+    good, slug = sum(row["ok"] for row in rows), re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
     # on a CPU its name is among the versions
     where = versions(records) if records[0]["device"] == "cpu" else f"**{machine}**: {versions(records)}"
     parts = [

@@ -47,8 +47,9 @@ def plot_scaling(records: list[dict[str, Any]], path: Path) -> None:
     model = "" if first["shape"] is None else f"{first['shape']}, "
     title = f"{_TITLES[first['curve'].partition('.')[0]]}: {model}{first['dtype']}"
     where = (
-        f"{origin['device']}, torch {origin['torch']}, {origin['date'][:10]}, commit {origin['commit'] or 'none'}, "
-        f"sources {origin['sources']}"
+        f"{origin['device']}, torch {origin['torch']}, {origin['date'][:10]}, "
+        + ("\n" if len(records) == 1 else "")
+        + f"commit {origin['commit'] or 'none'}, sources {origin['sources']}"
     )
     figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
     figure.supxlabel(where, fontsize=7.5, color=_GREY, x=0.01, ha="left")

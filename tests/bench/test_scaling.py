@@ -269,7 +269,7 @@ def test_the_page_shows_verdicts_and_what_is_missing(page):
     assert "Left out of encode.N: 99 (needs much)." in text
     assert f"Not measured yet: soft_embed.T, soft_embed.V, encode.K, train.K, train.N, train.B: `{COMMAND}`" in text
     assert documents.STALE not in text
-    assert (page.docs / "figures/scaling-encode-cpu.png").read_bytes().startswith(b"\x89PNG")
+    assert (page.docs / "figures/scaling-encode-a-processor.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_was_measured_with_another_engine_is_stale(page):
