@@ -36,18 +36,25 @@ def op_floors(_: Results) -> str:
 
 def _mebibytes(name: str) -> Callable[[dict[str, Any]], str]:
     def value(point: dict[str, Any]) -> str:
-        found = point["peak_extra_bytes"][name]
+        found = point["peak_extra_bytes"].get(name)
         return "-" if found is None else f"{found / 2**20:,.0f}"
 
     return value
 
 
+def _row_milliseconds(name: str) -> Column:
+    """A dash where a record is from before it was measured, and where it failed."""
+    return f"{name} ms", lambda p: f"{p['milliseconds'][name]:,.1f}" if name in p["milliseconds"] else "-"
+
+
 _ROWS: list[Column] = [
     ("pass", lambda p: p["pass"]),
     ("T", lambda p: str(p["rows"])),
-    ("eager ms", lambda p: f"{p['milliseconds']['eager']:,.1f}"),
-    ("ours ms", lambda p: f"{p['milliseconds']['ours']:,.1f}"),
-    ("speed-up", lambda p: f"{p['speedup']:.2f}x"),
+    ("floor ms", lambda p: f"{p['floor_milliseconds']:,.1f}" if "floor_milliseconds" in p else "-"),
+    _row_milliseconds("ours"),
+    _row_milliseconds("eager"),
+    _row_milliseconds("compiled"),
+    ("x eager", lambda p: f"{p['speedup']:.2f}x"),
     ("eager extra MiB", _mebibytes("eager")),
     ("ours extra MiB", _mebibytes("ours")),
 ]
@@ -90,7 +97,7 @@ def _device(results: Results, device: str, records: list[Record]) -> list[str]:
     stale = next(filter(None, map(results.mark, asked)), "")
     slug = "-".join(device.lower().split())
     parts = [
-        f"**{device}**: {_versions(records)}. {sum(r['met'] for r in asked)} of {len(asked)} targets met{stale}.",
+        f"**{device}**: {versions(records)}. {sum(r['met'] for r in asked)} of {len(asked)} targets met{stale}.",
         markdown(OPS, marked),
         results.figure(f"soft_embed-{slug}", f"time over floor on {device}", records, plot_op_floors),
     ]
@@ -105,6 +112,36 @@ def _device(results: Results, device: str, records: list[Record]) -> list[str]:
     if absent:
         parts.append(f"No record yet of: {', '.join(absent)}.")
     return parts
+
+
+def _over_floor(p: Record) -> str:
+    floor = p.get("floor_milliseconds")
+    return "-" if floor is None else f"{p['milliseconds']['ours'] / floor:.2f}"
+
+
+_LOSS: list[Column] = [
+    ("B", lambda p: f"{p['rows']:,}"),
+    ("M", lambda p: f"{p['candidates']:,}"),
+    ("K", lambda p: str(p["num_steps"])),
+    ("D", lambda p: f"{p['width']:,}"),
+    ("floor ms", lambda p: f"{p['floor_milliseconds']:,.1f}" if "floor_milliseconds" in p else "-"),
+    _row_milliseconds("ours"),
+    ("time/floor", _over_floor),
+    _row_milliseconds("eager"),
+    ("K losses ms", _row_milliseconds("separate")[1]),
+    ("ours extra MiB", _mebibytes("ours")),
+    ("eager extra MiB", _mebibytes("eager")),
+]
+
+
+@block("info-nce-floors")
+def info_nce_floors(results: Results) -> str:
+    parts = []
+    for name, record in results.records.items():
+        if record.get("benchmark") == "info_nce":
+            what = f"hidden states in {record['dtype']}, products in float32."
+            parts += [_caption(results, name, record, what), markdown(_LOSS, record["points"])]
+    return "\n\n".join(parts) or "no record yet: `python bench/info_nce.py`"
 
 
 @block("throughput-cpu")
@@ -176,10 +213,10 @@ def _runs(results: Results, benchmark: str, command: str, *, cuda: bool) -> str:
 
 def _caption(results: Results, name: str, record: Record, what: str) -> str:
     """The record's name, what it measured, where."""
-    return f"`{name}.json`{results.mark(record)}: {what} {_versions([record])}; `{record['provenance']['command']}`"
+    return f"`{name}.json`{results.mark(record)}: {what} {versions([record])}; `{record['provenance']['command']}`"
 
 
-def _versions(records: list[Record]) -> str:
+def versions(records: list[Record]) -> str:
     """Machine, versions, days and sources of one or more records, each distinct value once."""
 
     def distinct(key: str, length: int | None = None) -> str:

@@ -25,6 +25,7 @@ from bench.engines import ENGINES, GRAPH, OFFICIAL_EVAL
 from bench.throughput import Point, point_row
 from bench.timing import Timing, seconds
 from gircse import GIRCSE
+from gircse.engine.plan import common_prefix
 from gircse.floors import Ceilings, ModelFacts
 from gircse.ops import l2_normalize
 from gircse.prompts import format_query
@@ -97,6 +98,10 @@ def load(path: str, dtype: torch.dtype, device: str) -> GIRCSE:
     model = GIRCSE.from_pretrained(path, dtype=dtype, device=device)
     if model.config.temperature != 1:
         raise CorpusError(f"--model: its temperature is {model.config.temperature:g}, {OFFICIAL_EVAL} has only 1")
+    if model.config.include_prompt_state:
+        raise CorpusError(
+            f"--model: its include_prompt_state is true, {OFFICIAL_EVAL} pools the generated states only, g_1..g_K"
+        )
     return model
 
 
@@ -106,14 +111,6 @@ def tokenize(model: GIRCSE, job: CorpusJob, texts: Sequence[str]) -> list[list[i
     ids = model.tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
     eos = [model.tokenizer.eos_token_id] if model.config.append_eos else []
     return [row[: job.max_length - len(eos)] + eos or [model.tokenizer.pad_token_id] for row in ids]
-
-
-def shared_tokens(rows: Sequence[Sequence[int]]) -> int:
-    """Tokens that all rows start with, leaving each one of its own: what need be encoded only once. 0 for one row."""
-    if len(rows) < 2:
-        return 0
-    columns = zip(*(row[:-1] for row in rows), strict=False)  # as many as the shortest row has
-    return next((i for i, column in enumerate(columns) if len(set(column)) > 1), min(map(len, rows)) - 1)
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> Batch:
@@ -160,14 +157,15 @@ def measure(
 ) -> tuple[list[Difference], list[dict[str, Any]], dict[str, Any]]:
     """-> the difference at the largest K, one JSON object per point, what the prompts are.
 
-    Warm-up is two batches; on CUDA ours goes through the whole corpus once, for its graphs are kept from then on.
+    Warm-up is two batches; on CUDA ours goes through the whole corpus once, for its graphs are kept from then on. The
+    floor has the tokens that all prompts start with encoded once where the engine would do that, too.
 
     Raises:
         Disagreement: the two sides' embeddings differ.
     """
     rows = tokenize(model, job, job.texts)
     lengths = [len(row) for row in rows]
-    shared = shared_tokens(rows)
+    shared = common_prefix(rows)
     # official-style evaluation at the largest K only: it is most of the time
     todo = [Point(GRAPH, k) for k in steps] + [Point(OFFICIAL_EVAL, max(steps))]
     few = CorpusJob(job.texts[: 2 * job.batch], job.instruction, job.max_length, job.batch)

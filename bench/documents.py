@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import bench
-from bench.provenance import sources_hash
+from bench.provenance import engine_hash, sources_hash
 from gircse.atomic import new_file
 
 Record = dict[str, Any]
@@ -62,11 +62,13 @@ class Results:
     Attributes:
         records: in the order of their names.
         sources: hash of the present kernels; a record with another one is stale.
+        engine_sources: of the present generation engine, which what ran on it was measured with.
         figures: what the blocks rendered so far show, by name.
     """
 
     def __init__(self, folder: Path, sources: str | None = None) -> None:
         self.sources = sources_hash() if sources is None else sources
+        self.engine_sources = engine_hash()
         self.records: dict[str, Record] = {}
         self.figures: dict[str, Figure] = {}
         for path in sorted(folder.rglob("*.json")):
@@ -83,12 +85,22 @@ class Results:
 
     def mark(self, record: Record) -> str:
         """`STALE` where it was measured with other sources, or nobody knows with which; else nothing."""
-        return "" if record.get("provenance", {}).get("sources") == self.sources else STALE
+        origin = record.get("provenance", {})
+        # older records do not say which engine they had
+        engine = origin.get("engine_sources", self.engine_sources) if _ran_the_engine(record) else self.engine_sources
+        return "" if origin.get("sources") == self.sources and engine == self.engine_sources else STALE
 
     def figure(self, name: str, alt: str, data: Any, draw: Callable[[Any, Path], object]) -> str:
         """Has figures/NAME.png drawn from `data`, which JSON can hold. -> the line that shows it."""
         self.figures[name] = Figure(data, draw)
         return f"![{alt}](figures/{name}.png)"
+
+
+def _ran_the_engine(record: Record) -> bool:
+    """Encoding, as against an op or a training step."""
+    if record.get("benchmark") == "scaling":
+        return record["curve"].startswith("encode.")
+    return record.get("benchmark") in ("throughput", "corpus")
 
 
 Renderer = Callable[[Results], str]

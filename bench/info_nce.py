@@ -8,7 +8,8 @@
 `separate` calls the loss once for each number of steps on vectors pooled by plain PyTorch, as a memory-efficient loss
 without steps would be used (K flash losses, as Inf-CL's). Extra memory is what is allocated at the peak beyond inputs
 and gradients. float32 products of the baselines are exact, no TF32. Nothing is recorded unless losses and gradients
-agree with float64 first.
+agree with float64 first. The floor counts what any implementation must compute, 6 K B M D FLOPs (similarities, and the
+gradients of both sides), and must move, vectors and gradients once, at the float32 ceilings of the same run.
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bench.floors import measure_ceilings
 from bench.info_nce_ring import ring_info_nce
 from bench.memory import give_back, peak_extra_bytes
 from bench.provenance import provenance
 from bench.records import save, to_json
 from bench.tables import Column, table
 from bench.timing import interleaved
+from gircse.floors import Work
 from gircse.ops import info_nce_parallel, pool_steps, stepwise_info_nce
 from gircse.ops.reference import info_nce_reference
 
@@ -89,8 +92,14 @@ def main() -> int:
         record = {"benchmark": "info_nce-ranks", **measure_ranks(options)}
     else:
         sizes = SMOKE if options.smoke else CUDA if device.type == "cuda" else CPU
-        points = [measure(size, device, getattr(torch, options.dtype), options.repeats) for size in sizes]
+        dtype, ceilings = getattr(torch, options.dtype), measure_ceilings(device, torch.float32)
+        points = [
+            measure(size, device, dtype, options.repeats)
+            | {"floor_milliseconds": ceilings.seconds([floor(size, dtype)]) * 1e3}
+            for size in sizes
+        ]
         record = {"benchmark": "info_nce", "dtype": options.dtype, "repeats": options.repeats, "points": points}
+        record["ceilings"] = vars(ceilings)
     record["provenance"] = provenance(device)
     print(report(record))
     if options.out:
@@ -109,6 +118,13 @@ def steps(size: Size, device: torch.device, dtype: torch.dtype, seed: int = 0) -
     queries, docs = normal(size.rows), normal(size.candidates)
     docs[:: size.candidates // size.rows][: size.rows] += 4 * size.width**-0.5 * queries
     return queries.to(dtype).requires_grad_(), docs.to(dtype).requires_grad_()
+
+
+def floor(size: Size, dtype: torch.dtype) -> Work:
+    """Forward and backward; the K steps' pooled vectors are K different ones, so nothing is shared between steps."""
+    vectors = size.num_steps * size.width * (size.rows + size.candidates)
+    products = size.num_steps * size.rows * size.candidates * size.width
+    return Work(6 * products, 2 * dtype.itemsize * vectors)
 
 
 def measure(size: Size, device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, Any]:

@@ -17,14 +17,19 @@ _GREY = "#777777"
 
 
 def plot_op_rows(record: dict[str, Any], path: Path) -> None:
-    """Milliseconds against T, a panel for each pass, with how many times as fast ours is."""
+    """Milliseconds against T, a panel for each pass, with how many times as fast as eager ours is."""
     plt = pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(8.6, 3.6), layout="constrained", sharey=True)
     for axes, what in zip(panels, PASSES, strict=True):
         points = [point for point in record["points"] if point["pass"] == what]
         rows = [point["rows"] for point in points]
-        for name in ("eager", "ours"):
-            axes.plot(rows, [p["milliseconds"][name] for p in points], label=name, linewidth=2, **_STYLES[name])
+        floors = [(point["rows"], point["floor_milliseconds"]) for point in points if "floor_milliseconds" in point]
+        if floors:  # older records have none
+            axes.plot(*zip(*floors, strict=True), label="floor", color=_GREY, linestyle=":", linewidth=1.6)
+        for name in ("eager", "compiled", "ours"):
+            line = [(p["rows"], p["milliseconds"][name]) for p in points if name in p["milliseconds"]]
+            if line:
+                axes.plot(*zip(*line, strict=True), label=name, linewidth=2, **_STYLES[name])
         for point in points:
             axes.annotate(
                 f"{point['speedup']:.1f}x",

@@ -54,36 +54,66 @@ def plot_engines(record: dict[str, Any], path: Path) -> None:
         low = [max(0.0, rate - texts / max(row["runs"])) for rate, row in zip(rates, line, strict=True)]
         high = [max(0.0, texts / min(row["runs"]) - rate) for rate, row in zip(rates, line, strict=True)]
         left.errorbar([row["num_steps"] for row in line], rates, yerr=[low, high], capsize=3, **style)
-        if name != OFFICIAL_EVAL:
-            _label_points(left, line, "speedup_over_official", style["color"])
         grown = [row for row in line if row["time_over_zero"] is not None]
         right.plot([row["num_steps"] for row in grown], [row["time_over_zero"] for row in grown], **style)
     left.set_ylabel("texts per second")
     right.set_ylabel("time at K / time at K = 0")
     for axes in (left, right):
         axes.set_yscale("log")
-        _plain_log_ticks(axes)
+        plain_log_ticks(axes)
         axes.set_xticks(steps)
         axes.set_xlabel("K, generated soft tokens per text")
         axes.grid(True, which="both", alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     left.legend(frameon=False, loc="best", fontsize=9)
     _title(figure, left, record, f"Encoding speed against K (labels: times as fast as {OFFICIAL_EVAL})")
+    labelled = [row for row in rows if row["engine"] in names and row["engine"] != OFFICIAL_EVAL]
+    _label_points(left, labelled, "speedup_over_official", {name: _style(name, names)["color"] for name in names})
     save_figure(plt, figure, path)
 
 
-def _label_points(axes: Any, line: list[dict[str, Any]], key: str, color: str) -> None:
-    """`row[key]` as "1.5x" above each point with K > 0."""
-    for row in line:
-        if row["num_steps"] and row[key] is not None:
+_LABEL_HEIGHT, _ABOVE = 10.5, 8.0  # points
+
+
+def stacked(heights: list[float]) -> list[float]:
+    """Heights of points, in points -> of the lower edges of their labels: above the point, and where another point's
+    marker or label would be there, above all of these, in the order of the points."""
+    found = [0.0] * len(heights)
+    order = sorted(range(len(heights)), key=heights.__getitem__)
+    while order:
+        group = [order.pop(0)]
+        # whoever is lower than the top of the labels that the group would have
+        while order and heights[order[0]] < heights[group[-1]] + _ABOVE + _LABEL_HEIGHT * len(group):
+            group.append(order.pop(0))
+        for place, index in enumerate(group):
+            found[index] = heights[group[-1]] + _ABOVE + _LABEL_HEIGHT * place
+    return found
+
+
+def _label_points(axes: Any, rows: list[dict[str, Any]], key: str, colors: dict[str, str]) -> None:
+    """`row[key]` as "1.5x" above each point with K > 0, in its engine's colour.
+
+    Where points of one K lie close together their labels are stacked above all of them, in the points' order. The axes
+    must have their scale and the figure its size.
+    """
+    from matplotlib.patheffects import withStroke
+
+    axes.figure.draw_without_rendering()
+    points = 72 / axes.figure.dpi
+    for steps in sorted({row["num_steps"] for row in rows} - {0}):
+        labelled = [row for row in rows if row["num_steps"] == steps and row[key] is not None]
+        heights = [axes.transData.transform((steps, row["texts_per_second"]))[1] * points for row in labelled]
+        labels = stacked(heights)
+        for row, height, label in zip(labelled, heights, labels, strict=True):
             axes.annotate(
                 f"{row[key]:.1f}x",
-                (row["num_steps"], row["texts_per_second"]),
+                (steps, row["texts_per_second"]),
                 textcoords="offset points",
-                xytext=(0, 8),
+                xytext=(0, label - height),
                 ha="center",
                 fontsize=9,
-                color=color,
+                color=colors[row["engine"]],
+                path_effects=[withStroke(linewidth=2, foreground="white")],
             )
 
 
@@ -130,7 +160,7 @@ def plot_throughput(record: dict[str, Any], path: Path) -> None:
                 color=_style(row["engine"], names)["color"],
             )
     axes.set_yscale("log")
-    _plain_log_ticks(axes)
+    plain_log_ticks(axes)
     axes.set_xticks(sorted(floor))
     axes.set_xlabel("K, generated soft tokens per text")
     axes.set_ylabel("texts per second")
@@ -196,11 +226,12 @@ def _style(name: str, names: list[str]) -> dict[str, Any]:
     return _STYLES[order.index(name) % len(_STYLES)]
 
 
-def _plain_log_ticks(axes: Any) -> None:
-    """1, 2, 5, 10, .. instead of powers of ten."""
+def plain_log_ticks(axes: Any) -> None:
+    """1, 2, 5, 10, .. on the vertical axis instead of powers of ten; powers of ten where those would be too many."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0) if high < 2e3 * low else (1.0,)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 

@@ -10,7 +10,7 @@ from bench.engines import OFFICIAL_EVAL, REFERENCE
 from bench.tables import columns_of, table
 from gircse.atomic import new_file
 
-_UNSTEADY = 0.3  # spread above which a median of a few runs says little
+UNSTEADY = 0.3  # spread above which a median of a few runs says little
 
 
 def describe(record: dict[str, Any]) -> tuple[str, str]:
@@ -72,10 +72,10 @@ def report(record: dict[str, Any]) -> str:
     for name, kept in record.get("generation", {}).items():
         if kept["not_captured"] is not None:
             lines.append(f"NOT CAPTURED: {name} ran its step eagerly: {kept['not_captured']}")
-    unsteady = [row for row in record["points"] if row["spread"] > _UNSTEADY]
+    unsteady = [row for row in record["points"] if row["spread"] > UNSTEADY]
     if unsteady:
         lines.append(
-            f"UNSTEADY: {len(unsteady)} of {len(record['points'])} points spread over more than {_UNSTEADY:.0%}; "
+            f"UNSTEADY: {len(unsteady)} of {len(record['points'])} points spread over more than {UNSTEADY:.0%}; "
             "the machine was busy with something else, do not quote these"
         )
     return "\n".join(lines)

@@ -1,10 +1,13 @@
 #!/usr/bin/env python
-"""`soft_embed` against eager PyTorch, `softmax(hidden @ W.T) @ E`: time and peak extra memory, forward and backward.
+"""`soft_embed` against eager PyTorch, `softmax(hidden @ W.T) @ E`, and `torch.compile` of that: time and peak extra
+memory, forward and backward.
 
     python bench/soft_embed.py --out bench/results/soft_embed-cpu.json
 
 Frozen matrices, random hidden states and upstream gradients. Times are medians of interleaved runs in one process; the
-peak of each point is taken in a fresh process. Nothing is printed unless values and gradients agree with float64 first.
+peak of each point is taken in a fresh process (not of the compiled form: its compiler would count). The floor is that
+of the kernels' traffic model at ceilings measured in the same run. Nothing is printed unless values and gradients agree
+with float64 first.
 """
 
 from __future__ import annotations
@@ -21,9 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from bench.cases import BOTH, MODELS, PASSES
-from bench.op_engines import Op, Problem, WrongResultError, check, draw_matrices, eager, ours
+from bench.floors import measure_ceilings
+from bench.op_engines import Op, Problem, WrongResultError, check, compiled, draw_matrices, eager, ours
+from bench.op_measure import first_line
 from bench.provenance import provenance
 from bench.records import save, to_json
+from bench.scaling_soft_embed import Sizes, floor
 from bench.tables import table
 from bench.timing import interleaved
 from bench.train_worker import peak, reset_peak
@@ -38,6 +44,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each point")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--out", type=Path, help="write the record to this JSON file")
     parser.add_argument("--peak-of", nargs=3, metavar=("OP", "PASS", "T"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -47,7 +54,9 @@ def main() -> int:
         return 0
 
     device, points, worst = torch.device(options.device), [], 0.0
+    failures: dict[str, str] = {}
     head, embed = draw_matrices(MODELS[options.shape], getattr(torch, options.dtype), device)
+    ceilings = measure_ceilings(device, head.dtype)
     for rows in options.rows:
         try:
             worst = max(worst, check(Problem.draw(rows, BOTH, head, embed))["worst_ratio"])
@@ -58,6 +67,14 @@ def main() -> int:
             runs = {name: problem.call(op) for name, op in OPS.items()}
             for run in runs.values():
                 run()
+            if not options.no_compile:
+                run = problem.call(compiled())
+                try:
+                    run()
+                    runs["compiled"] = run
+                except Exception as error:  # no C++ compiler, for one
+                    failures[f"compiled, T = {rows}, {what}"] = first_line(error)
+            sizes = Sizes(rows, *head.shape, head.shape[1], embed is None, head.itemsize)
             timings = interleaved(runs, device, options.repeats)
             points.append(
                 {
@@ -66,6 +83,7 @@ def main() -> int:
                     "milliseconds": {name: timing.seconds * 1e3 for name, timing in timings.items()},
                     "spread": {name: timing.spread for name, timing in timings.items()},
                     "speedup": timings["eager"].seconds / timings["ours"].seconds,
+                    "floor_milliseconds": ceilings.seconds(floor(sizes, what)) * 1e3,
                     "peak_extra_bytes": {name: peak_of(name, what, rows) for name in OPS},
                 }
             )
@@ -77,6 +95,8 @@ def main() -> int:
         "tied": embed is None,
         "dtype": options.dtype,
         "repeats": options.repeats,
+        "ceilings": vars(ceilings),
+        "failures": failures,
         "worst_error_over_eager": worst,
         "points": points,
         "provenance": provenance(device),
@@ -116,7 +136,9 @@ def report(record: dict[str, Any]) -> str:
         ("pass", lambda p: p["pass"]),
         ("T", lambda p: str(p["rows"])),
         ("eager ms", lambda p: f"{p['milliseconds']['eager']:.1f}"),
+        ("compiled ms", lambda p: f"{p['milliseconds']['compiled']:.1f}" if "compiled" in p["milliseconds"] else "-"),
         ("ours ms", lambda p: f"{p['milliseconds']['ours']:.1f}"),
+        ("floor ms", lambda p: f"{p['floor_milliseconds']:.1f}"),
         ("spread", lambda p: f"{max(p['spread'].values()):.0%}"),
         ("speed-up", lambda p: f"{p['speedup']:.2f}x"),
         ("eager MiB", lambda p: mebibytes(p["peak_extra_bytes"]["eager"])),

@@ -89,23 +89,29 @@ def plot_quality(
 
 
 def plot_losses(log: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The contrastive losses L_1..L_K over training, smoothed by a running mean of about a tenth of the run."""
+    """The contrastive losses L_1..L_K over training, smoothed by a running mean of about a tenth of the run.
+
+    Where K was drawn anew for each step, a line has the steps that had its loss, and is smoothed over a tenth of these.
+    """
     import numpy as np
 
     figure, axes = new_figure()
-    losses = np.array([entry["losses"] for entry in log], dtype=float)
-    steps = np.array([entry["step"] for entry in log])
-    window = max(1, len(log) // 10)
-    kernel = np.ones(window) / window
-    for k in range(losses.shape[1]):
-        shade = 0.15 + 0.7 * k / max(1, losses.shape[1] - 1)
-        colour = _viridis(1 - shade)
-        axes.plot(steps, losses[:, k], color=colour, alpha=0.2, linewidth=1)
-        smooth = np.convolve(losses[:, k], kernel, mode="valid")
+    most = max(len(entry["losses"]) for entry in log)
+    windows = set()
+    for k in range(most):
+        having = [entry for entry in log if len(entry["losses"]) > k]
+        steps = np.array([entry["step"] for entry in having])
+        losses = np.array([entry["losses"][k] for entry in having], dtype=float)
+        window = max(1, len(having) // 10)
+        windows.add(window)
+        colour = _viridis(1 - (0.15 + 0.7 * k / max(1, most - 1)))
+        axes.plot(steps, losses, color=colour, alpha=0.2, linewidth=1)
+        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
         axes.plot(steps[window - 1 :], smooth, color=colour, label=f"$L_{{{k + 1}}}$", linewidth=1.8)
     axes.set(xlabel="training step", ylabel="contrastive loss (nats)", title="Loss of each step during training")
     axes.set_ylim(bottom=0)
-    axes.legend(title=f"mean of {window}" if window > 1 else None)
+    width = f"{min(windows)} to {max(windows)}" if len(windows) > 1 else str(max(windows))
+    axes.legend(title=f"mean of {width}" if width != "1" else None)
     save_figure(figure, path)
 
 

@@ -130,21 +130,24 @@ def test_texts_of_a_file(tmp_path):
         corpus.read_texts(tmp_path / "empty.txt", "text", None)
 
 
-def test_a_model_that_cannot_be_compared(folder, tmp_path):
-    copy = tmp_path / "warm"
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"temperature": 0.7}, "temperature is 0.7"), ({"include_prompt_state": True}, "include_prompt_state is true")],
+)
+def test_a_model_that_cannot_be_compared(folder, tmp_path, capsys, settings, message):
+    copy = tmp_path / "other"
     copy.mkdir()
     for file in folder.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
-    (copy / "gircse_config.json").write_text(GircseConfig(temperature=0.7).to_json())
-    with pytest.raises(corpus.CorpusError, match="temperature is 0.7"):
+    (copy / "gircse_config.json").write_text(GircseConfig(**settings).to_json())
+    with pytest.raises(corpus.CorpusError, match=message):
         corpus.load(str(copy), torch.float32, "cpu")
-
-
-def test_shared_tokens():
-    assert corpus.shared_tokens([[1, 2, 3], [1, 2, 4, 5]]) == 2
-    assert corpus.shared_tokens([[1, 2], [1, 2, 3]]) == 1  # each keeps one of its own
-    assert corpus.shared_tokens([[1, 2]]) == 0
-    assert corpus.shared_tokens([[5], [1, 2]]) == 0
+    texts = tmp_path / "texts.txt"
+    texts.write_text("one\n")
+    out = tmp_path / "r.json"
+    assert run.main(["--model", str(copy), "--corpus", str(texts), "--length", "40", "--out", str(out)]) == 2
+    assert f"bench/run.py: error: --model: its {message}" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_a_shared_prefix_in_random_batches():

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from bench import info_nce
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,3 +22,10 @@ def test_ring_and_gather_are_measured_and_agree(ranks: int) -> None:
     record = json.loads(done.stdout.splitlines()[-1])
     assert record["ranks"] == ranks
     assert min(record[name] for name in ("seconds", "ring_seconds", "exchange_seconds")) > 0
+
+
+def test_the_floor_is_that_of_six_products() -> None:
+    size = info_nce.Size(8, 24, 5, 16)
+    work = info_nce.floor(size, torch.bfloat16)
+    assert work.flops == 6 * 5 * 8 * 24 * 16
+    assert work.bytes == 2 * 2 * 5 * 16 * (8 + 24)
