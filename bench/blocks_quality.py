@@ -56,7 +56,7 @@ def _where(record: Record, corpus: str) -> str:
     return (
         f"**{corpus}** ({record['base']}, scale {record['scale']}: {train['max_steps']} steps of {train['batch_size']} "
         f"rows out of {size['training']:,}; {size['queries']} queries, {size['documents']} documents, {size['labels']} "
-        f"labels, {size['pairs']} pairs)"
+        f"labels, {size['pairs']} pairs; {record['provenance']['device']}, {record['provenance']['date'][:10]})"
     )
 
 
@@ -180,22 +180,50 @@ def scaling(results: Results) -> str:
 
 @block("quality-poolings")
 def poolings(results: Results) -> str:
-    """MRR@10 of the same states under other poolings: where the loss beyond the trained K comes from."""
+    """MRR@10 of the same states read in other ways: where the loss beyond the trained K comes from."""
 
     def render(record: Record, corpus: str, arms: dict[str, dict[int, Run]]) -> str:
-        rows = []
-        for arm, runs in arms.items():
-            if arm != UNTRAINED and ARMS[arm].group in ("ablation", "scaling"):
-                for name in ("mean", "weighted", "last"):
-                    curve = np.mean([run["mrr"][name] for run in runs.values()], axis=0)
-                    trained = next(iter(runs.values()))["pooling"]
-                    rows.append({"arm": arm, "pooling": name + (" *" if name == trained else ""), "curve": curve})
+        readings = [("mean of the states", "mrr", "mean"), ("the same, centred", "centred_mrr", "mean")]
+        readings += [("last state", "mrr", "last"), ("the same, centred", "centred_mrr", "last")]
+        rows = [
+            {"arm": arm, "reading": reading, "curve": np.mean([run[key][pooling] for run in runs.values()], axis=0)}
+            for arm, runs in arms.items()
+            if arm != UNTRAINED and ARMS[arm].group in ("ablation", "scaling")
+            for reading, key, pooling in readings
+            if all(key in run for run in runs.values())
+        ]
         columns: list[Column] = [
             ("arm", lambda r: f"`{r['arm']}`"),
-            ("pooling (* trained)", lambda r: r["pooling"]),
+            ("embedding", lambda r: r["reading"]),
             *((f"K = {k}", lambda r, k=k: f"{r['curve'][k]:.3f}") for k in SHOWN_STEPS[1:]),
         ]
         return markdown(columns, rows) if rows else ""
+
+    return _sections(results, render)
+
+
+@block("quality-other")
+def other(results: Results) -> str:
+    """Spearman correlation and V-measure against K."""
+
+    def render(record: Record, corpus: str, arms: dict[str, dict[int, Run]]) -> str:
+        rows = [
+            {"arm": arm, "what": what, "curve": np.mean([run[key] for run in runs.values()], axis=0)}
+            for arm, runs in arms.items()
+            for what, key in (("Spearman", "spearman"), ("V-measure", "v_measure"))
+            if arm == UNTRAINED or ARMS[arm].group in ("ablation", "scaling")
+        ]
+        columns: list[Column] = [
+            ("arm", lambda r: f"`{r['arm']}`"),
+            ("measure", lambda r: r["what"]),
+            *((f"K = {k}", lambda r, k=k: f"{r['curve'][k]:.3f}") for k in SHOWN_STEPS),
+        ]
+        errors = [error for runs in arms.values() for run in runs.values() for error in run["spearman_error"]]
+        spreads = [spread for runs in arms.values() for run in runs.values() for spread in run["v_measure_std"]]
+        return (
+            f"{markdown(columns, rows)}\n\nStandard errors: Spearman {np.mean(errors):.3f} (pairs resampled), "
+            f"V-measure {np.mean(spreads):.3f} (seeds of k-means)."
+        )
 
     return _sections(results, render)
 

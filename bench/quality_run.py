@@ -86,7 +86,8 @@ def measure(model: GIRCSE, corpus: StudyCorpus, scale: Scale, *, pooling: str) -
         "ranks": [21] strings, one character a query: the rank of its document, "0" beyond `DEPTH`, "a" for ten, with
         `pooling`; "spearman", "spearman_error" (bootstrap over pairs), "v_measure", "v_measure_std" (over seeds of
         k-means): [21]; "mrr": {pooling: [21]} of all poolings, out of the same states; "centred_mrr": likewise,
-        with the mean of all queries and that of all documents taken off: what steps add to every text alike; "anatomy": see `gircse.anatomy`.
+        with the mean of all queries and that of all documents taken off: what steps add to every text alike;
+        "anatomy": see `gircse.anatomy`.
     """
     lengths = {key: scale.train[key] for key in ("query_max_length", "passage_max_length")}
     queries = states(model, corpus.queries, corpus.instruction, lengths["query_max_length"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import quality, quality_corpora
-from bench.blocks_quality import ablation, negatives, poolings, scaling, soft_tokens, steps
+from bench.blocks_quality import ablation, negatives, other, poolings, scaling, soft_tokens, steps
 from bench.documents import Results
 from bench.quality_arms import ARMS, SCALES
 from bench.quality_corpora import StudyCorpus, debian_packages
@@ -117,7 +117,7 @@ def test_a_study_goes_on_and_is_rendered(base, corpus, tmp_path, monkeypatch, ca
     assert quality.main([*common, "--arms", "untrained,gircse", "--seeds", "0,1"]) == 0
 
     results = Results(record.parent)
-    for render in (ablation, steps, scaling, poolings, negatives, soft_tokens):
+    for render in (ablation, steps, scaling, poolings, other, negatives, soft_tokens):
         assert "`gircse`" in render(results) or "negatives a query" in render(results)
     (figure,) = results.figures.values()
     figure.draw(figure.data, tmp_path / "figure.png")
