@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gircse.engine.kv import KeptPrefix
 from gircse.prompts import format_query
 
 if TYPE_CHECKING:
@@ -150,13 +151,12 @@ def _embed_windows(
 ) -> Iterator[np.ndarray]:
     """[n, columns, dim] of each window, in order; tokenises one window ahead in a thread."""
     cut = total = 0
-    keep_prefix = False
+    kept = KeptPrefix()
     tokenizer = _Tokenizer(model, options.instruction, options.max_length)
     try:
         for rows, cut_here in _one_ahead(windows, tokenizer):
             cut, total = cut + cut_here, total + len(rows)
-            yield _embed(model, rows, options, update, keep_prefix)
-            keep_prefix = True
+            yield _embed(model, rows, options, update, kept)
     finally:
         _warn_cut(cut, total, options.max_length)
 
@@ -185,7 +185,7 @@ def _embed(
     rows: list[list[int]],
     options: EncodeOptions,
     update: Callable[[int], object],
-    keep_prefix: bool,
+    kept: KeptPrefix,
 ) -> np.ndarray:
     """[n, columns, dim] float32 of one window."""
     embeddings = np.empty((len(rows), options.columns, options.dim), dtype=np.float32)
@@ -203,7 +203,7 @@ def _embed(
             include_prompt=model.config.include_prompt_state,
             settled=None if options.tolerance is None else _settled(model, options.tolerance),
             max_rows=options.batch_size,
-            keep_prefix=keep_prefix,
+            kept=kept,
         )
     return embeddings
 

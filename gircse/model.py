@@ -304,14 +304,16 @@ class GIRCSE(nn.Module):
         `unmerge_adapter` and `train` put the exact original weights back; until then a copy of them stays in the host's
         memory. Without an adapter, or merged already, nothing happens.
         """
-        if self._merged is None and hasattr(self.base, "peft_config"):
-            self._merged = MergedAdapter.merge(self.base)
+        with self._lock:
+            if self._merged is None and hasattr(self.base, "peft_config"):
+                self._merged = MergedAdapter.merge(self.base)
 
     def unmerge_adapter(self) -> None:
         """Takes the adapter out again, bitwise."""
-        if self._merged is not None:
-            self._merged.undo()
-            self._merged = None
+        with self._lock:
+            if self._merged is not None:
+                self._merged.undo()
+                self._merged = None
 
     def quantize_weights(self, kind: str = "int8") -> None:
         """Stores the decoder's matrices in 8 bits (weight only), for inference: less memory, fewer bytes per step.
@@ -328,14 +330,16 @@ class GIRCSE(nn.Module):
         """
         from gircse.quantization import quantize_weights
 
-        quantize_weights(self, kind)
-        self._engine = None
+        with self._lock:
+            quantize_weights(self, kind)
+            self._engine = None
 
     def train(self, mode: bool = True) -> GIRCSE:
         """Training needs the adapter apart from the base: a merged one is taken out."""
-        if mode:
-            self.unmerge_adapter()
-        return self._set_mode(mode)
+        with self._lock:
+            if mode:
+                self.unmerge_adapter()
+            return self._set_mode(mode)
 
     def _set_mode(self, training: bool) -> GIRCSE:
         return super().train(training)

@@ -101,6 +101,16 @@ class Prefix:
         return len(self.tokens)
 
 
+class KeptPrefix:
+    """Of one caller's calls: the prefix of the last one, for the next, as long as the weights stay as they are.
+
+    It belongs to the caller, not to the engine: what another caller encodes meanwhile changes no bit.
+    """
+
+    def __init__(self) -> None:
+        self.prefix: Prefix | None = None
+
+
 class PrefillPass(AttentionPass):
     """Several texts, packed into one row of tokens.
 
