@@ -49,17 +49,18 @@ def test_every_way_to_encode_at_once(model):
 
 
 def test_streams_that_take_turns_do_not_use_each_others_prefix(model):
-    """Their instructions begin alike, so a prefix kept by the engine would serve the other stream as well."""
-    instructions = ["find the text", "find the text that says", "find the text that says the same"]
+    """Their instruction is the same and their texts begin differently: a prefix that the engine keeps would serve the
+    other stream too, but with another length, and so other roundings."""
+    sources = [TEXTS, [text[::-1] for text in TEXTS], [text.upper() for text in TEXTS]]
 
-    def stream(instruction: str):
-        return model.encode_stream(TEXTS, instruction=instruction, num_steps=2, window=3)
+    def stream(texts: list[str]):
+        return model.encode_stream(texts, instruction="find the text", num_steps=2, window=3)
 
-    alone = [np.stack(list(stream(i))) for i in instructions]
-    turns = zip(*(stream(i) for i in instructions), strict=True)
+    alone = [np.stack(list(stream(texts))) for texts in sources]
+    turns = zip(*map(stream, sources), strict=True)
     for found, expected in zip(zip(*turns, strict=True), alone, strict=True):
         np.testing.assert_array_equal(np.stack(found), expected)
-    together = at_once(*(lambda i=i: np.stack(list(stream(i))) for i in instructions))
+    together = at_once(*(lambda texts=texts: np.stack(list(stream(texts))) for texts in sources))
     for found, expected in zip(together, alone, strict=True):
         np.testing.assert_array_equal(found, expected)
 
@@ -94,10 +95,10 @@ def test_merging_waits_for_those_who_encode():
     found: list[np.ndarray] = []
 
     def encode() -> None:
-        found.extend(model.encode(TEXTS, num_steps=2) for _ in range(12))
+        found.extend(model.encode(TEXTS, num_steps=2) for _ in range(6))
 
     def merge() -> None:
-        for _ in range(12):
+        for _ in range(8):
             model.merge_adapter()
             model.unmerge_adapter()
 
@@ -114,14 +115,14 @@ def test_training_mode_waits_for_those_who_encode():
     found: list[np.ndarray] = []
 
     def encode() -> None:
-        found.extend(model.encode(TEXTS, num_steps=2) for _ in range(12))
+        found.extend(model.encode(TEXTS, num_steps=2) for _ in range(4))
 
     def switch() -> None:
-        for i in range(200):
+        for i in range(80):
             model.train(i % 2 == 0)
 
     def look() -> None:
-        for _ in range(4):
+        for _ in range(2):
             model.inspect(TEXTS[:2], num_steps=2)
 
     at_once(encode, switch, encode, look)
@@ -133,12 +134,12 @@ def test_training_mode_waits_for_those_who_encode():
 
 
 def test_a_tokenizer_that_truncates_is_shared():
-    """Its settings are changed and put back by each call, which Rust's tokenizers refuse to do twice at once."""
+    """Every call switches its truncation and padding off."""
     tokenizer = tiny_tokenizer()
     tokenizer._tokenizer.enable_truncation(max_length=4)
     tokenizer._tokenizer.enable_padding(pad_id=0, pad_token="<eos>")
     model = GIRCSE(tiny_model("llama"), tokenizer).eval()
-    texts = [f"{i} " * 40 for i in range(200)]
+    texts = [f"{i} " * 40 for i in range(100)]
     expected = model.encode(texts, num_steps=0, max_length=8)
     found = at_once(*[lambda: model.encode(texts, num_steps=0, max_length=8)] * 6)
     for embeddings in found:
