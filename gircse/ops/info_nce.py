@@ -102,9 +102,9 @@ def stepwise_info_nce(
         return_stats: also return an `InfoNCEStats`, from the same pass.
         backend: None (choose: triton on CUDA from compute capability 8.0 on, else torch), "torch" or "triton".
 
-    A zero vector has no direction: its embedding is zero, so all its similarities are 0, and its gradient is zero. So is
-    one whose squares leave the range of float32: hidden states should be between 1e-18 and 1e18 in size (they are
-    normalised by the decoder's last norm).
+    A zero vector has no direction: its embedding is zero, so all its similarities are 0, and its gradient is zero.
+    So are those of a vector whose squares leave the range of float32: norms have to lie between 1e-18 and 1e18, as they
+    do after a decoder's last norm.
 
     Returns:
         [K], in nats, float32 (float64 for float64 steps). Differentiable once, with respect to both step tensors.
