@@ -82,17 +82,15 @@ def _npy_writer(partial: Path) -> Iterator[Callable[[np.ndarray], None]]:
 def _open(path: str):
     # bytes that are not UTF-8 come as lone surrogates: then it is known in which line they are
     if path != "-":
-        return open(path, encoding="utf-8", errors="surrogateescape")
+        return open(path, encoding="utf-8-sig", errors="surrogateescape")
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
     return nullcontext(sys.stdin)
 
 
 def _numbered(file: Iterable[str], path: str) -> Iterator[tuple[int, str]]:
     """(number, line without its end), from 1."""
     for number, line in enumerate(file, start=1):
-        if number == 1:
-            line = line.removeprefix("\ufeff")
         try:
             line.encode("utf-8")
         except UnicodeEncodeError as error:

@@ -21,6 +21,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from gircse.atomic import new_file
+from gircse.jsonl import parse_line
 
 LOG_NAME = "train_log.jsonl"
 _SCALARS = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "seconds", "peak_bytes")
@@ -91,13 +92,20 @@ def start_log(run: Path, *, up_to: int) -> list[dict[str, Any]]:
 
 
 def read_log(run: Path, up_to: int | None = None) -> list[dict[str, Any]]:
-    """The entries of a run, up to a step; a last line that a kill cut short is passed over."""
+    """The entries of a run, up to a step; a last line that a kill cut short is passed over.
+
+    Raises:
+        ValueError: another line is no entry; names file and line.
+    """
     entries = []
-    for line in (run / LOG_NAME).read_text(encoding="utf-8").splitlines():
+    lines = (run / LOG_NAME).read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last line's end is empty, or cut short
         try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            break
+            entry = parse_line(line)
+            if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+                raise ValueError('expected an object with an integer "step"')
+        except ValueError as error:
+            raise ValueError(f"{run / LOG_NAME}:{number}: {error}") from None
         if up_to is None or entry["step"] <= up_to:
             entries.append(entry)
     return entries
