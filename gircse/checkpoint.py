@@ -94,6 +94,8 @@ def load_checkpoint(
         step = state["step"]
         if not isinstance(step, int) or folder.name != f"step-{step:06d}":
             raise ValueError(f"it holds step {step!r}")
+        if set(state["scheduler"]) != set(scheduler.state_dict()):  # which would take any
+            raise ValueError("the state of its schedule is that of another one")
         set_peft_model_state_dict(model.base, weights)
         optimizer.load_state_dict(state["optimizer"])
         _check_shapes(optimizer)

@@ -82,15 +82,19 @@ def _npy_writer(partial: Path) -> Iterator[Callable[[np.ndarray], None]]:
 def _open(path: str):
     # bytes that are not UTF-8 come as lone surrogates: then it is known in which line they are
     if path != "-":
-        return open(path, encoding="utf-8-sig", errors="surrogateescape")
+        return open(path, encoding="utf-8", errors="surrogateescape")
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     return nullcontext(sys.stdin)
 
 
 def _numbered(file: Iterable[str], path: str) -> Iterator[tuple[int, str]]:
     """(number, line without its end), from 1."""
     for number, line in enumerate(file, start=1):
+        if number == 1 and line.startswith("\ufeff"):
+            line = line[1:]
+            if not line:  # a file of nothing but the mark has no line
+                return
         try:
             line.encode("utf-8")
         except UnicodeEncodeError as error:
