@@ -56,6 +56,12 @@ def embedding_writer(path: str) -> Iterator[Callable[[np.ndarray], None]]:
                 yield write_lines
 
 
+def save_array(path: Path, array: np.ndarray) -> None:
+    """As float32 in a .npy file. `np.save` writes through C's buffers, and does not say when the disk is full."""
+    with _npy_writer(path) as write:
+        write(array)
+
+
 @contextmanager
 def _npy_writer(partial: Path) -> Iterator[Callable[[np.ndarray], None]]:
     shape: tuple[int, ...] = (0, 0)

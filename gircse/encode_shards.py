@@ -32,7 +32,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from gircse.atomic import new_file, new_folder
-from gircse.embedding_files import BLOCK, embedding_writer, read_texts
+from gircse.embedding_files import BLOCK, embedding_writer, read_texts, save_array
 from gircse.folder_lock import try_lock
 
 SHARD_SIZE = 4096
@@ -251,7 +251,7 @@ class _Shards:
         if embeddings.ndim < 2 or len(embeddings) != self.size(s):
             raise ValueError(f"encode: got shape {list(embeddings.shape)}, expected [{self.size(s)}, D]")
         with new_file(self.path(s)) as partial:
-            np.save(partial, np.ascontiguousarray(embeddings, dtype=np.float32))
+            save_array(partial, embeddings)
 
     @contextmanager
     def lock(self, s: int) -> Iterator[bool]:

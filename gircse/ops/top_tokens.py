@@ -43,6 +43,8 @@ def top_tokens(
     """
     options = check_scores(hidden, head_weight, bias, temperature, softcap, logit_scale)
     check_backend(backend)
+    if hidden.device.type == "meta":
+        raise ValueError("hidden: got device meta, expected one with values")
     if not isinstance(n, int) or isinstance(n, bool):
         raise TypeError(f"n: got {type(n).__name__}, expected an int")
     num_vocab = head_weight.shape[0]
