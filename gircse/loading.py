@@ -69,7 +69,8 @@ def load_pretrained(
 
 def _load_base(name: str | Path, options: dict[str, Any]) -> Any:
     with _readable("name_or_path", name):
-        base, found = AutoModelForCausalLM.from_pretrained(str(name), output_loading_info=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(name), output_loading_info=True, **options)
+    base, found = loaded
     if missing := sorted(found["missing_keys"]):  # transformers draws them at random, and goes on
         raise ValueError(
             f"name_or_path: {name} lacks {len(missing)} weights of {type(base).__name__}, for example {missing[0]}"

@@ -30,7 +30,7 @@ def _relevance(relevant: Relevant, num_queries: int, num_docs: int) -> list[list
         try:
             relevant = relevant.tolist()
         except (RuntimeError, NotImplementedError):  # a tensor of another layout, or without values
-            raise TypeError(f"relevant must be dense and have values, got {relevant.layout}") from None
+            raise TypeError(f"relevant must be dense and have values, got {relevant!r:.60}") from None
     if not isinstance(relevant, Sequence):
         raise TypeError(f"relevant must be a sequence with one entry per query, got {type(relevant).__name__}")
     if len(relevant) != num_queries:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from gircse.folder_lock import LOCK_NAME, FolderInUse, folder_lock
+from tests.fuzz.outcome import outcome
 from tests.training_process import CONTEXT
 
 
@@ -64,23 +65,23 @@ def test_a_killed_process_keeps_nobody_out(tmp_path):
 def test_only_one_at_a_time_however_they_come_and_go(tmp_path):
     """The file is removed and made again all the time; one that locks the removed one must not take it for the lock."""
     inside, most, entered = 0, 0, 0
-    broken: list[OSError] = []
+    broken: list[BaseException] = []
     counting = threading.Lock()
 
-    def come_and_go() -> None:
+    def once() -> None:
         nonlocal inside, most, entered
+        with folder_lock(tmp_path / "run"):
+            with counting:
+                inside, entered = inside + 1, entered + 1
+                most = max(most, inside)
+            time.sleep(0)
+            with counting:
+                inside -= 1
+
+    def come_and_go() -> None:
         for _ in range(100):
-            try:
-                with folder_lock(tmp_path / "run"):
-                    with counting:
-                        inside, entered = inside + 1, entered + 1
-                        most = max(most, inside)
-                    time.sleep(0)
-                    with counting:
-                        inside -= 1
-            except FolderInUse:
-                pass
-            except OSError as error:
+            _, error = outcome(once, OSError)
+            if error is not None and not isinstance(error, FolderInUse):
                 broken.append(error)
 
     threads = [threading.Thread(target=come_and_go) for _ in range(4)]

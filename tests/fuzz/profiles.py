@@ -16,10 +16,10 @@ settings.register_profile("ci", derandomize=True, database=None, **_ALL)
 settings.register_profile("deep", **_ALL)
 
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ci")
-_DEEPER = 30
+_DEEPER = 10
 
 
 def fuzz(examples: int) -> settings:
-    """`examples` in the profile "ci", 30 times as many in "deep"."""
+    """`examples` in the profile "ci", 10 times as many in "deep"."""
     times = _DEEPER if PROFILE == "deep" else 1
     return settings(settings.get_profile(PROFILE), max_examples=examples * times)
