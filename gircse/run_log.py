@@ -21,7 +21,6 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from gircse.atomic import new_file
-from gircse.jsonl import parse_line
 
 LOG_NAME = "train_log.jsonl"
 _SCALARS = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "seconds", "peak_bytes")
@@ -99,12 +98,14 @@ def read_log(run: Path, up_to: int | None = None) -> list[dict[str, Any]]:
     """
     entries = []
     lines = (run / LOG_NAME).read_bytes().split(b"\n")
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last line's end is empty, or cut short
+    for number, line in enumerate(lines, start=1):
         try:
-            entry = parse_line(line)
+            entry = json.loads(line)
             if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
                 raise ValueError('expected an object with an integer "step"')
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):  # what follows the last line's end: nothing, or the beginning of a line
+                break
             raise ValueError(f"{run / LOG_NAME}:{number}: {error}") from None
         if up_to is None or entry["step"] <= up_to:
             entries.append(entry)
