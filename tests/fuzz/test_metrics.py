@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from gircse import metrics
 from gircse.clustering import kmeans, v_measure
+from gircse.evaluate import RetrievalTask, evaluate_retrieval
+from gircse.evaluation.step_store import check_steps
 from gircse.paired import paired_difference, plateau
 from tests.fuzz.outcome import outcome
 from tests.fuzz.profiles import fuzz
@@ -133,3 +135,14 @@ def test_an_error_names_the_argument(call, data):
     arguments[data.draw(st.sampled_from(names))] = data.draw(garbage)
     _, error = outcome(lambda: call(**arguments), TypeError, ValueError)
     assert error is None or any(str(error).startswith(name) for name in names)
+
+
+@fuzz(30)
+@given(steps=garbage | st.lists(garbage, min_size=1, max_size=2))
+def test_numbers_of_steps(steps):
+    """Refused before a model is asked for anything."""
+    task = RetrievalTask(None, ["a"], ["b"], [{0}])
+    for call in (lambda: evaluate_retrieval(None, task, steps=steps), lambda: check_steps(steps)):
+        _, error = outcome(call, ValueError, AttributeError)  # an AttributeError of None: the steps are good
+        good = isinstance(steps, list) and all(type(k) is int and k >= 0 for k in steps)
+        assert (isinstance(error, ValueError) and str(error).startswith("steps: got")) or good
