@@ -14,6 +14,7 @@ import numpy as np
 from gircse.arrays import real_array
 
 _MAX_ITERATIONS = 100
+_MAX_RESTARTS = 1000
 _CHUNK = 1 << 22  # distances held at once, in numbers
 
 
@@ -61,6 +62,7 @@ def kmeans(points: np.ndarray, num_clusters: int, *, seed: int, restarts: int = 
         points: [n, D], real numbers; computed in float32, scaled to fit it.
         num_clusters: 1..n.
         seed: >= 0; the same one gives the same clusters.
+        restarts: 1..1000.
 
     Returns:
         [n] int64 cluster numbers, below `num_clusters`; a cluster may be empty where points coincide.
@@ -74,7 +76,7 @@ def kmeans(points: np.ndarray, num_clusters: int, *, seed: int, restarts: int = 
     for name, value, least, most in (
         ("num_clusters", num_clusters, 1, len(points)),
         ("seed", seed, 0, None),
-        ("restarts", restarts, 1, None),
+        ("restarts", restarts, 1, _MAX_RESTARTS),
     ):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
             raise TypeError(f"{name}: got {type(value).__name__}, expected an integer")
