@@ -37,7 +37,7 @@ def changed(draw: Any, config: type) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-@fuzz(150)
+@fuzz(80)
 @given(data=st.data())
 def test_settings(config, data):
     given_values = changed(data.draw, config)
@@ -83,7 +83,7 @@ TOML = [
 TOML += ["learning_rate = " + "9" * 400, "progress = 2020-01-01", "pooling = '''last'''", 'model = "\\ud800"', "\0"]
 
 
-@fuzz(100)
+@fuzz(60)
 @given(data=st.data())
 def test_recipes(folder, data):
     path = folder / "recipe.toml"

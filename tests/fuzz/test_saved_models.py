@@ -114,7 +114,7 @@ def test_weights_that_are_missing_or_of_another_shape(kind, saved, expected, cop
 
 
 @pytest.mark.parametrize("kind", ["model", "adapter"])
-@fuzz(12)
+@fuzz(8)
 @given(data=st.data())
 def test_json_files(kind, saved, expected, copy, data):
     fresh(saved[kind], copy)

@@ -40,7 +40,7 @@ def own() -> GIRCSE:
 
 
 def test_ten_thousand_steps_in_flat_memory(own):
-    calls, steps, traced_calls = 500, 20, 20
+    calls, steps, traced_calls = 500, 20, 8
 
     def encode(times: int) -> np.ndarray:
         for _ in range(times):
@@ -74,7 +74,7 @@ def test_batches_of_every_size_do_not_grow_what_is_kept(own):
     draw = random.Random(0)
     calls = [
         ([f"{'x' * draw.randint(0, 60)}{i}" for i in range(draw.randint(1, 24))], draw.choice([0, 1, 3, 8]), i % 3)
-        for i in range(40)
+        for i in range(16)
     ]
 
     def once() -> None:
