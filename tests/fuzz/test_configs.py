@@ -47,7 +47,9 @@ def test_settings(config, data):
         return
     for name, value in given_values.items():  # what is accepted is what it says, as JSON would give it back
         kept = getattr(found, name)
-        assert kept == (tuple(value) if isinstance(kept, tuple) else value)
+        assert kept == (
+            tuple(value) if isinstance(kept, tuple) else type(kept)(value) if type(kept) is float else value
+        )
         assert type(kept) is type(value) or isinstance(kept, (tuple, float))
     json.dumps(asdict(found), allow_nan=False)
     if config is TrainConfig:

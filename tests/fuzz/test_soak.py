@@ -40,7 +40,7 @@ def own() -> GIRCSE:
 
 
 def test_ten_thousand_steps_in_flat_memory(own):
-    calls, steps, traced_calls = 500, 20, 8
+    calls, steps, traced_calls = 200, 50, 4
 
     def encode(times: int) -> np.ndarray:
         for _ in range(times):
@@ -48,9 +48,9 @@ def test_ten_thousand_steps_in_flat_memory(own):
         return found
 
     first = encode(1)
-    encode(99)
+    encode(39)
     tensors, before = live_tensors(), resident()
-    encode(calls - 100 - 2 * traced_calls)
+    encode(calls - 40 - 2 * traced_calls)
     grown = resident() - before
     assert grown < 4 * MIB, f"{grown} bytes"
     # Python's own objects, call by call: tracing is slow, so only at the end
