@@ -61,10 +61,10 @@ def test_ten_thousand_steps_in_flat_memory(own):
         traced = tracemalloc.get_traced_memory()[0]
         last = encode(traced_calls)
         gc.collect()
-        a_call = (tracemalloc.get_traced_memory()[0] - traced) / traced_calls
+        grown = tracemalloc.get_traced_memory()[0] - traced
     finally:
         tracemalloc.stop()
-    assert a_call < 4096, f"{a_call:.0f} bytes of Python objects a call"
+    assert grown < MIB // 4, f"{grown} bytes of Python objects in {traced_calls * steps} steps"
     assert live_tensors() <= tensors
     np.testing.assert_array_equal(last, first)
 
