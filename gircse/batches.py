@@ -171,7 +171,7 @@ class TrainingData:
         """Raises ValueError if the data are not those of a run that saved `to_json` in `path`."""
         try:
             was = [(s["rows"], s["fingerprint"]) for s in json.loads(path.read_text(encoding="utf-8"))]
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"{path}: cannot be read: {error!r}") from None
         now = [(len(source), source.fingerprint) for source in self.sources]
         if was == now:

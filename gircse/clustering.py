@@ -5,12 +5,16 @@ As MTEB scores clustering tasks (k-means with as many clusters as labels, V-meas
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from gircse.arrays import real_array
+
 _MAX_ITERATIONS = 100
+_MAX_RESTARTS = 1000
 _CHUNK = 1 << 22  # distances held at once, in numbers
 
 
@@ -21,11 +25,11 @@ def v_measure(labels: Sequence[Any], clusters: Sequence[Any]) -> float:
         labels, clusters: n hashable values each; only which ones are equal counts.
 
     Raises:
-        ValueError: empty, or of different lengths.
+        ValueError: empty, or of different lengths. TypeError: no sequence, or a value that is not hashable.
     """
-    if len(labels) != len(clusters) or not len(labels):
-        raise ValueError(f"labels and clusters: got {len(labels)} and {len(clusters)} values, expected the same n >= 1")
-    rows, columns = _codes(labels), _codes(clusters)
+    rows, columns = _codes("labels", labels), _codes("clusters", clusters)
+    if len(rows) != len(columns) or not len(rows):
+        raise ValueError(f"labels and clusters: got {len(rows)} and {len(columns)} values, expected the same n >= 1")
     joint = np.zeros((rows.max() + 1, columns.max() + 1))
     np.add.at(joint, (rows, columns), 1 / len(rows))
     of_labels, of_clusters, of_both = _entropy(joint.sum(1)), _entropy(joint.sum(0)), _entropy(joint)
@@ -34,13 +38,16 @@ def v_measure(labels: Sequence[Any], clusters: Sequence[Any]) -> float:
     homogeneity = mutual / of_labels if of_labels else 1.0
     completeness = mutual / of_clusters if of_clusters else 1.0
     total = homogeneity + completeness
-    return float(2 * homogeneity * completeness / total) if total else 0.0
+    return min(1.0, float(2 * homogeneity * completeness / total)) if total else 0.0
 
 
-def _codes(values: Sequence[Any]) -> np.ndarray:
+def _codes(name: str, values: Sequence[Any]) -> np.ndarray:
     """Each value's number in the order of first occurrence."""
     codes: dict[Any, int] = {}
-    return np.array([codes.setdefault(value, len(codes)) for value in values])
+    try:
+        return np.array([codes.setdefault(value, len(codes)) for value in values], dtype=np.int64)
+    except (TypeError, RuntimeError, NotImplementedError) as error:  # no iterable, or of lists, or a sparse tensor
+        raise TypeError(f"{name}: {error}, expected a sequence of hashable values") from None
 
 
 def _entropy(shares: np.ndarray) -> float:
@@ -52,23 +59,32 @@ def kmeans(points: np.ndarray, num_clusters: int, *, seed: int, restarts: int = 
     """Lloyd's algorithm from k-means++ seeds (Arthur and Vassilvitskii 2007), the best of `restarts` by inertia.
 
     Args:
-        points: [n, D], any float dtype; computed in float32.
+        points: [n, D], real numbers; computed in float32, scaled to fit it.
         num_clusters: 1..n.
-        seed: the same one gives the same clusters.
+        seed: >= 0; the same one gives the same clusters.
+        restarts: 1..1000.
 
     Returns:
         [n] int64 cluster numbers, below `num_clusters`; a cluster may be empty where points coincide.
 
     Raises:
-        ValueError: wrong shape, NaN or inf, `num_clusters` or `restarts` out of range.
+        ValueError: wrong shape, NaN or inf, `num_clusters`, `seed` or `restarts` out of range. TypeError: not numbers.
     """
-    points = np.asarray(points, dtype=np.float32)
-    if points.ndim != 2 or not np.isfinite(points).all():
-        raise ValueError(f"points: got shape {points.shape}, expected a finite [n, D]")
-    if not 1 <= num_clusters <= len(points):
-        raise ValueError(f"num_clusters: got {num_clusters}, expected 1..{len(points)}")
-    if restarts < 1:
-        raise ValueError(f"restarts: got {restarts}, expected >= 1")
+    points = real_array("points", points)
+    if points.ndim != 2 or 0 in points.shape or not np.isfinite(points).all():
+        raise ValueError(f"points: got shape {points.shape}, expected a finite [n, D], neither of them 0")
+    for name, value, least, most in (
+        ("num_clusters", num_clusters, 1, len(points)),
+        ("seed", seed, 0, None),
+        ("restarts", restarts, 1, _MAX_RESTARTS),
+    ):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected an integer")
+        if value < least or (most is not None and value > most):
+            raise ValueError(f"{name}: got {value}, expected {f'>= {least}' if most is None else f'{least}..{most}'}")
+    # squares leave the range of float32 long before the points do; a power of two changes no digit
+    largest = float(np.abs(points).max())
+    points = np.ldexp(points, -math.frexp(largest)[1]).astype(np.float32) if largest else points.astype(np.float32)
     # expanded squares cancel badly far from the origin
     points = points - points.mean(axis=0)
     random = np.random.default_rng(seed)

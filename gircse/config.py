@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -38,7 +39,8 @@ class GircseConfig:
             raise ValueError(f"num_steps: got {self.num_steps!r}, expected an integer >= 0")
         if self.pooling not in POOLINGS:
             raise ValueError(f"pooling: got {self.pooling!r}, expected one of {', '.join(map(repr, POOLINGS))}")
-        if not isinstance(self.temperature, (int, float)) or not 0 < self.temperature < float("inf"):
+        number = isinstance(self.temperature, (int, float)) and not isinstance(self.temperature, bool)
+        if not number or not 0 < self.temperature <= sys.float_info.max:
             raise ValueError(f"temperature: got {self.temperature!r}, expected a finite number > 0")
         for name in ("append_eos", "include_prompt_state"):
             if not isinstance(getattr(self, name), bool):
@@ -63,7 +65,7 @@ class GircseConfig:
             if unknown:
                 raise ValueError(f"unknown keys {', '.join(unknown)} (written by a newer gircse?)")
             return cls(**values)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from None
 
     def to_json(self) -> str:

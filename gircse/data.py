@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gircse.data_error import DataError, Problems
-from gircse.jsonl import MAX_LINE_BYTES, open_jsonl, parse_line, read_lines
+from gircse.jsonl import MAX_LINE_BYTES, check_unicode, open_jsonl, parse_line, read_lines
 from gircse.prompts import DEFAULT_TEMPLATE, format_query, is_symmetric
 
 
@@ -36,11 +36,7 @@ def _text(value: object, field: str) -> str:
         raise ValueError(f"{field} must be a string, got {_kind(value)}")
     if not value.strip():
         raise ValueError(f"{field} is empty")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{field} has a lone surrogate at character {error.start}, which is no Unicode text") from None
-    return value
+    return check_unicode(value, field)
 
 
 def _texts(value: object, field: str) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from gircse.data import Row, format_row, load_rows
 from gircse.distill_config import DistillConfig
 from gircse.encode import pad, tokenize
 from gircse.evaluate import RetrievalTask, evaluate_retrieval
+from gircse.folder_lock import folder_lock
 from gircse.model import GIRCSE
 from gircse.ops.pooling import l2_normalize
 from gircse.report import text_table
@@ -139,9 +140,17 @@ def distill(
         DataError: bad rows, each with file, line and reason.
         FileExistsError: the run folder holds a run.
         FloatingPointError: the loss is NaN or infinite.
+        FolderInUse: another process distils into the run folder (an OSError).
         ValueError: a teacher without steps, or without the adapter that `init="teacher"` goes on from; settings that
             contradict the data.
     """
+    with folder_lock(config.output):
+        return _distill(config, rows, teacher, task)
+
+
+def _distill(
+    config: DistillConfig, rows: Sequence[Row] | None, teacher: GIRCSE | None, task: RetrievalTask | None
+) -> DistillResult:
     run = Path(config.output)
     if (run / LOG_NAME).exists():
         raise FileExistsError(f"output: {run} holds a run already; name another folder")
@@ -176,7 +185,6 @@ def distill(
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     scheduler = linear_schedule(optimizer, total_steps, config.warmup_ratio)
-    run.mkdir(parents=True, exist_ok=True)
     _write(run / CONFIG_NAME, json.dumps(asdict(config), indent=2) + "\n")
     log: list[dict[str, Any]] = []
     student.train()

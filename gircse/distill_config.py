@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
+
+from gircse.train_config import typed
 
 INITS = ("fresh", "teacher")
 
@@ -42,22 +44,27 @@ class DistillConfig:
     progress: bool = _knob(True, "show a progress bar")
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            object.__setattr__(self, name, typed(name, getattr(self, name), hint))
         self._expect("init", self.init in INITS, " or ".join(map(repr, INITS)))
-        for name in ("batch_size", "query_max_length", "passage_max_length", "lora_r", "lora_alpha"):
-            self._expect(name, self._is_int(name, 1), "an integer >= 1")
-        for name in ("num_steps", "max_steps"):
-            self._expect(name, getattr(self, name) is None or self._is_int(name, 1), "an integer >= 1")
-        self._expect("max_negatives", self.max_negatives is None or self._is_int("max_negatives", 0), "an integer >= 0")
+        for name in (
+            "batch_size",
+            "query_max_length",
+            "passage_max_length",
+            "lora_r",
+            "lora_alpha",
+            "num_steps",
+            "max_steps",
+        ):
+            value = getattr(self, name)
+            self._expect(name, value is None or value >= 1, "an integer >= 1")
+        self._expect("max_negatives", self.max_negatives is None or self.max_negatives >= 0, "an integer >= 0")
         for name in ("temperature", "learning_rate", "max_grad_norm"):
             self._expect(name, 0 < getattr(self, name) < float("inf"), "a number > 0")
         for name in ("kl_weight", "weight_decay"):
             self._expect(name, 0 <= getattr(self, name) < float("inf"), "a number >= 0")
         for name in ("warmup_ratio", "lora_dropout"):
             self._expect(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
-
-    def _is_int(self, name: str, least: int) -> bool:
-        value = getattr(self, name)
-        return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
     def _expect(self, name: str, holds: bool, expected: str) -> None:
         if not holds:

@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gircse.device import to_device
+
 _GRACE = 4.0  # seconds in which ranks that lost another one report that they are alive themselves
 
 
@@ -158,7 +160,7 @@ def join_ranks(device: str | None, *, timeout: float) -> Iterator[Ranks]:
     Raises:
         RankLost: from inside the block, for one process of those that are left; the others raise SystemExit(1).
     """
-    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = to_device(device)
     if dist.is_available() and dist.is_initialized():
         yield Ranks(kind, dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
         return

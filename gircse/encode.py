@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gircse.engine.kv import KeptPrefix
 from gircse.prompts import format_query
 
 if TYPE_CHECKING:
@@ -75,8 +76,11 @@ class EncodeOptions:
         steps = model.config.with_steps(max_steps if adaptive else num_steps).num_steps  # type: ignore[arg-type]
         _check_positive("batch_size", batch_size, optional=True)
         _check_positive("truncate_dim", truncate_dim, optional=True, at_most=model.embedding_dimension)
-        if instruction is not None and not isinstance(instruction, str):
-            raise TypeError(f"instruction: got {type(instruction).__name__}, expected str or None")
+        if instruction is not None:
+            check_text("instruction", instruction, "str or None")
+        for name, flag in (("normalize", normalize), ("return_steps", return_steps)):
+            if not isinstance(flag, (bool, np.bool_)):
+                raise TypeError(f"{name}: got {type(flag).__name__}, expected a bool")
         return cls(
             instruction=instruction,
             num_steps=steps,
@@ -115,13 +119,11 @@ def encode(
 def encode_stream(model: GIRCSE, texts: Iterable[str], options: EncodeOptions, *, window: int) -> Iterator[np.ndarray]:
     """See `GIRCSE.encode_stream`."""
     _check_positive("window", window)
-    if isinstance(texts, (str, bytes, dict)) or not hasattr(texts, "__iter__"):
-        raise TypeError(f"texts: got {type(texts).__name__}, expected an iterable of strings")
-    return _stream(model, texts, options, window)
+    return _stream(model, _iterator(texts, (str, bytes, dict), "an iterable of strings"), options, window)
 
 
-def _stream(model: GIRCSE, texts: Iterable[str], options: EncodeOptions, window: int) -> Iterator[np.ndarray]:
-    for block in _embed_windows(model, _windows(iter(texts), window), options, lambda count: None):
+def _stream(model: GIRCSE, texts: Iterator[str], options: EncodeOptions, window: int) -> Iterator[np.ndarray]:
+    for block in _embed_windows(model, _windows(texts, window), options, lambda count: None):
         yield from (block if options.return_steps else block[:, 0])
 
 
@@ -131,9 +133,8 @@ def _windows(texts: Iterator[str], size: int) -> Iterator[list[str]]:
     while failure is None:
         block: list[str] = []
         try:
-            for text in islice(texts, size):
-                if not isinstance(text, str):
-                    raise TypeError(f"texts[{index + len(block)}]: got {type(text).__name__}, expected str")
+            for text in islice(texts, min(size, sys.maxsize)):
+                check_text(f"texts[{index + len(block)}]", text)
                 block.append(text)
         except Exception as error:
             failure = error
@@ -150,13 +151,12 @@ def _embed_windows(
 ) -> Iterator[np.ndarray]:
     """[n, columns, dim] of each window, in order; tokenises one window ahead in a thread."""
     cut = total = 0
-    keep_prefix = False
+    kept = KeptPrefix()
     tokenizer = _Tokenizer(model, options.instruction, options.max_length)
     try:
         for rows, cut_here in _one_ahead(windows, tokenizer):
             cut, total = cut + cut_here, total + len(rows)
-            yield _embed(model, rows, options, update, keep_prefix)
-            keep_prefix = True
+            yield _embed(model, rows, options, update, kept)
     finally:
         _warn_cut(cut, total, options.max_length)
 
@@ -185,7 +185,7 @@ def _embed(
     rows: list[list[int]],
     options: EncodeOptions,
     update: Callable[[int], object],
-    keep_prefix: bool,
+    kept: KeptPrefix,
 ) -> np.ndarray:
     """[n, columns, dim] float32 of one window."""
     embeddings = np.empty((len(rows), options.columns, options.dim), dtype=np.float32)
@@ -203,7 +203,7 @@ def _embed(
             include_prompt=model.config.include_prompt_state,
             settled=None if options.tolerance is None else _settled(model, options.tolerance),
             max_rows=options.batch_size,
-            keep_prefix=keep_prefix,
+            kept=kept,
         )
     return embeddings
 
@@ -242,16 +242,41 @@ def check_texts(texts: str | Sequence[str]) -> list[str]:
 
     Raises:
         TypeError: `texts` is not a sequence, or holds something that is not a string (its index is named).
+        ValueError: a string is no Unicode text.
     """
     if isinstance(texts, str):
+        check_text("texts", texts)
         return [texts]
-    if isinstance(texts, (bytes, dict, set)) or not hasattr(texts, "__iter__"):
-        raise TypeError(f"texts: got {type(texts).__name__}, expected a string or a list of strings")
-    texts = list(texts)
+    texts = list(_iterator(texts, (bytes, dict, set), "a string or a list of strings"))
     for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(f"texts[{index}]: got {type(text).__name__}, expected str")
+        check_text(f"texts[{index}]", text)
     return texts
+
+
+def _iterator(texts: Iterable[str], refused: tuple[type, ...], expected: str) -> Iterator[str]:
+    try:
+        if not isinstance(texts, refused):
+            return iter(texts)
+    except TypeError:  # also of what has an __iter__, such as a 0-dimensional tensor
+        pass
+    raise TypeError(f"texts: got {type(texts).__name__}, expected {expected}")
+
+
+def check_text(name: str, text: object, expected: str = "str") -> None:
+    """
+    Raises:
+        TypeError: not a string. ValueError: it holds half of a surrogate pair, which no tokenizer takes.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"{name}: got {type(text).__name__}, expected {expected}")
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            at = error.start
+            raise ValueError(
+                f"{name}: got {text[at]!r} at character {at}, expected Unicode text: half a pair"
+            ) from None
 
 
 class Tokens(NamedTuple):
@@ -288,8 +313,8 @@ def tokenize(
     Raises:
         TypeError, ValueError: an instruction that is not a string, a `max_length` below 1.
     """
-    if instruction is not None and not isinstance(instruction, str):
-        raise TypeError(f"instruction: got {type(instruction).__name__}, expected str or None")
+    if instruction is not None:
+        check_text("instruction", instruction, "str or None")
     max_length = prompt_limit(model, max_length, num_steps)
     rows, cut = _Tokenizer(model, instruction, max_length)(texts)
     _warn_cut(cut, len(rows), max_length)

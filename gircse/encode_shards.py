@@ -15,8 +15,6 @@ same.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -34,7 +32,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from gircse.atomic import new_file, new_folder
-from gircse.embedding_files import BLOCK, embedding_writer, read_texts
+from gircse.embedding_files import BLOCK, embedding_writer, read_texts, save_array
+from gircse.folder_lock import try_lock
 
 SHARD_SIZE = 4096
 TIMEOUT = 1800.0  # seconds
@@ -42,7 +41,6 @@ MANIFEST = "manifest.json"
 
 _HEAD_BYTES = 64 * 2**10
 _FILES = (".npy", ".jsonl")
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _MAX_NAMED = 8
 
 Model = TypeVar("Model")
@@ -253,7 +251,7 @@ class _Shards:
         if embeddings.ndim < 2 or len(embeddings) != self.size(s):
             raise ValueError(f"encode: got shape {list(embeddings.shape)}, expected [{self.size(s)}, D]")
         with new_file(self.path(s)) as partial:
-            np.save(partial, np.ascontiguousarray(embeddings, dtype=np.float32))
+            save_array(partial, embeddings)
 
     @contextmanager
     def lock(self, s: int) -> Iterator[bool]:
@@ -265,11 +263,7 @@ class _Shards:
         path = self.path(s).with_suffix(".lock")
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                mine = True
-            except OSError as error:
-                mine = error.errno in _NO_LOCKS
+            mine = try_lock(handle)
             yield mine
             if mine:
                 path.unlink(missing_ok=True)
@@ -323,11 +317,11 @@ def _begin(folder: Path, settings: dict[str, Any], count: Callable[[], int]) -> 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if not isinstance(manifest["settings"]["shard_size"], int) or not isinstance(manifest["texts"], int):
-            raise TypeError("shard_size and texts are integers")
+        _check_integer("shard_size", manifest["settings"]["shard_size"], least=1)
+        _check_integer("texts", manifest["texts"], least=0)
     except FileNotFoundError:
         raise ValueError(f"folder: {folder} has no {MANIFEST}, expected a folder of shards") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"folder: {folder / MANIFEST} cannot be read: {type(error).__name__}: {error}") from None
     return manifest
 

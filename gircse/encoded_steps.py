@@ -6,6 +6,7 @@ go into a memory-mapped file, the movement of every step into running counts.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,6 +99,7 @@ class EncodedSteps:
         """
         last, dim = steps[-1], model.embedding_dimension
         kept = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(len(steps), len(texts), dim))
+        _reserve(path)
         movement = Movement(last)
         rows = [max(k, 1) - 1 for k in steps]
         stream = model.encode_stream(
@@ -117,3 +119,10 @@ class EncodedSteps:
     def at(self, k: int) -> np.ndarray:
         """[n, D] after k steps, normalised."""
         return self.embeddings[self.steps.index(k)]
+
+
+def _reserve(path: Path) -> None:
+    """The file's place on the disk. Without it, a full disk is noticed in the mapped memory: by a SIGBUS."""
+    with path.open("r+b") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, max(1, os.fstat(file.fileno()).st_size))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from gircse.data import Row, is_symmetric
@@ -62,8 +63,9 @@ def evaluate_retrieval(
     Raises:
         ValueError: `steps` is empty, or mixes 0 with others.
     """
-    if not steps or (0 in steps and len(set(steps)) > 1) or min(steps) < 0:
-        raise ValueError(f"steps: got {list(steps)}, expected numbers >= 1, or 0 alone")
+    whole = isinstance(steps, Sequence) and all(isinstance(k, Integral) and not isinstance(k, bool) for k in steps)
+    if not whole or not steps or (0 in steps and len(set(steps)) > 1) or min(steps) < 0:
+        raise ValueError(f"steps: got {steps!r}, expected a list of integers >= 1, or 0 alone")
     options: dict[str, Any] = {
         "num_steps": max(steps),
         "batch_size": batch_size,

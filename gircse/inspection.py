@@ -81,15 +81,11 @@ def inspect(
         raise ValueError(f"top_n: got {top_n!r}, expected an integer >= 1")
     ids = tokenize(model, texts, instruction=instruction, max_length=max_length, num_steps=num_steps)
     inspections: list[TextInspection] = []
-    was_training = model.training
-    model.eval()
-    try:
+    with model.inference():  # for the eval mode, and for the other threads that it keeps out
         for start in range(0, len(ids), _ROWS):
             inspections += _inspect_batch(
                 model, texts[start : start + _ROWS], ids[start : start + _ROWS], num_steps, top_n
             )
-    finally:
-        model.train(was_training)
     return inspections
 
 

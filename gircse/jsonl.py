@@ -55,6 +55,15 @@ def parse_line(line: bytes) -> object:
         raise ValueError("invalid JSON: nested too deeply") from None
 
 
+def check_unicode(text: str, field: str) -> str:
+    """The text. Raises ValueError where JSON's escapes left half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{field} has a lone surrogate at character {error.start}, which is no Unicode text") from None
+    return text
+
+
 @contextmanager
 def open_jsonl(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """(the bytes, unpacked if they are gzip; the file itself). Gzip is told by the content, because names lie.

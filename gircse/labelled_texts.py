@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
+from pathlib import Path
 
-from gircse.data_error import MAX_REPORTED, DataError
+from gircse.data_error import DataError, Problems
+from gircse.jsonl import check_unicode, open_jsonl, parse_line, read_lines
 
 
 @dataclass(frozen=True)
@@ -18,29 +19,29 @@ class LabelledTexts:
 
     @classmethod
     def read(cls, path: str, *, instruction: str | None = None) -> LabelledTexts:
-        """JSON Lines of {"text": str, "label": str or int}; blank lines are allowed.
+        """JSON Lines of {"text": str, "label": str or int}, plain or gzip; blank lines are allowed.
 
         Raises:
-            DataError: a line that is not that (named), fewer than two labels. OSError: no such file.
+            DataError: lines that are not that (named), fewer than two labels, no such file.
         """
-        texts, labels, problems = [], [], []
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
+        texts, labels, problems = [], [], Problems()
+        with open_jsonl(Path(path)) as (file, _):
+            for line in read_lines(file, Path(path), problems):
                 try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    problems.append(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}")
-                    continue
-                text, label = (record.get("text"), record.get("label")) if isinstance(record, dict) else (None, None)
-                if not isinstance(text, str) or isinstance(label, bool) or not isinstance(label, (str, int)):
-                    problems.append(f'{path}:{number}: expected an object with "text" (string) and "label"')
+                    text, label = _text_and_label(parse_line(line.content))
+                except ValueError as error:
+                    problems.add(f"{path}:{line.number}", error)
                     continue
                 texts.append(text)
-                labels.append(str(label))
-        if not problems and len(set(labels)) < 2:
-            problems.append(f"{path}: got {len(set(labels))} different labels, expected two or more")
-        if problems:
-            raise DataError(problems[:MAX_REPORTED], len(problems))
+                labels.append(label)
+        problems.check()
+        if len(set(labels)) < 2:
+            raise DataError([f"{path}: got {len(set(labels))} different labels, expected two or more"])
         return cls(texts, labels, instruction)
+
+
+def _text_and_label(record: object) -> tuple[str, str]:
+    text, label = (record.get("text"), record.get("label")) if isinstance(record, dict) else (None, None)
+    if not isinstance(text, str) or isinstance(label, bool) or not isinstance(label, (str, int)):
+        raise ValueError('expected an object with "text" (string) and "label"')
+    return check_unicode(text, '"text"'), check_unicode(str(label), '"label"')

@@ -5,15 +5,20 @@ A folder is a causal LM, a PEFT LoRA adapter (its config names the base), or one
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from gircse.atomic import into_folder
 from gircse.attention import ATTENTION_NAME
 from gircse.config import CONFIG_NAME, GircseConfig
+from gircse.device import to_device
 
 if TYPE_CHECKING:
     from gircse.model import GIRCSE
@@ -41,7 +46,7 @@ def load_pretrained(
             "its own keys and values and needs its own attention function (SDPA underneath)"
         )
     dtype = _dtype(dtype)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = to_device(device)
     base_name, adapter = _base_and_adapter(name_or_path, adapter)
     _check_exists("adapter", adapter)
     _check_exists("name_or_path", base_name)
@@ -53,7 +58,7 @@ def load_pretrained(
         compute = torch.bfloat16 if isinstance(dtype, str) else dtype
         # quantised weights are made on their device, and cannot be moved there
         options |= {"quantization_config": quantization_config(quantization, compute), "device_map": {"": device}}
-    base: Any = AutoModelForCausalLM.from_pretrained(str(base_name), **options)
+    base = _load_base(base_name, options)
     if quantization is None:
         base = base.to(device)
     if adapter is not None:
@@ -62,17 +67,42 @@ def load_pretrained(
     return base, load_tokenizer(base_name, adapter, trust_remote_code), config
 
 
+def _load_base(name: str | Path, options: dict[str, Any]) -> Any:
+    with _readable("name_or_path", name):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(name), output_loading_info=True, **options)
+    base, found = loaded
+    if missing := sorted(found["missing_keys"]):  # transformers draws them at random, and goes on
+        raise ValueError(
+            f"name_or_path: {name} lacks {len(missing)} weights of {type(base).__name__}, for example {missing[0]}"
+        )
+    return base
+
+
+@contextmanager
+def _readable(argument: str, name: str | Path) -> Iterator[None]:
+    """Whatever damaged files provoke inside (JSON, headers, zip, unpickling, shapes) as one error that names them."""
+    try:
+        yield
+    except (ImportError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, (OSError, ValueError)) and str(name) in str(error):
+            raise
+        raise ValueError(f"{argument}: {name} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
 def load_tokenizer(
     base_name: str | Path, adapter: str | Path | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """The adapter's tokenizer if its folder holds one, else the base's; padding is the end-of-sequence token if unset.
 
     Raises:
-        ValueError: a tokenizer with neither a padding nor an end-of-sequence token.
+        ValueError: one that cannot be read, or that has neither a padding nor an end-of-sequence token.
     """
     own = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
     name = str(adapter if own else base_name)
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    with _readable("adapter" if own else "name_or_path", name):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer of {name} has neither a padding nor an end-of-sequence token")
@@ -83,7 +113,10 @@ def load_tokenizer(
 def save_pretrained(model: GIRCSE, path: str | Path) -> None:
     """See `GIRCSE.save_pretrained`."""
     with into_folder(Path(path)) as folder:
-        cast(Any, model.base).save_pretrained(folder)
+        try:
+            cast(Any, model.base).save_pretrained(folder)
+        except SafetensorError as error:  # its writer's own class, also for a disk that is full
+            raise OSError(errno.EIO, f"{path} could not be written: {error}") from error
         model.tokenizer.save_pretrained(folder)
         (folder / CONFIG_NAME).write_text(model.config.to_json(), encoding="utf-8")
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card says nothing
@@ -99,8 +132,9 @@ def _base_and_adapter(name_or_path: str | Path, adapter: str | Path | None) -> t
         )
     from peft import PeftConfig
 
-    base = PeftConfig.from_pretrained(str(name_or_path)).base_model_name_or_path
-    if not base:
+    with _readable("name_or_path", name_or_path):
+        base = PeftConfig.from_pretrained(str(name_or_path)).base_model_name_or_path
+    if not isinstance(base, str) or not base:
         raise ValueError(
             f"name_or_path: {name_or_path}/{ADAPTER_CONFIG} names no base model; "
             f"load it with from_pretrained(base, adapter={str(name_or_path)!r})"
@@ -144,11 +178,12 @@ def _with_adapter(base: Any, adapter: str | Path) -> Any:
     """Puts the adapter on the base, and refuses one whose weights do not all find their place."""
     from peft import PeftModel, get_peft_model_state_dict
 
-    try:
-        model = PeftModel.from_pretrained(base, str(adapter), is_trainable=False)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise ValueError(f"adapter: {adapter} does not fit {type(base).__name__}: {error}") from error
-    stored = _stored_keys(adapter)
+    with _readable("adapter", adapter):
+        try:
+            model = PeftModel.from_pretrained(base, str(adapter), is_trainable=False)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(f"adapter: {adapter} does not fit {type(base).__name__}: {error}") from error
+        stored = _stored_keys(adapter)
     if stored is not None:
         expected = set(get_peft_model_state_dict(model))
         missing, unexpected = sorted(expected - stored), sorted(stored - expected)

@@ -9,10 +9,15 @@ backwards, as in the worst sorted list.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+
+from gircse.ops.arguments import DTYPES
+from gircse.ops.pooling import l2_normalize
 
 _CHUNK = 1024  # queries and documents multiplied at once: 8 MB of scores in float64
 
@@ -22,12 +27,22 @@ Relevant = Sequence[Iterable[int] | int] | torch.Tensor | Any  # one set of docu
 def _relevance(relevant: Relevant, num_queries: int, num_docs: int) -> list[list[int]]:
     """Checked, sorted document indices per query."""
     if hasattr(relevant, "tolist"):
-        relevant = relevant.tolist()
+        try:
+            relevant = relevant.tolist()
+        except (RuntimeError, NotImplementedError):  # a tensor of another layout, or without values
+            raise TypeError(f"relevant must be dense and have values, got {relevant!r:.60}") from None
+    if not isinstance(relevant, Sequence):
+        raise TypeError(f"relevant must be a sequence with one entry per query, got {type(relevant).__name__}")
     if len(relevant) != num_queries:
         raise ValueError(f"relevant must have one entry per query ({num_queries}), got {len(relevant)}")
     result = []
     for i, entry in enumerate(relevant):
-        docs = sorted({int(d) for d in entry}) if isinstance(entry, Iterable) else [int(entry)]
+        try:
+            docs = sorted(
+                {operator.index(d) for d in entry} if isinstance(entry, Iterable) else [operator.index(entry)]
+            )
+        except TypeError:
+            raise TypeError(f"relevant[{i}] must hold integers, got {entry!r}") from None
         if not docs:
             raise ValueError(f"relevant[{i}] is empty: a query without a relevant document cannot be scored")
         if docs[0] < 0 or docs[-1] >= num_docs:
@@ -37,11 +52,16 @@ def _relevance(relevant: Relevant, num_queries: int, num_docs: int) -> list[list
 
 
 def _embeddings(values: Any, name: str, dims: int) -> torch.Tensor:
-    tensor = torch.as_tensor(values).detach()
+    try:
+        tensor = torch.as_tensor(values).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be an array or a tensor of numbers, got {type(values).__name__}") from None
+    if tensor.layout != torch.strided or tensor.device.type == "meta":
+        raise ValueError(f"{name} must be dense and have values, got {tensor.layout} on {tensor.device}")
     if tensor.dim() != dims or 0 in tensor.shape:
         raise ValueError(f"{name} must have {dims} non-empty dimensions, got shape {tuple(tensor.shape)}")
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{name} must be floating point of 16 bits or more, got {tensor.dtype}")
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{name} has NaN or infinite values")
     return tensor
@@ -66,14 +86,14 @@ def relevant_ranks(query_emb: Any, doc_emb: Any, relevant: Relevant) -> list[lis
 
 
 def _ranks_of_chunk(queries: torch.Tensor, docs: torch.Tensor, wanted: list[list[int]]) -> list[list[int]]:
-    queries = torch.nn.functional.normalize(queries.double(), dim=-1)
+    queries = l2_normalize(queries.double())
     most = max(map(len, wanted))
     # [queries, most] relevant documents, and their scores; rows with fewer are filled with ones that nothing reaches
     index = torch.tensor([row + [row[0]] * (most - len(row)) for row in wanted], device=docs.device)
     missing = torch.tensor([[j >= len(row) for j in range(most)] for row in wanted], device=queries.device)
     own = torch.empty(index.shape, dtype=torch.float64, device=queries.device)
     for column in range(most):
-        relevant = torch.nn.functional.normalize(docs[index[:, column]].to(queries), dim=-1)
+        relevant = l2_normalize(docs[index[:, column]].to(queries))
         own[:, column] = (queries * relevant).sum(-1)
     own.masked_fill_(missing, math.inf)
     own = own.sort(dim=1, descending=True).values
@@ -83,7 +103,7 @@ def _ranks_of_chunk(queries: torch.Tensor, docs: torch.Tensor, wanted: list[list
     ahead = torch.zeros(index.shape, dtype=torch.int64, device=queries.device)
     rows = [(i, d) for i, row in enumerate(wanted) for d in row]
     for start in range(0, len(docs), _CHUNK):
-        part = torch.nn.functional.normalize(docs[start : start + _CHUNK].to(queries), dim=-1)
+        part = l2_normalize(docs[start : start + _CHUNK].to(queries))
         scores = queries @ part.T
         here = [(i, d - start) for i, d in rows if start <= d < start + len(part)]
         if here:  # the relevant ones stand in their own way only through their position in the list
@@ -103,13 +123,25 @@ def retrieval_metrics(query_emb: Any, doc_emb: Any, relevant: Relevant, k: int =
     among the first j, and success@1 the share of queries whose first document is relevant (the same number where each
     has one).
     """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+    _check_integer("k", k)
     return metrics_of(relevant_ranks(query_emb, doc_emb, relevant), k)
 
 
+def _check_integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
 def metrics_of(ranks: list[list[int]], k: int) -> dict[str, float]:
-    """Mean nDCG, MRR and recall at k from the ranks (from 1) of each query's relevant documents."""
+    """Mean nDCG, MRR and recall at k from the ranks (from 1, ascending) of each query's relevant documents.
+
+    Raises ValueError for no queries, or one without a rank.
+    """
+    _check_integer("k", k)
+    if not ranks or not all(ranks):
+        raise ValueError("ranks must hold at least one query, and each of them at least one rank")
 
     def gain(hits: Iterable[int]) -> float:
         return sum(1 / math.log2(rank + 1) for rank in hits)
@@ -142,8 +174,12 @@ def metrics_by_step(
             f"got {tuple(queries.shape[1:])} and {tuple(docs.shape[1:])}"
         )
     available = queries.shape[1]
-    chosen = range(1, available + 1) if steps is None else steps
-    for step in chosen:
-        if not 1 <= step <= available:
+    _check_integer("k", k)
+    if steps is not None and not isinstance(steps, Iterable):
+        raise TypeError(f"steps must be a list of integers, got {steps!r}")
+    chosen = range(1, available + 1) if steps is None else list(steps)
+    for i, step in enumerate(chosen):
+        _check_integer(f"steps[{i}]", step)
+        if step > available:
             raise ValueError(f"steps must lie in 1..{available}, got {step}")
     return {step: retrieval_metrics(queries[:, step - 1], docs[:, step - 1], relevant, k) for step in chosen}

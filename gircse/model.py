@@ -160,6 +160,7 @@ class GIRCSE(nn.Module):
         steps = self.config.num_steps if num_steps is None else num_steps
         GircseConfig(num_steps=steps)  # the same check and message as everywhere
         _check_prompt(input_ids, attention_mask, self.causal_lm.max_positions, steps)
+        _check_ids(input_ids, self.causal_lm.embed_weight.shape[0])
         with_prompt = self.config.include_prompt_state or not steps
         states = rollout(
             self.causal_lm,
@@ -217,7 +218,7 @@ class GIRCSE(nn.Module):
 
         Raises:
             TypeError: a text that is not a string (its index is named).
-            ValueError: an argument out of range.
+            ValueError: a text that is no Unicode (half of a surrogate pair), an argument out of range.
         """
         from gircse.encode import EncodeOptions, encode
         from gircse.replicas import encode_on
@@ -304,14 +305,16 @@ class GIRCSE(nn.Module):
         `unmerge_adapter` and `train` put the exact original weights back; until then a copy of them stays in the host's
         memory. Without an adapter, or merged already, nothing happens.
         """
-        if self._merged is None and hasattr(self.base, "peft_config"):
-            self._merged = MergedAdapter.merge(self.base)
+        with self._lock:
+            if self._merged is None and hasattr(self.base, "peft_config"):
+                self._merged = MergedAdapter.merge(self.base)
 
     def unmerge_adapter(self) -> None:
         """Takes the adapter out again, bitwise."""
-        if self._merged is not None:
-            self._merged.undo()
-            self._merged = None
+        with self._lock:
+            if self._merged is not None:
+                self._merged.undo()
+                self._merged = None
 
     def quantize_weights(self, kind: str = "int8") -> None:
         """Stores the decoder's matrices in 8 bits (weight only), for inference: less memory, fewer bytes per step.
@@ -328,14 +331,16 @@ class GIRCSE(nn.Module):
         """
         from gircse.quantization import quantize_weights
 
-        quantize_weights(self, kind)
-        self._engine = None
+        with self._lock:
+            quantize_weights(self, kind)
+            self._engine = None
 
     def train(self, mode: bool = True) -> GIRCSE:
         """Training needs the adapter apart from the base: a merged one is taken out."""
-        if mode:
-            self.unmerge_adapter()
-        return self._set_mode(mode)
+        with self._lock:
+            if mode:
+                self.unmerge_adapter()
+            return self._set_mode(mode)
 
     def _set_mode(self, training: bool) -> GIRCSE:
         return super().train(training)
@@ -392,11 +397,20 @@ class GIRCSE(nn.Module):
         return base.get_base_model() if hasattr(base, "get_base_model") else base
 
 
+def _check_ids(input_ids: Tensor, vocabulary: int) -> None:
+    """Only looked at where that costs no device synchronisation."""
+    if input_ids.device.type == "cpu" and bool(((input_ids < 0) | (input_ids >= vocabulary)).any()):
+        low, high = input_ids.min().item(), input_ids.max().item()
+        raise ValueError(f"input_ids: got {low} to {high}, expected token ids from 0 to {vocabulary - 1}")
+
+
 def _check_prompt(input_ids: Tensor, attention_mask: Tensor, max_positions: int | None, num_steps: int) -> None:
     for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
         if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{name}: got {got}, expected an integer tensor [B, N]")
+        if value.device.type == "meta" or value.layout != torch.strided:
+            raise ValueError(f"{name}: got {value.layout} on {value.device}, expected a dense tensor with values")
         if value.ndim != 2 or value.shape[1] == 0:
             raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [B, N] with N >= 1")
     if input_ids.shape != attention_mask.shape:

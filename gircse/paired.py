@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
+
+from gircse.arrays import real_array
 
 
 def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
-    """Mean over the queries of `ours - theirs` and its standard error (0 for a single query)."""
+    """Mean over the queries of `ours - theirs` and its standard error (0 for a single query).
+
+    Args:
+        ours, theirs: [n] finite numbers each, of the same queries.
+
+    Raises:
+        ValueError: other shapes, no queries, NaN or inf. TypeError: not numbers.
+    """
+    ours, theirs = _scores("ours", ours), _scores("theirs", theirs)
+    if ours.shape != theirs.shape:  # which numpy would stretch
+        raise ValueError(f"theirs: got {len(theirs)} numbers, expected {len(ours)}, one for each of ours")
     difference = ours - theirs
     error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else 0.0
     return {"mean": float(difference.mean()), "standard_error": float(error)}
@@ -17,10 +31,26 @@ def plateau(per_query: dict[int, np.ndarray]) -> tuple[int, int]:
 
     The one-standard-error rule (Breiman et al. 1984), paired over queries: the simplest that the data cannot tell from
     the best.
+
+    Raises:
+        ValueError, TypeError: no K, or scores as for `paired_difference`.
     """
+    if not isinstance(per_query, Mapping):
+        raise TypeError(f"per_query: got {type(per_query).__name__}, expected {{K: scores}}")
+    if not per_query:
+        raise ValueError("per_query: got no K, expected at least one")
+    per_query = {k: _scores(f"per_query[{k!r}]", scores) for k, scores in per_query.items()}
     best = max(per_query, key=lambda k: per_query[k].mean())
     for k in sorted(per_query):
         lost = paired_difference(per_query[best], per_query[k])
         if lost["mean"] <= lost["standard_error"]:
             return best, k
     return best, best
+
+
+def _scores(name: str, values: np.ndarray) -> np.ndarray:
+    """[n] float64."""
+    scores = real_array(name, values).astype(np.float64)
+    if scores.ndim != 1 or not len(scores) or not np.isfinite(scores).all():
+        raise ValueError(f"{name}: got shape {scores.shape}, expected finite [n] with n >= 1")
+    return scores

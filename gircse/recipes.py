@@ -33,6 +33,6 @@ def load_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path}: not UTF-8: byte {error.start + 1}") from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: invalid TOML: {error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
     return values

@@ -73,10 +73,14 @@ def encode_on(
 
 
 def check_devices(devices: Sequence[str | torch.device]) -> list[torch.device]:
-    if isinstance(devices, (str, torch.device)) or not len(devices):
+    try:
+        wanted = [] if isinstance(devices, (str, torch.device)) else list(devices)
+    except TypeError:
+        wanted = []
+    if not wanted:
         raise ValueError(f"devices: got {devices!r}, expected a list of at least one device")
     places = []
-    for device in devices:
+    for device in wanted:
         try:
             place = torch.device(device)
         except (RuntimeError, TypeError):

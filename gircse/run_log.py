@@ -91,13 +91,22 @@ def start_log(run: Path, *, up_to: int) -> list[dict[str, Any]]:
 
 
 def read_log(run: Path, up_to: int | None = None) -> list[dict[str, Any]]:
-    """The entries of a run, up to a step; a last line that a kill cut short is passed over."""
+    """The entries of a run, up to a step; a last line that a kill cut short is passed over.
+
+    Raises:
+        ValueError: another line is no entry; names file and line.
+    """
     entries = []
-    for line in (run / LOG_NAME).read_text(encoding="utf-8").splitlines():
+    lines = (run / LOG_NAME).read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:
-            break
+            if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+                raise ValueError('expected an object with an integer "step"')
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):  # what follows the last line's end: nothing, or the beginning of a line
+                break
+            raise ValueError(f"{run / LOG_NAME}:{number}: {error}") from None
         if up_to is None or entry["step"] <= up_to:
             entries.append(entry)
     return entries

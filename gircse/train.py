@@ -30,6 +30,7 @@ from gircse.checkpoint import checkpoint_folder, list_checkpoints, load_checkpoi
 from gircse.data import Row
 from gircse.distributed import Ranks, digest_of, digest_of_rows, join_ranks, step_seed
 from gircse.encode import tokenize
+from gircse.folder_lock import folder_lock
 from gircse.grad_cache import MicroBatch, backward, micro_batches, positions
 from gircse.loading import load_pretrained
 from gircse.model import GIRCSE
@@ -73,6 +74,7 @@ def train(
         DataError: bad rows, each with file, line and reason.
         FileExistsError: the run folder holds a run and `config.resume` is off.
         FileNotFoundError: there is nothing to resume.
+        FolderInUse: another process trains in the run folder (an OSError).
         FloatingPointError: the loss or its gradient is NaN or infinite; the state is saved beside the checkpoints.
         OSError: a checkpoint could not be written; the earlier ones are whole.
         TrainingStopped: SIGTERM or SIGINT came; the run is saved (a SystemExit with code 0).
@@ -80,7 +82,11 @@ def train(
         ValueError: settings that contradict the data or the run to be resumed.
     """
     run = Path(config.output)
-    with join_ranks(config.device, timeout=config.rank_timeout) as ranks, stop_on_signals() as stop:
+    with (
+        join_ranks(config.device, timeout=config.rank_timeout) as ranks,
+        stop_on_signals() as stop,
+        folder_lock(run if ranks.first else None),
+    ):
         if ranks.first:
             _check_run_folder(run, config)
         if config.fsdp and evaluate is not None:

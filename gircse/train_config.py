@@ -94,7 +94,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
-            object.__setattr__(self, name, _typed(name, getattr(self, name), hint))
+            object.__setattr__(self, name, typed(name, getattr(self, name), hint))
         self._expect("num_steps", _step_range(self.num_steps) is not None, "an integer >= 0 or a range such as '3:10'")
         self._expect("inference_steps", self.inference_steps is None or self.inference_steps >= 0, "an integer >= 0")
         self.gircse_config()  # checks pooling, temperature, append_eos and the like
@@ -174,7 +174,7 @@ class TrainConfig:
                 raise ValueError(f"got {type(values).__name__}, expected an object")
             check_keys(values)
             return cls(**values)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from None
 
     def check_continues(self, earlier: TrainConfig) -> None:
@@ -216,7 +216,7 @@ def _step_range(num_steps: int | str) -> tuple[int, int] | None:
 _KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
 
 
-def _typed(name: str, value: Any, hint: Any) -> Any:
+def typed(name: str, value: Any, hint: Any) -> Any:
     """`value` in the type of a field: lists become tuples, integers become floats where a number is expected.
 
     Raises:
@@ -226,11 +226,14 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         item = get_args(hint)[0]
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{name}: got {value!r}, expected a list, each {_KINDS[item]}")
-        return tuple(_typed(f"{name}[{i}]", part, item) for i, part in enumerate(value))
+        return tuple(typed(f"{name}[{i}]", part, item) for i, part in enumerate(value))
     kinds = get_args(hint) or (hint,)
     if isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)):
         return value
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"{name}: got an integer past every float, expected {_KINDS[float]}") from None
     expected = " or ".join(_KINDS[kind] for kind in kinds if kind in _KINDS)
     raise ValueError(f"{name}: got {value!r}, expected {expected}")

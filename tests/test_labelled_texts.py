@@ -21,7 +21,7 @@ def test_texts_and_labels_are_read(tmp_path):
         ('{"text": "a"}\n', r"labels\.jsonl:1: expected"),
         ('["a", 1]\n', r"labels\.jsonl:1: expected"),
         ('{"text": "a", "label": true}\n', r"labels\.jsonl:1: expected"),
-        ("{\n", r"labels\.jsonl:1: not JSON"),
+        ("{\n", r"labels\.jsonl:1: invalid JSON"),
         ('{"text": "a", "label": 1}\n\n{"text": "b", "label": 1}\n', "got 1 different labels"),
     ],
 )

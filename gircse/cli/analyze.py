@@ -40,6 +40,7 @@ def _analyze(arguments: argparse.Namespace) -> None:
     from gircse.atomic import new_file
     from gircse.data import load_rows
     from gircse.evaluate import RetrievalTask
+    from gircse.folder_lock import folder_lock
     from gircse.labelled_texts import LabelledTexts
 
     if arguments.max_rows is not None and arguments.max_rows < 1:
@@ -50,26 +51,26 @@ def _analyze(arguments: argparse.Namespace) -> None:
         LabelledTexts.read(arguments.labels, instruction=arguments.labels_instruction) if arguments.labels else None
     )
     output = Path(arguments.output)
-    output.mkdir(parents=True, exist_ok=True)
-    model = load_model(arguments, merge_adapter=True)
-    baseline = load_model(_of_baseline(arguments), merge_adapter=True) if arguments.baseline else None
-    result = analyze(
-        model,
-        task,
-        baseline=baseline,
-        clusters=clusters,
-        steps=arguments.steps,
-        sample=arguments.sample,
-        batch_size=arguments.batch_size,
-        max_length=arguments.max_length,
-        scratch=output,
-    )
-    result["models"] = {name: getattr(arguments, name) for name in ("model", "adapter", "baseline")}
-    with new_file(output / "analysis.json") as partial:
-        partial.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(analysis_table(result))
-    files = plot_analysis(result, output)
-    print(f"wrote {', '.join(map(str, [output / 'analysis.json', *files]))}", file=sys.stderr)
+    with folder_lock(output):
+        model = load_model(arguments, merge_adapter=True)
+        baseline = load_model(_of_baseline(arguments), merge_adapter=True) if arguments.baseline else None
+        result = analyze(
+            model,
+            task,
+            baseline=baseline,
+            clusters=clusters,
+            steps=arguments.steps,
+            sample=arguments.sample,
+            batch_size=arguments.batch_size,
+            max_length=arguments.max_length,
+            scratch=output,
+        )
+        result["models"] = {name: getattr(arguments, name) for name in ("model", "adapter", "baseline")}
+        with new_file(output / "analysis.json") as partial:
+            partial.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(analysis_table(result))
+        files = plot_analysis(result, output)
+        print(f"wrote {', '.join(map(str, [output / 'analysis.json', *files]))}", file=sys.stderr)
 
 
 def _of_baseline(arguments: argparse.Namespace) -> argparse.Namespace:

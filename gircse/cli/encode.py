@@ -59,14 +59,19 @@ def _encode(arguments: argparse.Namespace) -> None:
     blocks = read_texts(arguments.input, field=arguments.field)
     first = next(blocks, [])  # a bad file is reported before the model is loaded
     model = load_model(arguments, merge_adapter=True)
-    with embedding_writer(arguments.output) as write:
-        block: list[str] | None = first
-        count = 0
-        while block is not None:
-            write(_encode_texts(arguments, model, block))
-            count += len(block)
-            print(f"\rencoded {count} texts", end="", file=sys.stderr, flush=True)
-            block = next(blocks, None)
+    count = 0
+    try:
+        with embedding_writer(arguments.output) as write:
+            block: list[str] | None = first
+            while block is not None:
+                write(_encode_texts(arguments, model, block))
+                count += len(block)
+                print(f"\rencoded {count} texts", end="", file=sys.stderr, flush=True)
+                block = next(blocks, None)
+    except BaseException:
+        if count:
+            print(file=sys.stderr)  # what went wrong stands on a line of its own
+        raise
     print(f"\rencoded {count} texts into {arguments.output}", file=sys.stderr)
 
 

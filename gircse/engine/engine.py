@@ -15,7 +15,7 @@ from gircse.architecture import CausalLM
 from gircse.attention import RolloutKV
 from gircse.engine.config import STEPS_BUCKET, EngineConfig, Limits, kv_bytes_per_token
 from gircse.engine.fused import FusedKernels, has_liger
-from gircse.engine.kv import KVPool, PrefillPass, Prefix, decode_kernel
+from gircse.engine.kv import KeptPrefix, KVPool, PrefillPass, Prefix, decode_kernel
 from gircse.engine.plan import Batch, by_length, common_prefix, next_batch
 from gircse.engine.step import DecodeState, StepRunner
 
@@ -65,7 +65,6 @@ class Engine:
         self._runner = StepRunner(lm, capture=self.config.capture, compile=self.config.compile, kernel=kernel)
         self._pool: KVPool | None = None
         self._state: DecodeState | None = None
-        self._prefix: Prefix | None = None
         self._where = (lm.device, lm.head_weight.dtype)
         self._lock = threading.RLock()
         self._limits = Limits.of(self.config, lm.device, kv_bytes_per_token(lm))
@@ -124,7 +123,7 @@ class Engine:
         temperature: float = 1.0,
         settled: Settled | None = None,
         max_rows: int | None = None,
-        keep_prefix: bool = False,
+        kept: KeptPrefix | None = None,
         include_prompt: bool = False,
     ) -> None:
         """`states`, handed over batch by batch as they are done.
@@ -135,13 +134,13 @@ class Engine:
                 states are its own. Only the first `counts` of a row's states mean something.
             settled: asked after every step from the second on; rows it is True for leave the batch. None: all run to K.
             max_rows: rows of a batch at most, besides the engine's own limit.
-            keep_prefix: the weights are those of the call before: its prefix need not be encoded again.
+            kept: the same object in calls with the same weights: the prefix of one need not be encoded again in the
+                next.
         """
         for index, row in enumerate(rows):
             if not len(row):
                 raise ValueError(f"rows[{index}]: got no token, expected at least one")
-        if not keep_prefix:
-            self._prefix = None
+        kept = kept or KeptPrefix()
         # sorted where the prefix does not count: it is the same for all
         order, lengths = by_length([len(row) for row in rows]), [len(row) for row in rows]
         fused = self._fused.active() if self._fused is not None else nullcontext()
@@ -151,7 +150,7 @@ class Engine:
             while done < len(order):
                 batch: Batch | None = None
                 try:
-                    prefix = self._prefix_of(rows)
+                    prefix = self._prefix_of(rows, kept)
                     limits = self._limits.at_most(max_rows)
                     before = len(prefix) if prefix is not None else 0
                     batch = next_batch(order[done:], lengths, limits, num_steps, prefix=before)
@@ -163,6 +162,7 @@ class Engine:
                         raise
                     batch = None
                 if batch is None:  # outside `except`: the traceback would keep the tensors alive
+                    kept.prefix = prefix = None
                     self._shrink()
                     continue
                 sink(batch.rows, states, counts)
@@ -252,17 +252,17 @@ class Engine:
                 states[text] = state.states[row, :num_steps]
         return states, counts
 
-    def _prefix_of(self, rows: Sequence[Sequence[int]]) -> Prefix | None:
-        """What all rows start with, encoded; the one from before where the rows start with that as well."""
+    def _prefix_of(self, rows: Sequence[Sequence[int]], kept: KeptPrefix) -> Prefix | None:
+        """What all rows start with, encoded; the one that is kept where the rows start with that as well."""
         length = common_prefix(rows) if self.config.reuse_prefix else 0
         if not length:
             return None
-        kept, tokens = self._prefix, list(rows[0][:length])
-        if kept is None or not _starts_with(tokens, kept.tokens) or 2 * len(kept) < length:
+        tokens = list(rows[0][:length])
+        if kept.prefix is None or not _starts_with(tokens, kept.prefix.tokens) or 2 * len(kept.prefix) < length:
             kv = RolloutKV(torch.tensor([length], device=self.lm.device))
             self.lm.run_prompt(kv, torch.tensor([tokens], device=self.lm.device))
-            kept = self._prefix = Prefix(tokens, kv)
-        return kept
+            kept.prefix = Prefix(tokens, kv)
+        return kept.prefix
 
     def _buffers(self, batch: Batch, num_steps: int) -> tuple[KVPool, DecodeState]:
         """Pool and state for a batch; larger ones than before only where they are needed."""
@@ -282,7 +282,7 @@ class Engine:
 
     def _shrink(self) -> None:
         """After out-of-memory: everything is given back and batches become half as large, for good."""
-        self._pool = self._state = self._prefix = None
+        self._pool = self._state = None
         self._runner.drop()
         first = self._limits.rows == Limits.of(self.config, self.lm.device, 1).rows
         self._limits = self._limits.halved()

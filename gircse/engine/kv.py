@@ -24,6 +24,7 @@ from torch import Tensor
 from gircse.attention import AttentionPass, RolloutKV, causal_attention, causal_band
 
 _ALIGNMENT = 64  # bytes, of PyTorch's own CPU tensors
+_MAX_VIEWS = 4096  # kept to be made only once; batches of every size would make millions
 
 
 class KVPool:
@@ -62,6 +63,8 @@ class KVPool:
         """Keys [rows, H_kv, slots, d] and values [rows, H_kv, slots, d_v] of a layer that was written to."""
         found = self._views.get((layer, rows, slots))
         if found is None:
+            if len(self._views) >= _MAX_VIEWS:
+                self._views.clear()
             (key, value), (heads, dim_k, dim_v) = self._flat[layer], self._shapes[layer]
             found = self._views[layer, rows, slots] = (
                 key[: rows * heads * slots * dim_k].view(rows, heads, slots, dim_k),
@@ -99,6 +102,16 @@ class Prefix:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+
+class KeptPrefix:
+    """Of one caller's calls: the prefix of the last one, for the next, as long as the weights stay as they are.
+
+    It belongs to the caller, not to the engine: what another caller encodes meanwhile changes no bit.
+    """
+
+    def __init__(self) -> None:
+        self.prefix: Prefix | None = None
 
 
 class PrefillPass(AttentionPass):

@@ -22,6 +22,7 @@ from gircse.engine.kv import DecodePass, KVPool
 
 # Beyond these all graphs are dropped and captured again as they are needed: their memory stays bounded.
 MAX_GRAPHS = 48
+MAX_PASSES = 128  # sizes of batches whose index tensors are kept
 _WARM_UP = 2
 
 
@@ -125,6 +126,8 @@ class StepRunner:
         rows = len(state.hidden)
         kv = self._passes.get((rows, slots))
         if kv is None or kv.pool is not pool or kv.position.data_ptr() != state.position.data_ptr():
+            if not self.captures and len(self._passes) >= MAX_PASSES:  # graphs go on reading theirs
+                self._passes.clear()
             kv = self._passes[rows, slots] = DecodePass(pool, rows, slots, state.position, self._kernel)
 
         def step() -> None:

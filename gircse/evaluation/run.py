@@ -15,6 +15,7 @@ import numpy as np
 from gircse.evaluation import STEPS, require
 from gircse.evaluation.results import ENGLISH_BENCHMARK, Evaluation, TaskScores, write_results
 from gircse.evaluation.step_store import StepStore, check_steps
+from gircse.folder_lock import folder_lock
 
 mteb = require("mteb")
 
@@ -80,6 +81,7 @@ def evaluate_tasks(
     Raises:
         ValueError: bad `steps`.
         ModuleNotFoundError: matplotlib, for the plots, is not installed.
+        FolderInUse: another process writes to `output` (an OSError).
         ConnectionError: a task's data are neither on this machine nor to be had; results so far are kept.
     """
     output, steps = Path(output), check_steps(steps)
@@ -87,7 +89,7 @@ def evaluate_tasks(
         require("matplotlib")  # now rather than after hours
     cache = ResultCache(output)
     scores: list[TaskScores] = []
-    with StepStore(steps, output) as store:
+    with folder_lock(output), StepStore(steps, output) as store:
         encoder = GIRCSEEncoder(
             model,
             num_steps=steps[-1],
@@ -105,7 +107,7 @@ def evaluate_tasks(
                 print(f"[{number}/{len(tasks)}] {task.metadata.name}: {values}", file=sys.stderr, flush=True)
         meta = encoder.mteb_model_meta
         evaluation = Evaluation(str(meta.name), str(meta.revision), benchmark, scores, store.encoded)
-    write_results(evaluation, output)
+        write_results(evaluation, output)
     return evaluation
 
 

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import islice
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -113,8 +114,9 @@ def check_steps(steps: Sequence[int]) -> tuple[int, ...]:
     Raises:
         ValueError: none, or a negative one, or 0 among others (K = 0 is the prompt's own state, not a prefix).
     """
-    if not steps or min(steps) < 0 or (0 in steps and len(set(steps)) > 1):
-        raise ValueError(f"steps: got {list(steps)}, expected numbers >= 1, or 0 alone")
+    whole = isinstance(steps, Sequence) and all(isinstance(k, Integral) and not isinstance(k, bool) for k in steps)
+    if not whole or not steps or min(steps) < 0 or (0 in steps and len(set(steps)) > 1):
+        raise ValueError(f"steps: got {steps!r}, expected a list of integers >= 1, or 0 alone")
     return tuple(sorted(set(steps)))
 
 

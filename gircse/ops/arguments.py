@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,13 +25,34 @@ def check_floating(name: str, value: object) -> None:
         )
     if value.dtype not in DTYPES:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    check_dense(name, value)
+
+
+def check_dense(name: str, value: Tensor) -> None:
+    """Not a sparse tensor."""
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: got layout {value.layout}, expected a dense tensor")
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a bool")
+
+
+def check_choice(name: str, value: object, known: Sequence[str]) -> None:
+    """``value`` must be one of the names."""
+    if not isinstance(value, str) or value not in known:  # what is no string may not even compare
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, known))}")
 
 
 def check_number(name: str, value: object, *, positive: bool = False) -> float:
     """``value`` must be a finite real number, above 0 if ``positive``."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int or a fraction past the largest float
+        raise ValueError(f"{name}: got a number past {sys.float_info.max:g}, expected a finite one") from None
     if not -math.inf < number < math.inf or (positive and number <= 0):  # math.isfinite cannot be compiled
         raise ValueError(f"{name}: got {value}, expected a finite number{' above 0' if positive else ''}")
     return number

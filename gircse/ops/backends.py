@@ -20,7 +20,7 @@ OLDEST = (8, 0)  # compute capability: Ampere
 
 def check_backend(backend: str | None) -> None:
     """Raises ValueError for a name that is none."""
-    if backend is not None and backend not in BACKENDS:
+    if backend is not None and not (isinstance(backend, str) and backend in BACKENDS):
         raise ValueError(f"backend: got {backend!r}, expected None or one of {', '.join(map(repr, BACKENDS))}")
 
 

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .arguments import check_flag, check_floating, check_number
 from .backends import check_backend
 from .info_nce_op import Options, StepwiseInfoNCE
 from .pooling import check_pooling
-from .soft_embed import check_floating, check_number
 
 
 class InfoNCEStats(NamedTuple):
@@ -103,6 +103,8 @@ def stepwise_info_nce(
         backend: None (choose: triton on CUDA from compute capability 8.0 on, else torch), "torch" or "triton".
 
     A zero vector has no direction: its embedding is zero, so all its similarities are 0, and its gradient is zero.
+    So are those of a vector whose squares leave the range of float32: norms have to lie between 1e-18 and 1e18, as they
+    do after a decoder's last norm.
 
     Returns:
         [K], in nats, float32 (float64 for float64 steps). Differentiable once, with respect to both step tensors.
@@ -115,8 +117,7 @@ def stepwise_info_nce(
     temperature = _check(query_steps, doc_steps, temperature, pooling)
     target = _check_target(target, query_steps, doc_steps)
     for name, flag in (("include_queries", include_queries), ("symmetric", symmetric), ("return_stats", return_stats)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}: got {type(flag).__name__}, expected a bool")
+        check_flag(name, flag)
     check_backend(backend)
     if group is not None:
         _check_group(group)

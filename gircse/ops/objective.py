@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .arguments import check_choice, check_flag, check_number, has_no_values
+
 REDUCTIONS = ("mean", "sum")
 
 
@@ -47,15 +49,18 @@ def icr_objective(
         )
     if losses.dim() != 1 or losses.shape[0] == 0:
         raise ValueError(f"losses: got shape {tuple(losses.shape)}, expected [K] with K of at least 1")
-    if not reg_weight >= 0:
+    if check_number("reg_weight", reg_weight) < 0:
         raise ValueError(f"reg_weight: got {reg_weight}, expected a number of at least 0")
-    if not eps > 0:
-        raise ValueError(f"eps: got {eps}, expected a number above 0")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: got {reduction!r}, expected one of {', '.join(map(repr, REDUCTIONS))}")
+    eps = check_number("eps", eps, positive=True)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_flag("detach_previous", detach_previous)
+    # as elsewhere, an accelerator's values are not waited for
+    if losses.device.type == "cpu" and not has_no_values(losses) and bool((losses < -eps).any()):
+        raise ValueError(f"losses: got {losses.min().item()}, expected none below {-eps}")
     total = losses.mean() if reduction == "mean" else losses.sum()
     if losses.shape[0] == 1 or reg_weight == 0:
         return total
-    logs = (losses + eps).log()
+    # half precision has no number as small as eps
+    logs = (losses.to(torch.promote_types(losses.dtype, torch.float32)) + eps).log()
     previous = logs[:-1].detach() if detach_previous else logs[:-1]
-    return total + reg_weight * torch.relu(logs[1:] - previous).mean()
+    return total + (reg_weight * torch.relu(logs[1:] - previous).mean()).to(total.dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import soft_embed_op
-from .arguments import check_floating, check_like, check_number, check_rows, has_no_values
+from .arguments import check_flag, check_floating, check_like, check_number, check_rows, has_no_values
 from .backends import check_backend
 from .soft_embed_torch import Inputs, Options
 from .straight_through import harden
@@ -121,7 +121,7 @@ def soft_embed(
     """
     hidden, head_weight, embed_weight, bias = _autocast(hidden, head_weight, embed_weight, bias)
     options = check_scores(hidden, head_weight, bias, temperature, softcap, logit_scale)
-    if embed_scale != 1.0 or type(embed_scale) is not float:
+    if type(embed_scale) is not float or embed_scale != 1.0:
         options = options._replace(embed_scale=check_number("embed_scale", embed_scale))
     if embed_weight is not None:
         _check_embed(embed_weight, head_weight)
@@ -132,6 +132,7 @@ def soft_embed(
         group = _check_shard(vocab_parallel, head_weight)
         options = options._replace(vocab_start=vocab_parallel.start)
     check_backend(backend)
+    check_flag("return_stats", return_stats)
     leading = hidden.shape[:-1]
     if hard is not False:
         _check_hard(hard, hidden)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backends import resolve_backend
+from .backends import check_backend, resolve_backend
 from .chunk_scores import chunk_scores, ordered_bits
 from .soft_embed import check_scores, row_temperature
 from .soft_embed_torch import Inputs, Options
@@ -42,6 +42,9 @@ def top_tokens(
         As `soft_embed`; ValueError for n outside 1..V, TypeError if it is no int.
     """
     options = check_scores(hidden, head_weight, bias, temperature, softcap, logit_scale)
+    check_backend(backend)
+    if hidden.device.type == "meta":
+        raise ValueError("hidden: got device meta, expected one with values")
     if not isinstance(n, int) or isinstance(n, bool):
         raise TypeError(f"n: got {type(n).__name__}, expected an int")
     num_vocab = head_weight.shape[0]

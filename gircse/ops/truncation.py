@@ -80,7 +80,7 @@ def _rule(name: str, value: object, hidden: Tensor, expected: str) -> Tensor | N
     if whole:
         if not isinstance(value, numbers.Integral) or isinstance(value, bool):
             raise TypeError(f"{name}: got {type(value).__name__}, expected an int or an integer tensor")
-        number: Any = int(value)
+        number: Any = min(int(value), torch.iinfo(torch.int64).max)  # V or more, whichever
     else:
         number = check_number(name, value)
     _check_range(name, number, expected)

@@ -50,7 +50,7 @@ def load(
         gircse.UnsupportedModelError: the architecture fails a probe.
     """
     name = str(name_or_path)
-    entries = _saved(name, "modules.json") or []
+    entries = _modules(name)
     if entries and entries[0]["type"].rsplit(".", 1)[-1] != "GIRCSEModule":
         raise ValueError(
             f"name_or_path: {name} is a sentence-transformers model that starts with {entries[0]['type']}, expected a "
@@ -82,9 +82,31 @@ def load(
 
 
 def _saved(name: str, filename: str) -> Any:
-    """What a JSON file of the folder or repository holds, or None where there is none."""
+    """What a JSON file of the folder or repository holds, an object, or None where there is none."""
+    return _json(name, filename, dict)
+
+
+def _json(name: str, filename: str, kind: type) -> Any:
     found = load_file_path(name, filename)
-    return None if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+    if found is None:
+        return None
+    try:
+        value = json.loads(Path(found).read_text(encoding="utf-8"))
+        if not isinstance(value, kind):
+            raise ValueError(f"got {type(value).__name__}, expected {kind.__name__}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"name_or_path: {name}/{filename} cannot be read: {error}") from None
+    return value
+
+
+def _modules(name: str) -> list[dict[str, str]]:
+    """The entries of modules.json, whose paths stay inside the folder."""
+    entries = _json(name, "modules.json", list) or []
+    for entry in entries:
+        whole = isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("type", "path"))
+        if not whole or Path(entry["path"]).is_absolute() or ".." in Path(entry["path"]).parts:
+            raise ValueError(f"name_or_path: {name}/modules.json: got {entry!r}, expected a type and a path inside")
+    return entries
 
 
 def _module(entry: dict[str, str], name: str, trust_remote_code: bool) -> Any:

@@ -16,6 +16,7 @@ from mteb.abstasks.aggregated_task import AbsTaskAggregate  # noqa: E402
 from gircse.evaluation.encoder import GIRCSEEncoder  # noqa: E402
 from gircse.evaluation.offline_tasks import StdlibAreaClustering, offline_benchmark  # noqa: E402
 from gircse.evaluation.run import evaluate_tasks, find_tasks  # noqa: E402
+from gircse.folder_lock import FolderInUse, folder_lock  # noqa: E402
 
 # a token of the tiny model is a character: short instructions leave room for the texts
 SHORT = {task.metadata.name: "retrieve" if "Code" in task.metadata.name else "x" for task in offline_benchmark().tasks}
@@ -140,3 +141,9 @@ def test_tasks_by_name():
         find_tasks(names=["STS99"])
     with pytest.raises(ValueError, match=r"benchmark: .*MTEB\(eng, v9\)"):
         find_tasks("MTEB(eng, v9)")
+
+
+def test_one_process_at_a_time_in_an_output_folder(model, tmp_path):
+    with folder_lock(tmp_path), pytest.raises(FolderInUse, match="another process is at work"):
+        evaluate_tasks(model, [], tmp_path)
+    assert not list(tmp_path.iterdir())

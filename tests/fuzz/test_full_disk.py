@@ -1,0 +1,144 @@
+"""A disk that fills while a command writes: an error that says so, and no half of a file under its name.
+
+Training is in tests/test_never_lost.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gircse import GIRCSE
+from gircse.cli import main
+from gircse.cli.evaluate import _write_json
+from gircse.data import Row
+from gircse.distill import distill
+from gircse.distill_config import DistillConfig
+from gircse.embedding_files import embedding_writer
+from gircse.encode_shards import encode_sharded, join_shards
+from gircse.encoded_steps import EncodedSteps
+from gircse.evaluation.results import Evaluation, TaskScores, write_results
+from gircse.evaluation.step_store import StepStore
+from tests.fuzz.full_disk import files_of_at_most, names
+from tests.tiny_models import tiny_model, tiny_tokenizer
+
+TOO_LARGE = "File too large"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    GIRCSE(tiny_model("llama"), tiny_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+def embed(_: object, texts: list[str]) -> np.ndarray:
+    return np.array([[float(text)] * 64 for text in texts], dtype=np.float32)
+
+
+def test_shards(tmp_path):
+    (tmp_path / "in.txt").write_text("".join(f"{i}\n" for i in range(20)))
+    arguments = (str(tmp_path / "in.txt"), str(tmp_path / "out"))
+
+    def run():
+        return encode_sharded(object, embed, *arguments, settings={}, shard_size=8, timeout=1)
+
+    with files_of_at_most(1024), pytest.raises(OSError, match=TOO_LARGE):
+        run()
+    assert names(tmp_path / "out") in (["manifest.json"], ["manifest.json", "shard-000000.lock"])
+    assert run().encoded_shards == 3
+    with files_of_at_most(3000), pytest.raises(OSError, match=TOO_LARGE):
+        join_shards(tmp_path / "out", str(tmp_path / "all.npy"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out"]
+    join_shards(tmp_path / "out", str(tmp_path / "all.npy"))
+    np.testing.assert_array_equal(np.load(tmp_path / "all.npy"), embed(None, [str(i) for i in range(20)]))
+
+
+@pytest.mark.parametrize("name", ["out.npy", "out.jsonl"])
+def test_a_file_of_embeddings(tmp_path, name):
+    (tmp_path / name).write_bytes(b"of an earlier run")
+    with (
+        files_of_at_most(1024),
+        pytest.raises(OSError, match=TOO_LARGE),
+        embedding_writer(str(tmp_path / name)) as write,
+    ):
+        write(np.ones((400, 8), np.float32))
+    assert names(tmp_path) == [name]
+    assert (tmp_path / name).read_bytes() == b"of an earlier run"
+
+
+def test_results_of_an_evaluation(tmp_path):
+    tasks = [TaskScores(f"task {i}", "STS", "cosine", {1: 0.5, 2: 0.25}) for i in range(40)]
+    evaluation = Evaluation("a/b", "1", None, tasks, 0)
+    with files_of_at_most(1024), pytest.raises(OSError, match=TOO_LARGE):
+        write_results(evaluation, tmp_path)
+    assert names(tmp_path) == []
+    with files_of_at_most(64), pytest.raises(OSError, match=TOO_LARGE):
+        _write_json({1: {"ndcg@10": 0.5, "mrr@10": 0.25, "recall@10": 0.125}}, str(tmp_path / "scores.json"))
+    assert names(tmp_path) == []
+
+
+def test_embeddings_of_steps(tmp_path):
+    with StepStore([1, 2], tmp_path) as store:
+        steps = np.ones((2, 64), np.float32)
+        with files_of_at_most(1024), pytest.raises(OSError, match=TOO_LARGE):
+            store.embeddings([str(i) for i in range(20)], 1, lambda texts: [steps] * len(texts))
+        found = store.embeddings(["3", "4"], 2, lambda texts: [np.full((2, 64), float(t), np.float32) for t in texts])
+        np.testing.assert_array_equal(found, np.array([[3.0], [4.0]]) * np.ones(64))
+    assert names(tmp_path) == []
+
+
+def test_embeddings_in_mapped_memory(model, tmp_path, monkeypatch):
+    """A page of a mapped file that finds no room is a SIGBUS, so the room is taken before."""
+    calls = []
+
+    def full(*arguments: int) -> None:
+        calls.append(arguments[1:])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    options = {"instruction": None, "batch_size": None, "max_length": 16}
+    with pytest.raises(OSError, match="No space left"):
+        EncodedSteps.of(model, ["a", "b"], (1, 2), tmp_path / "steps.npy", **options)
+    assert calls == [(0, (tmp_path / "steps.npy").stat().st_size)]
+    assert calls[0][1] > 2 * 2 * 32 * 4
+
+
+def test_distillation(base, tmp_path):
+    rows = [Row("find", f"query {i}", (f"answer {i}",)) for i in range(8)]
+    options = {"teacher": str(base), "batch_size": 4, "max_steps": 2, "progress": False}
+    with files_of_at_most(4096), pytest.raises(OSError, match="could not be written|File too large"):
+        distill(DistillConfig(output=str(tmp_path / "run"), **options), rows=rows)
+    assert set(names(tmp_path)) == {"run", "run/distill_config.json", "run/distill_log.jsonl"}
+
+
+def test_saving_a_model(base, tmp_path):
+    model = GIRCSE.from_pretrained(base)
+    model.save_pretrained(tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    model.base.lm_head.weight.data.zero_()
+    with files_of_at_most(8192), pytest.raises(OSError, match="could not be written|File too large"):
+        model.save_pretrained(tmp_path / "model")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+    assert names(tmp_path) == sorted(["model", *(f"model/{name}" for name in before)])
+
+
+def test_the_command_says_so_in_one_line(base, tmp_path, capsys):
+    (tmp_path / "in.txt").write_text("a\nb\n")
+    options = ["encode", "--model", str(base), "--output", str(tmp_path / "out.npy"), str(tmp_path / "in.txt")]
+    with files_of_at_most(100):
+        assert main(options) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("gircse encode: error: [Errno 27] File too large")
+    assert names(tmp_path) == ["in.txt"]
+    rows = [{"prompt": "find", "query": "a", "pos": ["b"]}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["evaluate", "--model", str(base), "--data", str(tmp_path / "rows.jsonl"), "--steps", "1"]
+    with files_of_at_most(20):
+        assert main([*options, "--output", str(tmp_path / "scores.json")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("gircse evaluate: error: [Errno 27]")
+    assert names(tmp_path) == ["in.txt", "rows.jsonl"]
