@@ -28,6 +28,7 @@ from bench.quality_arms import ARMS, SCALES, UNTRAINED
 from bench.quality_corpora import BUILDERS, StudyCorpus, build
 from bench.quality_run import Run, run
 from bench.records import save
+from gircse.folder_lock import try_lock
 
 Key = tuple[str, str, int]
 
@@ -135,12 +136,9 @@ def _corpus(name: str, scale: str, path: Path) -> StudyCorpus:
 def _claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """Whether this process alone has the file; the kernel gives it back however the process ends."""
     with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+        if wait:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield wait or try_lock(file.fileno())
 
 
 def _names(parser: argparse.ArgumentParser, options: argparse.Namespace, what: str, known: Sequence[str]) -> list[str]:
