@@ -112,8 +112,9 @@ def build(name: str, python: str, folder: Path, *, cuda: bool) -> list[str]:
         subprocess.run([python, "-m", "venv", str(folder)], check=True)
     torch, untested = torch_requirement(str(inside(folder)), wanted, cuda=cuda)
     constraints = folder / "constraints.txt"
-    pins = oldest.items() if name == "oldest" else ()
-    constraints.write_text("".join(f"{package}=={version}\n" for package, version in pins if package != "torch"))
+    lines = [f"{package}=={version}" for package, version in oldest.items() if package != "torch"]
+    lines += [f"{package}{bound}" for package, bound in VERSIONS["companions"].items()]
+    constraints.write_text("\n".join(lines if name == "oldest" else []))
     pip = [str(inside(folder)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--upgrade"]
     packages = [torch, "triton", "--editable", ".[demo,dev]"]
     eager = ["--upgrade-strategy", "eager"]
