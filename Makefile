@@ -41,7 +41,8 @@ coverage: $(VENV)/.test  ## branch coverage of gircse/, at least 90%
 
 # SAMPLE=200 SEED=0: how many mutants, and which
 mutation: $(VENV)/.test  ## mutants of gircse/ops that no test notices (docs/testing.md)
-	$(BIN)/python -m tests.mutation.run $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED))
+	$(PIP) cosmic-ray
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation.run $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED))
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

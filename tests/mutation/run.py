@@ -1,0 +1,197 @@
+"""Do the tests of `gircse/ops` notice when the code is wrong? `make mutation` draws mutants and runs the tests on each.
+
+First the tests run once as they are: how long each takes, and which lines it reaches. Then every mutant gets the tests
+that reach its line, the quickest first, until one fails. Mutants run one by one in forks of a process that has imported
+what is slow to import, with a file replaced in memory: nothing on disk changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from typing import Any
+
+import coverage
+import hypothesis  # noqa: F401 - imported before the forks
+import pytest
+import torch
+
+from tests.mutation.mutants import Mutant, sample
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "gircse" / "ops"
+TESTS = ["tests/ops"]
+NOT_NOTICED = "survived", "not reached"
+
+
+class Baseline:
+    """What the tests do to the code as it is."""
+
+    def __init__(self, folder: Path) -> None:
+        self.durations: dict[str, float] = json.loads((folder / "durations.json").read_text())
+        data = coverage.CoverageData(str(folder / "coverage"))
+        data.read()
+        self._reached: dict[Path, dict[int, list[str]]] = {
+            Path(file): data.contexts_by_lineno(file) for file in data.measured_files()
+        }
+
+    def tests(self, mutant: Mutant, seconds: float) -> list[str]:
+        """Those that reach the mutant's line, the quickest first, as many as take `seconds` together.
+
+        A line that runs while its module is imported belongs to no test: then all tests of the file.
+        """
+        lines = self._reached.get(mutant.path, {})
+        contexts = set(lines.get(mutant.line, [])) or self._around(mutant, lines)
+        found = {context.split("|")[0] for context in contexts if context}
+        if contexts and not found:
+            found = {context.split("|")[0] for names in lines.values() for context in names if context}
+        chosen, total = [], 0.0
+        for name in sorted(found & self.durations.keys(), key=lambda name: (self.durations[name], name)):
+            total += self.durations[name]
+            if chosen and total > seconds:
+                break
+            chosen.append(name)
+        return chosen
+
+    def _around(self, mutant: Mutant, lines: dict[int, list[str]]) -> set[str]:
+        """A statement of several lines is recorded under some of them: the nearest recorded line above."""
+        above = [line for line in lines if line <= mutant.line]
+        return set(lines[max(above)]) if above and mutant.line - max(above) <= 6 else set()
+
+
+class Durations:
+    """A plugin of pytest that notes the seconds of every test."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.seconds[report.nodeid] += report.duration
+
+
+def in_fork(work: Callable[[], int], seconds: float, log: Path) -> int | None:
+    """The exit status of `work` in a process of its own, its output in `log`; None when it had to be killed."""
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)
+        with log.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        status = 70
+        try:
+            status = int(work())
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
+def measure(folder: Path) -> Baseline:
+    """Runs all tests once, unless `folder` has their record already."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def tests() -> int:
+        os.environ["COVERAGE_FILE"] = str(folder / "coverage")
+        plugin = Durations()
+        options = ["--cov=gircse.ops", "--cov-context=test", "--cov-report=", "--cov-fail-under=0"]
+        code = pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:randomly", *options, *TESTS], plugins=[plugin])
+        (folder / "durations.json").write_text(json.dumps(plugin.seconds))
+        return code
+
+    if not (folder / "durations.json").exists() and in_fork(tests, 3600, folder / "baseline.txt") != 0:
+        (folder / "durations.json").unlink(missing_ok=True)
+        raise SystemExit(f"the tests fail without a mutant: see {folder / 'baseline.txt'}")
+    return Baseline(folder)
+
+
+def verdict_of(mutant: Mutant, tests: list[str], seconds: float, log: Path) -> str:
+    """killed, timed out, survived, or not reached."""
+    source = mutant.source()
+    if source is None or source == mutant.path.read_text(encoding="utf-8"):
+        return "no change"
+    if not tests:
+        return "not reached"
+
+    def mutated() -> int:
+        get_code = SourceFileLoader.get_code
+
+        def replaced(loader: SourceFileLoader, name: str) -> Any:
+            if Path(loader.path) == mutant.path:
+                return compile(source, loader.path, "exec")  # type: ignore[arg-type]
+            return get_code(loader, name)
+
+        SourceFileLoader.get_code = replaced  # type: ignore[method-assign]
+        return pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", *tests])
+
+    code = in_fork(mutated, seconds, log)
+    if code is None:
+        return "timed out"
+    return "survived" if code == 0 else "killed"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 whatever the verdicts are: they are for reading."""
+    parser = argparse.ArgumentParser(prog="python -m tests.mutation.run", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--sample", type=int, default=200, help="how many mutants")
+    parser.add_argument("--seed", type=int, default=0, help="which")
+    parser.add_argument("--only", nargs="*", default=[], help="files of gircse/ops, e.g. pooling.py")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of tests for each mutant, as they run unchanged")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "mutation", help="folder of the results")
+    options = parser.parse_args(argv)
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    assert not any(name.startswith("gircse") for name in sys.modules)  # a fork imports its own, changed
+    paths = [PACKAGE / name for name in options.only] or list(PACKAGE.glob("*.py"))
+    baseline = measure(options.output)
+    results = options.output / f"sample-{options.sample}-seed-{options.seed}.jsonl"
+    done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    chosen = sample(paths, options.sample, options.seed)
+    for number, mutant in enumerate(chosen[len(done) :], start=len(done) + 1):
+        tests = baseline.tests(mutant, options.seconds)
+        allowed = 30 + 5 * sum(baseline.durations[name] for name in tests)
+        verdict = verdict_of(mutant, tests, allowed, options.output / "last.txt")
+        entry = {
+            "file": mutant.path.name, "line": mutant.line, "operator": mutant.operator.removeprefix("core/"),
+            "verdict": verdict, "tests": len(tests), "diff": mutant.diff(),
+        }  # fmt: skip
+        done.append(entry)
+        with results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        print(f"{number}/{len(chosen)} {entry['file']}:{entry['line']} {verdict}", flush=True)
+    print(summary(done))
+    return 0
+
+
+def summary(done: list[dict[str, Any]]) -> str:
+    """A table by file, and every mutant that no test noticed."""
+    lines = [f"{'file':<24}{'mutants':>8}{'noticed':>8}"]
+    for name in sorted({entry["file"] for entry in done}):
+        verdicts = Counter(entry["verdict"] for entry in done if entry["file"] == name)
+        total = verdicts.total() - verdicts["no change"]
+        lines.append(f"{name:<24}{total:>8}{total - sum(verdicts[v] for v in NOT_NOTICED):>8}")
+    for entry in done:
+        if entry["verdict"] in NOT_NOTICED:
+            lines.append(f"\n{entry['file']}:{entry['line']} {entry['operator']} {entry['verdict']}\n{entry['diff']}")
+    verdicts = Counter(entry["verdict"] for entry in done)
+    lines.append("\nmutants: " + ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items())))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
