@@ -29,7 +29,7 @@ demo: $(VENV)/.base  ## train, evaluate and plot a real small model on text foun
 
 # one thread a worker: two processes with two threads each on two cores spend their time waiting for each other
 test: $(VENV)/.test lint  ## lint, type-check and run the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
 # PYTHONS="3.11" NAMES="oldest" PYTEST="tests/engine -x" narrow it; CUDA=1 takes CUDA builds of torch (docs/testing.md)
 test-matrix: $(VENV)/.test  ## the suite on the oldest and the newest versions that pyproject.toml names

@@ -3,8 +3,8 @@
 Each combination has a virtual environment of its own, `.venv-NAME`, made by pip from `versions.toml`. Torch is the one
 package that cannot always be had: for Linux the package index has CUDA builds alone, gigabytes that a machine without a
 GPU cannot use. Where no CPU build of the wanted version is found the rest of the combination runs on the version that
-constraints.txt names, and the summary says which pin was not tested. A combination that cannot run at all is reported as
-skipped, never as passed.
+constraints.txt names, and the summary says which pin was not tested. A combination that cannot run at all is reported
+as skipped, never as passed.
 """
 
 from __future__ import annotations
@@ -140,7 +140,8 @@ def installed(folder: Path) -> dict[str, str]:
 
 def run_suite(folder: Path, jobs: int, arguments: list[str]) -> int:
     """Pytest's exit status; one thread a worker, as in `make test`."""
-    command = [str(inside(folder)), "-m", "pytest", "-q", "--numprocesses", str(jobs), "--dist", "loadfile", *arguments]
+    workers = ["--numprocesses", str(jobs), "--dist", "worksteal"]
+    command = [str(inside(folder)), "-m", "pytest", "-q", *workers, *arguments]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False).returncode
 
 
