@@ -1,8 +1,8 @@
 """Do the tests of `gircse/ops` notice when the code is wrong? `make mutation` draws mutants and runs the tests on each.
 
 First the tests run once as they are: how long each takes, and which lines it reaches. Then every mutant gets the tests
-that reach its line, the quickest first, until one fails. Mutants run one by one in forks of a process that has imported
-what is slow to import, with a file replaced in memory: nothing on disk changes.
+that reach its line, the quickest first, until one fails. Mutants run one by one in a copy of the sources, in forks of a
+process that has imported what is slow to import.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from tests.mutation.mutants import Mutant, sample
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "gircse" / "ops"
-TESTS = ["tests/ops"]
+TESTS = "tests/ops"
 NOT_NOTICED = "survived", "not reached"
 
 
@@ -45,8 +45,8 @@ class Baseline:
         self.durations: dict[str, float] = json.loads((folder / "durations.json").read_text())
         data = coverage.CoverageData(str(folder / "coverage"))
         data.read()
-        self._reached: dict[Path, dict[int, list[str]]] = {
-            Path(file): data.contexts_by_lineno(file) for file in data.measured_files()
+        self._reached: dict[str, dict[int, list[str]]] = {
+            Path(file).name: data.contexts_by_lineno(file) for file in data.measured_files()
         }
 
     def tests(self, mutant: Mutant, seconds: float) -> list[str]:
@@ -54,7 +54,7 @@ class Baseline:
 
         A line that runs while its module is imported belongs to no test: then all tests of the file.
         """
-        lines = self._reached.get(mutant.path, {})
+        lines = self._reached.get(mutant.path.name, {})
         contexts = set(lines.get(mutant.line, [])) or self._around(mutant, lines)
         found = {context.rsplit("|", 1)[0] for context in contexts if context}
         if contexts and not found:
@@ -113,15 +113,30 @@ def in_fork(work: Callable[[], int], seconds: float, log: Path) -> int | None:
     return None
 
 
-def measure(folder: Path) -> Baseline:
+def copied(tree: Path) -> None:
+    """Everything that the tests need, anew; mutants are written here and nowhere else."""
+    shutil.rmtree(tree, ignore_errors=True)
+    for name in ("gircse", "kernels", "tests"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tree)
+
+
+def run_tests(*arguments: str, plugins: list[Any] | None = None) -> int:
+    """Pytest in the working folder's copy of the sources, of which this process has imported nothing."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
+        del sys.modules[name]
+    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() not in (ROOT, ROOT / "kernels")]
+    return pytest.main(["-q", "-p", "no:cacheprovider", *arguments], plugins=plugins)
+
+
+def measure(folder: Path, select: str) -> Baseline:
     """Runs all tests once, unless `folder` has their record already."""
-    folder.mkdir(parents=True, exist_ok=True)
 
     def tests() -> int:
         os.environ["COVERAGE_FILE"] = str(folder / "coverage")
         plugin = Durations()
         options = ["--cov=gircse.ops", "--cov-context=test", "--cov-report=", "--cov-fail-under=0"]
-        code = pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:randomly", *options, *TESTS], plugins=[plugin])
+        code = run_tests(*options, "-k", select, TESTS, plugins=[plugin])
         (folder / "durations.json").write_text(json.dumps(plugin.seconds))
         return code
 
@@ -131,26 +146,19 @@ def measure(folder: Path) -> Baseline:
     return Baseline(folder)
 
 
-def verdict_of(mutant: Mutant, tests: list[str], seconds: float, log: Path) -> str:
-    """killed, timed out, survived, or not reached."""
-    source = mutant.source()
-    if source is None or source == mutant.path.read_text(encoding="utf-8"):
+def verdict_of(mutant: Mutant, tests: list[str], seconds: float, tree: Path, log: Path) -> str:
+    """killed, timed out, survived, not reached, or no change."""
+    source, original = mutant.source(), mutant.path.read_text(encoding="utf-8")
+    if source is None or source == original:
         return "no change"
     if not tests:
         return "not reached"
-
-    def mutated() -> int:
-        get_code = SourceFileLoader.get_code
-
-        def replaced(loader: SourceFileLoader, name: str) -> Any:
-            if Path(loader.path) == mutant.path:
-                return compile(source, loader.path, "exec")  # type: ignore[arg-type]
-            return get_code(loader, name)
-
-        SourceFileLoader.get_code = replaced  # type: ignore[method-assign]
-        return pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", *tests])
-
-    code = in_fork(mutated, seconds, log)
+    place = tree / mutant.path.relative_to(ROOT)
+    place.write_text(source, encoding="utf-8")
+    try:
+        code = in_fork(lambda: run_tests("-x", "-p", "no:xdist", "--no-header", *tests), seconds, log)
+    finally:
+        place.write_text(original, encoding="utf-8")
     if code is None:
         return "timed out"
     return "survived" if code == 0 else "killed"
@@ -163,9 +171,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="which")
     parser.add_argument("--only", nargs="*", default=[], help="files of gircse/ops, e.g. pooling.py")
     parser.add_argument("--seconds", type=float, default=30.0, help="of tests for each mutant, as they run unchanged")
+    parser.add_argument("--select", default="", help="tests to take, as pytest's -k, e.g. 'not triton' for speed")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "mutation", help="folder of the results")
     options = parser.parse_args(argv)
-    os.chdir(ROOT)
+    options.output, tree = options.output.resolve(), options.output.resolve() / "tree"
+    copied(tree)
+    os.chdir(tree)
+    sys.dont_write_bytecode = True  # a mutant of the same size in the same second would be taken for the last one
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     torch.set_num_threads(1)
     # a test that fails has said enough: no smaller example is looked for, and none is kept for later
     phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
@@ -173,14 +186,14 @@ def main(argv: list[str] | None = None) -> int:
     hypothesis.settings.load_profile("mutants")
     assert not any(name.startswith("gircse") for name in sys.modules)  # a fork imports its own, changed
     paths = [PACKAGE / name for name in options.only] or list(PACKAGE.glob("*.py"))
-    baseline = measure(options.output)
+    baseline = measure(options.output, options.select)
     results = options.output / f"sample-{options.sample}-seed-{options.seed}.jsonl"
     done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     chosen = sample(paths, options.sample, options.seed)
     for number, mutant in enumerate(chosen[len(done) :], start=len(done) + 1):
         tests = baseline.tests(mutant, options.seconds)
         allowed = 30 + 5 * sum(baseline.durations[name] for name in tests)
-        verdict = verdict_of(mutant, tests, allowed, options.output / "last.txt")
+        verdict = verdict_of(mutant, tests, allowed, tree, options.output / "last.txt")
         entry = {
             "file": mutant.path.name, "line": mutant.line, "operator": mutant.operator.removeprefix("core/"),
             "verdict": verdict, "tests": len(tests), "diff": mutant.diff(),
