@@ -217,6 +217,20 @@ def test_pooling_prefixes_and_gradient(pooling: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("steps", "pooling", "error", "message"),
+    [
+        ([[1.0]], "mean", TypeError, r"steps: got list, expected a floating-point tensor"),
+        (torch.ones(2, 3, dtype=torch.int64), "mean", TypeError, r"steps: got torch.int64, expected a floating-point"),
+        (torch.ones(3), "last", ValueError, r"steps: got shape \(3,\), expected \[..., K, D\]"),
+        (torch.ones(2, 3), "median", ValueError, r"pooling: got 'median', expected one of 'mean', 'last', 'weighted'"),
+    ],
+)
+def test_pool_steps_names_what_is_wrong(steps: Any, pooling: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        pool_steps(steps, pooling)
+
+
+@pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         ({"query_steps": torch.randn(2, 3)}, ValueError, r"query_steps: got shape \(2, 3\), expected \[B, K, D\]"),
