@@ -121,6 +121,7 @@ np.savez(output, **found)
 """
 
 
+@pytest.mark.usefixtures("add_adapter")
 def test_a_folder_without_the_package(tmp_path, base_folder):
     from peft import LoraConfig
 

@@ -60,6 +60,7 @@ def adapted(base_folder) -> SentenceTransformer:
     return st
 
 
+@pytest.mark.usefixtures("add_adapter")
 @pytest.mark.parametrize(
     ("kind", "options", "checkpointing"),
     [(GIRCSELoss, {}, True), (CachedGIRCSELoss, {"mini_batch_size": 3}, False)],
@@ -88,6 +89,7 @@ def test_training(base_folder, tmp_path, kind, options, checkpointing):
     assert kind.__name__ in (tmp_path / "final/README.md").read_text()  # the model card
 
 
+@pytest.mark.usefixtures("add_adapter")
 def test_resuming(base_folder, tmp_path):
     st = adapted(base_folder)
     work = trainer(st, GIRCSELoss(st), tmp_path / "run", max_steps=4)
