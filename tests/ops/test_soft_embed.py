@@ -452,6 +452,7 @@ def valid_arguments() -> dict[str, Any]:
         ({"hidden": torch.ones(3, 4, dtype=torch.int64)}, TypeError, r"hidden: got dtype torch.int64, expected one of"),
         ({"hidden": torch.randn(3, 4, device="meta")}, ValueError, r"head_weight: got device cpu, expected meta"),
         ({"head_weight": torch.randn(5)}, ValueError, r"head_weight: got shape \(5,\), expected \[V, D\]"),
+        ({"head_weight": torch.randn(2, 5, 4)}, ValueError, r"head_weight: got shape \(2, 5, 4\), expected \[V, D\]"),
         (
             {"head_weight": torch.randn(0, 4)},
             ValueError,
