@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-matrix coverage mutation lint bench clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # torch and its triton come first and pinned: whatever else asks for torch is then content with them
 $(VENV)/.base: pyproject.toml constraints.txt
@@ -29,7 +29,20 @@ demo: $(VENV)/.base  ## train, evaluate and plot a real small model on text foun
 
 # one thread a worker: two processes with two threads each on two cores spend their time waiting for each other
 test: $(VENV)/.test lint  ## lint, type-check and run the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
+
+# PYTHONS="3.11" NAMES="oldest" PYTEST="tests/engine -x" narrow it; CUDA=1 takes CUDA builds of torch (docs/testing.md)
+test-matrix: $(VENV)/.test  ## the suite on the oldest and the newest versions that pyproject.toml names
+	$(BIN)/python -m tests.matrix.run $(NAMES) $(if $(PYTHONS),--pythons $(PYTHONS)) $(if $(CUDA),--cuda) \
+		--jobs $(JOBS) --pytest "$(PYTEST)"
+
+coverage: $(VENV)/.test  ## branch coverage of gircse/, at least 90%
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal --cov --cov-report term:skip-covered
+
+# SAMPLE=200 SEED=0: how many mutants, and which
+mutation: $(VENV)/.test  ## mutants of gircse/ops that no test notices (docs/testing.md)
+	$(PIP) cosmic-ray
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation.run $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED))
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -40,4 +53,4 @@ bench: $(VENV)/.base  ## throughput versus K (3 minutes on two cores)
 	$(BIN)/python bench/run.py
 
 clean:  ## remove the virtual environment and all results
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(wildcard .venv-*) runs build dist *.egg-info

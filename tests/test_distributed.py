@@ -19,10 +19,11 @@ import torch.multiprocessing as mp
 from gircse.checkpoint import list_checkpoints
 from gircse.distributed import Ranks, digest_of, digest_of_rows, join_ranks, step_seed
 from gircse.train import contrastive_backward
+from tests.forkserver import CONTEXT
 from tests.full_precision import keep_float64
 from tests.tiny_models import tiny_model, tiny_tokenizer
 from tests.training_batches import NUM_STEPS, adapted, batch, config, gradients, share_of
-from tests.training_process import CONTEXT, command
+from tests.training_process import command
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,8 +35,8 @@ def free_port() -> int:
 
 
 def in_processes(size: int, task, *arguments) -> None:
-    assert CONTEXT  # its server has imported everything
-    mp.start_processes(_enter, (size, free_port(), task, arguments), nprocs=size, start_method="forkserver")
+    method = CONTEXT.get_start_method()
+    mp.start_processes(_enter, (size, free_port(), task, arguments), nprocs=size, start_method=method)
 
 
 def _enter(rank: int, size: int, port: int, task, arguments) -> None:

@@ -74,7 +74,7 @@ class Saved:
 @pytest.mark.parametrize(
     ("dtype", "checkpointing"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)]
 )
-@pytest.mark.parametrize(("length", "num_steps"), [(24, 1), (24, 3), (72, 1), (72, 3)])
+@pytest.mark.parametrize(("length", "num_steps"), [(24, 3), (72, 1)])
 def test_what_autograd_saves_and_the_peak(name, dtype, checkpointing, length, num_steps):
     meta, lm = models(name, checkpointing, dtype)
     predicted = step_memory(meta, [Batch(ROWS, length)], num_steps, cuda=False)

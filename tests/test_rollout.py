@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from tests.plain import plain_losses, plain_objective, plain_rollout
 from tests.tiny_models import CONFIGS, VOCAB, definition, tiny_model, tiny_tokenizer
 
 K = 5
+POSITIVES = torch.tensor([0, 2, 4])
 LENGTHS = {"queries": [9, 1, 6], "docs": [12, 3, 8, 7, 11, 2]}
 TARGETS = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -38,36 +41,54 @@ def lora_gradients(model):
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-def assert_equal_to_plain(name, tolerance, *, attn=None, checkpointing=False, training=False):
-    plain = with_lora(tiny_model(name, dtype=torch.float64, attn=attn))
+def assert_equal_to_plain(name, expected, tolerance, *, checkpointing=False, training=False):
     ours = GIRCSE(with_lora(tiny_model(name, dtype=torch.float64)), tiny_tokenizer())
     if checkpointing:
         ours.gradient_checkpointing_enable()
     ours.train(training)
-    batches = {kind: left_padded(lengths, seed) for seed, (kind, lengths) in enumerate(LENGTHS.items())}
-    target = torch.tensor([0, 2, 4])
-
-    stock = plain.get_base_model()
-    expected = {
-        kind: torch.stack([plain_rollout(stock, row[keep.bool()], K)[1] for row, keep in zip(*batch, strict=True)])
-        for kind, batch in batches.items()
-    }
-    expected_losses = plain_losses(expected["queries"], expected["docs"], target)
-    plain_objective(expected_losses).backward()
-
-    got = {kind: ours.rollout(*batch, K) for kind, batch in batches.items()}
-    losses = ops.stepwise_info_nce(got["queries"], got["docs"], target)
+    got = {kind: ours.rollout(*batch, K) for kind, batch in batches().items()}
+    losses = ops.stepwise_info_nce(got["queries"], got["docs"], POSITIVES)
     ops.icr_objective(losses).backward()
 
-    for kind in batches:
-        assert relative_error(got[kind], expected[kind]) <= tolerance, kind
-    assert relative_error(losses, expected_losses) <= tolerance
-    theirs, mine = lora_gradients(plain), lora_gradients(ours.base)
-    assert theirs.keys() == mine.keys()
+    for kind, states in got.items():
+        assert relative_error(states, expected.states[kind]) <= tolerance, kind
+    assert relative_error(losses, expected.losses) <= tolerance
+    mine = lora_gradients(ours.base)
+    assert expected.gradients.keys() == mine.keys()
     assert len(mine) > 0
-    for key, gradient in theirs.items():
+    for key, gradient in expected.gradients.items():
         assert gradient.norm() > 0, key
         assert relative_error(mine[key], gradient) <= tolerance, key
+
+
+class Expected(NamedTuple):
+    """What the plain method gives on `batches`: states of each kind, losses and LoRA gradients."""
+
+    states: dict[str, torch.Tensor]
+    losses: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+
+
+def batches():
+    return {kind: left_padded(lengths, seed) for seed, (kind, lengths) in enumerate(LENGTHS.items())}
+
+
+def plain_results(name, attn):
+    model = with_lora(tiny_model(name, dtype=torch.float64, attn=attn))
+    stock = model.get_base_model()
+    states = {
+        kind: torch.stack([plain_rollout(stock, row[keep.bool()], K)[1] for row, keep in zip(*batch, strict=True)])
+        for kind, batch in batches().items()
+    }
+    losses = plain_losses(states["queries"], states["docs"], POSITIVES)
+    plain_objective(losses).backward()
+    return Expected({kind: s.detach() for kind, s in states.items()}, losses.detach(), lora_gradients(model))
+
+
+@functools.cache
+def without_casts(name):
+    """Once for the tests below that use `no_downcast`, which is when to call it."""
+    return plain_results(name, "eager")
 
 
 def relative_error(got, expected):
@@ -76,19 +97,19 @@ def relative_error(got, expected):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_loss_and_lora_gradients_as_the_models_come(name):
-    assert_equal_to_plain(name, 1e-6, attn=definition(name))
+    assert_equal_to_plain(name, plain_results(name, definition(name)), 1e-6)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.usefixtures("no_downcast")
 def test_loss_and_lora_gradients_without_the_stock_float32_casts(name):
-    assert_equal_to_plain(name, 1e-10, attn="eager")
+    assert_equal_to_plain(name, without_casts(name), 1e-10)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.usefixtures("no_downcast")
 def test_activation_checkpointing_gives_the_same_gradients(name):
-    assert_equal_to_plain(name, 1e-10, attn="eager", checkpointing=True, training=True)
+    assert_equal_to_plain(name, without_casts(name), 1e-10, checkpointing=True, training=True)
 
 
 def test_checkpointing_really_checkpoints_the_prompt_and_only_it(monkeypatch):

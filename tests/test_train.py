@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
+import time
 from dataclasses import astuple, replace
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from gircse.data_error import DataError
 from gircse.sampling import BatchSampler
 from gircse.train import collate, train, trainable_model
 from gircse.train_config import TrainConfig
+from tests import training_process
 from tests.plain import plain_losses, plain_objective, plain_rollout
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
@@ -208,32 +207,38 @@ def losses_of(run: Path) -> list[list[float]]:
     return [json.loads(line)["losses"] for line in (run / "train_log.jsonl").read_text().splitlines()]
 
 
-def command(base, data, output, *extra):
+def started(base, data, output, *extra):
+    """A process that runs `gircse train`, what it writes to stderr beside its output folder."""
     # fmt: off
-    return [
-        sys.executable, "-m", "gircse", "train", "--model", str(base), "--data", str(data), "--output", str(output),
+    arguments = [
+        "train", "--model", str(base), "--data", str(data), "--output", str(output),
         "--batch-size", "4", "--num-steps", "3", "--max-steps", "12", "--save-every", "3",
-        "--learning-rate", "3e-3", *extra,
+        "--learning-rate", "3e-3", "--device", "cpu", "--no-progress", *extra,
     ]
     # fmt: on
+    return training_process.command(arguments, output.parent / "stderr.txt")
+
+
+def completed(process, folder):
+    process.join(100)
+    assert process.exitcode == 0, (folder / "stderr.txt").read_text()
 
 
 def test_a_killed_run_resumes_to_bitwise_the_same_losses(base, tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", ROWS)
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command(base, data, tmp_path / "whole"), check=True, env=env, capture_output=True)
+    completed(started(base, data, tmp_path / "whole"), tmp_path)
     # killed after the seventh step has been logged: its newest checkpoint is step 6
     log = tmp_path / "cut" / "train_log.jsonl"
-    killed = subprocess.Popen(command(base, data, tmp_path / "cut"), env=env, stderr=subprocess.DEVNULL)
-    while killed.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= 7):
-        pass
+    killed = started(base, data, tmp_path / "cut")
+    while killed.is_alive() and not (log.exists() and log.read_bytes().count(b"\n") >= 7):
+        time.sleep(0.001)
     killed.kill()
-    killed.wait()
+    killed.join()
     done = int(list_checkpoints(tmp_path / "cut")[-1].name.removeprefix("step-"))
     assert done >= 6
     with log.open("a") as file:
         file.write('{"step": 9, "los')  # the line a kill can leave behind
-    subprocess.run(command(base, data, tmp_path / "cut", "--resume"), check=True, env=env, capture_output=True)
+    completed(started(base, data, tmp_path / "cut", "--resume"), tmp_path)
     assert losses_of(tmp_path / "cut") == losses_of(tmp_path / "whole")
     weights = [(tmp_path / run / "model" / "adapter_model.safetensors").read_bytes() for run in ("cut", "whole")]
     assert weights[0] == weights[1]

@@ -1,26 +1,18 @@
-"""Training runs in processes of their own, forked from a server that has imported everything: cheap to start and kill.
-
-The server never computes, so no thread pool is lost in the fork.
-"""
+"""Training runs in processes of their own: cheap to start and to kill."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
-import peft  # noqa: F401  (what a run imports late)
 import torch
-import transformers.models.llama.modeling_llama  # noqa: F401
 
 from gircse import checkpoint, cli, train
 from gircse.data import Row
 from gircse.train_config import TrainConfig
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.training_process"])
+from tests.forkserver import CONTEXT
 
 WORDS = ["red", "blue", "fox", "dog", "tree", "sea"]
 ROWS = [Row("echo", f"{a} {b}", (f"{b} {a}",)) for a in WORDS for b in WORDS if a != b]

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 from bench import info_nce
@@ -13,14 +12,13 @@ from bench import info_nce
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ring_and_gather_are_measured_and_agree(ranks: int) -> None:
+def test_ring_and_gather_are_measured_and_agree() -> None:
     """The workers hold the ring's losses and gradients against ours before they time anything."""
-    command = [sys.executable, "bench/info_nce.py", "--ranks", str(ranks), "--smoke", "--repeats", "1"]
+    command = [sys.executable, "bench/info_nce.py", "--ranks", "3", "--smoke", "--repeats", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads(done.stdout.splitlines()[-1])
-    assert record["ranks"] == ranks
+    assert record["ranks"] == 3
     assert min(record[name] for name in ("seconds", "ring_seconds", "exchange_seconds")) > 0
 
 

@@ -57,14 +57,16 @@ def test_the_options_of_the_command(
 
 
 @pytest.mark.smollm2
-def test_the_command() -> None:
-    outputs = []
-    for extra in ([], ["--plain"]):
-        command = [sys.executable, str(ROOT / "examples" / "latent_reasoning.py"), "--max-new-tokens", "6", *extra]
-        done = subprocess.run(
-            [*command, "The capital of France is", "Water"], capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        outputs.append([line for line in done.stdout.splitlines() if "answer:" in line])
-    assert len(outputs[0]) == 2
-    assert outputs[0] == outputs[1]
+def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a user starts it, and its plain form in this process, which has imported everything already."""
+    arguments = ["--max-new-tokens", "6", "The capital of France is", "Water"]
+    command = [sys.executable, str(ROOT / "examples" / "latent_reasoning.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    monkeypatch.setattr(sys, "argv", ["latent_reasoning.py", *arguments, "--plain"])
+    assert main() == 0
+    fused, plain = (
+        [line for line in text.splitlines() if "answer:" in line] for text in (done.stdout, capsys.readouterr().out)
+    )
+    assert len(fused) == 2
+    assert fused == plain

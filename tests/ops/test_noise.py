@@ -23,6 +23,17 @@ def test_known_answers_of_philox() -> None:
     assert [f"{word:08x}" for word in zero] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
 
 
+def test_large_noise_is_exact_to_the_last_places() -> None:
+    """Below 2^-6 a series stands for the logarithm, which would keep a few bits of it."""
+    seeds = torch.arange(64)
+    uniform = _philox(seeds, 0, 4096).to(torch.float32).mul_(2.0**-32).add_(2.0**-33).double()
+    small = uniform < 2.0**-6
+    assert small.sum() > 10_000
+    exact = -torch.log(-torch.log1p(-uniform[small]))
+    error = (gumbel(seeds, 0, 4 * 4096).double()[small] - exact).abs()
+    assert (error <= 2 * torch.finfo(torch.float32).eps * exact).all()
+
+
 def test_any_slice_is_a_slice_of_the_whole() -> None:
     seeds = torch.tensor([0, -1, 2**62, 12345])
     whole = gumbel(seeds, 0, 103)

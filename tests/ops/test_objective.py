@@ -74,3 +74,9 @@ def test_zero_losses_are_finite() -> None:
 def test_bad_arguments(losses: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         icr_objective(losses, **options)
+
+
+def test_the_penalty_weighs_one_unless_told_otherwise() -> None:
+    losses = torch.tensor([1.0, 2.0, 3.5])
+    assert torch.equal(icr_objective(losses), icr_objective(losses, reg_weight=1.0))
+    assert not torch.equal(icr_objective(losses), icr_objective(losses, reg_weight=2.0))

@@ -452,6 +452,7 @@ def valid_arguments() -> dict[str, Any]:
         ({"hidden": torch.ones(3, 4, dtype=torch.int64)}, TypeError, r"hidden: got dtype torch.int64, expected one of"),
         ({"hidden": torch.randn(3, 4, device="meta")}, ValueError, r"head_weight: got device cpu, expected meta"),
         ({"head_weight": torch.randn(5)}, ValueError, r"head_weight: got shape \(5,\), expected \[V, D\]"),
+        ({"head_weight": torch.randn(2, 5, 4)}, ValueError, r"head_weight: got shape \(2, 5, 4\), expected \[V, D\]"),
         (
             {"head_weight": torch.randn(0, 4)},
             ValueError,
@@ -507,6 +508,8 @@ def valid_arguments() -> dict[str, Any]:
         ({"backend": "cuda"}, ValueError, r"backend: got 'cuda', expected None or one of 'torch', 'triton'"),
         ({"gumbel_seed": 1.5}, TypeError, r"gumbel_seed: got float, expected an int or an int64 tensor"),
         ({"gumbel_seed": 2**63}, ValueError, r"gumbel_seed: got 9223372036854775808, expected a number of 64 bits"),
+        ({"gumbel_seed": 2**64}, ValueError, r"gumbel_seed: got 18446744073709551616, expected a number of 64 bits"),
+        ({"gumbel_seed": -(2**63) - 1}, ValueError, r"gumbel_seed: got -9223372036854775809, expected a number of 64"),
         ({"gumbel_seed": torch.ones(3)}, TypeError, r"gumbel_seed: got dtype torch.float32, expected torch.int64"),
         (
             {"gumbel_seed": torch.ones(2, dtype=torch.int64)},

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from gircse.ops import soft_embed, tiles_torch, truncation
+from gircse.ops.chunk_scores import ordered_bits
 from gircse.ops.reference import soft_embed_reference, truncation_reference
 from tests.ops.accuracy import random_inputs, run
 from tests.ops.test_soft_embed import LargestTensor
@@ -293,3 +294,17 @@ def test_memory_no_tensor_of_rows_times_vocabulary(dtype: torch.dtype) -> None:
 def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         soft_embed(torch.randn(3, 4), torch.randn(5, 4), **change)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_bits_order_like_the_numbers(dtype: torch.dtype) -> None:
+    """What the search for a threshold bisects: neighbours of a number are neighbouring integers, -0 and 0 the same."""
+    tiny = torch.finfo(dtype).smallest_normal
+    some = torch.tensor([-torch.inf, -3.5, -1.0, -tiny, -0.0, 0.0, tiny, 1e-3, 1.0, 2.5, torch.inf], dtype=dtype)
+    bits = ordered_bits(some)
+    assert bits.dtype == (torch.int32 if dtype == torch.float32 else torch.int64)
+    assert bits[4] == bits[5]
+    assert (bits.diff()[[0, 1, 2, 3, 5, 6, 7, 8, 9]] > 0).all()
+    inside = some[1:-1]
+    above = torch.nextafter(inside, torch.full_like(inside, torch.inf))
+    assert (ordered_bits(above) - ordered_bits(inside) == 1).all()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from gircse.ops import VocabShard, soft_embed
+from tests.forkserver import CONTEXT
 from tests.ops.accuracy import random_inputs, upstream_gradients
 from tests.ops.test_soft_embed_op import HAS_TRITON
 
@@ -22,11 +22,11 @@ ROWS = ("hidden", "temperature")
 
 
 def in_processes(size: int, task: Any, folder: Path, *arguments: Any) -> None:
-    mp.start_processes(_enter, (size, task, str(folder), arguments), nprocs=size, start_method="spawn")
+    method = CONTEXT.get_start_method()
+    mp.start_processes(_enter, (size, task, str(folder), arguments), nprocs=size, start_method=method)
 
 
 def _enter(rank: int, size: int, task: Any, folder: str, arguments: Any) -> None:
-    sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[2] / "kernels")]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     try:

@@ -14,6 +14,7 @@ pytest.importorskip("accelerate")
 PAGE = Path(__file__).parents[2] / "docs" / "sentence_transformers.md"
 
 
+@pytest.mark.usefixtures("add_adapter")
 def test_the_page_runs(base_folder, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(blocks) == 5

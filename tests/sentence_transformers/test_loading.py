@@ -61,6 +61,7 @@ def test_a_whole_model(tmp_path):
     )
 
 
+@pytest.mark.usefixtures("add_adapter")
 def test_a_folder_that_gircse_saved(base_folder, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(base_folder)
     model = GIRCSE(get_peft_model(base, LORA), tiny_tokenizer(), GircseConfig(num_steps=2)).eval()
@@ -77,6 +78,7 @@ def test_a_folder_that_gircse_saved(base_folder, tmp_path):
     assert gircse.load(tmp_path / "st", num_steps=7, max_seq_length=3).max_seq_length == 3
 
 
+@pytest.mark.usefixtures("add_adapter")
 def test_add_adapter_is_saved_and_read_by_both(base_folder, tmp_path):
     st = gircse.load(base_folder, num_steps=3)
     bare = st.encode(TEXTS)
@@ -97,6 +99,7 @@ def test_add_adapter_is_saved_and_read_by_both(base_folder, tmp_path):
     np.testing.assert_allclose(st.encode(TEXTS), bare, atol=1e-6, rtol=0)
 
 
+@pytest.mark.usefixtures("add_adapter")
 def test_merged_for_encoding(base_folder, tmp_path):
     st = gircse.load(base_folder, num_steps=3)
     st.add_adapter(LORA)
@@ -110,6 +113,7 @@ def test_merged_for_encoding(base_folder, tmp_path):
     assert all((weights[name] == p).all() for name, p in st.named_parameters())
 
 
+@pytest.mark.usefixtures("add_adapter")
 def test_an_adapter_must_name_its_base(base_folder, tmp_path):
     in_memory = SentenceTransformer(modules=[GIRCSEModule(GIRCSE(tiny_model("llama"), tiny_tokenizer()))], device="cpu")
     in_memory.add_adapter(LORA)

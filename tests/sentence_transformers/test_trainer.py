@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -21,6 +23,8 @@ from gircse.sentence_transformers import CachedGIRCSELoss, GIRCSELoss
 
 WORDS = ["red", "green", "blue", "white", "black", "brown", "pink", "grey"]
 TEXTS = ["what is red", "a red thing", "x"]
+NAMES = {field.name for field in dataclasses.fields(SentenceTransformerTrainingArguments)}
+CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in NAMES else "gradient_checkpointing"
 
 
 def rows() -> Dataset:
@@ -56,6 +60,7 @@ def adapted(base_folder) -> SentenceTransformer:
     return st
 
 
+@pytest.mark.usefixtures("add_adapter")
 @pytest.mark.parametrize(
     ("kind", "options", "checkpointing"),
     [(GIRCSELoss, {}, True), (CachedGIRCSELoss, {"mini_batch_size": 3}, False)],
@@ -64,7 +69,7 @@ def test_training(base_folder, tmp_path, kind, options, checkpointing):
     st = adapted(base_folder)
     before = {name: p.clone() for name, p in st.named_parameters()}
     untrained = st.encode(TEXTS)
-    work = trainer(st, kind(st, **options), tmp_path / "run", max_steps=8, activation_checkpointing=checkpointing)
+    work = trainer(st, kind(st, **options), tmp_path / "run", max_steps=8, **{CHECKPOINTING: checkpointing})
     first = work.evaluate()["eval_loss"]
     work.train()
     assert work.evaluate()["eval_loss"] < first
@@ -84,6 +89,7 @@ def test_training(base_folder, tmp_path, kind, options, checkpointing):
     assert kind.__name__ in (tmp_path / "final/README.md").read_text()  # the model card
 
 
+@pytest.mark.usefixtures("add_adapter")
 def test_resuming(base_folder, tmp_path):
     st = adapted(base_folder)
     work = trainer(st, GIRCSELoss(st), tmp_path / "run", max_steps=4)
