@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix coverage mutation lint bench clean
+.PHONY: help demo test test-matrix coverage mutation fuzz lint bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ coverage: $(VENV)/.test  ## branch coverage of gircse/, at least 90%
 mutation: $(VENV)/.test  ## mutants of gircse/ops that no test notices (docs/testing.md)
 	$(PIP) cosmic-ray
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation.run $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED))
+
+fuzz: $(VENV)/.test  ## ten times as many random inputs as make test
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest tests/fuzz --numprocesses $(JOBS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
