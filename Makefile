@@ -37,7 +37,8 @@ test-matrix: $(VENV)/.test  ## the suite on the oldest and the newest versions t
 		--jobs $(JOBS) --pytest "$(PYTEST)"
 
 coverage: $(VENV)/.test  ## branch coverage of gircse/, at least 90%
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal --cov --cov-report term:skip-covered
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal --cov --cov-report term:skip-covered \
+		--cov-report json:runs/coverage.json
 
 # SAMPLE=200 SEED=0: how many mutants, and which
 mutation: $(VENV)/.test  ## mutants of gircse/ops that no test notices (docs/testing.md)

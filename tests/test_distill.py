@@ -212,7 +212,7 @@ def test_fewer_rows_than_a_batch(teacher, tmp_path):
     [
         ({"init": "half"}, "init: got 'half', expected 'fresh' or 'teacher'"),
         ({"num_steps": 0}, "num_steps: got 0, expected an integer >= 1"),
-        ({"temperature": 0}, "temperature: got 0, expected a number > 0"),
+        ({"temperature": 0}, "temperature: got 0.0, expected a number > 0"),
         ({"kl_weight": float("nan")}, "kl_weight: got nan"),
         ({"max_negatives": -1}, "max_negatives: got -1"),
     ],

@@ -49,7 +49,7 @@ def test_training_loads_its_base_with_it(tmp_path, monkeypatch):
 
     def from_pretrained(name, **options):
         asked.update(options)
-        return tiny_model("llama")
+        return tiny_model("llama"), {"missing_keys": set()}
 
     monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     trainable_model(TrainConfig(model=str(tmp_path), quantization="nf4", device="cpu"))

@@ -55,7 +55,7 @@ def test_help_names_every_option_and_needs_no_model(capsys):
     ("arguments", "message"),
     [
         (["--data", "/no/rows.jsonl"], "/no/rows.jsonl"),
-        (["--data", "ROWS", "--labels", "/no/labels.jsonl"], "No such file"),
+        (["--data", "ROWS", "--labels", "/no/labels.jsonl"], "/no/labels.jsonl: no such file"),
         (["--data", "ROWS", "--labels", "ROWS"], "rows.jsonl:1: expected an object with"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -239,6 +240,8 @@ def test_python_overhead_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Where the machine is slow or shared, so is the yardstick: an empty tensor, 0.85 microseconds beside 30 of the call.
     """
+    if "coverage" in sys.modules and sys.modules["coverage"].Coverage.current() is not None:
+        pytest.skip("every line is slower while coverage counts it")
     monkeypatch.setattr(importlib.import_module("gircse_kernels.launching"), "launch", lambda *_, **__: None)
     hidden, head = torch.randn(16, 896).bfloat16(), torch.empty(4096, 896, dtype=torch.bfloat16)
 
