@@ -99,9 +99,9 @@ def _add(path: Path, found: Run, scale: str, corpus: StudyCorpus, base: str, *, 
     """Under a lock, because several processes may write; a run of the same name over other texts is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _claimed(lock, wait=True):
-        old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"corpora": {}, "runs": []}
+        old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"corpora": {}}
         key = (found["corpus"], found["arm"], found["seed"])
-        runs = [each for each in old["runs"] if (each["corpus"], each["arm"], each["seed"]) != key]
+        runs = {**finished(path), key: found}
         sizes = {
             "fingerprint": corpus.fingerprint,
             "training": len(corpus.training),
@@ -117,7 +117,7 @@ def _add(path: Path, found: Run, scale: str, corpus: StudyCorpus, base: str, *, 
                 "base": base,
                 "train": dict(SCALES[scale].train),
                 "corpora": {**old["corpora"], corpus.name: sizes},
-                "runs": [*runs, found],
+                "runs": list(runs.values()),
                 "provenance": found["provenance"],
             },
             path,

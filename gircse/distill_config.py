@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from dataclasses import dataclass
 
-from gircse.train_config import typed
+from gircse.knobs import Knobs
+from gircse.knobs import knob as _knob
 
 INITS = ("fresh", "teacher")
 
 
-def _knob(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
-class DistillConfig:
+class DistillConfig(Knobs):
     """Settings of `gircse.distill.distill`."""
 
     teacher: str = _knob("", "GIRCSE folder or hub name of the teacher")
@@ -44,28 +40,11 @@ class DistillConfig:
     progress: bool = _knob(True, "show a progress bar")
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            object.__setattr__(self, name, typed(name, getattr(self, name), hint))
-        self._expect("init", self.init in INITS, " or ".join(map(repr, INITS)))
-        for name in (
-            "batch_size",
-            "query_max_length",
-            "passage_max_length",
-            "lora_r",
-            "lora_alpha",
-            "num_steps",
-            "max_steps",
-        ):
-            value = getattr(self, name)
-            self._expect(name, value is None or value >= 1, "an integer >= 1")
-        self._expect("max_negatives", self.max_negatives is None or self.max_negatives >= 0, "an integer >= 0")
-        for name in ("temperature", "learning_rate", "max_grad_norm"):
-            self._expect(name, 0 < getattr(self, name) < float("inf"), "a number > 0")
-        for name in ("kl_weight", "weight_decay"):
-            self._expect(name, 0 <= getattr(self, name) < float("inf"), "a number >= 0")
-        for name in ("warmup_ratio", "lora_dropout"):
-            self._expect(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
-
-    def _expect(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
+        self.check_types()
+        self.expect("init", self.init in INITS, " or ".join(map(repr, INITS)))
+        self.expect_counts("batch_size", "query_max_length", "passage_max_length", "lora_r", "lora_alpha")
+        self.expect_counts("num_steps", "max_steps")
+        self.expect("max_negatives", self.max_negatives is None or self.max_negatives >= 0, "an integer >= 0")
+        self.expect_positive("temperature", "learning_rate", "max_grad_norm")
+        self.expect_not_negative("kl_weight", "weight_decay")
+        self.expect_shares("warmup_ratio", "lora_dropout")

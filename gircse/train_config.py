@@ -6,9 +6,12 @@ import difflib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
+
+from gircse.knobs import Knobs
+from gircse.knobs import knob as _knob
 
 if TYPE_CHECKING:
     from gircse.config import GircseConfig
@@ -23,12 +26,8 @@ _FREE_ON_RESUME = frozenset(
 )
 
 
-def _knob(default: Any, help: str, **kwargs: Any) -> Any:
-    return field(default=default, metadata={"help": help, **kwargs})
-
-
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Knobs):
     """Settings of `gircse.train.train`. Defaults are the paper's (SPEC 1.6) where it gives one."""
 
     model: str = _knob("", "base model: folder or hub name")
@@ -93,41 +92,25 @@ class TrainConfig:
     rank_timeout: float = _knob(1800.0, "seconds that a process waits for the others before the job ends")
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            object.__setattr__(self, name, typed(name, getattr(self, name), hint))
-        self._expect("num_steps", _step_range(self.num_steps) is not None, "an integer >= 0 or a range such as '3:10'")
-        self._expect("inference_steps", self.inference_steps is None or self.inference_steps >= 0, "an integer >= 0")
+        self.check_types()
+        self.expect("num_steps", _step_range(self.num_steps) is not None, "an integer >= 0 or a range such as '3:10'")
+        self.expect("inference_steps", self.inference_steps is None or self.inference_steps >= 0, "an integer >= 0")
         self.gircse_config()  # checks pooling, temperature, append_eos and the like
-        for name in (
-            "batch_size",
-            "query_max_length",
-            "passage_max_length",
-            "lora_r",
-            "lora_alpha",
-            "save_every",
-            "keep_checkpoints",
-            "max_steps",
-            "eval_every",
-            "micro_batch_tokens",
-        ):
-            value = getattr(self, name)
-            self._expect(name, value is None or value >= 1, "an integer >= 1")
-        self._expect("max_negatives", self.max_negatives is None or self.max_negatives >= 0, "an integer >= 0")
-        for name in ("contrastive_temperature", "learning_rate", "max_grad_norm", "rank_timeout"):
-            self._expect(name, 0 < getattr(self, name) < float("inf"), "a number > 0")
-        for name in ("weight_decay", "reg_weight"):
-            self._expect(name, 0 <= getattr(self, name) < float("inf"), "a number >= 0")
-        for name in ("warmup_ratio", "lora_dropout"):
-            self._expect(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
-        self._expect("quantization", self.quantization in (None, "nf4", "int8"), "'nf4', 'int8' or None")
-        self._expect("fsdp", not (self.fsdp and self.quantization), "False with a quantised base")
-        self._expect("reduction", self.reduction in ("mean", "sum"), "'mean' or 'sum'")
-        self._expect("batching", self.batching in BATCHINGS, "'homogeneous' or 'mixed'")
-        self._expect("weights", all(0 < weight < float("inf") for weight in self.weights), "numbers > 0")
+        self.expect_counts("batch_size", "query_max_length", "passage_max_length", "lora_r", "lora_alpha")
+        self.expect_counts("save_every", "keep_checkpoints", "max_steps", "eval_every", "micro_batch_tokens")
+        self.expect("max_negatives", self.max_negatives is None or self.max_negatives >= 0, "an integer >= 0")
+        self.expect_positive("contrastive_temperature", "learning_rate", "max_grad_norm", "rank_timeout")
+        self.expect_not_negative("weight_decay", "reg_weight")
+        self.expect_shares("warmup_ratio", "lora_dropout")
+        self.expect("quantization", self.quantization in (None, "nf4", "int8"), "'nf4', 'int8' or None")
+        self.expect("fsdp", not (self.fsdp and self.quantization), "False with a quantised base")
+        self.expect("reduction", self.reduction in ("mean", "sum"), "'mean' or 'sum'")
+        self.expect("batching", self.batching in BATCHINGS, "'homogeneous' or 'mixed'")
+        self.expect("weights", all(0 < weight < float("inf") for weight in self.weights), "numbers > 0")
         for name in ("weights", "instructions"):
             given = len(getattr(self, name))
             fits = not given or not self.data or given == len(self.data)
-            self._expect(name, fits, f"one for each of the {len(self.data)} of data")
+            self.expect(name, fits, f"one for each of the {len(self.data)} of data")
 
     @property
     def max_num_steps(self) -> int:
@@ -187,10 +170,6 @@ class TrainConfig:
         if changed:
             raise ValueError("resume: the run was started with other settings: " + "; ".join(changed))
 
-    def _expect(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
-
 
 def check_keys(values: Mapping[str, Any]) -> None:
     """Raises ValueError for the first key that is no field of `TrainConfig`."""
@@ -211,29 +190,3 @@ def _step_range(num_steps: int | str) -> tuple[int, int] | None:
     match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", num_steps)
     low, high = map(int, match.groups()) if match else (0, 0)
     return (low, high) if 1 <= low <= high else None
-
-
-_KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
-
-
-def typed(name: str, value: Any, hint: Any) -> Any:
-    """`value` in the type of a field: lists become tuples, integers become floats where a number is expected.
-
-    Raises:
-        ValueError: another type; names the field, the value and what was expected.
-    """
-    if get_origin(hint) is tuple:
-        item = get_args(hint)[0]
-        if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{name}: got {value!r}, expected a list, each {_KINDS[item]}")
-        return tuple(typed(f"{name}[{i}]", part, item) for i, part in enumerate(value))
-    kinds = get_args(hint) or (hint,)
-    if isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)):
-        return value
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError:
-            raise ValueError(f"{name}: got an integer past every float, expected {_KINDS[float]}") from None
-    expected = " or ".join(_KINDS[kind] for kind in kinds if kind in _KINDS)
-    raise ValueError(f"{name}: got {value!r}, expected {expected}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,16 +24,8 @@ from gircse.encoded_steps import EncodedSteps
 from gircse.evaluation.results import Evaluation, TaskScores, write_results
 from gircse.evaluation.step_store import StepStore
 from tests.fuzz.full_disk import files_of_at_most, names
-from tests.tiny_models import tiny_model, tiny_tokenizer
 
 TOO_LARGE = "File too large"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    GIRCSE(tiny_model("llama"), tiny_tokenizer()).save_pretrained(folder)
-    return folder
 
 
 def embed(_: object, texts: list[str]) -> np.ndarray:

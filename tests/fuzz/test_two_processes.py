@@ -10,17 +10,9 @@ import numpy as np
 import pytest
 
 from gircse import GIRCSE
-from tests.tiny_models import tiny_model, tiny_tokenizer
 from tests.training_process import ROWS, command, settings, start
 
 IN_USE = "another process is at work in it; wait for it, or name another folder"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    GIRCSE(tiny_model("llama"), tiny_tokenizer()).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
