@@ -13,7 +13,6 @@ own random numbers (`gircse.distributed.step_seed`): there is no generator whose
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import re
 import shutil
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gircse.atomic import new_folder, remove_folder
+from gircse.file_digest import sha256_of_file
 
 if TYPE_CHECKING:
     from gircse.model import GIRCSE
@@ -111,16 +111,8 @@ def _check_sums(folder: Path) -> None:
     if not path.exists():
         return
     for name, expected in json.loads(path.read_text(encoding="utf-8")).items():
-        if name in _SUMMED and _sum(folder / name) != expected:
+        if name in _SUMMED and sha256_of_file(folder / name) != expected:
             raise ValueError(f"{name} is not as it was written")
-
-
-def _sum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
@@ -155,7 +147,7 @@ def _write(
         with new_folder(folder) as partial:
             model.save_pretrained(partial)
             torch.save(state, partial / STATE_NAME)
-            sums = {name: _sum(partial / name) for name in _SUMMED}
+            sums = {name: sha256_of_file(partial / name) for name in _SUMMED}
             (partial / SUMS_NAME).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
             if batch is not None:
                 (partial / "batch.json").write_text(json.dumps(batch, indent=2) + "\n", encoding="utf-8")

