@@ -54,7 +54,7 @@ def test_kmeans_reaches_the_inertia_of_scipy():
     ours = sum(((points[clusters == c] - points[clusters == c].mean(0)) ** 2).sum() for c in range(8))
     theirs = min(
         (((points - centres[found]) ** 2).sum())
-        for centres, found in (vq.kmeans2(points, 8, minit="++", iter=100, rng=seed) for seed in range(10))
+        for centres, found in (vq.kmeans2(points, 8, minit="++", iter=100, seed=seed) for seed in range(10))
     )
     assert ours <= 1.02 * theirs
 

