@@ -364,6 +364,25 @@ def test_autocast_casts_like_a_linear_layer() -> None:
     assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
 
 
+def test_autocast_of_one_matrix_given_twice() -> None:
+    """It stays one matrix: bitwise what the head alone gives, with one cast and one gradient."""
+    tensors = random_inputs(bias=True, dtype=torch.float32)
+    results = []
+    for twice in (False, True):
+        head = tensors["head_weight"].clone().requires_grad_()
+        embed = {"embed_weight": head} if twice else {}
+        with torch.autocast("cpu", torch.bfloat16):
+            out = soft_embed(tensors["hidden"], head, **embed, bias=tensors["bias"])
+        assert isinstance(out, Tensor)
+        results.append((out, *torch.autograd.grad(out.sum(), head)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_embed_scale_of_zero() -> None:
+    tensors = random_inputs()
+    assert torch.equal(soft_embed(**tensors, embed_scale=0.0), torch.zeros_like(tensors["hidden"]))  # type: ignore[arg-type]
+
+
 def test_autocast_leaves_float64_alone() -> None:
     tensors = random_inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
