@@ -279,3 +279,7 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
     arguments: dict[str, Any] = {"query_steps": torch.randn(2, 3, 4), "doc_steps": torch.randn(4, 3, 4), **change}
     with pytest.raises(error, match=message):
         stepwise_info_nce(**arguments)
+
+
+def test_l2_normalize_of_no_dimensions() -> None:
+    assert l2_normalize(torch.ones(3, 0)).shape == (3, 0)
