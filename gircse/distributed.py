@@ -15,7 +15,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -196,6 +196,7 @@ def _end(ranks: Ranks, error: Exception) -> NoReturn:
         speaks = ranks.store.add("word", 1) == 1
     except RuntimeError:  # the store went with the process that kept it, rank 0
         speaks, found = ranks.rank == 1, [0]
+    _leave(ranks)
     if not speaks:
         raise SystemExit(1) from error
     if not lost:
@@ -205,6 +206,18 @@ def _end(ranks: Ranks, error: Exception) -> NoReturn:
         f"{who} of {ranks.size} processes died or no longer answers, so rank {ranks.rank} ends the job; the last "
         "checkpoint is whole: start again with --resume"
     ) from error
+
+
+def _leave(ranks: Ranks) -> None:
+    """Where no torchrun keeps the store it ends with rank 0, which therefore stays until all have looked who has the
+    word, at most for the grace: those that wait in an exchange for rank 0 alone cannot look before it is gone."""
+    with suppress(RuntimeError):
+        ranks.store.add("left", 1)
+        if ranks.rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return
+        deadline = time.monotonic() + _GRACE
+        while ranks.store.add("left", 0) < ranks.size and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
 def _is_lost_connection(error: Exception) -> bool:

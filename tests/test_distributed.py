@@ -109,6 +109,42 @@ def test_processes_that_see_different_things_are_named(tmp_path):
     assert len(list(tmp_path.iterdir())) == 8
 
 
+@pytest.mark.parametrize(
+    ("case", "speakers"), [("1 alone", {1}), ("all", {0, 1, 2}), ("all, 0 late", {1, 2}), ("all, 0 early", {0})]
+)
+def test_one_process_alone_speaks(case, speakers, tmp_path):
+    """Whoever fails and whoever comes late, though the store that keeps the word ends with rank 0."""
+    port = free_port()
+    processes = [CONTEXT.Process(target=_enter_to_fail, args=(rank, 3, port, case, tmp_path)) for rank in range(3)]
+    for process in processes:
+        process.start()
+    codes = ended(processes)
+    told = [(tmp_path / str(rank)).read_text() for rank in range(3)]
+    assert sorted(told) == ["SystemExit 1", "SystemExit 1", f"ValueError {case}"], told
+    speaker = told.index(f"ValueError {case}")
+    assert speaker in speakers
+    assert codes[speaker] == 2
+
+
+def _enter_to_fail(rank: int, size: int, port: int, case: str, folder: Path) -> None:
+    try:
+        _enter(rank, size, port, fail, (case,))
+    except BaseException as error:
+        (folder / str(rank)).write_text(f"{type(error).__name__} {error}")
+        sys.exit(1 if isinstance(error, SystemExit) else 2)
+
+
+def fail(ranks: Ranks, case: str) -> None:
+    ranks.wait()
+    if case.startswith("all"):
+        late = {"all, 0 late": ranks.rank == 0, "all, 0 early": ranks.rank > 0}
+        time.sleep(0.5 * late.get(case, False))
+        raise ValueError(case)
+    if case == f"{ranks.rank} alone":
+        raise ValueError(case)
+    ranks.wait()
+
+
 def test_shares_are_contiguous_and_cover_the_batch():
     for size in (1, 2, 3, 5):
         shares = [Ranks(torch.device("cpu"), rank, size).share(11) for rank in range(size)]
