@@ -16,14 +16,10 @@ same.
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import os
-import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -31,17 +27,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from gircse.atomic import new_file, new_folder
-from gircse.embedding_files import BLOCK, embedding_writer, read_texts, save_array
-from gircse.folder_lock import try_lock
+from gircse.embedding_files import read_texts
+from gircse.shards import MANIFEST, Shards, begin, check_integer, complete_folder, join_shards, named, remove_folder
 
 SHARD_SIZE = 4096
 TIMEOUT = 1800.0  # seconds
-MANIFEST = "manifest.json"
 
 _HEAD_BYTES = 64 * 2**10
 _FILES = (".npy", ".jsonl")
-_MAX_NAMED = 8
 
 Model = TypeVar("Model")
 
@@ -66,8 +59,8 @@ class Rank:
     local_rank: int | None = None
 
     def __post_init__(self) -> None:
-        _check_integer("WORLD_SIZE", self.world_size, least=1)
-        _check_integer("RANK", self.rank, least=0)
+        check_integer("WORLD_SIZE", self.world_size, least=1)
+        check_integer("RANK", self.rank, least=0)
         if self.rank >= self.world_size:
             raise ValueError(f"RANK: got {self.rank}, expected less than WORLD_SIZE={self.world_size}")
 
@@ -143,12 +136,12 @@ def encode_sharded(
         TimeoutError: other processes did not finish their shards; those missing are named.
     """
     rank = rank or Rank()
-    _check_integer("shard_size", shard_size, least=1)
+    check_integer("shard_size", shard_size, least=1)
     if not timeout > 0:
         raise ValueError(f"timeout: got {timeout!r}, expected seconds > 0")
     folder = shard_folder(output, rank.world_size) or Path(output + ".shards")
     everything = {**settings, **_identity(input), "field": field, "shard_size": shard_size}
-    shards = _begin(folder, everything, lambda: sum(map(len, read_texts(input, field=field))))
+    shards = begin(folder, everything, lambda: sum(map(len, read_texts(input, field=field))))
     joins = Path(output).suffix in _FILES
     if joins and rank.rank == 0:
         for mark in folder.glob("rank-*.done"):  # of an earlier start; a rank that is here makes its own again
@@ -159,14 +152,14 @@ def encode_sharded(
         done = work.encode(range(rank.rank, shards.count, rank.world_size))
         if rank.rank == 0:
             _await_shards(shards, rank, timeout)
-            _complete(shards)
+            complete_folder(shards)
             if joins:
                 _await_ranks(shards, rank, timeout)
                 # joined inside the folder: what a killed process leaves goes with it
                 joined = folder / Path(output).name
                 join_shards(folder, str(joined), on_shard=lambda: os.utime(folder / MANIFEST))
                 joined.replace(output)
-                _remove(folder)
+                remove_folder(folder)
         elif joins:
             _await_join(shards, rank, timeout)
     except (OSError, ValueError):
@@ -175,100 +168,6 @@ def encode_sharded(
             raise
         done = work.encoded
     return ShardReport(folder, shards.texts, shards.count, len(done), sum(map(shards.size, done)))
-
-
-def join_shards(folder: str | Path, output: str, *, on_shard: Callable[[], None] | None = None) -> None:
-    """Writes the shards of a folder into one .npy or .jsonl file, in order, a block at a time; the file appears whole.
-
-    Args:
-        folder: with its manifest and all its shards.
-        output: a name that ends in .npy or .jsonl.
-        on_shard: called after every shard.
-
-    Raises:
-        ValueError: no manifest, shards that are missing or damaged, or that differ in dimension.
-    """
-    folder = Path(folder)
-    shards = _Shards.of_manifest(folder, _read_manifest(folder))
-    if missing := [s for s in range(shards.count) if not shards.is_whole(s)]:
-        raise ValueError(f"folder: {folder} misses {_named(missing)} of {shards.count} shards")
-    axes: tuple[int, ...] | None = None
-    with embedding_writer(output) as write:
-        for s in range(shards.count):
-            embeddings = np.load(shards.path(s), mmap_mode="r")
-            axes = embeddings.shape[1:] if axes is None else axes
-            if embeddings.shape[1:] != axes:
-                shape = list(embeddings.shape[1:])
-                raise ValueError(f"folder: {shards.path(s)} has embeddings of shape {shape}, shard 0 {list(axes)}")
-            for start in range(0, max(1, len(embeddings)), BLOCK):  # an empty one still tells the dimension
-                write(embeddings[start : start + BLOCK])
-            if on_shard is not None:
-                on_shard()
-
-
-# ---------------------------------------------------------------- the folder
-
-
-@dataclass(frozen=True)
-class _Shards:
-    """The shards of a folder: which texts they hold, and which are there."""
-
-    folder: Path
-    texts: int
-    shard_size: int
-
-    @classmethod
-    def of_manifest(cls, folder: Path, manifest: dict[str, Any]) -> _Shards:
-        return cls(folder, manifest["texts"], manifest["settings"]["shard_size"])
-
-    @property
-    def count(self) -> int:
-        """At least 1: the shard of no texts tells the dimension."""
-        return max(1, math.ceil(self.texts / self.shard_size))
-
-    def size(self, s: int) -> int:
-        return min(self.shard_size, self.texts - s * self.shard_size)
-
-    def path(self, s: int) -> Path:
-        return self.folder / f"shard-{s:06d}.npy"
-
-    def is_whole(self, s: int) -> bool:
-        """Whether the file is there, holds as many embeddings as it should, and is as long as its header says."""
-        try:
-            with self.path(s).open("rb") as file:
-                try:
-                    np.lib.format.read_magic(file)
-                    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-                except Exception:  # whatever a damaged header provokes
-                    return False
-                size = file.tell() + math.prod(shape) * dtype.itemsize
-                whole = len(shape) > 1 and shape[0] == self.size(s) and dtype == np.float32 and not fortran_order
-                return whole and size == os.fstat(file.fileno()).st_size
-        except FileNotFoundError:
-            return False
-
-    def write(self, s: int, embeddings: np.ndarray) -> None:
-        if embeddings.ndim < 2 or len(embeddings) != self.size(s):
-            raise ValueError(f"encode: got shape {list(embeddings.shape)}, expected [{self.size(s)}, D]")
-        with new_file(self.path(s)) as partial:
-            save_array(partial, embeddings)
-
-    @contextmanager
-    def lock(self, s: int) -> Iterator[bool]:
-        """Yields whether this process has the shard to itself. The kernel frees the lock of a process that is killed.
-
-        The file is removed once the shard is there. A process that still waits for the removed file gets a lock that
-        keeps nobody out, but looks for the shard after it, and finds it.
-        """
-        path = self.path(s).with_suffix(".lock")
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            mine = try_lock(handle)
-            yield mine
-            if mine:
-                path.unlink(missing_ok=True)
-        finally:
-            os.close(handle)
 
 
 def _identity(input: str) -> dict[str, Any]:
@@ -289,73 +188,13 @@ def _identity(input: str) -> dict[str, Any]:
     return {"input": str(Path(input).resolve()), "input_bytes": status.st_size, "input_sha256_of_64KiB": head}
 
 
-def _begin(folder: Path, settings: dict[str, Any], count: Callable[[], int]) -> _Shards:
-    """The folder with its manifest: as it is if the settings are the same, else new.
-
-    The folder appears with the manifest inside, so of processes that start at the same time one settles it for all.
-    """
-    if not (folder / MANIFEST).is_file():
-        # another process may have made it a moment ago: then it has a manifest now
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-            raise ValueError(f"output: {folder} has files but no {MANIFEST}, expected a new or empty folder")
-        texts = count()  # also finds a bad line, before anything is written
-        with new_folder(folder) as partial:
-            shards = _Shards(folder, texts, settings["shard_size"])
-            _write_manifest(partial, settings, shards, complete=False)
-    manifest = _read_manifest(folder)
-    begun, wanted = manifest["settings"], json.loads(json.dumps(settings))
-    different = [
-        f"{name}: {folder} was begun with {begun.get(name)!r}, got {wanted.get(name)!r}"
-        for name in (*wanted, *(begun.keys() - wanted.keys()))
-        if begun.get(name) != wanted.get(name)
-    ]
-    if different:
-        raise ValueError("; ".join(different) + "; expected the same to go on (or remove the folder to begin anew)")
-    return _Shards.of_manifest(folder, manifest)
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        _check_integer("shard_size", manifest["settings"]["shard_size"], least=1)
-        _check_integer("texts", manifest["texts"], least=0)
-    except FileNotFoundError:
-        raise ValueError(f"folder: {folder} has no {MANIFEST}, expected a folder of shards") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"folder: {folder / MANIFEST} cannot be read: {type(error).__name__}: {error}") from None
-    return manifest
-
-
-def _write_manifest(folder: Path, settings: dict[str, Any], shards: _Shards, *, complete: bool) -> None:
-    manifest = {"settings": settings, "texts": shards.texts, "shards": shards.count, "complete": complete}
-    with new_file(folder / MANIFEST) as partial:
-        partial.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _complete(shards: _Shards) -> None:
-    """All shards are there: says so, and clears away what killed processes left."""
-    manifest = _read_manifest(shards.folder)
-    if not manifest.get("complete"):
-        _write_manifest(shards.folder, manifest["settings"], shards, complete=True)
-    for left in (*shards.folder.glob(".shard-*.partial.npy"), *shards.folder.glob("shard-*.lock")):
-        left.unlink(missing_ok=True)
-
-
-def _remove(folder: Path) -> None:
-    """At once for everybody who looks, and never half: a half would be taken for shards still to do."""
-    away = folder.with_name(f".{folder.name}.removed")
-    shutil.rmtree(away, ignore_errors=True)
-    folder.rename(away)
-    shutil.rmtree(away)
-
-
 # ---------------------------------------------------------------- encoding
 
 
 class _Texts:
     """The texts of a shard. Reads on from where it stands, and from the beginning only to go back."""
 
-    def __init__(self, input: str, field: str, shards: _Shards) -> None:
+    def __init__(self, input: str, field: str, shards: Shards) -> None:
         self.input, self.field, self.shards = input, field, shards
         self._rewind()
 
@@ -381,7 +220,7 @@ class _Work:
 
     def __init__(
         self,
-        shards: _Shards,
+        shards: Shards,
         load_model: Callable[[], Model],
         encode: Callable[[Model, list[str]], np.ndarray],
         texts: _Texts,
@@ -400,7 +239,7 @@ class _Work:
         while pending:
             held = [s for s in pending if not self._encode_unless_held(s)]
             if held:
-                patience.wait(len(held), f"{self.shards.folder}: another process holds {_named(held)}")
+                patience.wait(len(held), f"{self.shards.folder}: another process holds {named(held)}")
             pending = held
         return self.encoded
 
@@ -440,26 +279,26 @@ class _Patience:
         self._pause = min(2.0, 1.5 * self._pause)
 
 
-def _await_shards(shards: _Shards, rank: Rank, timeout: float) -> None:
+def _await_shards(shards: Shards, rank: Rank, timeout: float) -> None:
     """Until all shards are there."""
     patience = _Patience(timeout)
     missing = list(range(shards.count))
     while missing := [s for s in missing if not shards.is_whole(s)]:
         _check_folder(shards)
-        owners = _named(sorted({s % rank.world_size for s in missing}), "rank")
-        patience.wait(len(missing), f"{shards.folder} misses {_named(missing)} of {shards.count}, left to {owners}")
+        owners = named(sorted({s % rank.world_size for s in missing}), "rank")
+        patience.wait(len(missing), f"{shards.folder} misses {named(missing)} of {shards.count}, left to {owners}")
 
 
-def _await_ranks(shards: _Shards, rank: Rank, timeout: float) -> None:
+def _await_ranks(shards: Shards, rank: Rank, timeout: float) -> None:
     """Until every other rank has seen that its shards are there: one that came later would begin the folder again."""
     patience = _Patience(timeout)
     missing = list(range(1, rank.world_size))
     while missing := [r for r in missing if not _mark(shards, r).exists()]:
         _check_folder(shards)
-        patience.wait(len(missing), f"{shards.folder}: no sign of {_named(missing, 'rank')}")
+        patience.wait(len(missing), f"{shards.folder}: no sign of {named(missing, 'rank')}")
 
 
-def _await_join(shards: _Shards, rank: Rank, timeout: float) -> None:
+def _await_join(shards: Shards, rank: Rank, timeout: float) -> None:
     """Until rank 0 has removed the folder. The mark is renewed: rank 0 removes those that it finds when it starts."""
     patience = _Patience(timeout)
     while shards.folder.is_dir():
@@ -472,28 +311,16 @@ def _await_join(shards: _Shards, rank: Rank, timeout: float) -> None:
         patience.wait(state, f"{shards.folder}: rank 0 has not joined the shards")
 
 
-def _mark(shards: _Shards, rank: int) -> Path:
+def _mark(shards: Shards, rank: int) -> Path:
     return shards.folder / f"rank-{rank:06d}.done"
 
 
-def _check_folder(shards: _Shards) -> None:
+def _check_folder(shards: Shards) -> None:
     if not shards.folder.is_dir():
         raise FileNotFoundError(f"{shards.folder} has been removed")
 
 
 # ---------------------------------------------------------------- arguments
-
-
-def _named(numbers: Sequence[int], what: str = "shard") -> str:
-    """`shard 3`, or `shards 3, 5, .. (70 in all)`."""
-    some = ", ".join(map(str, numbers[:_MAX_NAMED]))
-    more = f", .. ({len(numbers)} in all)" if len(numbers) > _MAX_NAMED else ""
-    return f"{what}{'s' * (len(numbers) > 1)} {some}{more}"
-
-
-def _check_integer(name: str, value: object, *, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: got {value!r}, expected an integer >= {least}")
 
 
 def _integer_of(environment: Mapping[str, str], name: str, default: int) -> int:

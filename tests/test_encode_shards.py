@@ -21,7 +21,8 @@ import pytest
 
 from gircse.cli import main
 from gircse.cli.encode import _device_of_rank
-from gircse.encode_shards import Rank, ShardReport, encode_sharded, join_shards, shard_folder
+from gircse.encode_shards import Rank, ShardReport, encode_sharded, shard_folder
+from gircse.shards import join_shards
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -324,7 +325,7 @@ def test_killed_between_join_and_removal(make_input, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("gircse.encode_shards._remove", die)
+        patch.setattr("gircse.encode_shards.remove_folder", die)
         with pytest.raises(KeyboardInterrupt):
             run(Encoder(), path, out)
     encoders = [Encoder(), Encoder()]

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from gircse.config import CONFIG_NAME, GircseConfig
 from gircse.distill_config import DistillConfig
-from gircse.encode_shards import MANIFEST, encode_sharded
+from gircse.encode_shards import encode_sharded
 from gircse.engine import EngineConfig
 from gircse.recipes import load_recipe
 from gircse.run_log import LOG_NAME, read_log
+from gircse.shards import MANIFEST
 from gircse.train_config import TrainConfig
 from tests.fuzz.json_values import damaged, dumped, values
 from tests.fuzz.outcome import outcome

@@ -19,10 +19,11 @@ from gircse.data import Row
 from gircse.distill import distill
 from gircse.distill_config import DistillConfig
 from gircse.embedding_files import embedding_writer
-from gircse.encode_shards import encode_sharded, join_shards
+from gircse.encode_shards import encode_sharded
 from gircse.encoded_steps import EncodedSteps
 from gircse.evaluation.results import Evaluation, TaskScores, write_results
 from gircse.evaluation.step_store import StepStore
+from gircse.shards import join_shards
 from tests.fuzz.full_disk import files_of_at_most, names
 
 TOO_LARGE = "File too large"
