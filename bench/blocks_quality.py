@@ -26,6 +26,8 @@ PAPER = {
     "stepwise": (65.69, 60.13),
     "gircse": (66.27, 62.97),
 }
+# the baseline and the full objective, with the same training each
+LONGER = (("encoder-only", "gircse"), ("encoder-only-long", "long"), ("encoder-only-longer", "longer"))
 _ANATOMY = ("entropy", "max_probability", "tail_mass", "state_cosine")
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")  # Okabe and Ito
 
@@ -137,7 +139,11 @@ def steps(results: Results) -> str:
             *((f"K = {k}", lambda r, k=k: f"{r['curve'][k]:.3f}") for k in SHOWN_STEPS),
         ]
         rows = [{"arm": arm, "seeds": len(arms[arm]), "curve": curve} for arm, curve in curves.items()]
-        shown = {arm: curve for arm, curve in curves.items() if arm == UNTRAINED or ARMS[arm].group != "negatives"}
+        shown = {
+            arm: curve
+            for arm, curve in curves.items()
+            if arm == UNTRAINED or ARMS[arm].group in ("ablation", "scaling")
+        }
         figure = results.figure(
             f"quality-{record['scale']}-{corpus}", f"nDCG@10 against K, {corpus}", shown, plot_steps
         )
@@ -174,6 +180,42 @@ def scaling(results: Results) -> str:
             ("K = 20 minus gircse's K = 5", lambda r: _interval(r["twenty"], "+")),
         ]
         return markdown(columns, rows) if names else ""
+
+    return _sections(results, render)
+
+
+@block("quality-budget")
+def budget(results: Results) -> str:
+    """Whether more training changes what more steps at inference are worth."""
+
+    def render(record: Record, corpus: str, arms: dict[str, dict[int, Run]]) -> str:
+        rows = []
+        for baseline, arm in LONGER:
+            if arm in arms:
+                runs, base = arms[arm], arms.get(baseline, {})
+                rows.append(
+                    {
+                        "steps": next(iter(runs.values()))["steps"],
+                        "seeds": ", ".join(map(str, sorted(runs))),
+                        "base": estimate(per_query(list(base.values()), 0, METRIC)) if base else None,
+                        "five": estimate(per_query(list(runs.values()), 5, METRIC)),
+                        "twenty": estimate(per_query(list(runs.values()), 20, METRIC)),
+                        "more": difference(runs, runs, 20, 5, METRIC),
+                        "gain": difference(runs, base, 5, 0, METRIC),
+                        "most": difference(runs, base, 20, 0, METRIC),
+                    }
+                )
+        columns: list[Column] = [
+            ("training steps", lambda r: str(r["steps"])),
+            ("seeds", lambda r: r["seeds"]),
+            ("encoder-only, K = 0", lambda r: _interval(r["base"])),
+            ("gircse, K = 5", lambda r: _interval(r["five"])),
+            ("gircse, K = 20", lambda r: _interval(r["twenty"])),
+            ("K = 20 minus K = 5", lambda r: _interval(r["more"], "+")),
+            ("K = 5 minus encoder-only", lambda r: _interval(r["gain"], "+")),
+            ("K = 20 minus encoder-only", lambda r: _interval(r["most"], "+")),
+        ]
+        return markdown(columns, rows) if rows else ""
 
     return _sections(results, render)
 
