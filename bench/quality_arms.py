@@ -49,6 +49,8 @@ ARMS = {
         Arm("temperature-0.05", "scaling", "contrastive temperature 0.05", {"contrastive_temperature": 0.05}),
         Arm("slow", "scaling", "a fifth of the learning rate", {"learning_rate": 1e-4}),
         Arm("long", "scaling", "twice the steps", budget=2.0),
+        Arm("stepwise-long", "scaling", "no penalty, twice the steps", {"reg_weight": 0.0}, budget=2.0),
+        Arm("range-long", "scaling", "K drawn from 3..10, twice the steps", {"num_steps": "3:10"}, budget=2.0),
         Arm("longer", "scaling", "four times the steps", budget=4.0),
         Arm("encoder-only-long", "budget", "K = 0, twice the steps", {"num_steps": 0, **PLAIN}, budget=2.0),
         Arm("encoder-only-longer", "budget", "K = 0, four times the steps", {"num_steps": 0, **PLAIN}, budget=4.0),

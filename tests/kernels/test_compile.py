@@ -15,6 +15,13 @@ from gircse_kernels.compile_report import NO_PRODUCT
 
 ROOT = Path(__file__).resolve().parents[2]
 
+# bytes that compilers other than the pinned one put on the stack, where that one puts none
+STACK = {
+    "3.6": {(80, "one_pass_kernel"): 16, (90, "score_kernel"): 8},
+    # 152 is of one launch, D = 512 in one pass
+    "3.9": {(80, "one_pass_kernel"): 8, (90, "one_pass_kernel"): 152, (90, "vocab_grad_kernel"): 8},
+}
+
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
@@ -29,9 +36,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 def test_shared_memory_and_spills(report: list[dict]) -> None:
     assert [e for e in report if e["shared"] > e["shared_limit"]] == []
-    # Triton 3.6 puts two and four registers on the stack where 3.7 puts none
-    older = {(80, "one_pass_kernel"): 16, (90, "score_kernel"): 8}
-    allowed = older if version("triton").startswith("3.6.") else {}
+    allowed = STACK.get(version("triton").rsplit(".", 1)[0], {})
     assert [e for e in report if e["stack"] > allowed.get((e["arch"], e["kernel"]), 0)] == []
     assert all(0 < e["registers"] <= 255 for e in report)
 

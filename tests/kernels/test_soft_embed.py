@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from gircse_kernels.soft_embed import device_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from triton.runtime.interpreter import ReduceOps
 
 from gircse.ops import soft_embed, top_tokens
 from gircse.ops.reference import soft_embed_reference, top_tokens_reference
@@ -22,6 +24,9 @@ pytestmark = pytest.mark.usefixtures("interpreter")
 TRITON = {"backend": "triton"}
 # One pass is for half precision alone.
 PASSES = pytest.mark.parametrize("one_pass", [True, False], ids=["one pass", "two passes"])
+NO_NAN_ROWS = pytest.mark.skipif(
+    "nanargmax" in inspect.getsource(ReduceOps), reason="this Triton's interpreter, no GPU, refuses a row of NaN"
+)
 PASSES_AND_DTYPES = pytest.mark.parametrize(
     ("one_pass", "dtype"),
     [(one_pass, dtype) for one_pass in (True, False) for dtype in DTYPES if not one_pass or dtype.itemsize == 2],
@@ -120,7 +125,7 @@ def test_entries_removed_by_a_bias_of_minus_infinity(one_pass: bool) -> None:
 
 
 @PASSES
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("bad", [pytest.param(torch.nan, marks=NO_NAN_ROWS), torch.inf, -torch.inf])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter's numpy
 def test_a_bad_row_stays_alone(one_pass: bool, bad: float) -> None:
     dtype = torch.bfloat16 if one_pass else torch.float32
