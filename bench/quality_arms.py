@@ -46,6 +46,7 @@ ARMS = {
         Arm("sum", "scaling", "losses summed over steps: the penalty weighs K times less", {"reduction": "sum"}),
         Arm("detached", "scaling", "the penalty holds the step before constant", {"detach_previous": True}),
         Arm("penalty-8", "scaling", "penalty weight 8", {"reg_weight": 8.0}),
+        Arm("prompt-state", "scaling", "h_0 is the first of the K states", {"include_prompt_state": True}),
         Arm("temperature-0.05", "scaling", "contrastive temperature 0.05", {"contrastive_temperature": 0.05}),
         Arm("slow", "scaling", "a fifth of the learning rate", {"learning_rate": 1e-4}),
         Arm("long", "scaling", "twice the steps", budget=2.0),

@@ -92,9 +92,10 @@ def measure(model: GIRCSE, corpus: StudyCorpus, scale: Scale, *, pooling: str) -
     lengths = {key: scale.train[key] for key in ("query_max_length", "passage_max_length")}
     queries = states(model, corpus.queries, corpus.instruction, lengths["query_max_length"])
     documents = states(model, corpus.documents, None, lengths["passage_max_length"])
+    with_prompt = model.config.include_prompt_state
     found: Run = {"pooling": pooling, "mrr": {}, "centred_mrr": {}}
     for name in POOLINGS:
-        ours, theirs = pooled(queries, name), pooled(documents, name)
+        ours, theirs = (pooled(each, name, with_prompt=with_prompt) for each in (queries, documents))
         ranks = [relevant_ranks(ours[:, k], theirs[:, k], corpus.relevant) for k in range(MAX_STEPS + 1)]
         found["mrr"][name] = [metrics_of(each, DEPTH)["mrr@10"] for each in ranks]
         if name == pooling:
@@ -121,9 +122,10 @@ def states(model: GIRCSE, texts: list[str], instruction: str | None, max_length:
     return torch.from_numpy(embeddings)
 
 
-def pooled(states: torch.Tensor, pooling: str) -> np.ndarray:
-    """h_0, g_1..g_K -> the embeddings for K = 0 (h_0 itself) and 1..K (of the generated states alone)."""
-    return torch.cat([states[:, :1], pool_steps(states[:, 1:], pooling)], dim=1).numpy()
+def pooled(states: torch.Tensor, pooling: str, *, with_prompt: bool = False) -> np.ndarray:
+    """h_0, g_1..g_K -> the embeddings for K = 0 (h_0 itself) and 1..K: of g_1..g_k, `with_prompt` of h_0..g_{k-1}."""
+    counted = states[:, :-1] if with_prompt else states[:, 1:]
+    return torch.cat([states[:, :1], pool_steps(counted, pooling)], dim=1).numpy()
 
 
 def _digit(rank: int) -> str:

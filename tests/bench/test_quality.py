@@ -49,9 +49,10 @@ def base(tmp_path_factory) -> str:
 
 def test_one_pass_gives_what_every_number_of_steps_gives(base, corpus):
     texts = corpus.documents[:5]
-    for pooling in ("mean", "last", "weighted"):
-        model = GIRCSE(tiny_model("llama-tied"), tiny_tokenizer(), GircseConfig(pooling=pooling)).eval()
-        found = pooled(states(model, texts, "find", 24), pooling)
+    for pooling, with_prompt in (("mean", False), ("last", False), ("weighted", False), ("mean", True)):
+        config = GircseConfig(pooling=pooling, include_prompt_state=with_prompt)
+        model = GIRCSE(tiny_model("llama-tied"), tiny_tokenizer(), config).eval()
+        found = pooled(states(model, texts, "find", 24), pooling, with_prompt=with_prompt)
         for k in (0, 1, 7, 20):
             expected = model.encode(texts, instruction="find", num_steps=k, max_length=24, normalize=False)
             np.testing.assert_allclose(found[:, k], expected, rtol=0, atol=2e-5)
