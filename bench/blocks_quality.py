@@ -220,6 +220,34 @@ def budget(results: Results) -> str:
     return _sections(results, render)
 
 
+@block("quality-course")
+def courses(results: Results) -> str:
+    """How far each training got: what the seeds differ in."""
+
+    def render(record: Record, corpus: str, arms: dict[str, dict[int, Run]]) -> str:
+        rows = [
+            {"arm": arm, "seed": seed, "k": own_steps(arm), "run": run, **run["course"]}
+            for arm, runs in arms.items()
+            if arm in ARMS and ARMS[arm].group != "negatives"
+            for seed, run in sorted(runs.items())
+            if "course" in run
+        ]
+        columns: list[Column] = [
+            ("arm", lambda r: f"`{r['arm']}`"),
+            ("seed", lambda r: str(r["seed"])),
+            ("steps", lambda r: str(r["run"]["steps"])),
+            ("gradient norm, first quarter", lambda r: f"{r['grad_norm'][0]:.0f}"),
+            ("last quarter", lambda r: f"{r['grad_norm'][1]:.1f}"),
+            ("contrastive loss, first quarter", lambda r: f"{r['loss'][0]:.2f}"),
+            ("last quarter", lambda r: f"{r['loss'][1]:.2f}"),
+            ("K", lambda r: str(r["k"])),
+            ("nDCG@10", lambda r: f"{per_query([r['run']], r['k'], METRIC).mean():.3f}"),
+        ]
+        return markdown(columns, rows) if rows else ""
+
+    return _sections(results, render)
+
+
 @block("quality-poolings")
 def poolings(results: Results) -> str:
     """MRR@10 of the same states read in other ways: where the loss beyond the trained K comes from."""

@@ -43,7 +43,7 @@ def run(
         folder: of the run; a training that was interrupted there goes on from its last checkpoint.
 
     Returns:
-        What the study's record keeps of a run: see `measure`, and "losses" (first and last step), "seconds".
+        What the study's record keeps of a run: see `measure`, and "losses" (first and last step), "course", "seconds".
     """
     started = time.perf_counter()
     found: Run = {"corpus": corpus.name, "fingerprint": corpus.fingerprint, "arm": UNTRAINED, "seed": seed}
@@ -70,6 +70,7 @@ def run(
             "settings": dict(arm.settings),
             "steps": config.max_steps,
             "losses": [result.log[0]["losses"], result.log[-1]["losses"]],
+            "course": course(result.log),
             "training_seconds": sum(entry["seconds"] for entry in result.log),
         }
     model.eval()
@@ -77,6 +78,17 @@ def run(
     found |= measure(model, corpus, scale, pooling=model.config.pooling)
     found["seconds"] = time.perf_counter() - started
     return found
+
+
+def course(log: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """How a training went: medians over its first and its last quarter of the contrastive loss after the last step of
+    the rollout, and of the gradient's norm before it was clipped."""
+    quarter = max(1, len(log) // 4)
+    parts = (log[:quarter], log[-quarter:])
+    return {
+        "loss": [float(np.median([entry["losses"][-1] for entry in part])) for part in parts],
+        "grad_norm": [float(np.median([entry["grad_norm"] for entry in part])) for part in parts],
+    }
 
 
 def measure(model: GIRCSE, corpus: StudyCorpus, scale: Scale, *, pooling: str) -> Run:
