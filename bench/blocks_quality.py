@@ -314,16 +314,18 @@ def negatives(results: Results) -> str:
                 {
                     "size": size,
                     "steps": next(iter(runs.values()))["steps"],
+                    "rate": ARMS[arm].settings.get("learning_rate", record["train"]["learning_rate"]),
                     "seeds": len(runs),
                     "value": estimate(per_query(list(runs.values()), 5, METRIC)),
                     "gain": difference(runs, arms.get("gircse", {}), 5, 5, METRIC) if arm != "gircse" else None,
                 }
             )
-        rows.sort(key=lambda r: r["size"])
+        rows.sort(key=lambda r: (r["size"], r["rate"]))
         columns: list[Column] = [
             ("negatives a query", lambda r: str(r["size"] - 1)),
             ("rows a step", lambda r: str(r["size"])),
             ("steps", lambda r: str(r["steps"])),
+            ("learning rate", lambda r: f"{r['rate']:g}"),
             ("seeds", lambda r: str(r["seeds"])),
             ("nDCG@10 at K = 5", lambda r: _interval(r["value"])),
             (f"against {record['train']['batch_size'] - 1} negatives", lambda r: _interval(r["gain"], "+")),

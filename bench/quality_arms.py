@@ -57,6 +57,9 @@ ARMS = {
         Arm("encoder-only-longer", "budget", "K = 0, four times the steps", {"num_steps": 0, **PLAIN}, budget=4.0),
         Arm("negatives-3", "negatives", "3 negatives a query", {"batch_size": 4}),
         Arm("negatives-63", "negatives", "63 negatives a query", {"batch_size": 64}),
+        Arm(
+            "negatives-63-fast", "negatives", "63 negatives, twice the rate", {"batch_size": 64, "learning_rate": 1e-3}
+        ),
         Arm("negatives-511", "negatives", "511 negatives a query", {"batch_size": 512}),
     )
 }
