@@ -78,6 +78,20 @@ def _interval(value: Estimate | None, sign: str = "") -> str:
     return f"{value.mean:{sign}.3f} [{value.low:{sign}.3f}, {value.high:{sign}.3f}]"
 
 
+def _in(arm: str, *groups: str) -> bool:
+    """Whether an arm belongs to one of the groups; the untrained model belongs to none."""
+    return arm in ARMS and ARMS[arm].group in groups
+
+
+def _at(runs: dict[int, Run], k: int) -> Estimate | None:
+    """Quality at K = `k`, over the seeds that there are."""
+    return estimate(per_query(list(runs.values()), k, METRIC)) if runs else None
+
+
+def _seeds(runs: dict[int, Run]) -> str:
+    return ", ".join(map(str, sorted(runs))) or "-"
+
+
 def _mean(runs: dict[int, Run], key: str, k: int) -> str:
     return f"{np.mean([run[key][k] for run in runs.values()]):.3f}"
 
@@ -87,14 +101,14 @@ def ablation(results: Results) -> str:
     """The paper's order of arms, with paired differences from the encoder-only baseline."""
 
     def render(record: Record, corpus: str, arms: dict[str, dict[int, Run]]) -> str:
-        names = [arm for arm in arms if arm == UNTRAINED or ARMS[arm].group == "ablation"]
+        names = [arm for arm in arms if arm == UNTRAINED or _in(arm, "ablation")]
         base = arms.get("encoder-only", {})
         rows = [
             {
                 "arm": f"`{arm}`",
                 "k": own_steps(arm),
                 "runs": arms[arm],
-                "value": estimate(per_query(list(arms[arm].values()), own_steps(arm), METRIC)),
+                "value": _at(arms[arm], own_steps(arm)),
                 "gain": difference(arms[arm], base, own_steps(arm), 0, METRIC)
                 if base and arm not in (UNTRAINED, "encoder-only")
                 else None,
@@ -139,11 +153,7 @@ def steps(results: Results) -> str:
             *((f"K = {k}", lambda r, k=k: f"{r['curve'][k]:.3f}") for k in SHOWN_STEPS),
         ]
         rows = [{"arm": arm, "seeds": len(arms[arm]), "curve": curve} for arm, curve in curves.items()]
-        shown = {
-            arm: curve
-            for arm, curve in curves.items()
-            if arm == UNTRAINED or ARMS[arm].group in ("ablation", "scaling")
-        }
+        shown = {arm: curve for arm, curve in curves.items() if arm == UNTRAINED or _in(arm, "ablation", "scaling")}
         figure = results.figure(
             f"quality-{record['scale']}-{corpus}", f"nDCG@10 against K, {corpus}", shown, plot_steps
         )
@@ -158,12 +168,12 @@ def scaling(results: Results) -> str:
 
     def render(record: Record, corpus: str, arms: dict[str, dict[int, Run]]) -> str:
         base = arms.get("gircse", {})
-        names = [arm for arm in arms if arm == "gircse" or (arm in ARMS and ARMS[arm].group == "scaling")]
+        names = [arm for arm in arms if arm == "gircse" or _in(arm, "scaling")]
         rows = [
             {
                 "arm": arm,
                 "seeds": len(arms[arm]),
-                "at": estimate(per_query(list(arms[arm].values()), 5, METRIC)),
+                "at": _at(arms[arm], 5),
                 "more": difference(arms[arm], arms[arm], 20, 5, METRIC),
                 "five": difference(arms[arm], base, 5, 5, METRIC) if arm != "gircse" else None,
                 "twenty": difference(arms[arm], base, 20, 5, METRIC) if arm != "gircse" else None,
@@ -196,10 +206,11 @@ def budget(results: Results) -> str:
                 rows.append(
                     {
                         "steps": next(iter(runs.values()))["steps"],
-                        "seeds": ", ".join(map(str, sorted(runs))),
-                        "base": estimate(per_query(list(base.values()), 0, METRIC)) if base else None,
-                        "five": estimate(per_query(list(runs.values()), 5, METRIC)),
-                        "twenty": estimate(per_query(list(runs.values()), 20, METRIC)),
+                        "seeds": _seeds(runs),
+                        "base_seeds": _seeds(base),
+                        "base": _at(base, 0),
+                        "five": _at(runs, 5),
+                        "twenty": _at(runs, 20),
                         "more": difference(runs, runs, 20, 5, METRIC),
                         "gain": difference(runs, base, 5, 0, METRIC),
                         "most": difference(runs, base, 20, 0, METRIC),
@@ -207,10 +218,11 @@ def budget(results: Results) -> str:
                 )
         columns: list[Column] = [
             ("training steps", lambda r: str(r["steps"])),
-            ("seeds", lambda r: r["seeds"]),
-            ("encoder-only, K = 0", lambda r: _interval(r["base"])),
-            ("gircse, K = 5", lambda r: _interval(r["five"])),
-            ("gircse, K = 20", lambda r: _interval(r["twenty"])),
+            ("encoder-only: seeds", lambda r: r["base_seeds"]),
+            ("K = 0", lambda r: _interval(r["base"])),
+            ("gircse: seeds", lambda r: r["seeds"]),
+            ("K = 5", lambda r: _interval(r["five"])),
+            ("K = 20", lambda r: _interval(r["twenty"])),
             ("K = 20 minus K = 5", lambda r: _interval(r["more"], "+")),
             ("K = 5 minus encoder-only", lambda r: _interval(r["gain"], "+")),
             ("K = 20 minus encoder-only", lambda r: _interval(r["most"], "+")),
@@ -228,7 +240,7 @@ def courses(results: Results) -> str:
         rows = [
             {"arm": arm, "seed": seed, "k": own_steps(arm), "run": run, **run["course"]}
             for arm, runs in arms.items()
-            if arm in ARMS and ARMS[arm].group != "negatives"
+            if _in(arm, "ablation", "scaling", "budget")
             for seed, run in sorted(runs.items())
             if "course" in run
         ]
@@ -258,7 +270,7 @@ def poolings(results: Results) -> str:
         rows = [
             {"arm": arm, "reading": reading, "curve": np.mean([run[key][pooling] for run in runs.values()], axis=0)}
             for arm, runs in arms.items()
-            if arm != UNTRAINED and ARMS[arm].group in ("ablation", "scaling")
+            if _in(arm, "ablation", "scaling")
             for reading, key, pooling in readings
             if all(key in run for run in runs.values())
         ]
@@ -281,7 +293,7 @@ def other(results: Results) -> str:
             {"arm": arm, "what": what, "curve": np.mean([run[key] for run in runs.values()], axis=0)}
             for arm, runs in arms.items()
             for what, key in (("Spearman", "spearman"), ("V-measure", "v_measure"))
-            if arm == UNTRAINED or ARMS[arm].group in ("ablation", "scaling")
+            if arm == UNTRAINED or _in(arm, "ablation", "scaling")
         ]
         columns: list[Column] = [
             ("arm", lambda r: f"`{r['arm']}`"),
@@ -303,7 +315,7 @@ def negatives(results: Results) -> str:
     """Batch sizes at equal numbers of texts."""
 
     def render(record: Record, corpus: str, arms: dict[str, dict[int, Run]]) -> str:
-        names = [arm for arm in arms if arm in ARMS and (ARMS[arm].group == "negatives" or arm == "gircse")]
+        names = [arm for arm in arms if arm == "gircse" or _in(arm, "negatives")]
         if names == ["gircse"]:
             return ""
         rows = []
@@ -316,7 +328,7 @@ def negatives(results: Results) -> str:
                     "steps": next(iter(runs.values()))["steps"],
                     "rate": ARMS[arm].settings.get("learning_rate", record["train"]["learning_rate"]),
                     "seeds": len(runs),
-                    "value": estimate(per_query(list(runs.values()), 5, METRIC)),
+                    "value": _at(runs, 5),
                     "gain": difference(runs, arms.get("gircse", {}), 5, 5, METRIC) if arm != "gircse" else None,
                 }
             )
@@ -365,8 +377,8 @@ def plot_steps(curves: dict[str, Sequence[float]], path: Path) -> None:
     """A panel for the ablation, one for the attempts at step scaling; K = 0 is the prompt's own state."""
     plt = pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
-    ablation = [arm for arm in curves if arm == UNTRAINED or ARMS[arm].group == "ablation"]
-    attempts = ["gircse", *(arm for arm in curves if arm in ARMS and ARMS[arm].group == "scaling")]
+    ablation = [arm for arm in curves if arm == UNTRAINED or _in(arm, "ablation")]
+    attempts = ["gircse", *(arm for arm in curves if _in(arm, "scaling"))]
     for axes, names, title in zip(panels, (ablation, attempts), ("ablation", "step scaling"), strict=True):
         for number, arm in enumerate(name for name in names if name in curves):
             colour, style = _COLOURS[number % len(_COLOURS)], "-" if number < len(_COLOURS) else "--"

@@ -196,7 +196,8 @@ def _end(ranks: Ranks, error: Exception) -> NoReturn:
         speaks = ranks.store.add("word", 1) == 1
     except RuntimeError:  # the store went with the process that kept it, rank 0
         speaks, found = ranks.rank == 1, [0]
-    _leave(ranks)
+    else:
+        _leave(ranks)
     if not speaks:
         raise SystemExit(1) from error
     if not lost:
