@@ -73,3 +73,10 @@ def draw_lengths(rows: int, longest: int, *, distribution: str, seed: int) -> li
 def check_lengths(longest: int) -> list[int]:
     """Four rows that agreement is checked on: two whole, one half and one a sixth as long, hence padded."""
     return [longest, longest, max(1, longest // 2), max(1, longest // 6)]
+
+
+def spaced(rows: int, most: int) -> list[int]:
+    """Indices of at most so many rows, the first and the last among them."""
+    if rows <= most:
+        return list(range(rows))
+    return [round(i * (rows - 1) / (most - 1)) for i in range(most)]

@@ -11,9 +11,9 @@ signature (`Generation`): the runner calls every engine once, untimed, for each 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -127,6 +127,14 @@ class Generation:
             self._kept = lm, Engine(lm, EngineConfig(**self._settings))
         return self._kept[1]
 
+    def forget(self) -> None:
+        """Gives buffers and graphs back; the next call makes them again."""
+        self._kept = None
+
+    def fresh(self) -> Generation:
+        """The same settings with nothing kept: for another model, which is to go when the caller has done with it."""
+        return Generation(**self._settings)
+
     def report(self, lm: CausalLM) -> dict[str, Any]:
         """What the generation engine keeps, and why its step is not captured where it should be."""
         return asdict(self.engine(lm).report())
@@ -174,6 +182,20 @@ class Engine:
             lm.model.set_attn_implementation(attention)
             for module in ours:
                 module.__class__ = OneDNNLinear
+
+
+def fresh(name: str) -> Engine:
+    """An engine of the register that keeps nothing of the model that it is called with when it goes."""
+    engine = ENGINES[name]
+    return replace(engine, run=engine.run.fresh()) if isinstance(engine.run, Generation) else engine
+
+
+def forget(names: Iterable[str]) -> None:
+    """Gives back what engines of the register keep between calls."""
+    for name in names:
+        run = ENGINES[name].run
+        if isinstance(run, Generation):
+            run.forget()
 
 
 def _generation(summary: str, **settings: Any) -> Engine:

@@ -22,9 +22,9 @@ CORPUS_ENGINES = [OFFICIAL_EVAL, GRAPH]
 
 _DESCRIPTION = """\
 Encoding throughput and latency against K, engine against engine; with --train the time and peak memory of one training
-step instead, with --corpus the texts of a file through a real tokenizer. The engines are first held against the
-reference algorithm (with --corpus against each other, on every text); where they disagree no speed is printed (exit
-code 1). The last line on stdout is the record as JSON."""
+step instead, with --corpus the texts of a file through a real tokenizer. Afterwards the engines are held against the
+reference algorithm (with --corpus against each other, on every text); one that disagrees is marked WRONG, one that
+could not be compared UNCHECKED (exit code 1). The last line on stdout is the record as JSON."""
 
 
 _BATCH = "texts in a batch (default 4), with --train queries, with --corpus of official-eval (default 32)"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+from bench.agreement import OK, Difference
 from bench.engines import OFFICIAL_EVAL, REFERENCE
 from bench.tables import columns_of, table
 from gircse.atomic import new_file
@@ -49,7 +51,7 @@ def report(record: dict[str, Any]) -> str:
     threads = f", {origin['threads']} threads" if record["model"]["device"] == "cpu" else f", driver {origin['driver']}"
     agreed = ", ".join(f"{name} {value:.1e}" for name, value in record["agreement"]["worst"].items())
     checks = record["agreement"]["checks"]
-    against = OFFICIAL_EVAL if record["benchmark"] == "corpus" else REFERENCE
+    disagree = "" if not problems(record) else "NOT ALL "
     lines = [
         model,
         batch,
@@ -57,7 +59,7 @@ def report(record: dict[str, Any]) -> str:
         f"triton {origin['triton']}; commit {origin['commit']}, sources {origin['sources']}",
         f"measured ceilings: {ceilings['flops_per_s'] / 1e9:,.0f} GFLOP/s ({record['model']['dtype']}), "
         f"{ceilings['bytes_per_s'] / 1e9:,.1f} GB/s",
-        f"engines agree with {against} ({len(checks)} checks): worst {agreed}"
+        f"{disagree}engines agree with {_against(record)} ({len(checks)} checks): worst {agreed}"
         if checks
         else "one engine, nothing to compare",
         "",
@@ -69,6 +71,7 @@ def report(record: dict[str, Any]) -> str:
     ]
     if any("latency_p50" in row for row in record["points"]):
         lines.append(f"1 text: seconds of one text alone, percentiles of {record['latency_runs']} runs")
+    lines += problems(record)
     for name, kept in record.get("generation", {}).items():
         if kept["not_captured"] is not None:
             lines.append(f"NOT CAPTURED: {name} ran its step eagerly: {kept['not_captured']}")
@@ -79,6 +82,22 @@ def report(record: dict[str, Any]) -> str:
             "the machine was busy with something else, do not quote these"
         )
     return "\n".join(lines)
+
+
+def problems(record: dict[str, Any]) -> list[str]:
+    """A line for each comparison that failed or could not be made, and for each point that could not be timed; older
+    records have neither."""
+    lines = [
+        f"{check['verdict']}: {Difference.from_json(check).describe(_against(record))}"
+        for check in record["agreement"]["checks"]
+        if check.get("verdict", OK) != OK
+    ]
+    failed = {(row["engine"], row["failed"]): row for row in reversed(record.get("failures", []))}
+    return lines + [f"FAILED: {name} from K = {row['num_steps']} on: {why}" for (name, why), row in failed.items()]
+
+
+def _against(record: dict[str, Any]) -> str:
+    return OFFICIAL_EVAL if record["benchmark"] == "corpus" else REFERENCE
 
 
 def save(record: dict[str, Any], path: Path) -> None:
@@ -94,7 +113,7 @@ def to_json(record: dict[str, Any]) -> str:
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        return float(f"{value:.6g}") if math.isfinite(value) else None  # JSON has no NaN
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.util
 import sys
 from pathlib import Path
@@ -17,27 +16,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from transformers import PretrainedConfig
 
-from bench import corpus, throughput, training
-from bench.agreement import Difference, Disagreement, worst
+from bench import corpus, encode_check, throughput, train_check, training
+from bench.agreement import Difference, mark, worst
 from bench.batches import draw_lengths, random_batch
 from bench.engines import ENGINES
 from bench.floors import measure_ceilings
 from bench.options import parse
 from bench.plots import draw
 from bench.provenance import provenance
-from bench.records import report, save, to_json
+from bench.records import problems, report, save, to_json
 from bench.shapes import meta_model, pretrained_model, random_model
 from gircse.architecture import CausalLM, UnsupportedModelError
 from gircse.floors import ModelFacts
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0, 1 the engines disagree or one failed, 2 bad options."""
+    """Exit codes: 0, 1 an engine is wrong, was not checked or failed, 2 bad options."""
     options, config = parse(argv)
     mode = _train if options.train else _corpus if options.corpus is not None else _throughput
     try:
         record = mode(options, config)
-    except (Disagreement, training.WorkerError) as error:
+    except training.WorkerError as error:
         print(f"bench/run.py: {error}", file=sys.stderr)
         return 1
     except (UnsupportedModelError, corpus.CorpusError, OSError) as error:  # what an option names cannot be used
@@ -47,8 +46,11 @@ def main(argv: list[str] | None = None) -> int:
     save(record, options.out)
     print(f"record: {options.out}")
     print(_plot(record, options.plot))
+    found = problems(record)
+    for line in found:
+        print(f"bench/run.py: {line}", file=sys.stderr)
     print(to_json(record), flush=True)
-    return 0
+    return 1 if found else 0
 
 
 def _throughput(options: argparse.Namespace, config: PretrainedConfig) -> dict[str, Any]:
@@ -60,24 +62,28 @@ def _throughput(options: argparse.Namespace, config: PretrainedConfig) -> dict[s
         model = random_model(config, dtype=dtype, device=device, seed=options.seed)
     lm = CausalLM.from_model(model)
     prefix = options.prefix_reuse
-    checks = throughput.check_agreement(
+    ceilings = measure_ceilings(device, dtype)
+    lengths = draw_lengths(options.batch, options.length, distribution=options.distribution, seed=options.seed)
+    batch = random_batch(config.vocab_size, lengths, seed=options.seed, device=device, shared_prefix=prefix)
+    points = list(
+        throughput.measure(
+            lm, facts, ceilings, batch, options.engines, options.steps, options.repeats, shared_prefix=prefix
+        )
+    )
+    timed = [encode_check.Timed("the timed batch", batch, points)]
+    if options.latency:
+        timed.append(_latency(options, lm, config.vocab_size, points))
+    reports = throughput.generation_reports(lm, options.engines)
+    checks = encode_check.check(
         lm,
         options.engines,
         max(options.steps),
         min(options.length - prefix, 48),
         seed=options.seed,
         shared_prefix=prefix,
+        timed=timed,
     )
-    ceilings = measure_ceilings(device, dtype)
-    lengths = draw_lengths(options.batch, options.length, distribution=options.distribution, seed=options.seed)
-    batch = random_batch(config.vocab_size, lengths, seed=options.seed, device=device, shared_prefix=prefix)
-    more, rows = throughput.measure(
-        lm, facts, ceilings, batch, options.engines, options.steps, options.repeats, shared_prefix=prefix
-    )
-    reports = throughput.generation_reports(lm, options.engines)
-    if options.latency:
-        more += _latency(options, lm, config.vocab_size, rows)
-    settings = _settings(options, config, facts, lengths, [*checks, *more])
+    settings = _settings(options, config, facts, lengths)
     settings["batch"] |= {"shared_prefix": prefix}
     return {
         "benchmark": "throughput",
@@ -85,19 +91,25 @@ def _throughput(options: argparse.Namespace, config: PretrainedConfig) -> dict[s
         "latency_runs": options.latency,
         "generation": reports,
         "ceilings": vars(ceilings),
-        "points": rows,
+        **_judged([point.row for point in points], checks),
     }
 
 
-def _latency(options: argparse.Namespace, lm: CausalLM, vocab: int, rows: list[dict[str, Any]]) -> list[Difference]:
-    """Adds `latency_p50` and `latency_p95` to the rows that have them. -> differences on the single text."""
+def _latency(
+    options: argparse.Namespace, lm: CausalLM, vocab: int, points: list[throughput.Measured]
+) -> encode_check.Timed:
+    """Adds `latency_p50` and `latency_p95` to the rows that have them, and points that failed. -> what was embedded."""
     text = random_batch(vocab, [options.length], seed=options.seed, device=options.device)
     everywhere = options.device.startswith("cuda")
     steps = options.steps if everywhere else sorted({min(options.steps), max(options.steps)})
-    differences, found = throughput.latency(lm, text, options.engines, steps, options.latency)
-    for row in rows:
-        row |= found.get(throughput.Point(row["engine"], row["num_steps"]), {})
-    return differences
+    found = list(throughput.latency(lm, text, options.engines, steps, options.latency))
+    rows = {measured.point: measured.row for measured in points}
+    for measured in found:
+        if "failed" in measured.row:
+            points.append(measured)
+        else:
+            rows[measured.point] |= measured.row
+    return encode_check.Timed("the single text", text, found)
 
 
 def _corpus(options: argparse.Namespace, config: PretrainedConfig) -> dict[str, Any]:
@@ -108,7 +120,7 @@ def _corpus(options: argparse.Namespace, config: PretrainedConfig) -> dict[str, 
     model = corpus.load(options.model, dtype, options.device)
     ceilings = measure_ceilings(options.device, dtype)
     checks, rows, prompts = corpus.measure(model, job, facts, ceilings, options.steps, options.repeats)
-    settings = _settings(options, config, facts, [], checks)
+    settings = _settings(options, config, facts, [])
     settings["batch"] |= {
         "texts": len(texts),
         "distribution": "corpus",
@@ -117,7 +129,7 @@ def _corpus(options: argparse.Namespace, config: PretrainedConfig) -> dict[str, 
         "official_batch": options.batch,
         **prompts,
     }
-    return {"benchmark": "corpus", **settings, "ceilings": vars(ceilings), "points": rows}
+    return {"benchmark": "corpus", **settings, "ceilings": vars(ceilings), **_judged(rows, checks)}
 
 
 def _train(options: argparse.Namespace, config: PretrainedConfig) -> dict[str, Any]:
@@ -136,16 +148,31 @@ def _train(options: argparse.Namespace, config: PretrainedConfig) -> dict[str, A
         checkpointing=tuple(options.checkpointing or ()),
     )
     facts = ModelFacts.of(meta_model(config, job.torch_dtype))
-    checks = training.check_agreement(job, options.engines)
-    gc.collect()
-    if torch.device(job.device).type == "cuda":
-        torch.cuda.empty_cache()
     ceilings = measure_ceilings(job.device, job.torch_dtype)
-    more, rows = training.measure(job, facts, ceilings, options.engines, options.steps, options.repeats)
-    settings = _settings(options, config, facts, job.lengths(), [*checks, *more])
+    if torch.device(job.device).type == "cuda":
+        lm = training.trainable(job)
+        runners = training.here(lm, job, options.engines)
+        rows = list(training.measure(runners, job, facts, ceilings, options.steps, options.repeats))
+        checks = train_check.check(job, options.engines, lm, runners)
+    else:
+        with training.workers(job, options.engines) as runners:
+            rows = list(training.measure(runners, job, facts, ceilings, options.steps, options.repeats))
+            checks = train_check.check(job, options.engines, runners=runners)
+    settings = _settings(options, config, facts, job.lengths())
     settings["batch"] |= {"queries": job.queries, "negatives": job.negatives}
     settings["checkpointing"] = list(job.checkpointing)
-    return {"benchmark": "training", **settings, "ceilings": vars(ceilings), "points": rows}
+    return {"benchmark": "training", **settings, "ceilings": vars(ceilings), **_judged(rows, checks)}
+
+
+def _judged(rows: list[dict[str, Any]], checks: list[Difference]) -> dict[str, Any]:
+    """The points with their verdicts, those that failed apart, and what was compared."""
+    points = [row for row in rows if "failed" not in row]
+    mark(points, checks)
+    return {
+        "agreement": {"worst": worst(checks), "checks": [check.to_json() for check in checks]},
+        "points": points,
+        "failures": [row for row in rows if "failed" in row],
+    }
 
 
 def _settings(
@@ -153,7 +180,6 @@ def _settings(
     config: PretrainedConfig,
     facts: ModelFacts,
     lengths: list[int],
-    checks: list[Difference],
 ) -> dict[str, Any]:
     return {
         "provenance": provenance(options.device),
@@ -176,11 +202,12 @@ def _settings(
         "engines": {name: ENGINES[name].summary for name in options.engines},
         "num_steps": options.steps,
         "repeats": options.repeats,
-        "agreement": {"worst": worst(checks), "checks": [check.to_json() for check in checks]},
     }
 
 
 def _plot(record: dict[str, Any], path: Path) -> str:
+    if problems(record):
+        return "plot: none, a curve would not show which points are wrong"
     if importlib.util.find_spec("matplotlib") is None:
         return "plot: none, matplotlib is not installed"
     draw(record)(record, path)

@@ -13,15 +13,18 @@ import torch
 from torch import Tensor
 
 from bench import scaling_soft_embed
-from bench.agreement import Difference, embedding_difference, worst
+from bench.agreement import Difference, worst
 from bench.batches import Batch, random_batch
 from bench.cases import FORWARD
-from bench.engines import ENGINES, GRAPH, OFFICIAL_EVAL, REFERENCE, real_tokens
+from bench.encode_check import Timed, strict, timed_rows
+from bench.engines import GRAPH, OFFICIAL_EVAL, REFERENCE, real_tokens
 from bench.memory import give_back, peak_extra_bytes
 from bench.scaling_curves import Curve, Scale
 from bench.scaling_soft_embed import Sizes
 from bench.shapes import SHAPES, random_model
+from bench.throughput import Measured, Point
 from bench.timing import interleaved
+from bench.twin import is_half, twin
 from gircse.architecture import CausalLM
 from gircse.engine import Engine, EngineConfig
 from gircse.engine.config import STEPS_BUCKET, Limits
@@ -71,7 +74,7 @@ def measure(curve: Curve, scale: Scale, device: torch.device, ceilings: Ceilings
             }
         )
     agreement = {
-        "against": f"{OFFICIAL_EVAL} on every timed batch, {REFERENCE} on the smallest",
+        "against": f"{OFFICIAL_EVAL} on every timed batch, {REFERENCE} on four rows of the smallest",
         "worst": worst(checks),
         "checks": len(checks),
     }
@@ -109,16 +112,18 @@ def _cold_peak(lm: CausalLM, batch: Batch, steps: int) -> tuple[int, Limits]:
 
 @torch.no_grad()
 def _check(lm: CausalLM, engine: Engine, curve: Curve, batches: dict[int, Batch]) -> list[Difference]:
+    exact = twin(lm) if is_half(lm) else None
     differences = []
     for size in reversed(curve.sizes):  # the largest first: its buffers serve all others
         at, batch = curve.at(size), batches[size]
         steps = min(at["K"], CHECKED_STEPS)
         ours = _embed(engine.states(real_tokens(*batch), at["K"]), steps)
-        what = f"the timed batch, B = {at['B']}, N = {at['N']}, z_{steps}"
-        for name in (OFFICIAL_EVAL, *([REFERENCE] if size == min(curve.sizes) else [])):
-            with ENGINES[name].attached(lm) as other:
-                theirs = _embed(other(lm, *batch, steps), steps)
-            differences.append(embedding_difference(GRAPH, what, ours, theirs, lm.head_weight.dtype).check(name))
+        what = f"the timed batch, B = {at['B']}, N = {at['N']}"
+        points = [Measured(Point(GRAPH, steps), {}, ours.cpu())]
+        differences += [d.check(OFFICIAL_EVAL) for d in timed_rows(lm, exact, Timed(what, batch, points))]
+        if size == min(curve.sizes):
+            small = Batch(*(tensor[:4] for tensor in batch))
+            differences += [d.check(REFERENCE) for d in strict(exact or lm, [GRAPH, OFFICIAL_EVAL], small, steps)]
     return differences
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.agreement import TOLERANCES, Difference, relative_error, worst
+from bench import train_check
+from bench.agreement import worst
 from bench.batches import FIXED
 from bench.engines import ENGINES, OFFICIAL_EVAL, REFERENCE
 from bench.memory import give_back, peak_extra_bytes
@@ -23,9 +24,8 @@ from bench.scaling_curves import Curve, Scale
 from bench.shapes import SHAPES, meta_model
 from bench.timing import interleaved
 from bench.train_cases import OURS
-from bench.training import TrainJob, check_agreement, step, trainable
-from gircse import ops
-from gircse.architecture import CausalLM
+from bench.training import TrainJob, step, trainable
+from bench.twin import is_half, twin
 from gircse.engine.config import available_bytes
 from gircse.floors import Ceilings, ModelFacts
 from gircse.live_memory import Batch
@@ -64,9 +64,13 @@ def measure(curve: Curve, scale: Scale, device: torch.device, ceilings: Ceilings
         length=min(curve.largest["N"], _CHECKED_LENGTH),
         num_steps=min(curve.largest["K"], _CHECKED_STEPS),
     )
-    checks = check_agreement(small, [OURS], lm)
-
-    checks += [_check_losses(lm, jobs[size], facts.vocab) for size in sizes]
+    checks = train_check.check(small, [OURS], lm)
+    exact = twin(lm) if is_half(lm) else None
+    for size in sizes:
+        checks += train_check.timed_states(lm, exact, jobs[size], [OURS])
+    del exact
+    for difference in checks:
+        difference.check(f"{REFERENCE} or {OFFICIAL_EVAL}")
 
     def run(size: int) -> Callable[[], Tensor]:
         queries, passages = jobs[size].batches(facts.vocab)
@@ -94,7 +98,7 @@ def measure(curve: Curve, scale: Scale, device: torch.device, ceilings: Ceilings
             }
         )
     agreement = {
-        "against": f"{REFERENCE}: losses and gradients of a small batch; {OFFICIAL_EVAL}: losses of each timed one",
+        "against": f"{REFERENCE}: losses and gradients of a small batch; {OFFICIAL_EVAL}: embeddings of each timed one",
         "worst": worst(checks),
         "checks": len(checks),
     }
@@ -128,17 +132,3 @@ def _activations(traced: TracedModel, at: dict[str, int], device: torch.device) 
     batches = [Batch(at["B"], at["N"]), Batch(at["B"] * (1 + _NEGATIVES), at["N"])]
     loss = info_nce_bytes(at["B"], _NEGATIVES, at["K"], traced.facts.hidden)
     return traced.memory(batches, at["K"], cuda=device.type == "cuda", loss_bytes=loss).peak
-
-
-@torch.no_grad()
-def _check_losses(lm: CausalLM, job: TrainJob, vocab: int) -> Difference:
-    """L_1..L_K of the timed batch, against transformers' cache and eager soft tokens."""
-    batches, found = job.batches(vocab), {}
-    for name in (OURS, OFFICIAL_EVAL):
-        with ENGINES[name].attached(lm) as run:
-            states = [run(lm, *batch, job.num_steps) for batch in batches]
-        found[name] = ops.stepwise_info_nce(*states)
-    what = f"losses of the timed batch, B = {job.queries}, N = {job.length}, K = {job.num_steps}"
-    error = relative_error(found[OURS], found[OFFICIAL_EVAL])
-    allowed = TOLERANCES[job.torch_dtype].loss
-    return Difference(OURS, what, {"loss error": error}, {"loss error": allowed}).check(OFFICIAL_EVAL)

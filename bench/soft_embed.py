@@ -25,6 +25,7 @@ import torch
 
 from bench.cases import BOTH, MODELS, PASSES
 from bench.floors import measure_ceilings
+from bench.memory import peak, reset_peak
 from bench.op_engines import Op, Problem, WrongResultError, check, compiled, draw_matrices, eager, ours
 from bench.op_measure import first_line
 from bench.provenance import provenance
@@ -32,7 +33,6 @@ from bench.records import save, to_json
 from bench.scaling_soft_embed import Sizes, floor
 from bench.tables import table
 from bench.timing import interleaved
-from bench.train_worker import peak, reset_peak
 
 OPS: dict[str, Op] = {"eager": eager, "ours": ours}
 

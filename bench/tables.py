@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from bench.agreement import OK
+
 Column = tuple[str, Callable[[dict[str, Any]], str]]
 
 
@@ -42,10 +44,12 @@ _LATENCY: list[Column] = [
     ("1 text p50 ms", _number("latency_p50", "{:,.4g}", 1e3)),
     ("p95 ms", _number("latency_p95", "{:,.4g}", 1e3)),
 ]
-THROUGHPUT = [*_COMMON, _OFFICIAL, _SINGLE_PASS, *_FLOOR, *_OVER_ZERO, *_LATENCY]
-CORPUS = [*_SPEED, _OFFICIAL, *_FLOOR, *_OVER_ZERO]
+# WRONG or UNCHECKED; where all is well, and in older records, there is no such column
+_CHECK: Column = ("check", lambda row: "-" if row.get("verdict", OK) == OK else row["verdict"])
+THROUGHPUT = [*_COMMON, _OFFICIAL, _SINGLE_PASS, *_FLOOR, *_OVER_ZERO, *_LATENCY, _CHECK]
+CORPUS = [*_SPEED, _OFFICIAL, *_FLOOR, *_OVER_ZERO, _CHECK]
 # what older records do not have, and what a run may leave out: no column of dashes
-_OPTIONAL = {name for name, _ in (_OFFICIAL, *_OVER_ZERO, *_LATENCY)}
+_OPTIONAL = {name for name, _ in (_OFFICIAL, *_OVER_ZERO, *_LATENCY, _CHECK)}
 TRAINING = [
     *_COMMON,
     ("peak GiB", _number("peak_bytes", "{:.2f}", 1 / 2**30)),
@@ -53,6 +57,7 @@ TRAINING = [
     ("peak/recompute", _number("peak_ratio_to_recompute", "{:.2f}")),
     *_FLOOR,
     *_OVER_ZERO,
+    _CHECK,
 ]
 
 

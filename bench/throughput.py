@@ -1,12 +1,12 @@
-"""Texts and tokens per second against K: agreement first, then interleaved timings, each beside its floor; then the
-latency of a single text."""
+"""Texts and tokens per second against K, interleaved timings, each beside its floor; the latency of a single text.
+
+What is timed is kept: `bench.encode_check` says afterwards whether it may be believed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.agreement import Difference, embedding_difference
-from bench.batches import Batch, check_lengths, random_batch
-from bench.engines import ENGINES, OFFICIAL_EVAL, REFERENCE, SINGLE_PASS, Generation
+from bench.agreement import reason
+from bench.batches import Batch
+from bench.engines import ENGINES, OFFICIAL_EVAL, REFERENCE, SINGLE_PASS, Generation, Run
+from bench.memory import give_back
 from bench.timing import Timing, seconds
 from gircse.architecture import CausalLM
 from gircse.floors import Ceilings, ModelFacts, Work
@@ -41,72 +42,23 @@ def points(engines: list[str], steps: list[int]) -> list[Point]:
 
 
 @torch.no_grad()
-def embed(lm: CausalLM, engine: str, batch: Batch, num_steps: int) -> Tensor:
+def embed(run: Run, lm: CausalLM, batch: Batch, num_steps: int) -> Tensor:
     """Final embeddings [B, D], float32, length 1: what is timed."""
-    return l2_normalize(pool_steps(ENGINES[engine].run(lm, *batch, num_steps))[:, -1])
+    return l2_normalize(pool_steps(run(lm, *batch, num_steps))[:, -1])
 
 
-@contextmanager
-def _attached(lm: CausalLM, engine: str) -> Iterator[None]:
-    with ENGINES[engine].attached(lm):
-        yield
+@dataclass(frozen=True)
+class Measured:
+    """A point that has been timed.
 
-
-def check_agreement(
-    lm: CausalLM, engines: list[str], num_steps: int, length: int, *, seed: int, shared_prefix: int = 0
-) -> list[Difference]:
-    """Every engine against the reference on four rows, two of them padded, at the largest K and at K = 0.
-
-    Args:
-        length: tokens of the longest row beyond the `shared_prefix` that all rows start with.
-
-    Raises:
-        Disagreement: with the measured difference.
+    Attributes:
+        row: its JSON object (`point_row`); where the call raised, `engine`, `num_steps` and the reason as `failed`.
+        embeddings: [B, D] float32 on the CPU, of the last timed run; None where it failed.
     """
-    lengths = [shared_prefix + own for own in check_lengths(length)]
-    vocab = lm.embed_weight.shape[0]
-    batch = random_batch(vocab, lengths, seed=seed + 1, device=lm.device, shared_prefix=shared_prefix)
-    differences = []
-    for steps in sorted({0, num_steps}):
-        with _attached(lm, REFERENCE):
-            expected = embed(lm, REFERENCE, batch, steps)
-        for name in engines:
-            if name == REFERENCE or (steps and not ENGINES[name].steps):
-                continue
-            with _attached(lm, name):
-                ours = embed(lm, name, batch, steps)
-            what = f"{len(expected)} rows of {'/'.join(map(str, batch.lengths))} tokens, K = {steps}"
-            differences.append(embedding_difference(name, what, ours, expected, expected_dtype(lm)).check(REFERENCE))
-    return differences
 
-
-def expected_dtype(lm: CausalLM) -> torch.dtype:
-    return lm.head_weight.dtype
-
-
-def warm_up(
-    lm: CausalLM, todo: list[Point], batch: Batch, progress: tqdm
-) -> tuple[list[Difference], dict[Point, int | None]]:
-    """Each point once, untimed; its embeddings must agree with the reference's where the reference is among the
-    points. -> differences, peak bytes above what was allocated before (CUDA only)."""
-    expected: dict[int, Tensor] = {}
-    differences, peaks = [], {}
-    name = "the timed batch" if len(batch.lengths) > 1 else "the single text"
-    for point in sorted(todo, key=lambda p: p.engine != REFERENCE):
-        with _attached(lm, point.engine):
-            before = _reset_peak(lm.device)
-            ours = embed(lm, point.engine, batch, point.num_steps)
-            peaks[point] = None if before is None else torch.cuda.max_memory_allocated(lm.device) - before
-        if point.engine == REFERENCE:
-            expected[point.num_steps] = ours
-        elif point.num_steps in expected:
-            what = f"{name}, K = {point.num_steps}"
-            theirs = expected[point.num_steps]
-            differences.append(
-                embedding_difference(point.engine, what, ours, theirs, expected_dtype(lm)).check(REFERENCE)
-            )
-        progress.update()
-    return differences, peaks
+    point: Point
+    row: dict[str, Any]
+    embeddings: Tensor | None
 
 
 def measure(
@@ -119,24 +71,37 @@ def measure(
     repeats: int,
     *,
     shared_prefix: int = 0,
-) -> tuple[list[Difference], list[dict[str, Any]]]:
-    """-> differences on the timed batch, and one JSON object per point."""
+    interleave: bool = True,
+    most_seconds: float | None = None,
+) -> Iterator[Measured]:
+    """Times every engine at every K of the (ascending) `steps`; compares nothing (`bench.encode_check`).
+
+    Args:
+        interleave: all points in turn, so that drifts of the machine hit all alike, and all are finished at the end;
+            else the engines of one K in turn, whose points are finished before the next K begins.
+        most_seconds: a point that has run for so long in all is not repeated any more.
+    """
     todo = points(engines, steps)
-    runs, differences, peaks = _run(lm, todo, batch, repeats, "bench")
-    timings = {point: Timing.of(found) for point, found in runs.items()}
+    groups = (
+        [todo] if interleave else [[p for p in todo if p.num_steps == k] for k in sorted({p.num_steps for p in todo})]
+    )
+    timings: dict[Point, Timing] = {}
     lengths = batch.lengths
-    rows = []
-    for point in todo:
-        work = facts.inference(lengths, point.num_steps, shared_prefix=shared_prefix)
-        at_zero = facts.inference(lengths, 0, shared_prefix=shared_prefix)
-        row = point_row(point, timings, lengths, work, at_zero, ceilings)
-        rows.append({**row, "peak_extra_bytes": peaks[point]})
-    return differences, rows
+    for group in groups:
+        runs = _run(lm, group, batch, repeats, "bench", most_seconds)
+        timings |= {run.point: Timing.of(run.seconds) for run in runs if run.seconds}
+        for run in runs:
+            point = run.point
+            if run.failed is not None:
+                yield _failed(run)
+                continue
+            work = facts.inference(lengths, point.num_steps, shared_prefix=shared_prefix)
+            at_zero = facts.inference(lengths, 0, shared_prefix=shared_prefix)
+            row = point_row(point, timings, lengths, work, at_zero, ceilings)
+            yield Measured(point, row | {"peak_extra_bytes": run.peak}, run.embeddings)
 
 
-def latency(
-    lm: CausalLM, text: Batch, engines: list[str], steps: list[int], runs: int
-) -> tuple[list[Difference], dict[Point, dict[str, float]]]:
+def latency(lm: CausalLM, text: Batch, engines: list[str], steps: list[int], runs: int) -> Iterator[Measured]:
     """One text at a time: what somebody who waits for a single embedding sees.
 
     Args:
@@ -144,18 +109,16 @@ def latency(
         steps: the K to measure.
         runs: of each point, interleaved, after one that is not counted.
 
-    Returns:
-        differences on that text; for each point `latency_p50` and `latency_p95` in seconds, percentiles over the runs
-        (linear between two runs: of few runs the 95th is close to the slowest).
+    Yields:
+        rows of `latency_p50` and `latency_p95` in seconds alone, percentiles over the runs (linear between two runs: of
+        few runs the 95th is close to the slowest); where a call raised, as in `measure`.
     """
-    found, differences, _ = _run(lm, points(engines, steps), text, runs, "latency")
-    return differences, {
-        point: {
-            "latency_p50": float(np.percentile(times, 50)),
-            "latency_p95": float(np.percentile(times, 95)),
-        }
-        for point, times in found.items()
-    }
+    for run in _run(lm, points(engines, steps), text, runs, "latency", None):
+        if run.failed is not None:
+            yield _failed(run)
+            continue
+        row = {f"latency_p{p}": float(np.percentile(run.seconds, p)) for p in (50, 95)}
+        yield Measured(run.point, row, run.embeddings)
 
 
 def point_row(
@@ -207,20 +170,55 @@ def generation_reports(lm: CausalLM, engines: list[str]) -> dict[str, dict[str, 
     return {name: run.report(lm) for name, run in runs.items() if isinstance(run, Generation)}
 
 
+@dataclass
+class _Runs:
+    """What the timed runs of a point gave."""
+
+    point: Point
+    seconds: list[float] = field(default_factory=list)
+    embeddings: Tensor | None = None
+    peak: int | None = None
+    failed: str | None = None
+
+
+def _failed(runs: _Runs) -> Measured:
+    point = runs.point
+    return Measured(point, {"engine": point.engine, "num_steps": point.num_steps, "failed": runs.failed}, None)
+
+
 def _run(
-    lm: CausalLM, todo: list[Point], batch: Batch, repeats: int, title: str
-) -> tuple[dict[Point, list[float]], list[Difference], dict[Point, int | None]]:
-    """Warm-up, then every point in turn, `repeats` times. -> seconds of each run, differences, peak bytes."""
-    runs: dict[Point, list[float]] = {point: [] for point in todo}
+    lm: CausalLM, todo: list[Point], batch: Batch, repeats: int, title: str, most_seconds: float | None
+) -> list[_Runs]:
+    """Warm-up, then every point in turn, `repeats` times. A point whose call raises is left out from then on."""
+    found = [_Runs(point) for point in todo]
     with tqdm(total=len(todo) * (repeats + 1), desc=title, unit="run", disable=None, leave=False) as progress:
-        differences, peaks = warm_up(lm, todo, batch, progress)
-        for _ in range(repeats):
-            for point in todo:
-                with _attached(lm, point.engine):
-                    run = partial(embed, lm, point.engine, batch, point.num_steps)
-                    runs[point].append(seconds(run, lm.device))
+        for count in range(repeats + 1):
+            for runs in found:
+                enough = most_seconds is not None and sum(runs.seconds) > most_seconds
+                if runs.failed is None and not enough:
+                    try:
+                        _one(lm, runs, batch, warm_up=count == 0)
+                    except Exception as error:  # one that fails must not cost the others their figures
+                        runs.failed, runs.seconds, runs.embeddings = reason(error), [], None
+                        give_back(lm.device)
                 progress.update()
-    return runs, differences, peaks
+    for runs in found:
+        runs.embeddings = None if runs.embeddings is None else runs.embeddings.cpu()
+    return found
+
+
+def _one(lm: CausalLM, runs: _Runs, batch: Batch, *, warm_up: bool) -> None:
+    def call() -> None:
+        runs.embeddings = embed(run, lm, batch, runs.point.num_steps)
+
+    with ENGINES[runs.point.engine].attached(lm) as run:
+        if not warm_up:
+            runs.seconds.append(seconds(call, lm.device))
+            return
+        before = _reset_peak(lm.device)
+        call()
+        # bytes above what was allocated before (CUDA only)
+        runs.peak = None if before is None else torch.cuda.max_memory_allocated(lm.device) - before
 
 
 def _reset_peak(device: torch.device) -> int | None:

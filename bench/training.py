@@ -1,7 +1,8 @@
-"""One training step, engine against engine: loss and gradients first, then time and peak memory.
+"""One training step, engine against engine: time and peak memory. `bench.train_check` compares losses and gradients.
 
-Every engine runs in a fresh process of its own, because the peak of a process can be read but not divided. The
-processes live side by side and take turns, a step each, so that drifts of the machine hit all of them alike.
+On a CPU every engine runs in a fresh process of its own, because the peak of a process can be read but not divided. The
+processes live side by side and take turns, a step each, so that drifts of the machine hit all of them alike. On a GPU
+the allocator's peak can be divided, and engines may take turns on one model (`here`).
 """
 
 from __future__ import annotations
@@ -10,27 +11,33 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.agreement import Difference, training_difference
-from bench.batches import Batch, check_lengths, draw_lengths, random_batch
+from bench.agreement import HALF, reason
+from bench.batches import Batch, draw_lengths, random_batch
 from bench.engines import ENGINES, REFERENCE
+from bench.memory import peak, reset_peak
 from bench.shapes import SHAPES, pretrained_model, random_model
-from bench.timing import Timing
+from bench.timing import Timing, seconds
 from gircse import ops
 from gircse.architecture import CausalLM
 from gircse.floors import Ceilings, ModelFacts
 from gircse.ops.reference import icr_objective_reference, info_nce_reference
 from gircse.train import lora_targets
 from gircse.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_TEMPERATURE = TrainConfig().contrastive_temperature
 
 
 @dataclass(frozen=True)
@@ -79,15 +86,18 @@ class TrainJob:
         )
 
 
-def trainable(job: TrainJob, engine: str | None = None) -> CausalLM:
-    """The model, for an engine, with LoRA on it as in training, but no dropout (it differs between engines by
-    construction) and a small random B as after some training (with B = 0, as it starts, A has no gradient to compare).
+def trainable(job: TrainJob, base: PreTrainedModel | None = None) -> CausalLM:
+    """The model with LoRA on it as in training, but no dropout (it differs between engines by construction) and a small
+    random B as after some training (with B = 0, as it starts, A has no gradient to compare).
+
+    Args:
+        base: the job's model where the caller has it already; the adapters are put into it.
     """
     from peft import LoraConfig, get_peft_model
 
-    if job.model is not None:
+    if base is None and job.model is not None:
         base = pretrained_model(job.model, dtype=job.torch_dtype, device=job.device, layers=job.layers)
-    else:
+    elif base is None:
         assert job.shape is not None
         base = random_model(
             SHAPES[job.shape].config(job.layers), dtype=job.torch_dtype, device=job.device, seed=job.seed
@@ -108,26 +118,43 @@ def trainable(job: TrainJob, engine: str | None = None) -> CausalLM:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)
     lm = CausalLM.from_model(adapted.get_base_model())
-    if engine in job.checkpointing:
-        lm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     lm.model.train()
     return lm
 
 
-def step(lm: CausalLM, engine: str, queries: Batch, passages: Batch, num_steps: int) -> Tensor:
+@contextmanager
+def checkpointed(lm: CausalLM, on: bool) -> Iterator[None]:
+    """The prompt pass is computed again in backward, if `on`."""
+    model: Any = lm.model
+    if not on:
+        yield
+        return
+    name = "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"
+    getattr(model, f"{name}_enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        getattr(model, f"{name}_disable")()
+
+
+def step(lm: CausalLM, engine: str, queries: Batch, passages: Batch, num_steps: int, *, smooth: bool = False) -> Tensor:
     """Rollouts, stepwise contrastive losses, ICR objective, backward. -> L_1..L_K; gradients are left in `.grad`.
 
     The uncached engines take the objective in plain PyTorch, so that the check covers the objective too.
+
+    Args:
+        smooth: the mean loss at temperature 1 instead. At the temperature of training, with a penalty that is on or
+            off, the gradient of a few rows is a matter of chance when their similarities are rounded.
     """
     run = ENGINES[engine].run
     states = run(lm, *queries, num_steps), run(lm, *passages, num_steps)
+    temperature = 1.0 if smooth else _TEMPERATURE
     if engine.startswith(REFERENCE):
-        losses = info_nce_reference(*(s.to(torch.promote_types(s.dtype, torch.float32)) for s in states))
-        loss = icr_objective_reference(losses)
+        wide = [s.to(torch.promote_types(s.dtype, torch.float32)) for s in states]
+        losses, objective = info_nce_reference(*wide, temperature=temperature), icr_objective_reference
     else:
-        losses = ops.stepwise_info_nce(*states)
-        loss = ops.icr_objective(losses)
-    loss.backward()
+        losses, objective = ops.stepwise_info_nce(*states, temperature=temperature), ops.icr_objective
+    (losses.mean() if smooth else objective(losses)).backward()
     return losses.detach()
 
 
@@ -142,31 +169,61 @@ def results(lm: CausalLM, losses: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def check_agreement(job: TrainJob, engines: list[str], lm: CausalLM | None = None) -> list[Difference]:
-    """Two queries with a positive and a negative each, half of the rows padded, in this process.
-
-    Raises:
-        Disagreement: with the measured difference.
-    """
-    lm = trainable(job) if lm is None else lm
-    vocab = lm.embed_weight.shape[0]
-    lengths = check_lengths(min(job.length, 24))
-    queries = random_batch(vocab, [lengths[0], lengths[2]], seed=job.seed + 2, device=job.device)
-    passages = random_batch(vocab, lengths, seed=job.seed + 3, device=job.device)
-    found = {}
-    for name in dict.fromkeys([REFERENCE, *engines]):
-        with ENGINES[name].attached(lm):
-            found[name] = results(lm, step(lm, name, queries, passages, job.num_steps))
-    what = f"losses and LoRA gradients of 2 + 4 texts up to {lengths[0]} tokens, K = {job.num_steps}"
-    return [
-        training_difference(name, what, found[name], found[REFERENCE], job.torch_dtype).check(REFERENCE)
-        for name in engines
-        if name != REFERENCE
-    ]
-
-
 class WorkerError(RuntimeError):
     """A worker's process ended before it answered."""
+
+
+class Runner(Protocol):
+    """One engine, which makes a step whenever it is told to.
+
+    Attributes:
+        loaded: bytes in use before the first step, as `loaded_bytes`.
+    """
+
+    engine: str
+    loaded: dict[str, Any]
+
+    def step(self, num_steps: int) -> dict[str, Any]:
+        """-> {"seconds", "peak_bytes"}."""
+
+    def results(self) -> dict[str, Tensor]:
+        """Losses and gradients of its first step."""
+
+
+class Here:
+    """A runner in this process, on a model that others may use as well.
+
+    Peaks are CUDA's allocator's, which can be reset; on a CPU those of the whole process.
+
+    Args:
+        kept: where losses and gradients of the first step go; None: they are not kept.
+    """
+
+    def __init__(self, lm: CausalLM, job: TrainJob, engine: str, kept: dict[str, Tensor] | None = None) -> None:
+        self.engine = engine
+        self._lm, self._kept, self._checkpointing = lm, kept, engine in job.checkpointing
+        self._batches = job.batches(lm.embed_weight.shape[0])
+        self.loaded = {"loaded_bytes": reset_peak(lm.device)}
+
+    def step(self, num_steps: int) -> dict[str, Any]:
+        lm, losses = self._lm, []
+        with ENGINES[self.engine].attached(lm), checkpointed(lm, self._checkpointing):
+            reset_peak(lm.device)
+            took = seconds(lambda: losses.append(step(lm, self.engine, *self._batches, num_steps)), lm.device)
+            answer = {"seconds": took, "peak_bytes": peak(lm.device)}
+        if self._kept is not None and not self._kept:
+            self._kept |= results(lm, losses[0])
+        lm.model.zero_grad(set_to_none=True)
+        return answer
+
+    def results(self) -> dict[str, Tensor]:
+        assert self._kept, "no step has been made, or its results were not to be kept"
+        return self._kept
+
+
+def here(lm: CausalLM, job: TrainJob, engines: list[str]) -> list[Runner]:
+    """Runners of all engines on one model in this process, as `measure` takes them."""
+    return [Here(lm, job, name, None if job.torch_dtype in HALF else {}) for name in engines]
 
 
 class Worker:
@@ -219,39 +276,63 @@ def workers(job: TrainJob, engines: list[str]) -> Iterator[list[Worker]]:
 
 
 def measure(
-    job: TrainJob, facts: ModelFacts, ceilings: Ceilings, engines: list[str], steps: list[int], repeats: int
-) -> tuple[list[Difference], list[dict[str, Any]]]:
-    """-> differences on the timed batch (with the reference among the engines), one JSON object per engine and K."""
-    total = len(engines) * (1 + len(steps) * repeats)
-    with (
-        workers(job, engines) as found,
-        tqdm(total=total, desc="bench", unit="step", disable=None, leave=False) as progress,
-    ):
-        for worker in found:
-            worker.step(job.num_steps)  # warm-up, and the results
+    runners: Sequence[Runner],
+    job: TrainJob,
+    facts: ModelFacts,
+    ceilings: Ceilings,
+    steps: list[int],
+    repeats: int,
+    *,
+    interleave: bool = True,
+    most_seconds: float | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Times every runner at every K of the (ascending) `steps`, after one step that is not counted. -> the JSON object
+    of each point; compares nothing (`bench.train_check`).
+
+    Args:
+        runners: of `here` or `workers`; the first step of each is one with the job's K.
+        interleave, most_seconds: see `bench.throughput.measure`.
+
+    A point whose step raised gives `engine`, `num_steps` and `failed`, the reason, and its runner makes no more steps.
+    """
+    failed: dict[str, str] = {}
+    zero: dict[str, dict[str, Any]] = {}
+    total = len(runners) * (1 + len(steps) * (repeats + (not interleave)))
+    with tqdm(total=total, desc="bench", unit="step", disable=None, leave=False) as progress:
+
+        def one(runner: Runner, num_steps: int) -> dict[str, Any] | None:
             progress.update()
-        differences = []
-        if REFERENCE in engines:
-            expected = found[engines.index(REFERENCE)].results()
-            what = f"losses and LoRA gradients of the timed batch, K = {job.num_steps}"
-            for worker in found:
-                if worker.engine != REFERENCE:
-                    theirs = worker.results()
-                    differences.append(training_difference(worker.engine, what, theirs, expected, job.torch_dtype))
-                    differences[-1].check(REFERENCE)
-        answers: dict[int, dict[str, list[dict[str, Any]]]] = {k: {name: [] for name in engines} for k in steps}
-        for _ in range(repeats):
-            for k in steps:
-                for worker in found:
-                    answers[k][worker.engine].append(worker.step(k))
-                    progress.update()
-        loaded = {worker.engine: worker.loaded for worker in found}
-    rows = [row for k in steps for row in _rows(replace(job, num_steps=k), facts, ceilings, answers[k], loaded)]
-    for row in rows if steps[0] == 0 else ():
-        zero = next(other for other in rows if other["engine"] == row["engine"])
-        row["time_over_zero"] = row["seconds"] / zero["seconds"]
-        row["floor_over_zero"] = row["floor_seconds"] / zero["floor_seconds"]
-    return differences, rows
+            if runner.engine in failed:
+                return None
+            try:
+                return runner.step(num_steps)
+            except Exception as error:  # one that fails must not cost the others their figures
+                failed[runner.engine] = reason(error)
+                return None
+
+        for runner in runners:
+            one(runner, job.num_steps)  # warm-up, and the results
+        for group in [steps] if interleave else [[k] for k in steps]:
+            answers: dict[int, dict[str, list[dict[str, Any]]]] = {k: {r.engine: [] for r in runners} for k in group}
+            for runner in () if interleave else runners:
+                one(runner, group[0])
+            for _ in range(repeats):
+                for k in group:
+                    for runner in runners:
+                        found = answers[k][runner.engine]
+                        enough = most_seconds is not None and sum(a["seconds"] for a in found) > most_seconds
+                        if not enough and (answer := one(runner, k)) is not None:
+                            found.append(answer)
+            loaded = {runner.engine: runner.loaded for runner in runners}
+            for k in group:
+                whole = {name: found for name, found in answers[k].items() if name not in failed}
+                for row in _rows(replace(job, num_steps=k), facts, ceilings, whole, loaded):
+                    if steps[0] == 0:
+                        first = zero.setdefault(row["engine"], row)
+                        row["time_over_zero"] = row["seconds"] / first["seconds"]
+                        row["floor_over_zero"] = row["floor_seconds"] / first["floor_seconds"]
+                    yield row
+                yield from ({"engine": n, "num_steps": k, "failed": failed[n]} for n in answers[k] if n in failed)
 
 
 def _rows(

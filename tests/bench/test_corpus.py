@@ -1,4 +1,4 @@
-"""`bench/run.py --corpus`: what is read, what is compared, and when no speed is reported."""
+"""`bench/run.py --corpus`: what is read, what is compared, and when a speed is marked WRONG."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from bench import corpus, docstrings, run
-from bench.agreement import Disagreement
+from bench.agreement import OK, WRONG
 from bench.batches import random_batch
+from bench.encode_check import check
 from bench.engines import ENGINES, GRAPH, NO_REUSE, OFFICIAL_EVAL, REFERENCE
-from bench.throughput import check_agreement
 from gircse import GIRCSE, GircseConfig
 from gircse.architecture import CausalLM
 from gircse.floors import Ceilings, ModelFacts
@@ -86,18 +86,20 @@ def test_one_wrong_text_of_many_is_found(model):
     texts = [f"text number {i}" for i in range(40)]
     job = _job(texts=texts)
     official = corpus.encode_official(model, job, 2, lambda count: None)
-    assert corpus.compare(model, job, official.copy(), official, 2)
+    assert corpus.compare(model, job, official.copy(), official, 2).verdict == OK
     wrong = official.copy()
     wrong[7] = official[8]
-    with pytest.raises(Disagreement, match="from higher precision"):
-        corpus.compare(model, job, wrong, official, 2)
+    found = corpus.compare(model, job, wrong, official, 2)
+    assert found.verdict == WRONG
+    assert "from higher precision" in found.describe(OFFICIAL_EVAL)
     # the other way round it is the official side that is off: that is what rounding may do
     difference = corpus.compare(model, job, official, wrong, 2)
+    assert difference.verdict == OK
     assert difference.measured[f"of {OFFICIAL_EVAL}"] > difference.measured["their mean distance from higher precision"]
 
 
 @pytest.mark.parametrize("change", ["all", "many", "nan", "shape"])
-def test_wrong_embeddings_are_refused(model, change):
+def test_wrong_embeddings_are_found(model, change):
     job = _job(texts=[f"text number {i}" for i in range(20)])
     official = corpus.encode_official(model, job, 2, lambda count: None)
     wrong = official.copy()
@@ -109,8 +111,47 @@ def test_wrong_embeddings_are_refused(model, change):
         wrong[2, 3] = np.nan
     else:
         wrong = wrong[:-1]
-    with pytest.raises(Disagreement):
-        corpus.compare(model, job, wrong, official, 2)
+    assert corpus.compare(model, job, wrong, official, 2).verdict == WRONG
+
+
+@pytest.fixture(scope="module")
+def half(folder) -> GIRCSE:
+    return corpus.load(str(folder), torch.bfloat16, "cpu")
+
+
+def test_rounding_in_half_precision_is_no_mistake(half):
+    job = _job(texts=[f"text number {i}" for i in range(20)])
+    official, ours = (corpus._RUNS[engine](half, job, 20, lambda count: None) for engine in (OFFICIAL_EVAL, GRAPH))
+    found = corpus.compare(half, job, ours, official, 20)
+    assert found.verdict == OK, found
+    assert found.measured[f"of {OFFICIAL_EVAL}"] > 0
+    assert corpus.compare_few(half, job, 20).verdict == OK
+
+
+def test_one_step_too_few_is_found_in_half_precision(half, monkeypatch):
+    """Within half precision's rounding; not within float32's."""
+    encode = corpus.encode_ours
+    monkeypatch.setitem(corpus._RUNS, GRAPH, lambda model, job, k, update: encode(model, job, k - 1, update))
+    assert corpus.compare_few(half, _job(), 6).verdict == WRONG
+
+
+def test_embeddings_of_other_texts_are_found_in_half_precision(half):
+    job = _job(texts=[f"text number {i}" for i in range(20)])
+    official = corpus.encode_official(half, job, 2, lambda count: None)
+    assert corpus.compare(half, job, official[::-1], official, 2).verdict == WRONG
+
+
+def test_a_wrong_speed_is_marked(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "measure_ceilings", lambda *_: Ceilings(1e11, 1e10))
+    encode = corpus.encode_ours
+    monkeypatch.setitem(corpus._RUNS, GRAPH, lambda *arguments: encode(*arguments)[::-1])
+    file, out = tmp_path / "texts.txt", tmp_path / "r.json"
+    file.write_text("\n".join(TEXTS))
+    arguments = ["--model", str(folder), "--corpus", str(file), "--steps", "2", "--length", "40", "--device", "cpu"]
+    assert run.main([*arguments, "--out", str(out)]) == 1
+    rows = json.loads(out.read_text())["points"]
+    assert {row["engine"]: row["verdict"] for row in rows} == {GRAPH: WRONG, OFFICIAL_EVAL: OK}
+    assert "WRONG: graph disagrees with official-eval on 6 texts" in capsys.readouterr().err
 
 
 def test_texts_of_a_file(tmp_path):
@@ -162,8 +203,9 @@ def test_a_shared_prefix_in_random_batches():
 def test_every_generation_engine_agrees_with_a_shared_prefix():
     lm = CausalLM.from_model(tiny_model("llama-tied"))
     engines = [OFFICIAL_EVAL, GRAPH, NO_REUSE]
-    differences = check_agreement(lm, [REFERENCE, *engines], 3, 12, seed=0, shared_prefix=4)
+    differences = check(lm, [REFERENCE, *engines], 3, 12, seed=0, shared_prefix=4)
     assert {d.engine for d in differences} == set(engines)
+    assert {d.verdict for d in differences} == {OK}
 
 
 def test_floor_with_a_shared_prefix():
@@ -188,4 +230,4 @@ def test_docstrings_are_the_same_every_time(tmp_path):
 def test_official_evaluation_is_stock_and_reads_nothing_ahead():
     assert ENGINES[OFFICIAL_EVAL].stock
     lm = CausalLM.from_model(tiny_model("gpt2"))  # absolute positions: left padding must not shift them
-    assert check_agreement(lm, [OFFICIAL_EVAL], 2, 9, seed=0)
+    assert {d.verdict for d in check(lm, [OFFICIAL_EVAL], 2, 9, seed=0)} == {OK}
