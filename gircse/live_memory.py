@@ -21,11 +21,14 @@ from torch.utils._pytree import tree_leaves
 
 from gircse.architecture import CausalLM
 from gircse.attention import ATTENTION_NAME, PromptPass, RolloutKV
+from gircse.ops.backends import TRITON_DTYPES, kernels
 from gircse.ops.tiles_torch import ROW_TILE, VOCAB_CHUNK, WORKSPACE_BYTES, accumulation_dtype
 from gircse.rollout import rollout
 
-# The kernels' plans hold the scores of a chunk and partial results of half of the promised 64 MiB each.
+# The most that the kernels' plans hold: the scores of a chunk and partial results of half of the promised 64 MiB each.
 _KERNEL_WORKSPACE_BYTES = 2 * WORKSPACE_BYTES
+# Whose plans: an H100's compute capability and multiprocessors. Another GPU's hold as much within a few MiB.
+_DEVICE = (90, 132)
 
 
 class Batch(NamedTuple):
@@ -76,7 +79,15 @@ class StepMemory:
         return self.peak - self.keys_values - self.prompt - self.steps
 
 
-def step_memory(base: Any, batches: Sequence[Batch], num_steps: int, *, cuda: bool, loss_bytes: int = 0) -> StepMemory:
+def step_memory(
+    base: Any,
+    batches: Sequence[Batch],
+    num_steps: int,
+    *,
+    cuda: bool,
+    loss_bytes: int = 0,
+    any_rows: bool = False,
+) -> StepMemory:
     """Of a rollout of each batch, one after the other, then one backward through all of them.
 
     Args:
@@ -86,6 +97,8 @@ def step_memory(base: Any, batches: Sequence[Batch], num_steps: int, *, cuda: bo
         num_steps: K >= 0.
         cuda: whose kernels are stood in for: the GPU's, or the CPU's.
         loss_bytes: temporaries between forward and backward.
+        any_rows: count the workspace of `soft_embed` on a GPU at its bound, whatever the rows: what is found for one
+            and for two rows can be extrapolated to any number then.
 
     Raises:
         ValueError: the model has storage.
@@ -94,7 +107,7 @@ def step_memory(base: Any, batches: Sequence[Batch], num_steps: int, *, cuda: bo
         raise ValueError("base: got parameters with storage, expected a model on the meta device")
     base.set_attn_implementation(ATTENTION_NAME)
     live = LiveBytes([*base.parameters(), *base.buffers()])
-    lm = _StandIn(model=base, body=base.base_model, cuda=cuda, live=live)
+    lm = _StandIn(model=base, body=base.base_model, cuda=cuda, any_rows=any_rows, live=live)
     states: list[Tensor] = []
     prompt = steps = 0
     with _dropout_of_the_device(base, cuda), live:
@@ -167,6 +180,7 @@ class _StandIn(CausalLM):
     """The model with stand-ins for what is one kernel; notes what is alive after each prompt pass."""
 
     cuda: bool = True
+    any_rows: bool = False
     live: LiveBytes = field(default_factory=LiveBytes)
     marks: list[int] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
@@ -181,6 +195,15 @@ class _StandIn(CausalLM):
 
     def soft_embed(self, hidden: Tensor, *, temperature: float | Tensor = 1.0, return_stats: bool = False):
         return _SoftEmbed.apply(hidden, self)
+
+    def workspaces(self, hidden: Tensor) -> tuple[int, int]:
+        """Bytes of the temporaries of `soft_embed`: forward, backward."""
+        rows = hidden.numel() // hidden.shape[-1]
+        if not self.cuda:
+            return (_cpu_workspace(rows, self, hidden.dtype),) * 2
+        if self.any_rows or hidden.dtype not in TRITON_DTYPES:
+            return (_KERNEL_WORKSPACE_BYTES,) * 2
+        return _kernel_workspaces(rows, self, hidden.dtype)
 
 
 class _FusedPrompt(PromptPass):
@@ -219,11 +242,11 @@ class _SoftEmbed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, lm):
-        ctx.live, ctx.workspace = lm.live, _workspace(hidden, lm, lm.cuda)
+        ctx.live, (forward, ctx.workspace) = lm.live, lm.workspaces(hidden)
         ctx.live.cut()
         wide = accumulation_dtype(hidden.dtype)
         exact = hidden.new_empty(*hidden.shape[:-1], lm.embed_weight.shape[1], dtype=wide)
-        _scratch(ctx.workspace)
+        _scratch(forward)
         out = exact if wide == hidden.dtype else exact.to(hidden.dtype)
         ctx.save_for_backward(hidden, exact, hidden.new_empty(3, *hidden.shape[:-1], dtype=wide))
         return out
@@ -266,15 +289,30 @@ def _dropout_of_the_device(base: nn.Module, cuda: bool) -> Iterator[None]:
             layer.__class__ = nn.Dropout
 
 
-def _workspace(hidden: Tensor, lm: CausalLM, cuda: bool) -> int:
-    """Bytes of the temporaries of `soft_embed`; on the CPU those of a row tile and a vocabulary chunk in backward."""
-    if cuda:
-        return _KERNEL_WORKSPACE_BYTES
+def _cpu_workspace(rows: int, lm: CausalLM, dtype: torch.dtype) -> int:
+    """Bytes of the temporaries of `soft_embed`: those of a row tile and a vocabulary chunk in backward."""
     (vocab, width), (_, value_width) = lm.head_weight.shape, lm.embed_weight.shape
-    rows, chunk = min(hidden.numel() // width, ROW_TILE), min(vocab, VOCAB_CHUNK)
-    wide = accumulation_dtype(hidden.dtype)
-    up_cast = 0 if wide == hidden.dtype else width + (0 if lm.embed_weight is lm.head_weight else value_width)
+    rows, chunk = min(rows, ROW_TILE), min(vocab, VOCAB_CHUNK)
+    wide = accumulation_dtype(dtype)
+    up_cast = 0 if wide == dtype else width + (0 if lm.embed_weight is lm.head_weight else value_width)
     return min(WORKSPACE_BYTES, wide.itemsize * (2 * rows * chunk + up_cast * chunk + value_width * rows))
+
+
+def _kernel_workspaces(rows: int, lm: CausalLM, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of the temporaries of the Triton kernels, read off their own plans: forward, backward."""
+    plans = kernels("plan")
+    (vocab, width), (_, value_width) = lm.head_weight.shape, lm.embed_weight.shape
+    tied, device = lm.embed_weight is lm.head_weight, plans.Device(*_DEVICE)
+    problem = plans.Problem(rows, vocab, width, value_width, tied, dtype.itemsize)
+    forward = plans.plan_forward(problem, device)
+    backward = plans.plan_backward(problem, device, False, False)  # the matrices are frozen
+
+    def held(plan: Any, columns: int) -> int:
+        """Partial sums of all shares in float32; the scores of a chunk, which a single pass does not keep."""
+        block = getattr(plan, "row_block", rows)
+        return block * (4 * plan.splits * columns + dtype.itemsize * getattr(plan, "chunk", 0))
+
+    return held(forward, value_width), held(backward, width)
 
 
 def _scratch(size: int) -> None:

@@ -52,9 +52,20 @@ class TracedModel:
         cut = tuple(_meta_base(config, _cut(model_config, depth))[0] for depth in (near, far))
         return cls(base, facts, cut, (facts.layers - near) / (far - near))
 
-    def memory(self, batches: Sequence[Batch], num_steps: int, *, cuda: bool = True, loss_bytes: int = 0) -> StepMemory:
+    def memory(
+        self,
+        batches: Sequence[Batch],
+        num_steps: int,
+        *,
+        cuda: bool = True,
+        loss_bytes: int = 0,
+        any_rows: bool = False,
+    ) -> StepMemory:
         """See `step_memory`."""
-        found = [step_memory(base, batches, num_steps, cuda=cuda, loss_bytes=loss_bytes) for base in self.cut]
+        found = [
+            step_memory(base, batches, num_steps, cuda=cuda, loss_bytes=loss_bytes, any_rows=any_rows)
+            for base in self.cut
+        ]
         return found[0] if len(found) == 1 else found[0].extrapolated(found[1], self.times)
 
 
@@ -67,7 +78,7 @@ class StepRows:
 
     @classmethod
     def of(cls, model: TracedModel, length: int, num_steps: int) -> StepRows:
-        return cls(*(model.memory([Batch(rows, length)], num_steps) for rows in (1, 2)))
+        return cls(*(model.memory([Batch(rows, length)], num_steps, any_rows=True) for rows in (1, 2)))
 
     def memory(self, rows: int) -> StepMemory:
         return self.one.extrapolated(self.two, rows - 1)

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 # Bytes of an element of the decoder's matrices, scales included: bitsandbytes' NF4 has one float32 for 64 elements,
 # LLM.int8 one for each row.
 QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
-# CUDA context, loaded kernels and cuBLAS' workspace; outside of PyTorch's allocator. An estimate.
+# CUDA context and loaded kernels, outside of PyTorch's allocator, and cuBLAS' workspaces, inside of it: 8 MiB, on
+# Hopper 32 MiB, for each of the two threads that multiply (forward, backward). An estimate.
 CONTEXT_BYTES = 640 << 20
 # What may be used: the rest is lost to fragmentation of PyTorch's allocator.
 USABLE = 0.95
@@ -65,7 +66,7 @@ class Plan:
 
     @property
     def allocated_bytes(self) -> int:
-        """What `torch.cuda.max_memory_allocated` is to show: all but the CUDA context."""
+        """What `torch.cuda.max_memory_allocated` is to show beside cuBLAS' workspaces: all but the CUDA context."""
         return self.total_bytes - self.memory["CUDA context"]
 
     @property

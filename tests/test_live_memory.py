@@ -11,7 +11,7 @@ import torch
 from bench.memory import peak_extra_bytes
 from bench.shapes import SHAPES, random_model
 from gircse.architecture import CausalLM
-from gircse.live_memory import Batch, LiveBytes, step_memory
+from gircse.live_memory import Batch, LiveBytes, _kernel_workspaces, step_memory
 from gircse.rollout import rollout
 from gircse.traced_model import TracedModel
 from gircse.train import lora_targets
@@ -159,3 +159,31 @@ def test_live_bytes_forget_what_dies_and_count_a_storage_once():
 def test_a_model_with_storage_is_refused():
     with pytest.raises(ValueError, match="base: got parameters with storage"):
         step_memory(tiny_model("llama"), [Batch(1, 4)], 1, cuda=False)
+
+
+@pytest.mark.parametrize(("rows", "name"), [(2, "smollm2-135m"), (48, "smollm2-135m"), (3000, "mistral-7b")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_workspace_on_a_gpu_is_what_the_launcher_allocates(rows, name, dtype):
+    """The launchers run on tensors without storage; what they allocate beside the results."""
+    from gircse_kernels.compile_report import Case, allocated_bytes
+    from gircse_kernels.plan import Device, Problem
+
+    model = random_model(shape_config(name, 1), dtype=dtype, device="meta")
+    lm = CausalLM(model, model.base_model)
+    width, tied = lm.hidden_size, lm.head_weight is lm.embed_weight
+    problem = Problem(rows, 4096, width, width, tied, dtype.itemsize)
+    whole = [
+        allocated_bytes(Case("a step", problem, str(dtype).removeprefix("torch."), what), Device(90, 132))
+        for what in ("", "hidden")
+    ]
+    for found, allocated in zip(_kernel_workspaces(rows, lm, dtype), whole, strict=True):
+        results = 2 * 4 * rows * width  # in float32, and in the dtype
+        assert found <= allocated <= found + results
+
+
+def test_a_tiny_step_is_not_charged_the_largest_workspace():
+    config = TrainConfig(dtype="float32", gradient_checkpointing=True)
+    few = TracedModel.of(config, SHAPES["smollm2-135m"].config(2))
+    batches = [Batch(2, 16), Batch(4, 16)]
+    assert few.memory(batches, 2).peak < 10 << 20
+    assert few.memory(batches, 2, any_rows=True).peak > 64 << 20

@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 
 from bench import plan_check
+from bench.shapes import SHAPES
 from gircse.traced_model import TracedModel
+from gircse.train_plan import plan
 
 
 def test_predictions_hold(tmp_path, capsys):
@@ -31,6 +33,22 @@ def test_a_prediction_that_is_off_fails(monkeypatch, capsys):
     monkeypatch.setattr(plan_check, "SMOKE_CASES", plan_check.SMOKE_CASES[:1])
     assert plan_check.main(["--smoke"]) == 1
     assert "predictions within 15%: NO" in capsys.readouterr().out
+
+
+def test_the_tiny_case_that_was_measured_on_a_gpu():
+    """On an H200 a plan of 242.3 MiB, 64 of them a workspace that a few rows do not need, was 35% too high."""
+    case = plan_check.SMOKE_CASES[1]
+    found = plan(case.config(), gpu="h200", negatives=1, model_config=SHAPES[case.shape].config(case.layers))
+    assert found.allocated_bytes == pytest.approx(242.3 / 1.35 * 2**20, rel=0.05)
+
+
+def test_on_a_gpu_the_smoke_has_cases_whose_activations_are_most_of_the_memory():
+    for case in plan_check.SMOKE_CUDA_CASES[-2:]:
+        found = plan(case.config(), gpu="h200", negatives=1, model_config=SHAPES[case.shape].config(case.layers))
+        fixed = sum(
+            found.memory[name] for name in ("frozen weights", "LoRA weights", "LoRA gradients", "AdamW moments")
+        )
+        assert fixed < 0.5 * found.allocated_bytes
 
 
 def test_options(capsys):
