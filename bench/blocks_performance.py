@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bench.big_batch import COLUMNS
+from bench import big_batch
 from bench.cases import BOTH, CASES, H100, MODELS, Case
 from bench.documents import NO_RECORD, Record, Results, block
 from bench.op_plots import plot_op_floors, plot_op_rows
 from bench.plots import draw as drawn_by
 from bench.records import describe
+from bench.suite.summary import COLUMNS, lines_of
 from bench.tables import OPS, REPLAY, Column, columns_of, markdown
 
 _FLOOR_ROWS = (1, 64, 256, 1024)
@@ -72,6 +73,22 @@ def ops_cpu(results: Results) -> str:
             figure = results.figure(name, f"soft_embed and eager PyTorch, {matrices}", record, plot_op_rows)
             parts += [_caption(results, name, record, what), markdown(_ROWS, record["points"]), figure]
     return "\n\n".join(parts) or "no record yet: `python bench/soft_embed.py --out bench/results/soft_embed-cpu.json`"
+
+
+@block("suite-gpu")
+def suite_gpu(results: Results) -> str:
+    """Every line of the GPU suite, a table for each device."""
+    devices: dict[str, list[Record]] = {}
+    for record in results.records.values():
+        if record.get("lines") and record["provenance"]["driver"]:
+            devices.setdefault(record["provenance"]["device"], []).append(record)
+    parts = []
+    for device, records in sorted(devices.items()):
+        lines = [
+            {**line, "case": line["case"] + results.mark(record)} for record in records for line in lines_of([record])
+        ]
+        parts += [f"**{device}**: {versions(records)}.", markdown(COLUMNS, lines)]
+    return "\n\n".join(parts) or NO_RECORD
 
 
 @block("ops-gpu")
@@ -151,8 +168,7 @@ def throughput_cpu(results: Results) -> str:
 
 @block("throughput-gpu")
 def throughput_gpu(results: Results) -> str:
-    command = "python bench/gpu_suite.py --out bench/results"
-    return _runs(results, "throughput", command, cuda=True)
+    return _runs(results, "throughput", "python bench/run.py --device cuda", cuda=True)
 
 
 _CORPUS = "python bench/run.py --model PATH --corpus FILE"
@@ -179,7 +195,7 @@ def training_gpu(results: Results) -> str:
 
 
 @block("big-batch")
-def big_batch(results: Results) -> str:
+def large_batches(results: Results) -> str:
     parts = []
     for name, record in results.records.items():
         if record.get("benchmark") == "big-batch":
@@ -188,7 +204,7 @@ def big_batch(results: Results) -> str:
                 f"{model['name']}, {model['dtype']}; {batch['queries']} queries with a positive each, "
                 f"{batch['length']} tokens, K = {record['num_steps']}, LoRA dropout {batch['dropout']}."
             )
-            parts += [_caption(results, name, record, what), markdown(COLUMNS, record["points"])]
+            parts += [_caption(results, name, record, what), markdown(big_batch.COLUMNS, record["points"])]
             parts.append(
                 f"Gradient caching takes {record['time_ratio']:.2f} x the time of one-shot micro-batches of the same "
                 f"total ({share:.0%} of these measured, scaled up), peak memory {record['peak_bytes'] / 1e9:.2f} GB."
@@ -205,8 +221,6 @@ def _runs(results: Results, benchmark: str, command: str, *, cuda: bool) -> str:
             figure = results.figure(name.replace("/", "-"), alt, record, drawn_by(record))
             caption = _caption(results, name, record, f"{model}; {batch}.")
             parts += [caption, markdown(columns_of(record), record["points"])]
-            if record.get("target_lines"):
-                parts.append("\n".join(f"- {line}" for line in record["target_lines"]))
             parts.append(figure)
     return "\n\n".join(parts) or f"no record yet: `{command}`"
 

@@ -205,6 +205,7 @@ def _generation(summary: str, **settings: Any) -> Engine:
 REFERENCE = "recompute"
 SINGLE_PASS = "single-pass"
 OFFICIAL_EVAL = "official-eval"
+CACHED = "cached"
 GRAPH, NO_REUSE = "graph", "graph-no-reuse"
 
 ENGINES: dict[str, Engine] = {
@@ -213,7 +214,7 @@ ENGINES: dict[str, Engine] = {
     "recompute-official": Engine(recompute_official, "the same with the reference implementation's waste"),
     "recompute-ours": Engine(recompute, "recompute on our linear layers: what the cache alone gains", stock=False),
     OFFICIAL_EVAL: Engine(official_eval, "official-style evaluation: DynamicCache, eager soft tokens", trains=False),
-    "cached": Engine(cached, "ours: the prompt once, a differentiable cache, fused soft tokens", stock=False),
+    CACHED: Engine(cached, "ours: the prompt once, a differentiable cache, fused soft tokens", stock=False),
     GRAPH: _generation("ours: the generation engine, its step a CUDA graph on a GPU"),
     NO_REUSE: _generation("the same, a shared prefix encoded for every text", reuse_prefix=False),
     "compiled": _generation("graph with torch.compile on the step", compile=True),

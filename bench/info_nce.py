@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from torch import Tensor
 from bench.floors import measure_ceilings
 from bench.info_nce_ring import ring_info_nce
 from bench.memory import give_back, peak_extra_bytes
+from bench.op_engines import WrongResultError
 from bench.provenance import provenance
 from bench.records import save, to_json
 from bench.tables import Column, table
@@ -94,7 +95,8 @@ def main() -> int:
         sizes = SMOKE if options.smoke else CUDA if device.type == "cuda" else CPU
         dtype, ceilings = getattr(torch, options.dtype), measure_ceilings(device, torch.float32)
         points = [
-            measure(size, device, dtype, options.repeats)
+            {"worst_error": check(device, dtype, size.width)}
+            | measure(size, device, dtype, options.repeats)
             | {"floor_milliseconds": ceilings.seconds([floor(size, dtype)]) * 1e3}
             for size in sizes
         ]
@@ -127,14 +129,16 @@ def floor(size: Size, dtype: torch.dtype) -> Work:
     return Work(6 * products, 2 * dtype.itemsize * vectors)
 
 
-def measure(size: Size, device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
-    error = check(device, dtype, size.width)
+def measure(
+    size: Size, device: torch.device, dtype: torch.dtype, repeats: int, names: Iterable[str] = tuple(LOSSES)
+) -> dict[str, Any]:
+    """The point of one size: times and memory of those losses, interleaved."""
     queries, docs = steps(size, device, dtype)
 
     def call(name: str) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(LOSSES[name](queries, docs).sum(), (queries, docs))
 
-    runs = {name: call(name) for name in LOSSES if name != "eager" or size.eager}
+    runs = {name: call(name) for name in names if name != "eager" or size.eager}
     gradients = sum(t.numel() * t.itemsize for t in (queries, docs))
     peaks = {}
     for name, run in runs.items():
@@ -144,7 +148,6 @@ def measure(size: Size, device: torch.device, dtype: torch.dtype, repeats: int) 
     times = interleaved(runs, device, repeats)
     return {
         **size._asdict(),
-        "worst_error": error,
         "milliseconds": {name: timing.seconds * 1e3 for name, timing in times.items()},
         "spread": {name: timing.spread for name, timing in times.items()},
         "peak_extra_bytes": peaks,
@@ -152,7 +155,11 @@ def measure(size: Size, device: torch.device, dtype: torch.dtype, repeats: int) 
 
 
 def check(device: torch.device, dtype: torch.dtype, width: int) -> float:
-    """Worst relative error of losses and gradients against float64, on a size that float64 can hold."""
+    """Worst relative error of losses and gradients against float64, on a size that float64 can hold.
+
+    Raises:
+        WrongResultError: it is more than rounding explains.
+    """
     queries, docs = steps(Size(96, 288, 3, width), device, dtype)
     wide = [t.detach().double().requires_grad_() for t in (queries, docs)]
     exact = info_nce_reference(*wide)
@@ -161,7 +168,7 @@ def check(device: torch.device, dtype: torch.dtype, width: int) -> float:
     pairs = [(losses, exact), *zip(got, wanted, strict=True)]
     worst = max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
     if not worst <= (1e-4 if dtype == torch.float32 else 8e-3):
-        raise SystemExit(f"no speed is printed: relative error {worst:.2g} against float64 on {device}")
+        raise WrongResultError(f"relative error {worst:.2g} of losses and gradients against float64 on {device}")
     return worst
 
 

@@ -1,4 +1,8 @@
-"""One case of `bench.cases` from tensors to record: correctness, then memory, then time, engine beside engine."""
+"""One case of `bench.cases` from tensors to record: time engine beside engine, memory, then whether the results agree.
+
+The clocks come first, so that a result that is wrong, or that could not be checked, still shows what it costs; the
+record says so in `agreement`.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.agreement import UNCHECKED, WRONG
 from bench.cases import Case
 from bench.memory import give_back, peak_extra_bytes
-from bench.op_engines import ENGINE_NAMES, Op, Problem, check, compiled, eager, ours
+from bench.op_engines import ENGINE_NAMES, Op, Problem, WrongResultError, check, compiled, eager, ours
 from bench.timing import Timing, enqueue_seconds, interleaved, seconds
+from bench.verdict import agreed, not_agreed
 from gircse.floors import Ceilings
 
 _OUT_OF_MEMORY = "out of memory"
-_FEWEST, _MOST = 5, 50
+_FEWEST, _MOST = 3, 50
+_REPLAYED = ("eager", "ours")
+# Rows above which no graph is captured: launches cost nothing beside the rest, and a graph holds its memory twice.
+_LAUNCHES_MATTER = 4096
 
 
 def measure(
@@ -24,33 +33,42 @@ def measure(
     embed: Tensor | None,
     ceilings: Ceilings,
     *,
-    compile_backend: str = "inductor",
-    budget: float = 2.0,
+    compile_backend: str | None = "inductor",
+    budget: float = 1.0,
 ) -> dict[str, Any]:
-    """All engines interleaved, for about `budget` seconds (at least 5 runs of each).
+    """All engines interleaved, for about `budget` seconds (at least 3 runs of each); on CUDA also eager and ours as
+    CUDA graphs, which the comparisons then take: a graph costs one launch, so the host has no part in it.
+
+    Args:
+        compile_backend: of `torch.compile`; None leaves that engine out.
 
     Eager is null in the record where it runs out of memory, `torch.compile` also where it fails otherwise.
-
-    Raises:
-        WrongResultError: before any clock has been read.
     """
     device = head.device
     problem = Problem.draw(case.rows, case.what, head, embed)
-    agreement = check(problem)
-    give_back(device)  # its float64 copies: an allocator that has to make room later does so in somebody's time
-    ops: dict[str, Op] = {"eager": eager, "compiled": compiled(compile_backend), "ours": ours}
-    runs = {name: problem.call(ops[name]) for name in ENGINE_NAMES}
+    ops: dict[str, Op] = {"eager": eager, "ours": ours}
+    if compile_backend is not None:
+        ops["compiled"] = compiled(compile_backend)
+    runs = {name: problem.call(ops[name]) for name in ENGINE_NAMES if name in ops}
     failures: dict[str, str] = {}
-    for name in ENGINE_NAMES:
-        failure = _warm_up(runs[name], name)
+    for name in list(runs):
+        failure = _warm_up(runs[name], name, device)
         if failure is not None:
             failures[name] = failure
             del runs[name]
-            give_back(device)
     peaks = {name: peak_extra_bytes(run, device) for name, run in runs.items()}
-    once = sum(seconds(run, device) for run in runs.values())
+    host: dict[str, float] = {}
+    graphs, kept, why = {}, [], {}
+    if device.type == "cuda" and case.rows <= _LAUNCHES_MATTER:
+        host = {name: enqueue_seconds(run, device, 10) * 1e6 for name, run in runs.items()}
+        graphs, kept, why = _captured(runs, device)
+    timed = {**runs, **{f"{name} replayed": run for name, run in graphs.items()}}
+    once = sum(seconds(run, device) for run in timed.values())
     repeats = max(_FEWEST, min(_MOST, int(budget / max(once, 1e-6))))
-    timings = interleaved(runs, device, repeats)
+    timings = interleaved(timed, device, repeats)
+    replayed = {name: timings.pop(f"{name} replayed") for name in graphs}
+    graphs.clear()
+    kept.clear()
     return {
         "benchmark": "op",
         "case": case.name,
@@ -63,54 +81,90 @@ def measure(
         "repeats": repeats,
         "engines": {name: _engine(timings[name], peaks[name]) if name in runs else None for name in ENGINE_NAMES},
         "failures": failures,
-        **_comparisons(timings, peaks, case.floor(ceilings)),
-        "replay": _replay(runs, device) if device.type == "cuda" and case.decodes else None,
-        "check": agreement,
+        **_comparisons(timings, replayed, peaks, case.floor(ceilings)),
+        "replay": {
+            "milliseconds": {name: timing.seconds * 1e3 for name, timing in replayed.items()},
+            "why": why,
+            "host_microseconds": host,
+        }
+        if device.type == "cuda"
+        else None,
+        "agreement": _agreement(problem),
         "compile_backend": compile_backend,
         "ceilings": vars(ceilings),
     }
 
 
 def judge(record: dict[str, Any], case: Case) -> dict[str, Any]:
-    """The record with its target and whether it is met (None: there is none)."""
-    misses = case.target.misses(record)
+    """The record with its target, and with the line that the suite's table shows."""
+    keys = ("speedup", "over_floor", "plain_speedup", "memory_ratio", "extra_bytes")
+    line = case.target.judge(
+        {
+            "case": case.name,
+            "floor": record["floor_milliseconds"],
+            "ours": record["milliseconds"],
+            "baseline": record["eager_milliseconds"],
+            **{key: record[key] for key in keys},
+        }
+    )
     asked = {name: bound for name, bound in case.target._asdict().items() if bound is not None}
-    verdict = {"targets": asked, "target": str(case.target), "misses": misses, "met": not misses if asked else None}
-    return {**record, **verdict}
+    return {**record, "targets": asked, **{key: line[key] for key in ("target", "misses", "met")}, "lines": [line]}
 
 
 def _engine(timing: Timing, peak: int) -> dict[str, Any]:
     return {"milliseconds": timing.seconds * 1e3, "spread": timing.spread, "peak_extra_bytes": peak}
 
 
-def _comparisons(timings: dict[str, Timing], peaks: dict[str, int], floor: float) -> dict[str, Any]:
-    mine = timings["ours"].seconds
-    speedups = {name: timing.seconds / mine for name, timing in timings.items() if name != "ours"}
+def _comparisons(
+    timings: dict[str, Timing], replayed: dict[str, Timing], peaks: dict[str, int], floor: float
+) -> dict[str, Any]:
+    """Ours against floor and eager: both as graphs where both could be captured, else both as plain calls."""
+    plain = {name: timing.seconds for name, timing in timings.items()}
+    pair = {name: timing.seconds for name, timing in replayed.items()}
+    if "ours" not in pair or ("eager" in plain and "eager" not in pair):
+        pair = {name: plain[name] for name in _REPLAYED if name in plain}
+    mine = pair["ours"]
     return {
+        "milliseconds": mine * 1e3,
+        "eager_milliseconds": pair["eager"] * 1e3 if "eager" in pair else None,
         "floor_milliseconds": floor * 1e3,
         "over_floor": mine / floor,
-        "speedup_over_eager": speedups.get("eager"),
-        "speedup_over_compiled": speedups.get("compiled"),
-        "speedup_over_best": min(speedups.values(), default=None),
+        "speedup": pair["eager"] / mine if "eager" in pair else None,
+        "plain_speedup": plain["eager"] / plain["ours"] if "eager" in plain else None,
+        "speedup_over_compiled": plain["compiled"] / mine if "compiled" in plain else None,
         "extra_bytes": peaks["ours"],
         "memory_ratio": peaks["ours"] / peaks["eager"] if peaks.get("eager") else None,
     }
 
 
-def _warm_up(run: Callable[[], Any], name: str) -> str | None:
-    """Three runs. -> why there is nothing to measure: another engine's lack of memory, a failed compilation. What goes
-    wrong with ours is raised."""
+def _agreement(problem: Problem) -> dict[str, Any]:
     try:
-        for _ in range(3):
-            run()
-    except Exception as error:
-        if name == "ours":
-            raise
-        if is_out_of_memory(error):
-            return _OUT_OF_MEMORY
-        if name == "eager":
-            raise
-        return first_line(error)
+        return agreed(**check(problem))
+    except WrongResultError as error:
+        return not_agreed(WRONG, str(error))
+    except Exception as error:  # the check itself needs memory that may not be there
+        return not_agreed(UNCHECKED, first_line(error))
+
+
+def _warm_up(run: Callable[[], Any], name: str, device: torch.device) -> str | None:
+    """Three runs. -> why there is nothing to measure: another engine's lack of memory, a failed compilation. What goes
+    wrong with ours is raised, after one more try with all memory that PyTorch keeps for later."""
+    for last in (False, True):
+        try:
+            for _ in range(3):
+                run()
+            return None
+        except Exception as error:
+            if is_out_of_memory(error):
+                if last and name != "ours":
+                    return _OUT_OF_MEMORY
+            elif name == "compiled":
+                return first_line(error)
+            else:
+                raise
+            if last:
+                raise
+        give_back(device)  # outside `except`: the traceback would keep tensors alive
     return None
 
 
@@ -124,22 +178,29 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
 
 
-def _replay(runs: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, Any]:
-    """Ours as a CUDA graph, which costs one launch, and the host's time to launch each engine: what a step is without
-    Python, and how much of it Python is."""
-    host = {name: enqueue_seconds(run, device) * 1e6 for name, run in runs.items()}
-    try:
-        graph = torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):  # capture wants its libraries warm on a stream that is not the default one
-            runs["ours"]()
-        torch.cuda.current_stream(device).wait_stream(side)
-        with torch.cuda.graph(graph):
-            kept = runs["ours"]()
-        graph.replay()
-        timing = interleaved({"ours": graph.replay}, device, _MOST)["ours"]
-        del kept
-    except RuntimeError as error:  # not capturable: a finding, not the end of the benchmark
-        return {"milliseconds": None, "why": first_line(error), "host_microseconds": host}
-    return {"milliseconds": timing.seconds * 1e3, "spread": timing.spread, "host_microseconds": host}
+def _captured(
+    runs: dict[str, Callable[[], Any]], device: torch.device
+) -> tuple[dict[str, Callable[[], Any]], list[Any], dict[str, str]]:
+    """-> replays of eager and ours as CUDA graphs, the results that they write to (to be kept alive while they are
+    replayed), and why one of them could not be captured."""
+    replays: dict[str, Callable[[], Any]] = {}
+    kept: list[Any] = []
+    why: dict[str, str] = {}
+    for name in _REPLAYED:
+        if name not in runs:
+            continue
+        try:
+            graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):  # capture wants its libraries warm on a stream that is not the default one
+                runs[name]()
+            torch.cuda.current_stream(device).wait_stream(side)
+            with torch.cuda.graph(graph):
+                result = runs[name]()
+            graph.replay()
+        except RuntimeError as error:  # not capturable, or no memory for it: a finding, not the end of the case
+            why[name] = first_line(error)
+        else:
+            replays[name] = graph.replay
+            kept += [graph, result]
+    return replays, kept, why

@@ -96,9 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--device: got {str(device)!r}, but PyTorch sees no GPU; --smoke is a dry run without one")
     if device.type == "cpu" and not options.smoke:
         parser.error("--device: got 'cpu', expected cuda, or cpu with --smoke")
-    cuda = device.type == "cuda"
-    check = check_on_cuda if cuda else check_on_cpu
-    smoke = SMOKE_CUDA_CASES if cuda else SMOKE_CASES
+    smoke = SMOKE_CUDA_CASES if device.type == "cuda" else SMOKE_CASES
     points = [check(case, device) for case in (smoke if options.smoke else CASES)]
     record = {
         "benchmark": "plan",
@@ -113,6 +111,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         save(record, options.out)
     print(json.dumps(record))
     return 0 if record["met"] else 1
+
+
+def check(case: PlanCase, device: torch.device) -> dict[str, Any]:
+    """One case's prediction beside what was measured."""
+    return check_on_cuda(case, device) if device.type == "cuda" else check_on_cpu(case, device)
 
 
 def check_on_cuda(case: PlanCase, device: torch.device) -> dict[str, Any]:

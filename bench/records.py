@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bench.agreement import OK, Difference
-from bench.engines import OFFICIAL_EVAL, REFERENCE
+from bench.agreement import OK, Difference, mark, worst
+from bench.engines import ENGINES, OFFICIAL_EVAL, REFERENCE
+from bench.provenance import provenance
 from bench.tables import columns_of, table
 from gircse.atomic import new_file
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from gircse.floors import ModelFacts
 
 UNSTEADY = 0.3  # spread above which a median of a few runs says little
 
@@ -119,3 +125,45 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_rounded(item) for item in value]
     return value
+
+
+def judged(rows: list[dict[str, Any]], checks: list[Difference]) -> dict[str, Any]:
+    """The points with their verdicts, those that failed apart, and what was compared."""
+    points = [row for row in rows if "failed" not in row]
+    mark(points, checks)
+    return {
+        "agreement": {"worst": worst(checks), "checks": [check.to_json() for check in checks]},
+        "points": points,
+        "failures": [row for row in rows if "failed" in row],
+    }
+
+
+def settings(options: Any, config: PretrainedConfig, facts: ModelFacts, lengths: list[int]) -> dict[str, Any]:
+    """What was asked for, of which model, and where.
+
+    Args:
+        options: of `bench.options.parse`, or an object with the same names.
+        lengths: prompt tokens of every text.
+    """
+    return {
+        "provenance": provenance(options.device),
+        "model": {
+            "name": options.name,
+            "architecture": config.model_type,
+            "random": options.model is None,
+            "truncated": options.layers is not None,
+            "dtype": options.dtype,
+            "device": options.device,
+            **facts.to_json(),
+        },
+        "batch": {
+            "texts": len(lengths),
+            "length": options.length,
+            "distribution": options.distribution,
+            "prompt_tokens": sum(lengths),
+            "seed": options.seed,
+        },
+        "engines": {name: ENGINES[name].summary for name in options.engines},
+        "num_steps": options.steps,
+        "repeats": options.repeats,
+    }

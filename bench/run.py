@@ -17,14 +17,11 @@ import torch
 from transformers import PretrainedConfig
 
 from bench import corpus, encode_check, throughput, train_check, training
-from bench.agreement import Difference, mark, worst
 from bench.batches import draw_lengths, random_batch
-from bench.engines import ENGINES
 from bench.floors import measure_ceilings
 from bench.options import parse
 from bench.plots import draw
-from bench.provenance import provenance
-from bench.records import problems, report, save, to_json
+from bench.records import judged, problems, report, save, settings, to_json
 from bench.shapes import meta_model, pretrained_model, random_model
 from gircse.architecture import CausalLM, UnsupportedModelError
 from gircse.floors import ModelFacts
@@ -83,15 +80,15 @@ def _throughput(options: argparse.Namespace, config: PretrainedConfig) -> dict[s
         shared_prefix=prefix,
         timed=timed,
     )
-    settings = _settings(options, config, facts, lengths)
-    settings["batch"] |= {"shared_prefix": prefix}
+    found = settings(options, config, facts, lengths)
+    found["batch"] |= {"shared_prefix": prefix}
     return {
         "benchmark": "throughput",
-        **settings,
+        **found,
         "latency_runs": options.latency,
         "generation": reports,
         "ceilings": vars(ceilings),
-        **_judged([point.row for point in points], checks),
+        **judged([point.row for point in points], checks),
     }
 
 
@@ -120,8 +117,8 @@ def _corpus(options: argparse.Namespace, config: PretrainedConfig) -> dict[str, 
     model = corpus.load(options.model, dtype, options.device)
     ceilings = measure_ceilings(options.device, dtype)
     checks, rows, prompts = corpus.measure(model, job, facts, ceilings, options.steps, options.repeats)
-    settings = _settings(options, config, facts, [])
-    settings["batch"] |= {
+    found = settings(options, config, facts, [])
+    found["batch"] |= {
         "texts": len(texts),
         "distribution": "corpus",
         "corpus": options.corpus.name,
@@ -129,7 +126,7 @@ def _corpus(options: argparse.Namespace, config: PretrainedConfig) -> dict[str, 
         "official_batch": options.batch,
         **prompts,
     }
-    return {"benchmark": "corpus", **settings, "ceilings": vars(ceilings), **_judged(rows, checks)}
+    return {"benchmark": "corpus", **found, "ceilings": vars(ceilings), **judged(rows, checks)}
 
 
 def _train(options: argparse.Namespace, config: PretrainedConfig) -> dict[str, Any]:
@@ -158,51 +155,10 @@ def _train(options: argparse.Namespace, config: PretrainedConfig) -> dict[str, A
         with training.workers(job, options.engines) as runners:
             rows = list(training.measure(runners, job, facts, ceilings, options.steps, options.repeats))
             checks = train_check.check(job, options.engines, runners=runners)
-    settings = _settings(options, config, facts, job.lengths())
-    settings["batch"] |= {"queries": job.queries, "negatives": job.negatives}
-    settings["checkpointing"] = list(job.checkpointing)
-    return {"benchmark": "training", **settings, "ceilings": vars(ceilings), **_judged(rows, checks)}
-
-
-def _judged(rows: list[dict[str, Any]], checks: list[Difference]) -> dict[str, Any]:
-    """The points with their verdicts, those that failed apart, and what was compared."""
-    points = [row for row in rows if "failed" not in row]
-    mark(points, checks)
-    return {
-        "agreement": {"worst": worst(checks), "checks": [check.to_json() for check in checks]},
-        "points": points,
-        "failures": [row for row in rows if "failed" in row],
-    }
-
-
-def _settings(
-    options: argparse.Namespace,
-    config: PretrainedConfig,
-    facts: ModelFacts,
-    lengths: list[int],
-) -> dict[str, Any]:
-    return {
-        "provenance": provenance(options.device),
-        "model": {
-            "name": options.name,
-            "architecture": config.model_type,
-            "random": options.model is None,
-            "truncated": options.layers is not None,
-            "dtype": options.dtype,
-            "device": options.device,
-            **facts.to_json(),
-        },
-        "batch": {
-            "texts": len(lengths),
-            "length": options.length,
-            "distribution": options.distribution,
-            "prompt_tokens": sum(lengths),
-            "seed": options.seed,
-        },
-        "engines": {name: ENGINES[name].summary for name in options.engines},
-        "num_steps": options.steps,
-        "repeats": options.repeats,
-    }
+    found = settings(options, config, facts, job.lengths())
+    found["batch"] |= {"queries": job.queries, "negatives": job.negatives}
+    found["checkpointing"] = list(job.checkpointing)
+    return {"benchmark": "training", **found, "ceilings": vars(ceilings), **judged(rows, checks)}
 
 
 def _plot(record: dict[str, Any], path: Path) -> str:

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from bench import train_check
 from bench.agreement import worst
 from bench.batches import FIXED
+from bench.engines import CACHED as OURS
 from bench.engines import ENGINES, OFFICIAL_EVAL, REFERENCE
 from bench.memory import give_back, peak_extra_bytes
 from bench.scaling_curves import Curve, Scale
 from bench.shapes import SHAPES, meta_model
 from bench.timing import interleaved
-from bench.train_cases import OURS
 from bench.training import TrainJob, step, trainable
 from bench.twin import is_half, twin
 from gircse.engine.config import available_bytes

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import io
 import json
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -31,9 +30,13 @@ from gircse_kernels import compile_report, info_nce, plan, soft_embed
 from gircse_kernels.compile_report import NUM_SMS, SHARED_LIMIT, Case
 from gircse_kernels.plan import Config, Device, Problem
 
+from bench.suite.alternatives import Alternative, using
+from bench.suite.candidates import race
+
 VOCAB = 151_936
 CANDIDATES, WIDE = 8192, 3584  # of the contrastive loss that is timed
 MANY = plan.ROW_BLOCK
+_SECONDS = 2.0  # of timing for each entry
 FORWARD = ("one_pass", "score", "weigh")
 CONTRASTIVE = (
     "score",
@@ -135,9 +138,9 @@ def candidates(slot: Slot) -> Iterator[Config]:
 def accept(slot: Slot, config: Config, arch: int) -> bool:
     """Whether every variant compiles within the limits."""
     if slot.kernel == "weigh":  # the score tile it walks
-        with using(slot, config), using(Slot("score", slot.itemsize, slot.rows, 0), _any_score(slot)):
+        with using({**alternative(slot, config), "score": _any_score(slot)._asdict()}):
             return _compiles(slot, arch)
-    with using(slot, config):
+    with using(alternative(slot, config)):
         return _compiles(slot, arch)
 
 
@@ -163,26 +166,9 @@ def _compiles(slot: Slot, arch: int) -> bool:
     return True
 
 
-class using:
-    """Inside, `slot`'s kernel runs with this config, whatever the table says."""
-
-    def __init__(self, slot: Slot, config: Config) -> None:
-        self.kernel, self.config = slot.kernel, config
-
-    def __enter__(self) -> None:
-        self.find = plan.find
-        previous, kernel, config = plan.find, self.kernel, self.config
-        plan.find = lambda name, *rest: config if name == kernel else previous(name, *rest)
-        self._forget()
-
-    def __exit__(self, *_: object) -> None:
-        plan.find = self.find
-        self._forget()
-
-    @staticmethod
-    def _forget() -> None:
-        plan.plan_forward.cache_clear()
-        plan.plan_backward.cache_clear()
+def alternative(slot: Slot, config: Config) -> Alternative:
+    """`slot`'s kernel with this config, whatever the table says."""
+    return {slot.kernel: config._asdict()}
 
 
 def choose_static(job: tuple[Slot, int]) -> dict[str, Any] | None:
@@ -196,12 +182,12 @@ def choose_measured(job: tuple[Slot, int]) -> dict[str, Any] | None:
     passing = [config for config in candidates(slot) if accept(slot, config, arch)]
     if not passing:
         return None
-    times = {}
-    for index, config in enumerate(passing):
-        with using(slot, config):
-            times[index] = _milliseconds(call(slot))
-    best = min(times, key=lambda index: times[index])
-    return {**entry(slot, passing[best]), "ms": round(times[best], 4), "tried": len(passing)}
+    alternatives = {str(index): alternative(slot, config) for index, config in enumerate(passing)}
+    found = race(call(slot), alternatives, torch.device("cuda", torch.cuda.current_device()), _SECONDS)
+    if not found.seconds:
+        return None
+    best = found.winner
+    return {**entry(slot, passing[int(best)]), "ms": round(found.seconds[best] * 1e3, 4), "tried": len(passing)}
 
 
 def call(slot: Slot) -> Callable[[], Any]:
@@ -245,20 +231,6 @@ def _contrastive_call(slot: Slot) -> Callable[[], Any]:
         rows, candidates, target, 0.02, found.peak, found.total, weight,
         grad_rows=grad_rows, need_candidates=slot.kernel == "vocab_grad",
     )  # fmt: skip
-
-
-def _milliseconds(run: Callable[[], Any], repeats: int = 15) -> float:
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
 
 
 def entry(slot: Slot, config: Config) -> dict[str, Any]:

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from bench import op_measure, soft_embed
-from bench.cases import BOTH, CASES, CPU_CASES, FORWARD, H100, MODELS, SMOKE_CASES, Case, Target
+from bench.agreement import OK, UNCHECKED, WRONG
+from bench.cases import BOTH, CASES, COMPILED, CPU_CASES, FORWARD, H100, MODELS, SMOKE_CASES, Case, Target
 from bench.memory import peak_extra_bytes
 from bench.op_engines import Problem, WrongResultError, check, draw_matrices, eager, ours
 from bench.op_measure import judge, measure
 from bench.provenance import ROOT
-from bench.timing import interleaved
+from bench.timing import Timing, interleaved
 from gircse.floors import Ceilings
 
 CEILINGS = Ceilings(flops_per_s=1e11, bytes_per_s=1e10)
@@ -49,41 +50,45 @@ def test_forward_and_backward_are_ten_tvd():
     assert Case("qwen2.5-0.5b", 1, dtype="float32").floor(H100) == pytest.approx(4 * vocab * width / 3e12)
 
 
-def test_the_list_holds_every_line_of_the_targets_in_their_order():
+def test_the_list_holds_every_target():
     names = [case.name for case in (*CASES, *CPU_CASES, *SMOKE_CASES)]
     assert len(set(names)) == len(names)
-    lines = [
-        ([True], [1, 16, 64], Target(over_floor=1.25, over_best=1.7)),
-        ([True], [256], Target(over_eager=2.0)),
-        ([False], [1, 16, 64], Target(over_floor=1.2, over_eager=1.1)),
-        ([True, False], [1024, 4096], Target(over_floor=1.35, over_eager=1.0)),
-    ]
-    start = 0
-    for tied, rows, target in lines:
-        found = [i for i, case in enumerate(CASES) if case.what == FORWARD and case.target == target]
-        assert found == list(range(start, start + len(found)))
-        assert {(CASES[i].matrices.tied, CASES[i].rows) for i in found} == {(t, r) for t in tied for r in rows}
-        start += len(found)
-
-    both = {case.model: case.target for case in CASES if (case.rows, case.what) == (1024, BOTH)}
-    assert both["llama-3.2-1b"] == Target(over_eager=1.0)
-    assert both["mistral-7b"] == Target(over_eager=0.8)
-    assert both["qwen2.5-0.5b"] == Target(over_eager=1.0, memory_ratio=0.05)
-    assert {case.target for case in CASES if case.rows == 65536} == {Target(extra_bytes=1e9)}
-    assert not any(str(case.target) for case in CASES[-8:])
+    assert set(names) >= COMPILED
+    assert len(COMPILED) == 4
+    targets = {(case.model, case.rows, case.what): case.target for case in CASES}
+    narrow, wide = ("qwen2.5-0.5b", "qwen3-0.6b"), "llama-3.2-1b"
+    for model in narrow:
+        assert targets[model, 1, FORWARD] == Target(2.0, over_floor=1.4, plain_speedup=1.0)
+        assert targets[model, 16, FORWARD] == Target(2.0, over_floor=1.4)
+    assert targets[wide, 1, FORWARD] == targets[wide, 16, FORWARD] == Target(1.3)
+    for rows, speedup in ((32, 1.4), (64, 1.1), (256, 1.0)):
+        assert {targets[model, rows, FORWARD] for model in (narrow[0], wide)} == {Target(speedup)}
+    untied = [case for case in CASES if not case.matrices.tied and case.what == FORWARD]
+    assert {case.rows for case in untied} == {1, 64, 1024, 4096}
+    assert {case.target for case in untied} == {Target(1.0)}
+    assert targets[narrow[0], 64, BOTH] == Target(1.15)
+    assert targets[narrow[0], 1024, BOTH] == Target(0.85, memory_ratio=1 / 12)
+    assert targets[wide, 1024, BOTH] == targets["mistral-7b", 1024, BOTH] == Target(0.78)
+    assert targets["qwen2.5-7b", 1024, BOTH] == Target(0.78, memory_ratio=1 / 12)
+    assert targets[narrow[0], 65536, BOTH] == Target(extra_bytes=1e9)
 
 
 def test_targets():
-    target = Target(over_floor=1.25, over_best=1.7)
-    record = {"over_floor": 1.25, "speedup_over_best": 1.7}
-    assert target.misses(record) == []
-    assert target.misses({**record, "over_floor": 1.3}) == ["<= 1.25x floor: 1.3"]
-    assert target.misses({"over_floor": 2.0, "speedup_over_best": 1.0}) == ["<= 1.25x floor: 2", ">= 1.7x best: 1"]
-    assert target.misses({**record, "speedup_over_best": None}) == []  # nothing else could run
-    assert Target(extra_bytes=1e9).misses({"extra_bytes": 2_000_000_000}) == ["< 1 GB extra: 2e+09"]
-    assert Target(over_eager=1.0).misses({"speedup_over_eager": float("nan")}) != []
+    target = Target(1.7, over_floor=1.25)
+    line = {"over_floor": 1.25, "speedup": 1.7}
+    assert target.misses(line) == []
+    assert target.judge(line) == {**line, "target": ">= 1.7x, <= 1.25 floor", "misses": [], "met": True}
+    assert target.misses({**line, "over_floor": 1.3}) == ["<= 1.25 floor: 1.3"]
+    assert target.misses({"over_floor": 2.0, "speedup": 1.0}) == [">= 1.7x: 1", "<= 1.25 floor: 2"]
+    assert target.misses({**line, "speedup": None}) == []  # the baseline could not run
+    assert Target(extra_bytes=1e9).misses({"extra_bytes": 2_000_000_000}) == ["< 1 GB: 2e+09"]
+    assert Target(1.0).misses({"speedup": float("nan")}) != []
+    assert Target(milliseconds=8, over_zero=1.25).misses({"milliseconds": 9, "over_zero": 1.3}) == [
+        "<= 8 ms: 9",
+        "<= 1.25 K=0: 1.3",
+    ]
     assert Target().misses({}) == []
-    assert str(target) == "<= 1.25x floor, >= 1.7x best"
+    assert Target().judge({})["met"] is None
 
 
 def _problem(what: str = BOTH, rows: int = 50, model: str = "tiny-untied") -> Problem:
@@ -148,20 +153,45 @@ def _measure(case: Case, **options):
 
 
 def test_a_record():
-    case = Case("tiny-tied", 37, BOTH, "float32", Target(over_floor=1e9, over_eager=1e9))
+    case = Case("tiny-tied", 37, BOTH, "float32", Target(1e9, over_floor=1e9))
     record = _measure(case)
     mine, theirs, other = (record["engines"][name]["milliseconds"] for name in ("ours", "eager", "compiled"))
     assert record["floor_milliseconds"] == pytest.approx(case.floor(CEILINGS) * 1e3)
     assert record["over_floor"] == pytest.approx(mine / record["floor_milliseconds"])
-    assert record["speedup_over_eager"] == pytest.approx(theirs / mine)
+    assert (record["milliseconds"], record["eager_milliseconds"]) == (mine, theirs)
+    assert record["speedup"] == record["plain_speedup"] == pytest.approx(theirs / mine)
     assert record["speedup_over_compiled"] == pytest.approx(other / mine)
-    assert record["speedup_over_best"] == pytest.approx(min(theirs, other) / mine)
     assert record["memory_ratio"] == record["extra_bytes"] / record["engines"]["eager"]["peak_extra_bytes"]
     assert record["met"] is False
     assert len(record["misses"]) == 1
-    assert record["targets"] == {"over_floor": 1e9, "over_eager": 1e9}
+    assert record["targets"] == {"speedup": 1e9, "over_floor": 1e9}
+    assert record["agreement"]["verdict"] == OK
     assert record["replay"] is None
+    (line,) = record["lines"]
+    assert (line["case"], line["ours"], line["baseline"], line["met"]) == (case.name, mine, theirs, False)
     assert json.loads(json.dumps(record)) == record
+
+
+def test_graphs_are_compared_where_both_could_be_captured():
+    plain = {name: Timing.of([seconds]) for name, seconds in (("ours", 4.0), ("eager", 6.0))}
+    graphs = {name: Timing.of([seconds]) for name, seconds in (("ours", 1.0), ("eager", 2.0))}
+
+    def compared(replayed):
+        found = op_measure._comparisons(plain, replayed, {"ours": 3, "eager": 4}, 0.5)
+        return found["milliseconds"], found["speedup"], found["plain_speedup"]
+
+    assert compared(graphs) == (1e3, 2.0, 1.5)
+    assert compared({"ours": graphs["ours"]}) == (4e3, 1.5, 1.5)  # never a graph against plain calls
+    assert compared({}) == (4e3, 1.5, 1.5)
+    alone = op_measure._comparisons({"ours": plain["ours"]}, {"ours": graphs["ours"]}, {"ours": 3}, 0.5)
+    assert (alone["milliseconds"], alone["speedup"], alone["memory_ratio"]) == (1e3, None, None)
+
+
+def test_without_a_compiled_engine():
+    matrices = draw_matrices(SMOKE_CASES[0].matrices, torch.float32, CPU)
+    record = measure(SMOKE_CASES[0], *matrices, CEILINGS, compile_backend=None, budget=0.02)
+    assert record["engines"]["compiled"] is None
+    assert record["failures"] == {}
 
 
 def test_what_cannot_run_is_null(monkeypatch):
@@ -173,12 +203,12 @@ def test_what_cannot_run_is_null(monkeypatch):
 
     monkeypatch.setattr(op_measure, "eager", too_big)
     monkeypatch.setattr(op_measure, "compiled", lambda backend: no_compiler)
-    record = _measure(replace(SMOKE_CASES[0], target=Target(over_eager=2.0, extra_bytes=1e9)))
+    record = _measure(replace(SMOKE_CASES[0], target=Target(2.0, extra_bytes=1e9)))
     assert record["engines"]["eager"] is None
     assert record["engines"]["compiled"] is None
     assert record["failures"]["eager"] == "out of memory"
     assert record["failures"]["compiled"].endswith("no working C++ compiler")
-    assert record["speedup_over_eager"] is record["speedup_over_best"] is record["memory_ratio"] is None
+    assert record["speedup"] is record["plain_speedup"] is record["memory_ratio"] is None
     assert record["met"] is True
     assert record["engines"]["ours"]["milliseconds"] > 0
 
@@ -191,6 +221,35 @@ def test_other_failures_are_raised(monkeypatch, name, error):
     monkeypatch.setattr(op_measure, name, broken)
     with pytest.raises(type(error)):
         _measure(SMOKE_CASES[0])
+
+
+def test_memory_that_was_kept_for_later_is_given_back_once(monkeypatch):
+    calls = []
+
+    def full_at_first(hidden, head, embed):
+        calls.append(len(hidden))
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return ours(hidden, head, embed)
+
+    given_back = []
+    monkeypatch.setattr(op_measure, "ours", full_at_first)
+    monkeypatch.setattr(op_measure, "give_back", given_back.append)
+    assert _measure(SMOKE_CASES[0])["failures"] == {}
+    assert given_back == [CPU]
+
+
+@pytest.mark.parametrize(("wrong", "verdict"), [(_cold, WRONG), (None, UNCHECKED)])
+def test_a_speed_is_shown_whatever_the_check_says(monkeypatch, wrong, verdict):
+    def checked(problem):
+        if wrong is None:
+            raise torch.OutOfMemoryError("no room for float64")
+        return check(problem, wrong)
+
+    monkeypatch.setattr(op_measure, "check", checked)
+    record = _measure(SMOKE_CASES[0])
+    assert record["agreement"]["verdict"] == verdict
+    assert record["milliseconds"] > 0
 
 
 def test_peak_memory_on_the_cpu():

@@ -1,62 +1,62 @@
-"""The one command: what it measures, when it stops, what it does not measure again. Tiny shapes, no GPU."""
+"""The one command: what it measures, what it does when something fails, when it stops. Tiny shapes, no GPU."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import gpu_suite, op_measure
-from bench.cases import SMOKE_CASES
-from bench.engine_cases import ENGINE_CASES, SMOKE_ENGINE_CASES
+from bench import gpu_suite, op_engines, op_measure, records
+from bench.cases import CASES, SMOKE_CASES
+from bench.engines import Generation
 from bench.op_engines import eager
-from bench.options import parse
 from bench.provenance import ROOT
+from bench.suite import loss, models, ops, plan, precompile, session, summary, tests
+from bench.suite.model_cases import ENCODINGS, SMOKE_ENCODINGS, SMOKE_TRAINING, TRAINING
+from bench.tables import table
 from gircse.floors import Ceilings
 
-NAMES = [case.name for case in SMOKE_CASES]
-THROUGHPUT = "throughput-smollm2-135m"
-ENGINE, TRAINING = "engine-smoke", "training-smoke"
+OPS = [case.name for case in SMOKE_CASES]
+MODELS = [case.name for case in (*SMOKE_ENCODINGS, *SMOKE_TRAINING)]
+LOSS = "info_nce-B40-M80-D24"
+COMPILED = {"kernels": 3, "compiled": 3, "cached": 0, "failed": [], "unfinished": 0, "seconds": 1.0}
 
 
 class Runner:
-    """Runs main() with --smoke. `bench/run.py` is replaced, and so are the tests of `tests/gpu`: by those in a folder
-    where `real_tests` is set, else by a line that says that they passed."""
+    """Runs main() with --smoke in this process. Nothing is compiled beforehand; `tests/gpu` is a folder of its own,
+    whose tests are taken to pass unless `write_test` says otherwise."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.out, self.tests = folder / "out", folder / "tests"
         self.records = self.out / "cpu"
         self.measured: list[str] = []
-        self.commands: list[list[str]] = []
-        self.throughput_code, self.real_tests, self.plan_met = 0, False, True
-        self.tests.mkdir()
+        self.compiled: list[list[str]] = []
+        self.counts: dict = COMPILED
+        self.tests.mkdir(exist_ok=True)
+        self.real_tests = False
         self.write_test("assert True")
-        run, measure = gpu_suite._run, gpu_suite.measure
-        monkeypatch.setattr(gpu_suite, "TESTS", self.tests)
-        monkeypatch.setattr(gpu_suite, "measure_ceilings", lambda *_, **__: Ceilings(1e11, 1e10))
+        measure, run_command = ops.measure, tests.run_command
+        patch.setattr(tests, "FOLDER", self.tests)
+        patch.setattr(session, "measure_ceilings", lambda *_, **__: Ceilings(1e11, 1e10))
+        patch.setattr(precompile, "run", lambda sections, *_, **__: self.compiled.append(sections) or self.counts)
 
         def counted(case, *args, **kwargs):
             self.measured.append(case.name)
             return measure(case, *args, **kwargs)
 
         def run_or_pretend(command: list[str], seconds: float) -> tuple[int, str]:
-            self.commands.append(command)
-            if "pytest" in command and not self.real_tests:
-                return 0, "=== 1 passed in 0.01s ==="
-            if "pytest" in command:
-                return run([*command, "-p", "no:cacheprovider"], seconds)
-            if self.throughput_code == 0:
-                record = {"benchmark": "throughput", "provenance": gpu_suite.provenance("cpu")}
-                Path(command[command.index("--out") + 1]).write_text(json.dumps(record | {"met": self.plan_met}))
-            return self.throughput_code, "a table\n{}"
+            self.measured.append("tests")
+            return run_command(command, seconds) if self.real_tests else (0, "=== 1 passed in 0.01s ===")
 
-        monkeypatch.setattr(gpu_suite, "measure", counted)
-        monkeypatch.setattr(gpu_suite, "_run", run_or_pretend)
+        patch.setattr(ops, "measure", counted)
+        patch.setattr(tests, "run_command", run_or_pretend)
 
     def write_test(self, body: str) -> None:
         self.real_tests = body != "assert True"
@@ -64,11 +64,13 @@ class Runner:
 
     def __call__(self, *arguments: str) -> int:
         self.measured.clear()
-        self.commands.clear()
         return gpu_suite.main(["--out", str(self.out), "--smoke", *arguments])
 
     def record(self, name: str) -> dict:
         return json.loads((self.records / f"{name}.json").read_text())
+
+    def lines(self) -> dict[str, dict]:
+        return {line["case"]: line for line in self.record("summary")["lines"]}
 
 
 @pytest.fixture
@@ -76,155 +78,318 @@ def suite(tmp_path, monkeypatch) -> Runner:
     return Runner(tmp_path, monkeypatch)
 
 
-def test_everything_in_order_and_nothing_twice(suite, capsys, monkeypatch):
-    assert suite() == 0
-    assert suite.measured == NAMES
-    assert [command[1:3] for command in suite.commands] == [
-        ["-m", "pytest"],
-        [str(ROOT / "bench/info_nce.py"), "--smoke"],
-        [str(ROOT / "bench/run.py"), "--shape"],
-        [str(ROOT / "bench/plan_check.py"), "--smoke"],
-        [str(ROOT / "bench/run.py"), "--shape"],
-        [str(ROOT / "bench/run.py"), "--train"],
-    ]
-    printed = capsys.readouterr().out
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """The whole dry run, once: the runner, what was printed, the exit code, what was measured."""
+    folder, printed = tmp_path_factory.mktemp("suite"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        runner = Runner(folder, patch)
+        code = runner("--profile")
+    return runner, printed.getvalue(), code, list(runner.measured)
+
+
+def test_everything_is_measured_in_the_order_of_its_worth(everything):
+    runner, printed, code, measured = everything
+    assert code == 0
+    assert measured == ["tests", *OPS]
+    assert runner.compiled[0] == list(gpu_suite.SECTIONS)
+    assert "compiled for sm_90: 3 kernels" in printed
+    names = {path.stem for path in runner.records.glob("*.json")}
+    assert names == {"tests", *OPS, *MODELS, LOSS, "plan", "summary"}
+    for name in names:
+        assert {"device", "torch", "triton", "driver", "date", "sources"} <= runner.record(name)["provenance"].keys()
     header = next(line for line in printed.splitlines() if line.startswith("case "))
-    assert all(word in header for word in ("ours ms", "floor ms", "x eager", "x compiled", "target", "met"))
-    assert "1 passed" in printed
-    for name in NAMES:
-        record = suite.record(name)
-        assert {"device", "torch", "triton", "driver", "date", "sources"} <= record["provenance"].keys()
-        assert set(record["engines"]) == {"eager", "compiled", "ours"}
-        assert record["compile_backend"] == "aot_eager"
-    summary = suite.record("summary")
-    assert [record["case"] for record in summary["cases"]] == NAMES
-    # the cases of the engine and of training have no points here: a figure that cannot be measured is not met
-    assert (summary["met"], summary["with_target"]) == (2, 5)
-    assert list(summary["engine"]) == [ENGINE, TRAINING]
-    for lines in summary["engine"].values():
-        assert all(line.endswith("not measured, NOT met") for line in lines)
-    assert summary["skipped"] == summary["problems"] == []
-
-    assert suite() == 0  # again: nothing is run, the summary is the same
-    assert suite.measured == suite.commands == []
-    again = suite.record("summary")
-    assert again["cases"] == summary["cases"]
-
-    (suite.records / f"{NAMES[1]}.json").write_text('{"half a rec')  # as no write of ours leaves it
-    (suite.records / f"{THROUGHPUT}.json").unlink()
-    assert suite() == 0
-    assert suite.measured == [NAMES[1]]
-    assert len(suite.commands) == 1
-
-    provenance = gpu_suite.provenance
-    monkeypatch.setattr(gpu_suite, "provenance", lambda device: {**provenance(device), "sources": "another"})
-    assert suite() == 0
-    assert suite.measured == NAMES
-    assert len(suite.commands) == 6
-    assert suite.record(NAMES[0])["provenance"]["sources"] == "another"
+    assert header.split() == ["case", "floor", "ms", "ours", "baseline", "x", "target", "met"]
+    lines = runner.lines()
+    assert list(lines)[: len(OPS)] == OPS
+    assert [name for name in lines if name.startswith(("encode", "train"))] == [
+        f"{name}, K = {k}" for name in MODELS for k in (0, 2)
+    ]
+    assert {line["met"] for line in lines.values()} == {None, True, False}
+    for name, line in lines.items():
+        assert name.startswith("plan") or (line["ours"] > 0 and line["floor"] > 0 and line["baseline"] > 0)
+    assert runner.record("summary")["skipped"] == runner.record("summary")["problems"] == []
 
 
-def test_another_engine_is_measured_again(suite, monkeypatch):
-    assert suite("--only", "engine") == 0
-    assert len(suite.commands) == 2  # the tests and the engine's case
-    monkeypatch.setattr(gpu_suite, "engine_hash", lambda: "another")
-    assert suite("--only", "engine") == 0
-    assert len(suite.commands) == 1
+def test_records_of_models_are_those_of_run_py(everything):
+    """So the documents render them like any other."""
+    runner, *_ = everything
+    for name, benchmark in zip(MODELS, ("throughput", "training"), strict=True):
+        record = runner.record(name)
+        assert record["benchmark"] == benchmark
+        assert record["agreement"]["verdict"] == "ok"
+        assert len(record["agreement"]["checks"]) >= 2
+        assert {(point["engine"], point["num_steps"]) for point in record["points"]} == {
+            (engine, k) for engine in record["engines"] for k in (0, 2)
+        }
+        assert records.describe(record)[0].startswith("smollm2-135m (")
+        assert "official" in records.report(record) or "recompute" in records.report(record)
+
+
+def test_a_wrong_model_is_shown_and_marked(suite, monkeypatch):
+    """The engine forgets the last step of everything."""
+    states = Generation.__call__
+
+    def one_step_less(self, lm, ids, mask, num_steps):
+        found = states(self, lm, ids, mask, num_steps)
+        return torch.cat([found[:, :1], found[:, :-1]], dim=1) if num_steps else found
+
+    monkeypatch.setattr(Generation, "__call__", one_step_less)
+    assert suite("--only", "engine") == 1
+    (problem,) = suite.record("summary")["problems"]
+    assert problem.startswith(f"{MODELS[0]}: WRONG: graph disagrees with recompute on ")
+    lines = suite.lines()
+    assert [lines[f"{MODELS[0]}, K = {k}"]["ours"] > 0 for k in (0, 2)] == [True, True]
+    assert lines[f"{MODELS[0]}, K = 2"]["met"] is False
+
+
+def test_a_model_that_could_not_be_checked_is_marked(suite, monkeypatch):
+    def no_room(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(models.encode_check, "check", no_room)
+    assert suite("--only", "engine") == 1
+    assert suite.record("summary")["problems"] == [f"{MODELS[0]}: UNCHECKED: out of memory"]
+    assert suite.record(MODELS[0])["points"][0]["seconds"] > 0
+
+
+def test_an_engine_that_fails_costs_the_baseline_nothing(suite, monkeypatch):
+    def broken(self, *_):
+        raise RuntimeError("cannot be captured")
+
+    monkeypatch.setattr(Generation, "__call__", broken)
+    assert suite("--only", "engine") == 1
+    problems = suite.record("summary")["problems"]
+    assert any("FAILED: graph from K = 0 on: RuntimeError: cannot be captured" in line for line in problems)
+    line = suite.lines()[f"{MODELS[0]}, K = 2"]
+    assert line["ours"] is None
+    assert line["baseline"] > 0
+    assert line["met"] is False
+
+
+def test_the_profile_says_where_the_time_goes(everything):
+    runner, *_ = everything
+    pages = {path.name: path.read_text() for path in runner.records.glob("profile-*.txt")}
+    assert len(pages) == 3
+    assert {name.split("-")[1] for name in pages} == {"prefill", "decode", "train"}
+    for page in pages.values():
+        assert "wall" in page
+        assert "launches" in page
+        assert "costliest of" in page
+        assert "aten::mm" in page
+        assert "ncalls" in page
+    decode = next(page for name, page in pages.items() if name.startswith("profile-decode"))
+    assert "a step of 2: wall" in decode
+
+
+def test_a_second_call_goes_on(everything, monkeypatch):
+    runner = Runner(everything[0].out.parent, monkeypatch)
+    before = runner.lines()
+    monkeypatch.setattr(models, "_encoding", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(models, "_train", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(loss, "_measured", lambda *_: pytest.fail("measured again"))
+    assert runner() == 0
+    assert runner.measured == []
+    assert runner.lines() == before
+
+    (runner.records / f"{OPS[1]}.json").write_text('{"half a rec')  # as no write of ours leaves it
+    assert runner() == 0
+    assert runner.measured == [OPS[1]]
+
+
+def test_other_sources_are_measured_again(suite, monkeypatch):
+    assert suite("--only", "ops") == 0
+    assert suite("--only", "ops") == 0
+    assert suite.measured == []
+    provenance = session.provenance
+    for key in ("sources", "engine_sources"):
+        monkeypatch.setattr(session, "provenance", lambda device, key=key: {**provenance(device), key: "another"})
+        assert suite("--only", "ops") == 0
+        assert suite.measured == OPS
+
+
+def test_a_failing_test_costs_no_figure(suite, capsys):
+    suite.write_test("assert 1 == 2, 'the kernels are wrong'")
+    assert suite("--only", "tests,ops") == 1
+    assert suite.measured == ["tests", *OPS]
+    assert "the kernels are wrong" in (suite.records / "tests.txt").read_text()
+    assert suite.record("tests")["exit_code"] == 1
+    (problem,) = suite.record("summary")["problems"]
+    assert "tests/gpu failed (exit code 1)" in problem
+    printed = capsys.readouterr().out
+    assert "FAILED" in printed
+    assert "the kernels are wrong" in printed
+    assert list(suite.lines()) == OPS
+
+    suite.write_test("assert True")  # a failure is not kept
+    assert suite("--only", "tests,ops") == 0
+    assert suite.measured == ["tests"]
 
 
 def test_changed_tests_run_again(suite):
-    assert suite("--only", "nothing") == 0
-    suite.write_test("assert 1")
-    assert suite("--only", "nothing") == 0
-    assert len(suite.commands) == 1
-
-
-def test_a_failing_test_stops_everything(suite, capsys):
-    suite.write_test("assert 1 == 2, 'the kernels are wrong'")
-    assert suite() == 1
+    assert suite("--only", "tests") == 0
+    assert suite("--only", "tests") == 0
     assert suite.measured == []
-    assert len(suite.commands) == 1
-    assert sorted(path.name for path in suite.records.iterdir()) == ["tests.json", "tests.txt"]
-    assert "the kernels are wrong" in (suite.records / "tests.txt").read_text()
-    assert suite.record("tests")["exit_code"] == 1
-    printed = capsys.readouterr().out
-    assert "the kernels are wrong" in printed
-    assert "nothing is measured" in printed
-
-    suite.write_test("assert True")  # a failure is not kept
-    assert suite("--only", NAMES[0]) == 0
-    assert suite.measured == [NAMES[0]]
+    suite.write_test("assert 1")
+    assert suite("--only", "tests") == 0
+    assert suite.measured == ["tests"]
 
 
 def test_skipped_tests_are_fine_without_a_gpu(suite):
     suite.real_tests = True
     (suite.tests / "test_it.py").write_text("import pytest\npytest.skip('no GPU', allow_module_level=True)\n")
-    assert suite("--only", "nothing") == 0
+    assert suite("--only", "tests") == 0
     assert suite.record("tests")["exit_code"] == 5
 
 
-def test_eager_out_of_memory_is_recorded(suite, monkeypatch, capsys):
+def test_a_case_that_raises_costs_no_other(suite, monkeypatch):
+    def broken(hidden, head, embed=None, **_):
+        if len(hidden) == 5:
+            raise RuntimeError("an illegal instruction was encountered\nand more")
+        return eager(hidden, head, embed)
+
+    monkeypatch.setattr(op_engines, "soft_embed", broken)
+    assert suite("--only", "ops,loss") == 1
+    assert list(suite.lines()) == [OPS[0], OPS[2], LOSS]
+    assert suite.record("summary")["problems"] == [f"{OPS[1]}: RuntimeError: an illegal instruction was encountered"]
+    assert "in broken" in (suite.records / f"{OPS[1]}-error.txt").read_text()
+
+
+def test_a_section_that_raises_costs_no_other(suite, monkeypatch):
+    monkeypatch.setattr(loss, "run", lambda *_: 1 / 0)
+    assert suite("--only", "loss,plan,ops") == 1
+    assert {*OPS} < suite.lines().keys()
+    assert any(name.startswith("plan") for name in suite.lines())
+    assert suite.record("summary")["problems"] == ["loss: ZeroDivisionError: division by zero"]
+
+
+def test_a_wrong_result_is_shown_and_marked(suite, monkeypatch, capsys):
+    right = op_engines.soft_embed
+
+    def wrong(hidden, head, embed=None, **_):
+        return eager(hidden, head, embed) * (1.01 if len(hidden) == 7 else 1.0)
+
+    monkeypatch.setattr(op_engines, "soft_embed", wrong)
+    assert suite("--only", "ops") == 1
+    (problem,) = suite.record("summary")["problems"]
+    assert problem.startswith(f"{OPS[2]}: WRONG: ")
+    line = suite.lines()[OPS[2]]
+    assert line["ours"] > 0
+    assert line["met"] is False  # although its bound is reached
+    row = next(row for row in capsys.readouterr().out.splitlines() if row.startswith(OPS[2]))
+    assert row.split()[-1] == "WRONG"
+
+    monkeypatch.setattr(op_engines, "soft_embed", right)  # what was wrong is measured again, the rest is not
+    assert suite("--only", "ops") == 0
+    assert suite.measured == [OPS[2]]
+
+
+def test_a_result_that_was_not_checked_is_marked(suite, monkeypatch, capsys):
+    def no_room(problem):
+        raise torch.OutOfMemoryError("no room for float64")
+
+    monkeypatch.setattr(op_measure, "check", no_room)
+    assert suite("--only", "ops") == 1
+    assert all("UNCHECKED: OutOfMemoryError: no room" in line for line in suite.record("summary")["problems"])
+    assert len(suite.record("summary")["problems"]) == len(OPS)
+    assert capsys.readouterr().out.count("UNCHECKED\n") == len(OPS)
+
+
+def test_a_wrong_loss_is_shown_and_marked(suite, monkeypatch):
+    def wrong(*_):
+        raise op_engines.WrongResultError("relative error 0.5")
+
+    monkeypatch.setattr(loss, "check", wrong)
+    assert suite("--only", "loss") == 1
+    assert suite.record("summary")["problems"] == [f"{LOSS}: WRONG: relative error 0.5"]
+    assert suite.lines()[LOSS]["ours"] > 0
+
+
+def test_eager_out_of_memory_is_recorded(suite, monkeypatch):
     def too_big(hidden, head, embed):
         if len(hidden) > 6:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return eager(hidden, head, embed)
 
     monkeypatch.setattr(op_measure, "eager", too_big)
-    assert suite("--only", "tiny-untied") == 0
-    record = suite.record(NAMES[2])
-    assert record["rows"] == 7
-    assert record["engines"]["eager"] is None
+    assert suite("--only", "ops") == 0
+    record = suite.record(OPS[2])
     assert record["failures"] == {"eager": "out of memory"}
-    assert record["speedup_over_eager"] is None
-    assert record["engines"]["ours"]["milliseconds"] > 0
-    assert "out of memory" in capsys.readouterr().out
+    assert suite.lines()[OPS[2]]["baseline"] is None
+    assert suite.lines()[OPS[2]]["met"] is True
 
 
-def test_wrong_results_are_never_timed(suite, monkeypatch, capsys):
-    from bench import op_engines
+def test_a_plan_that_was_off_is_a_problem_every_time(suite, monkeypatch):
+    errors, checked = [0.2], []
 
-    def wrong(hidden, head, embed, **_):
-        return eager(hidden, head, embed) * (1.01 if len(hidden) == 5 else 1.0)
+    def check(case, device):
+        checked.append(case)
+        return {"error": errors[0]}
 
-    monkeypatch.setattr(op_engines, "soft_embed", wrong)
-    assert suite() == 1
-    assert not (suite.records / f"{NAMES[1]}.json").exists()
-    assert (suite.records / f"{NAMES[2]}.json").exists()  # the others keep their turn
-    (problem,) = suite.record("summary")["problems"]
-    assert problem.startswith(f"{NAMES[1]}: no speed is reported")
-
-
-def test_a_throughput_run_that_fails(suite):
-    suite.throughput_code = 1
-    assert suite("--only", "throughput") == 1
-    (problem,) = suite.record("summary")["problems"]
-    assert "bench/run.py ended with exit code 1" in problem
-
-
-def test_a_plan_that_was_off_is_checked_again(suite):
-    suite.plan_met = False
+    monkeypatch.setattr(plan.plan_check, "check", check)
     for _ in range(2):
-        suite("--only", "plan")
-        assert [Path(command[1]).name for command in suite.commands if "pytest" not in command] == ["plan_check.py"]
-    suite.plan_met = True
-    suite("--only", "plan")
-    suite("--only", "plan")
-    assert suite.commands == []
+        checked.clear()
+        assert suite("--only", "plan") == 1
+        assert len(checked) == 2
+    errors[0] = -0.1
+    assert suite("--only", "plan") == 0
+    checked.clear()
+    assert suite("--only", "plan") == 0
+    assert checked == []
+    assert "plan of 2 steps: worst error -10.0%" in suite.lines()
 
 
-def test_what_does_not_fit_is_skipped(suite, capsys):
-    assert suite("--only", "nothing") == 0  # the tests have passed
-    assert suite("--minutes", "0.01") == 0
-    assert suite.measured == suite.commands == []
-    assert suite.record("summary")["skipped"] == [*NAMES, "info_nce", THROUGHPUT, "plan", ENGINE, TRAINING]
-    assert f"skipped: {NAMES[0]} takes about" in capsys.readouterr().out
+def test_what_does_not_fit_is_named_and_a_second_call_goes_on(suite, capsys):
+    assert suite("--minutes", "0.0001", "--only", "ops,engine,training,loss,plan") == 0
+    assert suite.measured == []
+    skipped = suite.record("summary")["skipped"]
+    assert skipped == [*OPS, *MODELS, LOSS, *(f"plan {case.shape}" for case in plan.plan_check.SMOKE_CASES)]
+    printed = capsys.readouterr().out
+    assert f"skipped: {OPS[0]} takes about" in printed
+    assert f"no time for: {OPS[0]}" in printed
+    assert suite("--only", "ops") == 0
+    assert suite.measured == OPS
 
 
-def test_a_test_run_without_end_is_stopped(suite, capsys):
-    suite.write_test("import time; time.sleep(30)")
-    assert suite("--minutes", "0.03") == 1
-    assert suite.record("tests")["exit_code"] == 124
-    assert "no time left" in capsys.readouterr().out
+def test_tests_without_end_are_stopped_with_their_processes(suite):
+    marker = suite.tests / "alive"
+    child = f"import time; [(open({str(marker)!r}, 'a').write('x'), time.sleep(0.1)) for _ in range(300)]"
+    suite.write_test(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])")
+    suite.real_tests = True
+    before = tests._SECONDS
+    try:
+        tests._SECONDS = 6.0
+        assert suite("--only", "tests,ops") == 1
+    finally:
+        tests._SECONDS = before
+    assert suite.record("tests")["exit_code"] == tests.TIMED_OUT
+    assert list(suite.lines()) == OPS
+    size = marker.stat().st_size if marker.exists() else 0
+    assert suite("--only", "loss") == 0  # some time passes
+    assert (marker.stat().st_size if marker.exists() else 0) <= size + 1
+
+
+def test_kernels_that_do_not_compile_are_problems(suite, capsys):
+    suite.counts = {**COMPILED, "failed": ["one_pass_kernel: PTXASError: no registers"], "unfinished": 2}
+    assert suite("--only", "ops") == 1
+    assert suite.record("summary")["problems"] == ["not compiled: one_pass_kernel: PTXASError: no registers"]
+    assert "2 not in time" in capsys.readouterr().out
+    assert list(suite.lines()) == OPS
+
+
+def test_the_table_fits_on_one_screen():
+    """Of the full run, with every target and wide numbers."""
+    times = {"floor": 12.34567, "ours": 1234.567, "baseline": 1234.567, "speedup": 12.345}
+    lines = [case.target.judge({"case": case.name, **times}) for case in CASES]
+    for case in (*ENCODINGS, *TRAINING):
+        lines += [target.judge({"case": f"{case.name}, K = {k}", **times}) for k, target in case.targets.items()]
+    lines += [
+        loss._TARGET.judge({"case": f"info_nce-B{s.rows}-M{s.candidates}-D{s.width}", **times}) for s in loss.SIZES
+    ]
+    lines.append({"case": "plan of 5 steps: worst error +12.3%", "target": "within 15%", "met": True})
+    text = table(summary.COLUMNS, lines).splitlines()
+    assert len(text) <= 52
+    assert max(map(len, text)) <= 120
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
@@ -234,6 +399,9 @@ def test_a_test_run_without_end_is_stopped(suite, capsys):
         (["--out", "x"], "--device: got 'cuda', but PyTorch sees no GPU; --smoke"),
         (["--out", "x", "--device", "cpu"], "--device: got 'cpu', expected cuda, or cpu with --smoke"),
         (["--out", "x", "--smoke", "--minutes", "0"], "--minutes: got 0"),
+        (["--out", "x", "--smoke", "--jobs", "0"], "--jobs: got 0"),
+        (["--out", "x", "--smoke", "--only", "ops,speed"], "--only: got 'speed', expected some of ops, engine"),
+        (["--out", "x", "--smoke", "--candidates", "none.json"], "--candidates: none.json"),
         (["--smoke"], "--out"),
     ],
 )
@@ -244,28 +412,30 @@ def test_bad_options(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        gpu_suite.THROUGHPUT,
-        gpu_suite.SMOKE_THROUGHPUT,
-        *(case.arguments for case in (*ENGINE_CASES, *SMOKE_ENGINE_CASES)),
-    ],
-)
-def test_run_py_takes_these_options(arguments):
-    options, _ = parse([*arguments, "--device", "cpu"])
-    assert options.shape == arguments[1]
-
-
 def test_from_a_shell_elsewhere(tmp_path):
-    """The real thing but for throughput: a plain checkout, no PYTHONPATH, another working directory, tests/gpu."""
+    """The real thing but for the models: a plain checkout, no PYTHONPATH, another working directory, tests/gpu; and
+    the kernels compiled for sm_90 without a GPU, which the second call finds in the cache."""
     command = [sys.executable, str(ROOT / "bench" / "gpu_suite.py"), "--out", "o", "--smoke", "--device", "cpu"]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    done = subprocess.run(
-        [*command, "--only", "tiny-untied"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 of 1 targets met, 0 skipped, 0 problems" in done.stdout
-    assert {path.name for path in (tmp_path / "o" / "cpu").iterdir()} >= {f"{NAMES[2]}.json", "summary.json"}
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            [*command, *arguments],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    printed = run("--only", "ops,tests", "--jobs", "2")
+    assert "2 of 3 targets met, 0 skipped, 0 problems" in printed
+    assert {path.name for path in (tmp_path / "o" / "cpu").iterdir()} >= {f"{OPS[2]}.json", "summary.json", "tests.txt"}
+    (counted,) = (line for line in printed.splitlines() if line.startswith("compiled for sm_90"))
+    assert " 0 were there" in counted
+    kernels = int(counted.split()[3])
+    assert kernels >= 4
+    assert f"{kernels} kernels in" in counted
+    again = run("--only", "ops", "--compile-only")
+    assert json.loads(again.splitlines()[-1]) | {"seconds": 0} == {
+        "kernels": kernels, "compiled": 0, "cached": kernels, "failed": [], "unfinished": 0, "seconds": 0,
+    }  # fmt: skip

@@ -75,12 +75,18 @@ def _op_record(case, factor: float, **changes) -> dict:
         "failures": {},
         "floor_milliseconds": floor,
         "over_floor": factor,
-        "speedup_over_eager": 3.0 / factor,
+        "milliseconds": floor * factor,
+        "eager_milliseconds": floor * 3.0,
+        "speedup": 3.0 / factor,
+        "plain_speedup": 2.0 / factor,
         "speedup_over_compiled": 2.5 / factor,
-        "speedup_over_best": 2.5 / factor,
         "extra_bytes": 1 << 20,
         "memory_ratio": 0.25,
-        "replay": {"milliseconds": floor, "host_microseconds": {"ours": 20.0, "eager": 15.0}},
+        "replay": {
+            "milliseconds": {"ours": floor * factor},
+            "why": {"eager": "RuntimeError: no"},
+            "host_microseconds": {"ours": 20.0, "eager": 15.0},
+        },
         "provenance": {**origin, "commit": "abc", "threads": 8},
     }
     return judge({**record, **changes}, case)
@@ -161,9 +167,9 @@ def test_stale_records_are_marked_and_no_reason_to_fail(folders, monkeypatch):
 
 def test_records_of_a_gpu(folders):
     good, bad, big = CASES[0], CASES[1], next(case for case in CASES if case.rows == 65536)
-    folders.put(f"nvidia-h100/{bad.name}", _op_record(bad, 1.5), sources="older")
+    folders.put(f"nvidia-h100/{bad.name}", _op_record(bad, 1.6), sources="older")
     folders.put(f"nvidia-h100/{good.name}", _op_record(good, 1.1))
-    nothing = {"speedup_over_eager": None, "speedup_over_best": None, "memory_ratio": None}
+    nothing = {"speedup": None, "plain_speedup": None, "eager_milliseconds": None, "memory_ratio": None}
     without = _op_record(big, 1.2, failures={"eager": "out of memory"}, replay=None, **nothing)
     without["engines"]["eager"] = None
     folders.put(f"nvidia-h100/{big.name}", without)
@@ -177,7 +183,7 @@ def test_records_of_a_gpu(folders):
     assert [row[0] for row in rows] == [f"| {good.name}", f"| {bad.name}{STALE}"]  # in the order of the list
     assert rows[0][3] == "1.10"
     assert rows[0][-1] == "yes |"
-    assert rows[1][-1] == "NO: <= 1.25x floor: 1.5; >= 1.7x best: 1.67 |"
+    assert rows[1][-1] == "NO: >= 2x: 1.88; <= 1.4 floor: 1.6 |"
     assert any(line.startswith(f"| {big.name} ") and "out of memory" in line for line in lines)
     assert any("**NVIDIA H100**: driver 570, torch 2.11" in line and "2 of 3 targets met" in line for line in lines)
     assert any(line == "Before that, `tests/gpu`: 12 passed in 3 s" for line in lines)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gircse.ops import soft_embed, top_tokens
 from gircse.ops.reference import soft_embed_reference, top_tokens_reference
-from tests.ops.accuracy import DTYPES, OPTIONS, assert_as_accurate_as_eager, random_inputs, run
+from tests.ops.accuracy import OPTIONS, assert_as_accurate_as_eager, random_inputs, run
 
 CUDA = {"backend": "triton"}
 
@@ -26,38 +26,43 @@ def check(options: dict[str, Any] | None = None, *, width: int, seeds: int = 2, 
     assert_as_accurate_as_eager(options={**(options or {}), **CUDA}, device="cuda", seeds=seeds, width=width, **shape)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [100, 256, 576, 896, 1536, 2048, 2560])
-@pytest.mark.parametrize("rows", [1, 16, 31, 64, 65, 300])
+# Compiling is nearly all of the time. The two half precisions run the same code but for the type, so bfloat16 has all
+# sizes and the others one of each kind; tests of other rows share most kernels, and conftest.py their process.
+HALF_AND_FULL = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+TIED = [(torch.bfloat16, width, rows) for width in (100, 576, 896, 2048, 2560) for rows in (1, 31, 64, 300)]
+TIED += [(dtype, 896, rows) for dtype in (torch.float16, torch.float32) for rows in (31, 300)]
+UNTIED = [(torch.bfloat16, *widths, rows) for widths in ((896, 200), (64, 1000)) for rows in (1, 64, 300)]
+UNTIED += [(dtype, 2000, 333, rows) for dtype in (torch.float16, torch.float32) for rows in (20, 300)]
+
+
+@pytest.mark.parametrize(("dtype", "width", "rows"), TIED, ids=str)
 def test_tied(dtype: torch.dtype, width: int, rows: int) -> None:
     check(width=width, leading=(rows,), dtype=dtype, seeds=1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("width", "embed"), [(896, 896), (896, 200), (64, 1000), (2000, 333)])
-@pytest.mark.parametrize("rows", [1, 20, 64, 300])
+@pytest.mark.parametrize(("dtype", "width", "embed", "rows"), UNTIED, ids=str)
 def test_untied_with_bias(dtype: torch.dtype, width: int, embed: int, rows: int) -> None:
     check(width=width, embed=embed, leading=(rows,), bias=True, dtype=dtype, seeds=1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("rows", [19, 150])
+@HALF_AND_FULL
 def test_options(dtype: torch.dtype, options: dict[str, Any], rows: int) -> None:
     check(options, width=320, leading=(rows,), bias=True, row_temperature="temperature" not in options, dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [19, 150])
 @pytest.mark.parametrize("embed", [None, 320])
+@HALF_AND_FULL
 def test_gumbel(dtype: torch.dtype, rows: int, embed: int | None) -> None:
     """The device's generator is the torch backend's, to rounding."""
     seeds = torch.randint(-(2**62), 2**62, (rows,), device="cuda")
     check({"gumbel_seed": seeds, "temperature": 0.7}, width=320, embed=embed, leading=(rows,), dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [16, 150])
+@HALF_AND_FULL
 def test_nearly_one_hot(dtype: torch.dtype, rows: int) -> None:
     check(width=320, scale=2.0, leading=(rows,), dtype=dtype, with_stats=False)
 
@@ -68,29 +73,25 @@ def test_sanitizer() -> None:
         check(width=72, embed=embed, leading=(rows,), vocab=301, bias=True, row_temperature=True, dtype=dtype, seeds=1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
-    rows=st.integers(0, 200),
-    vocab=st.integers(1, 700),
-    width=st.integers(1, 300),
-    embed=st.none() | st.integers(1, 300),
-    bias=st.booleans(),
-    dtype=st.sampled_from(DTYPES),
+    rows=st.sampled_from([0, 3, 170]),
+    vocab=st.integers(2, 700),
+    width=st.sampled_from([1, 77]),
+    embed=st.sampled_from([None, 75]),
     transposed=st.booleans(),
 )
-def test_any_shape(
-    rows: int, vocab: int, width: int, embed: int | None, bias: bool, dtype: torch.dtype, transposed: bool
-) -> None:
-    tensors = random_inputs((rows,), vocab, width, embed, bias, scale=3 / math.sqrt(width), dtype=dtype)
+def test_any_shape(rows: int, vocab: int, width: int, embed: int | None, transposed: bool) -> None:
+    dtype = torch.bfloat16
+    tensors = random_inputs((rows,), vocab, width, embed, True, scale=3 / math.sqrt(width), dtype=dtype)
     tensors = {name: tensor.cuda() for name, tensor in tensors.items()}
     if transposed:
         tensors = {n: t.T.contiguous().T if t.dim() == 2 else t for n, t in tensors.items()}
     ours = run(soft_embed, tensors, dtype, True, CUDA)
     truth = run(soft_embed_reference, tensors, torch.float64, True, {})
-    tolerance = 2e-5 if dtype == torch.float32 else 0.05
     for name, exact in truth.items():
         if name != "argmax" and exact.numel():
-            assert (ours[name].double() - exact).abs().max() <= tolerance * (exact.abs().max() + 1), name
+            assert (ours[name].double() - exact).abs().max() <= 0.05 * (exact.abs().max() + 1), name
 
 
 @pytest.mark.parametrize("rows", [16, 500])

@@ -1,0 +1,13 @@
+"""The parts of `bench/gpu_suite.py`.
+
+| file | what |
+|---|---|
+| `session.py` | records that are written at once, the time that is left, what went wrong |
+| `launches.py`, `precompile.py` | the kernels that will be timed, compiled beforehand by many processes |
+| `tests.py` | `tests/gpu` in many processes |
+| `ops.py`, `models.py`, `loss.py`, `plan.py` | what is timed: one section each |
+| `model_cases.py` | the encodings and training steps, and what they are held to |
+| `profile.py` | where the time of a step goes, as text |
+| `candidates.py` | alternatives of a kernel against the table's choice |
+| `summary.py` | the table at the end |
+"""

@@ -1,0 +1,75 @@
+"""Where the time of a step goes: the costliest device kernels, launches, device against wall time, host functions."""
+
+from __future__ import annotations
+
+import cProfile
+import io
+import pstats
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity
+
+from bench.timing import seconds, synchronize
+
+_MOST = 20
+_WIDTH = 150
+
+
+def profile(what: str, run: Callable[[], Any], device: torch.device, *, steps: int = 1) -> str:
+    """A page of text on a call that has been warmed up.
+
+    Args:
+        steps: how many steps the call takes; launches and times are shown for each.
+    """
+    wall = statistics.median(seconds(run, device) for _ in range(3))
+    rows, busy = _kernels(run, device)
+    launches = sum(count for _, count, _ in rows)
+    kind = "kernels" if device.type == "cuda" else "operators (no GPU: their own time on the CPU)"
+    lines = [
+        what,
+        f"wall {1e3 * wall:.3f} ms, device busy {1e3 * busy:.3f} ms ({busy / wall:.0%}), {launches} launches",
+        f"a step of {steps}: wall {1e3 * wall / steps:.3f} ms, device {1e3 * busy / steps:.3f} ms, "
+        f"{launches / steps:.1f} launches",
+        "",
+        f"the {min(_MOST, len(rows))} costliest of {len(rows)} {kind}: ms, share, launches, name",
+        *(
+            f"{1e3 * took:9.3f}  {took / busy if busy else 0:6.1%}  {count:6d}  {name}"[:_WIDTH]
+            for took, count, name in rows[:_MOST]
+        ),
+        "",
+        "host functions by their own time (under a profiler, which slows all of them)",
+        *_host_functions(run, device),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _kernels(run: Callable[[], Any], device: torch.device) -> tuple[list[tuple[float, int, str]], float]:
+    """(seconds, launches, name) of each kernel, costliest first, and the seconds of all together."""
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with torch.profiler.profile(activities=activities) as profiler:
+        run()
+        synchronize(device)
+    wanted = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+    rows = []
+    for event in profiler.key_averages():
+        found: Any = event
+        if found.device_type == wanted:
+            took = found.self_device_time_total if cuda else found.self_cpu_time_total
+            rows.append((took / 1e6, found.count, found.key))
+    rows.sort(reverse=True)
+    return rows, sum(took for took, _, _ in rows)
+
+
+def _host_functions(run: Callable[[], Any], device: torch.device) -> list[str]:
+    profiler, text = cProfile.Profile(), io.StringIO()
+    profiler.enable()
+    run()
+    profiler.disable()
+    synchronize(device)
+    pstats.Stats(profiler, stream=text).sort_stats("tottime").print_stats(_MOST)
+    table = text.getvalue().split("Ordered by", 1)[-1].splitlines()[1:]
+    return [line[:_WIDTH] for line in table if line.strip()]

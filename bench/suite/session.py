@@ -1,0 +1,122 @@
+"""What all sections of the GPU suite share: records, the time that is left, and what went wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.floors import measure_ceilings
+from bench.op_measure import first_line
+from bench.provenance import device_name, provenance
+from bench.records import save
+from bench.verdict import is_good
+from gircse.floors import Ceilings
+
+Record = dict[str, Any]
+
+
+class Session:
+    """One run of the suite.
+
+    Attributes:
+        device: everything is measured on it.
+        folder: of this device's records.
+        smoke: tiny shapes on the CPU.
+        origin: provenance of everything that this process measures.
+        records: finished cases, in order: those of this run and those that were there.
+        problems: lines on what went wrong; any makes the exit code 1.
+        skipped: names of what there was no time for.
+    """
+
+    def __init__(self, out: Path, device: torch.device, minutes: float, *, smoke: bool = False) -> None:
+        self.started = time.perf_counter()
+        self.deadline = self.started + 60 * minutes
+        self.device, self.smoke = device, smoke
+        self.folder = out / _slug(device_name(device) if device.type == "cuda" else "cpu")
+        self.origin = provenance(device)
+        self.records: list[Record] = []
+        self.problems: list[str] = []
+        self.skipped: list[str] = []
+        self._ceilings: dict[str, Ceilings] = {}
+
+    def left(self) -> float:
+        """Seconds until everything must be done."""
+        return self.deadline - time.perf_counter()
+
+    def fits(self, name: str, seconds: float) -> bool:
+        """Whether there is time for a case that takes about `seconds`; the case is named where there is not."""
+        left = max(self.left(), 0.0)
+        if seconds <= left:
+            return True
+        say(f"skipped: {name} takes about {seconds:.0f} s, {left:.0f} s are left")
+        self.skipped.append(name)
+        return False
+
+    def ceilings(self, dtype: str) -> Ceilings:
+        """Of this device for that dtype, measured when they are first asked for."""
+        if dtype not in self._ceilings:
+            found = measure_ceilings(self.device, getattr(torch, dtype), seconds=0.05 if self.smoke else 0.4)
+            say(f"measured ceilings: {found} ({dtype})")
+            self._ceilings[dtype] = found
+        return self._ceilings[dtype]
+
+    def finished(self, name: str) -> Record | None:
+        """Its record, if it was measured with the present sources and its numbers were right."""
+        try:
+            record = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+            origin = record["provenance"]
+            same = all(origin[key] == self.origin[key] for key in ("sources", "engine_sources"))
+            return record if same and is_good(record) else None
+        except (OSError, ValueError, KeyError, TypeError):  # none, or none of ours
+            return None
+
+    def save(self, name: str, record: Record) -> Record:
+        """Writes the record at once, with its provenance."""
+        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        record = {**record, "provenance": {**self.origin, "date": date}}
+        save(record, self.folder / f"{name}.json")
+        return record
+
+    def write(self, name: str, text: str) -> Path:
+        """Writes a text file beside the records."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    def keep(self, name: str, record: Record) -> None:
+        """Saves a finished case; a result that is wrong or was not checked counts as a problem."""
+        record = self.save(name, record)
+        self.records.append(record)
+        if not is_good(record):
+            self.problem(f"{name}: {record['agreement']['verdict']}: {record['agreement']['why']}")
+
+    def problem(self, line: str) -> None:
+        self.problems.append(line)
+        say(f"PROBLEM: {line}")
+
+    @contextmanager
+    def surviving(self, name: str) -> Iterator[None]:
+        """What is raised inside becomes a problem and costs no other case its turn."""
+        try:
+            yield
+        except Exception as error:
+            self.problem(f"{name}: {first_line(error)}")
+            self.write(f"{name}-error.txt", traceback.format_exc())
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

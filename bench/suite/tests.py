@@ -1,0 +1,73 @@
+"""`tests/gpu` in many processes: compiling is most of it, and they share Triton's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from bench.provenance import ROOT
+from bench.suite.session import Session, say
+
+FOLDER = ROOT / "tests" / "gpu"
+TIMED_OUT = 124
+_NO_TESTS = 5  # pytest's exit code where everything is skipped or nothing is there
+_SECONDS = 150.0  # at most: figures are worth more than the last test
+
+
+def run(session: Session, processes: int) -> None:
+    """A failure is a problem and costs no figure; a pass with the same sources and tests counts."""
+    digest = _digest(FOLDER)
+    before = session.finished("tests")
+    if before is not None and before["passed"] and before["tests"] == digest:
+        say(f"tests: passed before, {before['summary']}")
+        return
+    command = [sys.executable, "-m", "pytest", str(FOLDER), "-q", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist") is not None and processes > 1:
+        command += ["--numprocesses", str(processes), "--dist", "loadgroup"]
+    say(f"tests: {' '.join(command[1:])}")
+    started = time.perf_counter()
+    code, output = run_command(command, min(_SECONDS, session.left()))
+    seconds = time.perf_counter() - started
+    path = session.write("tests.txt", output)
+    lines = output.strip().splitlines() or [""]
+    # without CUDA everything is skipped; with it, nothing collected means nothing checked
+    passed = code == 0 or (code == _NO_TESTS and session.device.type != "cuda")
+    record = {"benchmark": "tests", "passed": passed, "exit_code": code, "summary": lines[-1]}
+    session.save("tests", {**record, "tests": digest, "seconds": seconds, "processes": processes})
+    say(f"tests: {lines[-1]} ({seconds:.0f} s)")
+    if not passed:
+        failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+        for line in failed[:20] or lines[-5:]:
+            say(f"  {line[:200]}")
+        session.problem(f"tests/gpu failed (exit code {code}): {lines[-1].strip('= ')}; all of it: {path}")
+
+
+def run_command(command: list[str], seconds: float) -> tuple[int, str]:
+    """-> exit code (124: it was stopped after `seconds`), output and errors together."""
+    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "200"}  # pytest cuts its lines to that
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=max(seconds, 0.1))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the workers too: nothing else may run when the clocks start
+        output, _ = process.communicate()
+        return TIMED_OUT, f"{output}\nstopped after {seconds:.0f} s"
+    return process.returncode, output
+
+
+def _digest(folder: Path) -> str:
+    """Of all files that decide what the tests check."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
