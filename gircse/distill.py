@@ -269,8 +269,8 @@ class _Texts:
 
     Attributes:
         prompts: (prompt, whether it is a query), as they are written for the model.
-        batches: per step the indices of its queries and of its documents, each document once: a copy would get a share of
-            its own in the softmax.
+        batches: per step the indices of its queries and of its documents, each document once: in the softmax a copy
+            would get a share of its own.
     """
 
     prompts: list[tuple[str, bool]]
