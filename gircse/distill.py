@@ -32,7 +32,8 @@ from gircse.model import GIRCSE
 from gircse.ops.pooling import l2_normalize
 from gircse.report import text_table
 from gircse.sampling import BatchSampler
-from gircse.train import linear_schedule, trainable_model
+from gircse.schedule import learning_rate, set_learning_rate
+from gircse.train import trainable_model
 from gircse.train_config import TrainConfig
 
 CONFIG_NAME = "distill_config.json"
@@ -184,7 +185,6 @@ def _distill(
 
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    scheduler = linear_schedule(optimizer, total_steps, config.warmup_ratio)
     _write(run / CONFIG_NAME, json.dumps(asdict(config), indent=2) + "\n")
     log: list[dict[str, Any]] = []
     student.train()
@@ -205,9 +205,9 @@ def _distill(
                 raise FloatingPointError(f"step {step + 1}: the loss is {loss.total.item()}; nothing was saved")
             loss.total.backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-            learning_rate = scheduler.get_last_lr()[0]
+            rate = learning_rate(config.learning_rate, step, total_steps=total_steps, warmup_ratio=config.warmup_ratio)
+            set_learning_rate(optimizer, rate)
             optimizer.step()
-            scheduler.step()
             optimizer.zero_grad(set_to_none=True)
             entry = {
                 "step": step + 1,
@@ -215,7 +215,7 @@ def _distill(
                 "cosine": loss.cosine.item(),
                 "kl": loss.kl.item(),
                 "grad_norm": grad_norm.item(),
-                "learning_rate": learning_rate,
+                "learning_rate": rate,
                 "seconds": time.perf_counter() - started,
             }
             log.append(entry)

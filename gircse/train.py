@@ -35,6 +35,7 @@ from gircse.grad_cache import MicroBatch, backward, micro_batches, positions
 from gircse.loading import load_pretrained
 from gircse.model import GIRCSE
 from gircse.run_log import LOG_NAME, open_log, start_log
+from gircse.schedule import learning_rate, set_learning_rate
 from gircse.signals import TrainingStopped, stop_on_signals
 from gircse.step_monitor import StepMonitor
 from gircse.token_budget import probe_budget
@@ -101,10 +102,9 @@ def train(
         model = trainable_model(config, model, ranks=ranks)
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-        scheduler = linear_schedule(optimizer, total_steps, config.warmup_ratio)
         done = 0
         if config.resume and (found := list_checkpoints(run)):
-            done = load_checkpoint(found[-1], model, optimizer, scheduler)
+            done = load_checkpoint(found[-1], model, optimizer)
         model.train()
         config = replace(config, micro_batch_tokens=_budget(run, config, model, ranks))
 
@@ -126,7 +126,7 @@ def train(
                 if ranks.same(step + 1, rows=position, weights=weights, stop=stop.requested):
                     record.sync()
                     if ranks.first:
-                        save_checkpoint(run, step, model, optimizer, scheduler, keep=config.keep_checkpoints)
+                        save_checkpoint(run, step, model, optimizer, keep=config.keep_checkpoints)
                     raise _stopped(run, step, ranks)
                 num_steps = config.steps_at(step)
                 batch = collate(model, examples, config, share=ranks.share(len(examples)))
@@ -142,12 +142,14 @@ def train(
                     what = {"step": step + 1, "loss": str(loss.item()), "losses": list(map(str, losses.tolist()))}
                     what |= {"grad_norm": str(grad_norm.item()), "seed": config.seed, "rows": names}
                     if ranks.first:
-                        save_failure(run, step + 1, model, optimizer, scheduler, what)
+                        save_failure(run, step + 1, model, optimizer, what)
                     ranks.wait()
                     raise _not_finite(run, what)
-                learning_rate = scheduler.get_last_lr()[0]
+                rate = learning_rate(
+                    config.learning_rate, step, total_steps=total_steps, warmup_ratio=config.warmup_ratio
+                )
+                set_learning_rate(optimizer, rate)
                 optimizer.step()
-                scheduler.step()
                 optimizer.zero_grad(set_to_none=True)
 
                 seconds = monitor.seconds()
@@ -160,7 +162,7 @@ def train(
                     "losses": losses.tolist(),
                     "entropy": [sum(map(float.__mul__, each, texts)) / sum(texts) for each in entropies],
                     "grad_norm": grad_norm.item(),
-                    "learning_rate": learning_rate,
+                    "learning_rate": rate,
                     "tokens_per_second": sum(tokens) / whole,
                     "seconds": whole,
                     "time": {phase: value / whole for phase, value in seconds.items()},
@@ -176,7 +178,7 @@ def train(
                 record.write(entry)
                 if ranks.first and (last or (step + 1) % config.save_every == 0):
                     record.sync()
-                    save_checkpoint(run, step + 1, model, optimizer, scheduler, keep=config.keep_checkpoints)
+                    save_checkpoint(run, step + 1, model, optimizer, keep=config.keep_checkpoints)
 
         model.eval()
         if ranks.first:
@@ -337,15 +339,6 @@ def contrastive_backward(
     embed = partial(model.rollout, num_steps=num_steps, observer=monitor)
     loss, losses = backward(embed, parts, objective, cached=cached)
     return loss, losses, len(parts)
-
-
-def linear_schedule(
-    optimizer: torch.optim.Optimizer, total_steps: int, warmup_ratio: float
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """Linear warm-up over `warmup_ratio` of the steps, then linear decay to zero."""
-    from transformers import get_linear_schedule_with_warmup
-
-    return get_linear_schedule_with_warmup(optimizer, math.ceil(warmup_ratio * total_steps), total_steps)
 
 
 def _check_run_folder(run: Path, config: TrainConfig) -> None:
