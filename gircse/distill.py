@@ -160,6 +160,8 @@ def _distill(
         raise ValueError(f"batch_size: got {config.batch_size}, expected at most the number of rows, {len(rows)}")
     if teacher is None:
         teacher = GIRCSE.from_pretrained(config.teacher, dtype=config.dtype, device=config.device)
+    lengths = {"query_max_length": config.query_max_length, "passage_max_length": config.passage_max_length}
+    teacher.config = replace(teacher.config, **lengths)  # the student's too, and of both in the evaluation
     num_steps = teacher.num_steps if config.num_steps is None else config.num_steps
     if num_steps == 0:
         raise ValueError("teacher: got a model with K = 0, expected one that takes steps; there is nothing to distil")
@@ -335,7 +337,7 @@ def _evaluate(
     model: GIRCSE, task: RetrievalTask, steps: list[int], config: DistillConfig
 ) -> dict[int, dict[str, float]]:
     show = None if config.progress else False
-    return evaluate_retrieval(model, task, steps=steps, max_length=config.query_max_length, show_progress_bar=show)
+    return evaluate_retrieval(model, task, steps=steps, show_progress_bar=show)
 
 
 def _write(path: Path, text: str) -> None:

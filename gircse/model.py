@@ -185,7 +185,7 @@ class GIRCSE(nn.Module):
         tolerance: float = 1e-3,
         max_steps: int = 20,
         batch_size: int | None = None,
-        max_length: int = 512,
+        max_length: int | None = None,
         normalize: bool = True,
         truncate_dim: int | None = None,
         return_steps: bool = False,
@@ -202,7 +202,8 @@ class GIRCSE(nn.Module):
             max_steps: with "auto", the most steps of a text.
             batch_size: rows per batch; default: as many as fit the memory for keys and values.
             max_length: tokens of a prompt, instruction included; longer ones are cut at the end, with one warning that
-                counts them.
+                counts them. Default: the config's `query_max_length` where there is an instruction, its
+                `passage_max_length` where there is none.
             normalize: scale every embedding to length 1.
             truncate_dim: keep the first dimensions only (before normalisation).
             return_steps: the embeddings after 1, 2, .., K steps, for the price of the last. Entry k - 1 is exactly
@@ -248,7 +249,7 @@ class GIRCSE(nn.Module):
         tolerance: float = 1e-3,
         max_steps: int = 20,
         batch_size: int | None = None,
-        max_length: int = 512,
+        max_length: int | None = None,
         normalize: bool = True,
         truncate_dim: int | None = None,
         return_steps: bool = False,
@@ -352,7 +353,7 @@ class GIRCSE(nn.Module):
         instruction: str | None = None,
         num_steps: int | None = None,
         top_n: int = 8,
-        max_length: int = 512,
+        max_length: int | None = None,
     ) -> list[TextInspection]:
         """What the soft tokens say: per text and step the top tokens, their probabilities, the entropy, and how far the
         embedding moved (cosine to the step before). See `gircse.inspection`."""

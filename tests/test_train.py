@@ -65,7 +65,7 @@ def test_it_learns_and_leaves_a_loadable_model(base, tmp_path):
     assert logged == result.log
     assert len(logged[0]["losses"]) == 3
     again = GIRCSE.from_pretrained(result.folder)
-    assert again.config == GircseConfig(num_steps=3)
+    assert again.config == GircseConfig(num_steps=3, query_max_length=256, passage_max_length=2048)
     assert np.array_equal(again.encode(["red fox", "sea"]), result.model.encode(["red fox", "sea"]))
 
 

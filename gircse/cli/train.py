@@ -89,7 +89,7 @@ def _train(arguments: argparse.Namespace) -> None:
         steps = [config.gircse_config().num_steps]
 
         def evaluate(model: Any) -> dict[str, Any]:
-            metrics = evaluate_retrieval(model, task, steps=steps, max_length=config.query_max_length)
+            metrics = evaluate_retrieval(model, task, steps=steps)
             return {str(k): values for k, values in metrics.items()}
 
     result = train(config, evaluate=evaluate)

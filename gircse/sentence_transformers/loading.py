@@ -42,7 +42,8 @@ def load(
         prompts: sentence-transformers prompts (prefixes) by name; they go before the saved ones. See
             `GIRCSEModule.format_prompt`.
         default_prompt_name, similarity_fn_name, truncate_dim: as for `SentenceTransformer`; default: the saved ones.
-        max_seq_length: tokens of a prompt, its instruction included; default: the saved limit, else 512.
+        max_seq_length: tokens of a text, its prompt included; default: the saved limit, else the two that the model was
+            trained with, for texts with and without a prompt, else 512.
 
     Raises:
         FileNotFoundError: a folder or a base named by an adapter does not exist.

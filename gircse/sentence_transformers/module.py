@@ -44,7 +44,8 @@ class GIRCSEModule(modeling_gircse.GIRCSEModule):
         model: the GIRCSE model. A LoRA adapter on it is handed to transformers' own adapter methods (`add_adapter`,
             `set_adapter`, ... of the `SentenceTransformer`): `model.base` becomes the transformers model that the
             `PeftModel` wrapped, with the same LoRA layers in it.
-        max_seq_length: tokens of a prompt, its instruction included; None: as many as the model has positions for.
+        max_seq_length: tokens of a text, its prompt included; None: the config's `query_max_length` where there is a
+            prompt, its `passage_max_length` where there is none.
     """
 
     # sentence-transformers writes a module into modules.json by its class's module: this is the file that `save` puts
@@ -57,8 +58,10 @@ class GIRCSEModule(modeling_gircse.GIRCSEModule):
     prompt_template = _of_the_model("prompt_template")
     append_eos = _of_the_model("append_eos")
     include_prompt_state = _of_the_model("include_prompt_state")
+    query_max_length = _of_the_model("query_max_length")
+    passage_max_length = _of_the_model("passage_max_length")
 
-    def __init__(self, model: GIRCSE, *, max_seq_length: int | None = 512) -> None:
+    def __init__(self, model: GIRCSE, *, max_seq_length: int | None = None) -> None:
         if not isinstance(model, GIRCSE):
             raise TypeError(f"model: got {type(model).__name__}, expected gircse.GIRCSE")
         _hand_adapter_over(model)
