@@ -33,8 +33,8 @@ from gircse.ops.pooling import l2_normalize
 from gircse.report import text_table
 from gircse.sampling import BatchSampler
 from gircse.schedule import learning_rate, set_learning_rate
-from gircse.train import trainable_model
 from gircse.train_config import TrainConfig
+from gircse.trainable import trainable_model
 
 CONFIG_NAME = "distill_config.json"
 LOG_NAME = "distill_log.jsonl"

@@ -18,6 +18,7 @@ from gircse.engine import Engine, EngineConfig
 from gircse.merging import MergedAdapter
 from gircse.ops.pooling import pool_steps
 from gircse.rollout import RolloutObserver, rollout
+from gircse.trained_weights import check_trainable, train_in_float32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -74,6 +75,7 @@ class GIRCSE(nn.Module):
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         merge_adapter: bool = False,
+        is_trainable: bool = False,
     ) -> GIRCSE:
         """Loads a causal LM, a saved GIRCSE folder, or a PEFT LoRA folder (its base is read from adapter_config.json).
 
@@ -87,6 +89,8 @@ class GIRCSE(nn.Module):
                 its keys and values.
             trust_remote_code: allow the checkpoint to run its own modelling code.
             merge_adapter: see the method of that name: for encoding only, fastest.
+            is_trainable: the adapter goes on training; otherwise it is frozen, and in training mode `rollout` refuses
+                a model of which nothing trains. Without an adapter all weights train.
 
         Raises:
             FileNotFoundError: a folder or a base named by an adapter does not exist.
@@ -102,6 +106,7 @@ class GIRCSE(nn.Module):
             device=device,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
+            is_trainable=is_trainable,
         )
         model = cls(base, tokenizer, config.with_steps(num_steps)).eval()
         if merge_adapter:
@@ -155,8 +160,11 @@ class GIRCSE(nn.Module):
             path.
 
         Raises:
-            TypeError, ValueError: wrong ranks, shapes or dtypes, or a row without a token.
+            TypeError, ValueError: wrong ranks, shapes or dtypes, or a row without a token; in training mode a model of
+                which every weight is frozen.
         """
+        if self.training and torch.is_grad_enabled():
+            check_trainable(self)
         steps = self.config.num_steps if num_steps is None else num_steps
         GircseConfig(num_steps=steps)  # the same check and message as everywhere
         _check_prompt(input_ids, attention_mask, self.causal_lm.max_positions, steps)
@@ -337,10 +345,13 @@ class GIRCSE(nn.Module):
             self._engine = None
 
     def train(self, mode: bool = True) -> GIRCSE:
-        """Training needs the adapter apart from the base: a merged one is taken out."""
+        """Training needs the adapter apart from the base: a merged one is taken out. What trains of an adapter in half
+        precision becomes float32."""
         with self._lock:
             if mode:
                 self.unmerge_adapter()
+                if train_in_float32(self):
+                    self._engine = None
             return self._set_mode(mode)
 
     def _set_mode(self, training: bool) -> GIRCSE:

@@ -32,14 +32,14 @@ from gircse.distributed import Ranks, digest_of, digest_of_rows, join_ranks, ste
 from gircse.encode import tokenize
 from gircse.folder_lock import folder_lock
 from gircse.grad_cache import MicroBatch, backward, micro_batches, positions
-from gircse.loading import load_pretrained
 from gircse.model import GIRCSE
 from gircse.run_log import LOG_NAME, open_log, start_log
 from gircse.schedule import learning_rate, set_learning_rate
 from gircse.signals import TrainingStopped, stop_on_signals
 from gircse.step_monitor import StepMonitor
 from gircse.token_budget import probe_budget
-from gircse.train_config import LORA_TARGETS, TrainConfig
+from gircse.train_config import TrainConfig
+from gircse.trainable import trainable_model
 
 CONFIG_NAME = "train_config.json"
 DATA_NAME = "train_data.json"
@@ -187,66 +187,6 @@ def train(
     return TrainResult(model, log, run / "model")
 
 
-def trainable_model(config: TrainConfig, model: GIRCSE | None = None, *, ranks: Ranks | None = None) -> GIRCSE:
-    """The base of `config.model` (or of `model`), frozen, with fresh LoRA adapters in float32 on it; its layers shared
-    out over the processes where `config.fsdp` asks for that."""
-    from peft import get_peft_model
-
-    ranks = ranks or Ranks(torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu")))
-    if model is None:
-        if not ranks.first:
-            _quiet()
-        base, tokenizer, _ = load_pretrained(
-            config.model,
-            adapter=None,
-            dtype=config.dtype,
-            device="cpu" if config.fsdp else ranks.device,
-            attn_implementation=None,
-            trust_remote_code=False,
-            quantization=config.quantization,
-        )
-    else:
-        base, tokenizer = model.base, model.tokenizer
-    if hasattr(base, "peft_config"):
-        raise ValueError(
-            f"model: got {config.model or type(base).__name__} with an adapter on it, expected a plain base model"
-        )
-    adapted = GIRCSE(get_peft_model(base, lora_config(base, config)), tokenizer, config.gircse_config())
-    if config.gradient_checkpointing:
-        adapted.gradient_checkpointing_enable()
-    if config.fsdp:
-        from gircse.sharding import shard_layers
-
-        shard_layers(adapted, ranks)
-    return adapted
-
-
-def lora_config(base: torch.nn.Module, config: TrainConfig) -> Any:
-    """PEFT's `LoraConfig` of a run on `base`."""
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=lora_targets(base, config.lora_targets),
-        task_type="CAUSAL_LM",
-    )
-
-
-def lora_targets(base: torch.nn.Module, wanted: Sequence[str] = LORA_TARGETS) -> list[str] | str:
-    """The layer names of `wanted` that `base` has; "all-linear" where it has none of the default ones.
-
-    Raises:
-        ValueError: names were asked for that the model does not have.
-    """
-    names = {name.rsplit(".", 1)[-1] for name, _ in base.named_modules()}
-    targets = [name for name in wanted if name in names]
-    if not targets and tuple(wanted) != LORA_TARGETS:
-        raise ValueError(f"lora_targets: the model has no layer named {', '.join(wanted)}")
-    return targets or "all-linear"
-
-
 class Batch(NamedTuple):
     """This process's share of a step's rows, as tokens.
 
@@ -381,12 +321,6 @@ def _not_finite(run: Path, what: dict[str, Any]) -> FloatingPointError:
 def _write(path: Path, text: str) -> None:
     with new_file(path) as partial_file:
         partial_file.write_text(text, encoding="utf-8")
-
-
-def _quiet() -> None:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 if __name__ == "__main__":  # torchrun -m gircse.train

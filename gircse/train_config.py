@@ -31,6 +31,9 @@ class TrainConfig(Knobs):
     """Settings of `gircse.train.train`. Defaults are the paper's (SPEC 1.6) where it gives one."""
 
     model: str = _knob("", "base model: folder or hub name")
+    adapter: str | None = _knob(
+        None, "saved LoRA folder to go on training, on `model` or on the base that it names; default: fresh LoRA"
+    )
     data: tuple[str, ...] = _knob((), "training rows: JSONL files or saved `datasets` folders")
     weights: tuple[float, ...] = _knob((), "share of the batches of each of `data`; default: by its number of rows")
     instructions: tuple[str, ...] = _knob(
@@ -109,6 +112,9 @@ class TrainConfig(Knobs):
         self.expect("reduction", self.reduction in ("mean", "sum"), "'mean' or 'sum'")
         self.expect("batching", self.batching in BATCHINGS, "'homogeneous' or 'mixed'")
         self.expect("weights", all(0 < weight < float("inf") for weight in self.weights), "numbers > 0")
+        for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_targets"):
+            own = self.adapter is None or getattr(self, name) == getattr(TrainConfig, name)
+            self.expect(name, own, "no value beside `adapter`, which has its own")
         for name in ("weights", "instructions"):
             given = len(getattr(self, name))
             fits = not given or not self.data or given == len(self.data)

@@ -19,8 +19,9 @@ from gircse.data import Row
 from gircse.data_error import DataError
 from gircse.sampling import BatchSampler
 from gircse.schedule import learning_rate
-from gircse.train import collate, train, trainable_model
+from gircse.train import collate, train
 from gircse.train_config import TrainConfig
+from gircse.trainable import trainable_model
 from tests import training_process
 from tests.plain import plain_losses, plain_objective, plain_rollout
 from tests.tiny_models import tiny_model, tiny_tokenizer
