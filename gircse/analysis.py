@@ -18,6 +18,7 @@ from gircse.anatomy import anatomy
 from gircse.clustering import kmeans, v_measure
 from gircse.encoded_steps import EncodedSteps
 from gircse.evaluate import RetrievalTask
+from gircse.integers import check_integer
 from gircse.labelled_texts import LabelledTexts
 from gircse.metrics import metrics_of, relevant_ranks
 from gircse.paired import paired_difference, plateau
@@ -65,8 +66,7 @@ def analyze(
         ValueError: bad steps or sample.
     """
     steps = _checked_steps(steps)
-    if isinstance(sample, bool) or not isinstance(sample, int) or sample < 1:
-        raise ValueError(f"sample: got {sample!r}, expected an integer >= 1")
+    sample = check_integer("sample", sample, least=1)
     document_instruction = task.instruction if is_symmetric(task.instruction) else None
     groups = {"queries": (task.queries, task.instruction), "documents": (task.documents, document_instruction)}
     options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length}
@@ -116,12 +116,10 @@ def analyze(
 
 
 def _checked_steps(steps: Sequence[int]) -> tuple[int, ...]:
-    for k in steps:
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ValueError(f"steps: got {k!r}, expected integers >= 1")
-    if not steps:
+    found = {check_integer("steps", k, least=1, expected="integers >= 1") for k in steps}
+    if not found:
         raise ValueError("steps: got none, expected at least one")
-    return tuple(sorted(set(steps)))
+    return tuple(sorted(found))
 
 
 def _spread(texts: list[str], instruction: str | None, count: int) -> tuple[list[str], str | None]:

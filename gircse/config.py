@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
+import math
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Real
 from pathlib import Path
 
+from gircse.integers import check_integer
 from gircse.ops.pooling import POOLINGS
 from gircse.prompts import DEFAULT_TEMPLATE, check_template
 
@@ -39,21 +41,22 @@ class GircseConfig:
     passage_max_length: int = 512
 
     def __post_init__(self) -> None:
-        if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 0:
-            raise ValueError(f"num_steps: got {self.num_steps!r}, expected an integer >= 0")
+        for name, least in (("num_steps", 0), ("query_max_length", 1), ("passage_max_length", 1)):
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), least=least))
         if self.pooling not in POOLINGS:
             raise ValueError(f"pooling: got {self.pooling!r}, expected one of {', '.join(map(repr, POOLINGS))}")
-        number = isinstance(self.temperature, (int, float)) and not isinstance(self.temperature, bool)
-        if not number or not 0 < self.temperature <= sys.float_info.max:
+        number = isinstance(self.temperature, Real) and not isinstance(self.temperature, bool)
+        try:
+            temperature = float(self.temperature) if number else 0.0
+        except OverflowError:  # an integer past every float
+            temperature = math.inf
+        if not 0 < temperature < math.inf:
             raise ValueError(f"temperature: got {self.temperature!r}, expected a finite number > 0")
+        object.__setattr__(self, "temperature", temperature)
         for name in ("append_eos", "include_prompt_state"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected true or false")
         check_template(self.prompt_template)
-        for name in ("query_max_length", "passage_max_length"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: got {value!r}, expected an integer >= 1")
 
     @classmethod
     def load(cls, folder: str | Path) -> GircseConfig | None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gircse.engine.kv import KeptPrefix
+from gircse.integers import check_integer
 from gircse.prompts import format_query
 
 if TYPE_CHECKING:
@@ -72,10 +73,12 @@ class EncodeOptions:
                 raise ValueError(f"num_steps: got {num_steps!r}, expected an integer >= 0 or {AUTO!r}")
             if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance <= 2:
                 raise ValueError(f"tolerance: got {tolerance!r}, expected a number above 0 (a cosine distance)")
-            _check_positive("max_steps", max_steps)
+            max_steps = check_integer("max_steps", max_steps, least=1)
         steps = model.config.with_steps(max_steps if adaptive else num_steps).num_steps  # type: ignore[arg-type]
-        _check_positive("batch_size", batch_size, optional=True)
-        _check_positive("truncate_dim", truncate_dim, optional=True, at_most=model.embedding_dimension)
+        if batch_size is not None:
+            batch_size = check_integer("batch_size", batch_size, least=1)
+        if truncate_dim is not None:
+            truncate_dim = check_integer("truncate_dim", truncate_dim, least=1, most=model.embedding_dimension)
         if instruction is not None:
             check_text("instruction", instruction, "str or None")
         for name, flag in (("normalize", normalize), ("return_steps", return_steps)):
@@ -118,7 +121,7 @@ def encode(
 
 def encode_stream(model: GIRCSE, texts: Iterable[str], options: EncodeOptions, *, window: int) -> Iterator[np.ndarray]:
     """See `GIRCSE.encode_stream`."""
-    _check_positive("window", window)
+    window = check_integer("window", window, least=1)
     return _stream(model, _iterator(texts, (str, bytes, dict), "an iterable of strings"), options, window)
 
 
@@ -327,7 +330,7 @@ def prompt_limit(model: GIRCSE, max_length: int, num_steps: int) -> int:
     Raises:
         ValueError: `max_length` below 1, or more steps than positions.
     """
-    _check_positive("max_length", max_length)
+    max_length = check_integer("max_length", max_length, least=1)
     positions = model.causal_lm.max_positions
     if positions is None or max_length + num_steps <= positions:
         return max_length
@@ -360,12 +363,3 @@ def _progress(total: int, show: bool | None) -> Iterator:
     shown = show if show is not None else total > 64 and sys.stderr.isatty()
     with tqdm(total=total, desc="encode", unit="text", disable=not shown, dynamic_ncols=True) as bar:
         yield bar
-
-
-def _check_positive(name: str, value: int | None, *, optional: bool = False, at_most: int | None = None) -> None:
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name}: got {value!r}, expected an integer >= 1")
-    if at_most is not None and value > at_most:
-        raise ValueError(f"{name}: got {value}, expected at most {at_most}")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from gircse.data import Row, is_symmetric
+from gircse.integers import as_integer
 from gircse.metrics import metrics_by_step
 
 if TYPE_CHECKING:
@@ -66,9 +66,11 @@ def evaluate_retrieval(
     Raises:
         ValueError: `steps` is empty, or mixes 0 with others.
     """
-    whole = isinstance(steps, Sequence) and all(isinstance(k, Integral) and not isinstance(k, bool) for k in steps)
-    if not whole or not steps or (0 in steps and len(set(steps)) > 1) or min(steps) < 0:
+    numbers = [as_integer(k) for k in steps] if isinstance(steps, Sequence) else []
+    whole = [k for k in numbers if k is not None and k >= 0]
+    if not whole or len(whole) < len(numbers) or (0 in whole and len(set(whole)) > 1):
         raise ValueError(f"steps: got {steps!r}, expected a list of integers >= 1, or 0 alone")
+    steps = whole
     options: dict[str, Any] = {
         "num_steps": max(steps),
         "batch_size": batch_size,

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from gircse import ops
 from gircse.encode import check_texts, pad, tokenize
+from gircse.integers import check_integer
 from gircse.rollout import rollout
 from gircse.signatures import Finding, diagnose
 
@@ -77,8 +78,7 @@ def inspect(
     num_steps = model.config.with_steps(num_steps).num_steps
     if num_steps < 1:
         raise ValueError(f"num_steps: got {num_steps}, expected >= 1: there is no soft token to look at")
-    if isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 1:
-        raise ValueError(f"top_n: got {top_n!r}, expected an integer >= 1")
+    top_n = check_integer("top_n", top_n, least=1)
     length = model.config.max_length(instruction, max_length)
     ids = tokenize(model, texts, instruction=instruction, max_length=length, num_steps=num_steps)
     inspections: list[TextInspection] = []

@@ -13,9 +13,9 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
+from gircse.integers import as_integer
 from gircse.ops.arguments import DTYPES
 from gircse.ops.pooling import l2_normalize
 
@@ -123,15 +123,17 @@ def retrieval_metrics(query_emb: Any, doc_emb: Any, relevant: Relevant, k: int =
     among the first j, and success@1 the share of queries whose first document is relevant (the same number where each
     has one).
     """
-    _check_integer("k", k)
+    k = _check_integer("k", k)
     return metrics_of(relevant_ranks(query_emb, doc_emb, relevant), k)
 
 
-def _check_integer(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+def _check_integer(name: str, value: object) -> int:
+    found = as_integer(value)
+    if found is None:
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if found < 1:
+        raise ValueError(f"{name} must be at least 1, got {found}")
+    return found
 
 
 def metrics_of(ranks: list[list[int]], k: int) -> dict[str, float]:
@@ -139,7 +141,7 @@ def metrics_of(ranks: list[list[int]], k: int) -> dict[str, float]:
 
     Raises ValueError for no queries, or one without a rank.
     """
-    _check_integer("k", k)
+    k = _check_integer("k", k)
     if not ranks or not all(ranks):
         raise ValueError("ranks must hold at least one query, and each of them at least one rank")
 
@@ -174,12 +176,12 @@ def metrics_by_step(
             f"got {tuple(queries.shape[1:])} and {tuple(docs.shape[1:])}"
         )
     available = queries.shape[1]
-    _check_integer("k", k)
+    k = _check_integer("k", k)
     if steps is not None and not isinstance(steps, Iterable):
         raise TypeError(f"steps must be a list of integers, got {steps!r}")
-    chosen = range(1, available + 1) if steps is None else list(steps)
-    for i, step in enumerate(chosen):
-        _check_integer(f"steps[{i}]", step)
+    wanted = range(1, available + 1) if steps is None else steps
+    chosen = [_check_integer(f"steps[{i}]", step) for i, step in enumerate(wanted)]
+    for step in chosen:
         if step > available:
             raise ValueError(f"steps must lie in 1..{available}, got {step}")
     return {step: retrieval_metrics(queries[:, step - 1], docs[:, step - 1], relevant, k) for step in chosen}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import fields
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -78,6 +77,7 @@ def config_of(arguments: argparse.Namespace) -> Any:
 
 def _train(arguments: argparse.Namespace) -> None:
     from gircse.data import load_rows
+    from gircse.environment import first_process
     from gircse.evaluate import RetrievalTask, evaluate_retrieval
     from gircse.train import train
 
@@ -94,5 +94,5 @@ def _train(arguments: argparse.Namespace) -> None:
             return {str(k): values for k, values in metrics.items()}
 
     result = train(config, evaluate=evaluate)
-    if os.environ.get("RANK", "0") == "0":  # torchrun's first process speaks for all
+    if first_process():
         print(f"trained {len(result.log)} steps, last loss {result.log[-1]['loss']:.4f}; model in {result.folder}")

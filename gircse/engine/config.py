@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from gircse.attention import RolloutKV
+from gircse.integers import check_integer
 
 CAPTURES = ("auto", "always", "never")
 FUSED = ("auto", "never")
@@ -54,8 +55,9 @@ class EngineConfig:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected True or False")
         for name in ("max_rows", "prefill_tokens", "kv_bytes"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}: got {value!r}, expected an integer >= 1 or None")
+            if value is not None:
+                expected = "an integer >= 1 or None"
+                object.__setattr__(self, name, check_integer(name, value, least=1, expected=expected))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gircse.integers import as_integer
+
 from . import soft_embed_op
 from .arguments import check_flag, check_floating, check_like, check_number, check_rows, has_no_values
 from .backends import check_backend
@@ -220,11 +222,12 @@ def _check_seed(seed: object, hidden: Tensor) -> tuple[int | None, Tensor | None
             raise TypeError(f"gumbel_seed: got dtype {seed.dtype}, expected torch.int64")
         check_rows("gumbel_seed", seed, hidden)
         return None, seed.broadcast_to(leading).reshape(-1).contiguous()
-    if not isinstance(seed, int) or isinstance(seed, bool):
+    number = as_integer(seed)
+    if number is None:
         raise TypeError(f"gumbel_seed: got {type(seed).__name__}, expected an int or an int64 tensor")
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"gumbel_seed: got {seed}, expected a number of 64 bits, -2**63 to 2**63 - 1")
-    return seed, None
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"gumbel_seed: got {number}, expected a number of 64 bits, -2**63 to 2**63 - 1")
+    return number, None
 
 
 def _relax(

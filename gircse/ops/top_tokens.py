@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gircse.integers import as_integer
+
 from .backends import check_backend, resolve_backend
 from .chunk_scores import chunk_scores, ordered_bits
 from .soft_embed import check_scores, row_temperature
@@ -45,8 +47,10 @@ def top_tokens(
     check_backend(backend)
     if hidden.device.type == "meta":
         raise ValueError("hidden: got device meta, expected one with values")
-    if not isinstance(n, int) or isinstance(n, bool):
+    count = as_integer(n)
+    if count is None:
         raise TypeError(f"n: got {type(n).__name__}, expected an int")
+    n = count
     num_vocab = head_weight.shape[0]
     if not 1 <= n <= num_vocab:
         raise ValueError(f"n: got {n}, expected 1 to {num_vocab}, the V of head_weight")

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gircse.integers import as_integer
+
 from .soft_embed_torch import LOG_FLOOR, OnlineState
 
 
@@ -35,8 +37,10 @@ class VocabShard:
 
     def __post_init__(self) -> None:
         for name, value in (("start", self.start), ("stop", self.stop)):
-            if not isinstance(value, int) or isinstance(value, bool):
+            integer = as_integer(value)
+            if integer is None:
                 raise TypeError(f"VocabShard.{name}: got {type(value).__name__}, expected an int")
+            object.__setattr__(self, name, integer)
         if not 0 <= self.start < self.stop:
             raise ValueError(f"VocabShard: got start {self.start} and stop {self.stop}, expected 0 <= start < stop")
 
