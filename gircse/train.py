@@ -5,9 +5,9 @@
 
 Every step: a batch of rows -> tokens -> rollout of queries and of candidates -> K contrastive losses -> ICR objective
 -> LoRA update. A batch that is too large for the memory goes through in micro-batches (`gircse.grad_cache`), of several
-processes each has a share of it (`gircse.distributed`); neither changes what is computed. A run folder holds
-`train_config.json`, `train_data.json`, `train_log.jsonl` (one line a step), `checkpoints/`, and at the end `model/`,
-which `GIRCSE.from_pretrained` loads.
+processes each has a share of it (`gircse.distributed`); neither changes what is computed. A run folder holds what the
+run is (`gircse.run_folder`), `train_log.jsonl` (one line a step), `checkpoints/`, and at the end `model/`, which
+`GIRCSE.from_pretrained` loads.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ import torch
 from torch import Tensor
 
 from gircse import ops
-from gircse.atomic import new_file, remove_leftovers
+from gircse.atomic import remove_leftovers
 from gircse.batches import Example, TrainingData, mask_of
 from gircse.checkpoint import checkpoint_folder, list_checkpoints, load_checkpoint, save_checkpoint, save_failure
-from gircse.data import Row
+from gircse.data import Row, load_rows
 from gircse.distributed import Ranks, digest_of, digest_of_rows, join_ranks, step_seed
 from gircse.encode import tokenize
+from gircse.evaluate import RetrievalTask, evaluate_retrieval
 from gircse.folder_lock import folder_lock
 from gircse.grad_cache import MicroBatch, backward, micro_batches, positions
 from gircse.model import GIRCSE
-from gircse.run_log import LOG_NAME, open_log, start_log
+from gircse.run_folder import CONFIG_NAME, check_data, check_model, check_settings, start_of, write_start
+from gircse.run_log import open_log, start_log
 from gircse.schedule import learning_rate, set_learning_rate
 from gircse.signals import TrainingStopped, stop_on_signals
 from gircse.step_monitor import StepMonitor
@@ -41,8 +43,6 @@ from gircse.token_budget import probe_budget
 from gircse.train_config import TrainConfig
 from gircse.trainable import trainable_model
 
-CONFIG_NAME = "train_config.json"
-DATA_NAME = "train_data.json"
 Evaluation = Callable[[GIRCSE], dict[str, Any]]
 
 
@@ -69,7 +69,7 @@ def train(
         rows: training rows; default: read from `config.data`. All of it is checked before anything starts.
         model: a model to train, its base in memory, without an adapter; default: `config.model` is loaded.
         evaluate: called every `config.eval_every` steps and at the end, in every process; what it returns in the first
-            goes into the log.
+            goes into the log. Default: retrieval on `config.eval_data`, where there is one.
 
     Raises:
         DataError: bad rows, each with file, line and reason.
@@ -89,20 +89,24 @@ def train(
         folder_lock(run if ranks.first else None),
     ):
         if ranks.first:
-            _check_run_folder(run, config)
+            check_settings(run, config)
+        if evaluate is None and config.eval_data is not None:
+            evaluate = _evaluation(config)
         if config.fsdp and evaluate is not None:
             raise ValueError("fsdp: got an evaluation during the run as well; evaluate the saved model instead")
         data = TrainingData.open(config, rows=rows)
-        if ranks.first and config.resume and (run / DATA_NAME).exists():
-            data.check_continues(run / DATA_NAME)
-        ranks.share(config.batch_size)  # enough rows for every process?
         total_steps = config.max_steps or data.steps_per_epoch
+        if ranks.first and config.resume:
+            check_data(run, data, total_steps)
+        ranks.share(config.batch_size)  # enough rows for every process?
 
         torch.manual_seed(config.seed)
         model = trainable_model(config, model, ranks=ranks)
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-        done = 0
+        start, done = start_of(model, config), 0
+        if ranks.first and config.resume:
+            check_model(run, config, start)
         if config.resume and (found := list_checkpoints(run)):
             done = load_checkpoint(found[-1], model, optimizer)
         model.train()
@@ -110,8 +114,7 @@ def train(
 
         log: list[dict[str, Any]] = []
         if ranks.first:
-            _write(run / CONFIG_NAME, config.to_json())
-            _write(run / DATA_NAME, data.to_json())
+            write_start(run, config, data, start)
             log = start_log(run, up_to=done)
             for folder in (run, checkpoint_folder(run)):
                 remove_leftovers(folder)
@@ -281,13 +284,15 @@ def contrastive_backward(
     return loss, losses, len(parts)
 
 
-def _check_run_folder(run: Path, config: TrainConfig) -> None:
-    if config.resume:
-        if not (run / CONFIG_NAME).is_file():
-            raise FileNotFoundError(f"resume: {run} holds no run, and so no checkpoint to go on from")
-        config.check_continues(TrainConfig.from_json(run / CONFIG_NAME))
-    elif (run / LOG_NAME).exists():
-        raise FileExistsError(f"output: {run} holds a run already; resume it, or name another folder")
+def _evaluation(config: TrainConfig) -> Evaluation:
+    """Retrieval on `config.eval_data`, at the K that the model is saved with."""
+    task = RetrievalTask.from_rows(load_rows(config.eval_data, instruction=config.eval_instruction))
+    steps = [config.gircse_config().num_steps]
+
+    def evaluate(model: GIRCSE) -> dict[str, Any]:
+        return {str(k): values for k, values in evaluate_retrieval(model, task, steps=steps).items()}
+
+    return evaluate
 
 
 def _budget(run: Path, config: TrainConfig, model: GIRCSE, ranks: Ranks) -> int:
@@ -316,11 +321,6 @@ def _not_finite(run: Path, what: dict[str, Any]) -> FloatingPointError:
         f"{first}; seed {what['seed']}. Nothing of this step was kept: the state before it and the names of its rows "
         f"are in {run / 'failed'}, the checkpoints are whole"
     )
-
-
-def _write(path: Path, text: str) -> None:
-    with new_file(path) as partial_file:
-        partial_file.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":  # torchrun -m gircse.train

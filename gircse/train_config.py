@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,9 @@ BATCHINGS = ("homogeneous", "mixed")
 
 # What may differ between a run and its continuation: where it writes, how often, and how it looks.
 _FREE_ON_RESUME = frozenset(
-    {"output", "resume", "save_every", "keep_checkpoints", "eval_every", "progress", "device"}
+    {"output", "resume", "save_every", "keep_checkpoints", "eval_every", "eval_data", "progress", "device"}
     | {"micro_batch_tokens", "fsdp", "wandb", "rank_timeout"}
+    | {"max_steps"}  # a run may become longer: `gircse.run_folder.check_data`
 )
 
 
@@ -83,7 +84,14 @@ class TrainConfig(Knobs):
     save_every: int = _knob(100, "steps between checkpoints")
     keep_checkpoints: int = _knob(2, "checkpoints kept")
     eval_every: int | None = _knob(None, "steps between evaluations; default: only at the end")
-    resume: bool = _knob(False, "go on from the newest checkpoint of `output`")
+    eval_data: str | None = _knob(
+        None,
+        "rows to evaluate on (retrieval over their positives and negatives), at the end and every `eval_every` steps",
+    )
+    resume: bool = _knob(
+        False,
+        "go on from the newest checkpoint of `output`; on the command line with the run's settings for all others",
+    )
     progress: bool = _knob(True, "show a progress bar")
     # memory and machines
     micro_batch_tokens: int | None = _knob(
@@ -151,6 +159,11 @@ class TrainConfig(Knobs):
             passage_max_length=self.passage_max_length,
         )
 
+    @property
+    def eval_instruction(self) -> str | None:
+        """What stands in for `eval_data`'s rows without "prompt": the one of `instructions` where all are the same."""
+        return self.instructions[0] if len(set(self.instructions)) == 1 else None
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
 
@@ -170,12 +183,13 @@ class TrainConfig(Knobs):
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from None
 
-    def check_continues(self, earlier: TrainConfig) -> None:
-        """Raises ValueError naming the settings in which a resumed run differs from the run it continues."""
+    def check_continues(self, earlier: TrainConfig, *, free: Collection[str] = ()) -> None:
+        """Raises ValueError naming the settings in which a resumed run differs from the run it continues; `free` ones
+        may differ, too."""
         changed = [
             f"{f.name}: was {getattr(earlier, f.name)!r}, is {getattr(self, f.name)!r}"
             for f in fields(self)
-            if f.name not in _FREE_ON_RESUME and getattr(earlier, f.name) != getattr(self, f.name)
+            if f.name not in _FREE_ON_RESUME | set(free) and getattr(earlier, f.name) != getattr(self, f.name)
         ]
         if changed:
             raise ValueError("resume: the run was started with other settings: " + "; ".join(changed))
