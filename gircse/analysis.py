@@ -80,7 +80,9 @@ def analyze(
         full = {name: encoded(name, model, texts, how, steps) for name, (texts, how) in groups.items()}
         none = {name: encoded(name, zero, texts, how, (0,)) for name, (texts, how) in groups.items()}
         ranks = {
-            k: relevant_ranks(part["queries"].at(k), part["documents"].at(k), task.relevant)
+            k: relevant_ranks(
+                part["queries"].at(k), part["documents"].at(k), task.relevant, excluded=task.own_documents
+            )
             for part, at in ((none, (0,)), (full, steps))
             for k in at
         }

@@ -25,6 +25,17 @@ class RetrievalTask:
     documents: list[str]
     relevant: list[set[int]]
 
+    @property
+    def own_documents(self) -> list[set[int]]:
+        """For each query the document that is the query itself, which search does not count: its text, where the task
+        is symmetric (otherwise a query is not written as a document is), unless it is named as relevant."""
+        places: dict[str, set[int]] = {}
+        if is_symmetric(self.instruction):
+            for place, text in enumerate(self.documents):
+                places.setdefault(text, set()).add(place)
+        own = [places.get(query, set()) for query in self.queries]
+        return [found - set(relevant) for found, relevant in zip(own, self.relevant, strict=True)]
+
     @classmethod
     def from_rows(cls, rows: Iterable[Row]) -> RetrievalTask:
         """Training rows as a task: all their distinct positives and negatives are the documents.
@@ -57,7 +68,8 @@ def evaluate_retrieval(
 ) -> dict[int, dict[str, float]]:
     """{K: {"ndcg@10", "mrr@10", "recall@10", ..}} at each K of `steps`; every text is encoded once, at the largest.
 
-    Queries carry the task's instruction; documents do when the task is symmetric (SPEC 1.6). K = 0, the prompt's own
+    Queries carry the task's instruction; documents do when the task is symmetric (SPEC 1.6), and then a text is not
+    ranked against itself (`RetrievalTask.own_documents`). K = 0, the prompt's own
     state, costs nothing either but stands for itself: it must be the only one.
 
     Args:
@@ -82,5 +94,6 @@ def evaluate_retrieval(
     queries = model.encode(task.queries, instruction=task.instruction, max_length=for_queries, **options)
     both = task.instruction if is_symmetric(task.instruction) else None
     documents = model.encode(task.documents, instruction=both, max_length=for_documents, **options)
-    by_entry = metrics_by_step(queries, documents, task.relevant, [max(k, 1) for k in steps])
+    entries = [max(k, 1) for k in steps]
+    by_entry = metrics_by_step(queries, documents, task.relevant, entries, excluded=task.own_documents)
     return {k: by_entry[max(k, 1)] for k in steps}
