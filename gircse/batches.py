@@ -33,6 +33,7 @@ class Example:
         positive: the one positive of this step.
         negatives: the hard negatives of this step, maybe none; rows of a batch may have different numbers of them.
         other_positives: the row's further positives. They are no candidates; see `mask_of`.
+        instruction: of the row; the texts hold it already, where they carry it.
     """
 
     id: str
@@ -40,6 +41,7 @@ class Example:
     positive: str
     negatives: tuple[str, ...] = ()
     other_positives: tuple[str, ...] = ()
+    instruction: str = ""
 
 
 class TrainingData:
@@ -144,6 +146,7 @@ class TrainingData:
                 for i, text in enumerate(row.positives)
                 if i != chosen
             ),
+            instruction=row.instruction,
         )
 
     def _check_size(self) -> None:

@@ -25,9 +25,10 @@ from tqdm.auto import tqdm
 from gircse.atomic import new_file
 from gircse.data import Row, format_row, load_rows
 from gircse.distill_config import DistillConfig
-from gircse.encode import pad, tokenize
+from gircse.encode import pad, prompt_limit, tokenize
 from gircse.evaluate import RetrievalTask, evaluate_retrieval
 from gircse.folder_lock import folder_lock
+from gircse.instruction_length import warn_of_rows
 from gircse.model import GIRCSE
 from gircse.ops.pooling import l2_normalize
 from gircse.report import text_table
@@ -168,6 +169,8 @@ def _distill(
     if config.init == "teacher" and not hasattr(teacher.base, "peft_config"):
         raise ValueError("init: got 'teacher', but the teacher has no LoRA adapter to go on from; expected 'fresh'")
 
+    limits = {name: prompt_limit(teacher, length, num_steps) for name, length in lengths.items()}
+    warn_of_rows(teacher, [row.instruction for row in rows], **limits)
     sampler = BatchSampler(len(rows), config.batch_size, seed=config.seed)
     total_steps = config.max_steps or len(rows) // config.batch_size
     texts = _Texts.of(rows, sampler, total_steps, teacher, config)

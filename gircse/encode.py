@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gircse.engine.kv import KeptPrefix
+from gircse.instruction_length import warn_if_nothing_is_left
 from gircse.integers import check_integer
 from gircse.prompts import format_query
 
@@ -84,12 +85,14 @@ class EncodeOptions:
         for name, flag in (("normalize", normalize), ("return_steps", return_steps)):
             if not isinstance(flag, (bool, np.bool_)):
                 raise TypeError(f"{name}: got {type(flag).__name__}, expected a bool")
+        limit = prompt_limit(model, model.config.max_length(instruction, max_length), steps)
+        warn_if_nothing_is_left(model, instruction, limit)
         return cls(
             instruction=instruction,
             num_steps=steps,
             tolerance=float(tolerance) if adaptive else None,
             batch_size=batch_size,
-            max_length=prompt_limit(model, model.config.max_length(instruction, max_length), steps),
+            max_length=limit,
             normalize=normalize,
             dim=truncate_dim or model.embedding_dimension,
             return_steps=return_steps,

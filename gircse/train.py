@@ -29,10 +29,11 @@ from gircse.batches import Example, TrainingData, mask_of
 from gircse.checkpoint import checkpoint_folder, list_checkpoints, load_checkpoint, save_checkpoint, save_failure
 from gircse.data import Row, load_rows
 from gircse.distributed import Ranks, digest_of, digest_of_rows, join_ranks, step_seed
-from gircse.encode import tokenize
+from gircse.encode import prompt_limit, tokenize
 from gircse.evaluate import RetrievalTask, evaluate_retrieval
 from gircse.folder_lock import folder_lock
 from gircse.grad_cache import MicroBatch, backward, micro_batches, positions
+from gircse.instruction_length import warn_of_rows
 from gircse.model import GIRCSE
 from gircse.run_folder import CONFIG_NAME, check_data, check_model, check_settings, start_of, write_start
 from gircse.run_log import open_log, start_log
@@ -221,6 +222,11 @@ def collate(model: GIRCSE, examples: Sequence[Example], config: TrainConfig, *, 
     passages = [[example.positive, *example.negatives] for example in own]
     counts = torch.tensor([len(texts) for texts in passages])
     mask = mask_of(examples, include_queries=config.include_queries) if config.filter_false_negatives else None
+    limits = {
+        name: prompt_limit(model, getattr(config, name), config.max_num_steps)
+        for name in ("query_max_length", "passage_max_length")
+    }
+    warn_of_rows(model, [example.instruction for example in own], **limits)
     tokens = partial(tokenize, model, instruction=None, num_steps=config.max_num_steps)
     return Batch(
         tokens([example.query for example in own], max_length=config.query_max_length),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,9 +13,13 @@ import gircse
 from gircse import GIRCSE, GircseConfig
 from gircse.cli import main
 from gircse.data import Row
+from gircse.distill import distill
+from gircse.distill_config import DistillConfig
 from gircse.evaluate import RetrievalTask, evaluate_retrieval
 from gircse.metrics import metrics_by_step
 from gircse.sentence_transformers import GIRCSEModule
+from gircse.train import train
+from gircse.train_config import TrainConfig
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 QUERY, PASSAGE = 30, 60
@@ -50,6 +55,36 @@ def test_a_text_has_the_limit_of_a_query_or_of_a_passage(tmp_path):
             assert not np.allclose(found.encode(TEXT, instruction=instruction, max_length=limit + 1), cut, atol=1e-4)
             shown = found.inspect(TEXT, instruction=instruction)[0].steps
             assert shown == found.inspect(TEXT, instruction=instruction, max_length=limit)[0].steps
+
+
+LONG = "retrieve what has to do with the text at hand"
+
+
+@pytest.mark.filterwarnings("ignore:.*cut at the end")
+def test_an_instruction_that_leaves_nothing_of_the_texts_is_named(base, tmp_path):
+    ours, prefix = model(), len(f"Instruct: {LONG}\nQuery:")
+    whole = rf"'{LONG}' alone has {prefix} tokens: nothing of its texts is read"
+    for limit in (prefix - 10, prefix):
+        with pytest.warns(UserWarning, match=f"max_length: got {limit}, but the instruction {whole}"):
+            same = ours.encode(["red", "blue"], instruction=LONG, max_length=limit)
+        assert np.array_equal(*same)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*nothing of its texts")
+        ours.encode(["red"], instruction=LONG, max_length=prefix + 1)
+        ours.encode(["red"], max_length=1)
+    rows = [Row(LONG, word, (word,)) for word in WORDS]
+    lengths = {"query_max_length": QUERY, "passage_max_length": PASSAGE, "batch_size": 4, "max_steps": 2}
+    settings = TrainConfig(model=str(base), output=str(tmp_path / "run"), num_steps=2, progress=False, **lengths)
+    with pytest.warns(UserWarning, match=f"query_max_length: got {QUERY}, but the instruction {whole}") as caught:
+        folder = train(settings, rows=rows).folder
+    assert sum("nothing of its texts" in str(w.message) for w in caught) == 2  # by default shown once: the same text
+    assert len({str(w.message) for w in caught if "nothing of its texts" in str(w.message)}) == 1
+    student = DistillConfig(teacher=str(folder), output=str(tmp_path / "student"), progress=False, **lengths)
+    with pytest.warns(UserWarning, match=f"query_max_length: got {QUERY}, but the instruction {whole}"):
+        distill(student, rows=rows)
+    symmetric = [Row("s" * 50, word, (word,)) for word in WORDS]
+    with pytest.warns(UserWarning, match=f"passage_max_length: got {PASSAGE}, but the instruction 's+' alone has 67"):
+        train(replace(settings, output=str(tmp_path / "symmetric")), rows=symmetric)
 
 
 @pytest.mark.filterwarnings("ignore:.*cut at the end")
