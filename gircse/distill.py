@@ -161,7 +161,7 @@ def _distill(
         raise ValueError(f"batch_size: got {config.batch_size}, expected at most the number of rows, {len(rows)}")
     if teacher is None:
         teacher = GIRCSE.from_pretrained(config.teacher, dtype=config.dtype, device=config.device)
-    lengths = {"query_max_length": config.query_max_length, "passage_max_length": config.passage_max_length}
+    lengths: dict[str, Any] = {name: getattr(config, name) for name in ("query_max_length", "passage_max_length")}
     teacher.config = replace(teacher.config, **lengths)  # the student's too, and of both in the evaluation
     num_steps = teacher.num_steps if config.num_steps is None else config.num_steps
     if num_steps == 0:
