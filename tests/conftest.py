@@ -5,6 +5,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the suite may reach for a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -13,6 +15,8 @@ from tests.full_precision import keep_float64
 if not torch.cuda.is_available():
     # The kernels then run on CPU tensors, in Triton's interpreter. It is chosen when they are imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from tests.tiny_models import tiny_model, tiny_tokenizer  # noqa: E402 - transformers may import triton
 
 
 @pytest.fixture(autouse=True)
@@ -24,3 +28,12 @@ def _seed() -> None:
 def no_downcast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stock norms and softmaxes compute in float32; inside this fixture float64 stays float64."""
     keep_float64(monkeypatch)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """The folder of a tiny base model with its tokenizer."""
+    folder = tmp_path / "base"
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder

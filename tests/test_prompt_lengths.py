@@ -35,14 +35,6 @@ def model(**config) -> GIRCSE:
     return GIRCSE(tiny_model("llama"), tiny_tokenizer(), settings).eval()
 
 
-@pytest.fixture
-def base(tmp_path):
-    folder = tmp_path / "base"
-    tiny_model("llama").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.filterwarnings("ignore:.*cut at the end")
 def test_a_text_has_the_limit_of_a_query_or_of_a_passage(tmp_path):
     ours = model()

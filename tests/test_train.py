@@ -33,14 +33,6 @@ ROWS = [
 ]
 
 
-@pytest.fixture
-def base(tmp_path):
-    folder = tmp_path / "base"
-    tiny_model("llama").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
 def config(base, tmp_path, **options):
     defaults = {
         "model": str(base),

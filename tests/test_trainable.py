@@ -15,18 +15,10 @@ from gircse.data import Row
 from gircse.train import collate, contrastive_backward, train
 from gircse.train_config import LORA_TARGETS, TrainConfig
 from gircse.trainable import lora_targets
-from tests.tiny_models import tiny_model, tiny_tokenizer
+from tests.tiny_models import tiny_model
 
 WORDS = ["red", "blue", "fox", "dog"]
 ROWS = [Row("find the echo", f"{a} {b}", (f"{b} {a}",)) for a in WORDS for b in WORDS if a != b]
-
-
-@pytest.fixture
-def base(tmp_path):
-    folder = tmp_path / "base"
-    tiny_model("llama").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def config(base, tmp_path, **options) -> TrainConfig:
