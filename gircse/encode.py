@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -161,11 +162,21 @@ def _embed_windows(
 
 def _one_ahead(windows: Iterator[list[str]], tokenize: _Tokenizer) -> Iterator[Tokens]:
     """The windows tokenised; the next one is in work while the consumer has this one. Only the caller's thread touches
-    the source."""
+    the source.
+
+    Raises:
+        RuntimeError: in a process that was forked meanwhile: the thread that tokenises stayed in the other one.
+    """
+    process = os.getpid()
     with ThreadPoolExecutor(1, thread_name_prefix="gircse-tokenize") as pool:
         waiting: Future[Tokens] | None = None
         failure: Exception | None = None
         while failure is None:
+            if os.getpid() != process:
+                raise RuntimeError(
+                    f"encode_stream: got process {os.getpid()}, forked from {process}, which began this stream; "
+                    "expected the same one, or a new stream"
+                )
             ahead = None
             try:
                 ahead = pool.submit(tokenize, next(windows))

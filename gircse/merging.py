@@ -33,7 +33,7 @@ class MergedAdapter:
 
     PEFT unmerges by subtraction, which does not give back the same bits; so the originals are kept, on the host.
     Meanwhile `load_state_dict` takes the adapter out first, `state_dict` gives the weights without it, and `refresh`
-    merges anew what was loaded, edited, switched on or off.
+    merges anew what was loaded, edited, switched on or off. Whoever calls holds `rewriting_weights`.
     """
 
     def __init__(self, base: Any) -> None:
@@ -79,8 +79,7 @@ class MergedAdapter:
         if any(layer.merged for layer in layers):
             raise ValueError("base: its adapter is merged already; call base.unmerge_adapter() first")
         if not all(layer.disable_adapters for layer in layers):
-            with rewriting_weights():
-                self._fold_in(layers)
+            self._fold_in(layers)
         self._layers, self._parameters = layers, [p for layer in layers for p in _own_parameters(layer)]
         self._merged_adapters = self._adapters()
         for layer in layers:
@@ -109,14 +108,13 @@ class MergedAdapter:
 
     @torch.no_grad()
     def _restore(self) -> None:
-        with rewriting_weights():
-            present = self._present()
-            for layer in dict.fromkeys(weight.layer for weight in present):
-                if layer.merged:
-                    layer.unmerge()
-            for weight in present:
-                weight.parameter.copy_(weight.original)
-            self._weights = []
+        present = self._present()
+        for layer in dict.fromkeys(weight.layer for weight in present):
+            if layer.merged:
+                layer.unmerge()
+        for weight in present:
+            weight.parameter.copy_(weight.original)
+        self._weights = []
 
     def _present(self) -> list[_Weight]:
         """Without the layers that somebody has taken out of the model: `merge_and_unload` keeps what is merged."""
@@ -138,7 +136,8 @@ class MergedAdapter:
 
     def _before_load(self, *_: Any) -> None:
         """What is loaded next are weights without the adapter. A hook of every adapted layer: the first undoes all."""
-        self._restore()
+        with rewriting_weights():
+            self._restore()
 
     def _with_originals(self, layer: Any, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
         """A state dict holds the adapter by itself: with the merged weights beside it, it would count twice."""

@@ -307,8 +307,9 @@ class GIRCSE(nn.Module):
         """
         with self._lock, without_autocast(self.device):
             compute_on_one_thread_in_child()
-            if self._merged is not None:
-                self._merged.refresh()
+            with rewriting_weights():
+                if self._merged is not None:
+                    self._merged.refresh()
             outermost, was_training = self._mode_outside is None, self.training
             if outermost:
                 self._mode_outside = was_training
@@ -330,7 +331,7 @@ class GIRCSE(nn.Module):
         memory. Without an adapter, or merged already, nothing happens. `load_state_dict` and `state_dict` work on the
         weights apart; another adapter or another state of it is merged anew before the next text is encoded.
         """
-        with self._lock:
+        with self._lock, rewriting_weights():
             if self._merged is None and hasattr(self.base, "peft_config"):
                 self._merged = MergedAdapter(self.base)
 
@@ -340,7 +341,7 @@ class GIRCSE(nn.Module):
         Raises:
             RuntimeError: a merged weight was overwritten since, so that nobody knows what it is without the adapter.
         """
-        with self._lock:
+        with self._lock, rewriting_weights():
             if self._merged is not None:
                 self._merged.close()
                 self._merged = None
