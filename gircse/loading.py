@@ -19,6 +19,7 @@ from gircse.atomic import into_folder
 from gircse.attention import ATTENTION_NAME
 from gircse.config import CONFIG_NAME, GircseConfig
 from gircse.device import to_device
+from gircse.quiet import quiet_peft
 
 if TYPE_CHECKING:
     from gircse.model import GIRCSE
@@ -180,7 +181,8 @@ def _with_adapter(base: Any, adapter: str | Path) -> Any:
 
     with _readable("adapter", adapter):
         try:
-            model = PeftModel.from_pretrained(base, str(adapter), is_trainable=False)
+            with quiet_peft():
+                model = PeftModel.from_pretrained(base, str(adapter), is_trainable=False)
         except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(f"adapter: {adapter} does not fit {type(base).__name__}: {error}") from error
         stored = _stored_keys(adapter)

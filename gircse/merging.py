@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -39,7 +40,8 @@ class MergedAdapter:
     def __init__(self, base: Any) -> None:
         """
         Raises:
-            ValueError: the adapter was merged by somebody else, or cannot be merged.
+            ValueError: the adapter was merged by somebody else, or cannot be merged (one on a tied matrix, or with
+                numbers that are not finite).
         """
         self._base = base
         self._weights: list[_Weight] = []
@@ -75,9 +77,15 @@ class MergedAdapter:
     @torch.no_grad()
     def _merge(self) -> None:
         self._forget_hooks()
-        layers = _adapted_layers(self._base)
+        layers = adapted_layers(self._base)
         if any(layer.merged for layer in layers):
             raise ValueError("base: its adapter is merged already; call base.unmerge_adapter() first")
+        holders = Counter(id(p) for module in self._base.modules() for p in module._parameters.values())
+        if any(holders[id(p)] > 1 for layer in layers for p in layer.get_base_layer().parameters()):
+            raise ValueError(
+                "base: its adapter cannot be merged: it changes one of two layers that share a matrix (tied head and "
+                "table), and folded in it would change both"
+            )
         if not all(layer.disable_adapters for layer in layers):
             self._fold_in(layers)
         self._layers, self._parameters = layers, [p for layer in layers for p in _own_parameters(layer)]
@@ -118,7 +126,7 @@ class MergedAdapter:
 
     def _present(self) -> list[_Weight]:
         """Without the layers that somebody has taken out of the model: `merge_and_unload` keeps what is merged."""
-        layers = set(_adapted_layers(self._base)) if self._weights else set()
+        layers = set(adapted_layers(self._base)) if self._weights else set()
         return [weight for weight in self._weights if weight.layer in layers]
 
     def _adapters(self) -> list[tuple]:
@@ -162,7 +170,7 @@ def _own_parameters(layer: Any) -> list[nn.Parameter]:
     return [parameter for parameter in layer.parameters() if parameter not in base]
 
 
-def _adapted_layers(base: Any) -> list[Any]:
+def adapted_layers(base: Any) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [module for module in base.modules() if isinstance(module, BaseTunerLayer)]

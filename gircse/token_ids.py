@@ -34,7 +34,7 @@ def check_ids(low: int, high: int, vocabulary: int) -> None:
 def check_prompt(
     input_ids: Tensor, attention_mask: Tensor, num_steps: int, *, positions: int | None, vocabulary: int
 ) -> None:
-    """Of `GIRCSE.rollout`. Values are only looked at where that costs no device synchronisation.
+    """Of `GIRCSE.rollout`. Values are looked at only where that is cheap.
 
     Raises:
         TypeError, ValueError: wrong ranks, shapes or dtypes, a row without a token, too many tokens, unknown ones.
@@ -54,10 +54,15 @@ def check_prompt(
     if positions is not None and input_ids.shape[1] + num_steps > positions:
         raise ValueError(
             f"input_ids: got {input_ids.shape[1]} tokens and num_steps={num_steps}, expected at most {positions} "
-            "positions together (max_position_embeddings)"
+            "positions together (max_position_embeddings, or the length from which on rotary frequencies change)"
         )
-    if attention_mask.device.type == "cpu" and not attention_mask.bool().any(dim=1).all():
+    if _readable(attention_mask) and not attention_mask.bool().any(dim=1).all():
         rows = (~attention_mask.bool().any(dim=1)).nonzero().flatten().tolist()
         raise ValueError(f"attention_mask: rows {rows[:8]} have no token, expected at least one in every row")
-    if input_ids.device.type == "cpu" and input_ids.numel():
+    if _readable(input_ids) and input_ids.numel():
         check_ids(int(input_ids.min()), int(input_ids.max()), vocabulary)
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Where looking at values costs no device synchronisation and no break in a compiled graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

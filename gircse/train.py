@@ -34,6 +34,7 @@ from gircse.folder_lock import folder_lock
 from gircse.grad_cache import MicroBatch, backward, micro_batches, positions
 from gircse.loading import load_pretrained
 from gircse.model import GIRCSE
+from gircse.quiet import quiet_peft
 from gircse.run_log import LOG_NAME, open_log, start_log
 from gircse.signals import TrainingStopped, stop_on_signals
 from gircse.step_monitor import StepMonitor
@@ -209,7 +210,9 @@ def trainable_model(config: TrainConfig, model: GIRCSE | None = None, *, ranks: 
         raise ValueError(
             f"model: got {config.model or type(base).__name__} with an adapter on it, expected a plain base model"
         )
-    adapted = GIRCSE(get_peft_model(base, lora_config(base, config)), tokenizer, config.gircse_config())
+    with quiet_peft():
+        base = get_peft_model(base, lora_config(base, config))
+    adapted = GIRCSE(base, tokenizer, config.gircse_config())
     if config.gradient_checkpointing:
         adapted.gradient_checkpointing_enable()
     if config.fsdp:
