@@ -14,6 +14,7 @@ from gircse.encode import check_texts, pad, tokenize
 from gircse.integers import check_integer
 from gircse.rollout import rollout
 from gircse.signatures import Finding, diagnose
+from gircse.token_ids import check_rows
 
 if TYPE_CHECKING:
     from gircse.model import GIRCSE
@@ -81,8 +82,9 @@ def inspect(
     top_n = check_integer("top_n", top_n, least=1)
     length = model.config.max_length(instruction, max_length)
     ids = tokenize(model, texts, instruction=instruction, max_length=length, num_steps=num_steps)
+    check_rows(ids, model.causal_lm.embed_weight.shape[0])
     inspections: list[TextInspection] = []
-    with model.inference():  # for the eval mode, and for the other threads that it keeps out
+    with model.inference():  # for the eval mode, without autocast, and for the other threads that it keeps out
         for start in range(0, len(ids), _ROWS):
             inspections += _inspect_batch(
                 model, texts[start : start + _ROWS], ids[start : start + _ROWS], num_steps, top_n

@@ -19,6 +19,7 @@ from gircse.atomic import into_folder
 from gircse.attention import ATTENTION_NAME
 from gircse.config import CONFIG_NAME, GircseConfig
 from gircse.device import to_device
+from gircse.quiet import quiet_peft
 
 if TYPE_CHECKING:
     from gircse.model import GIRCSE
@@ -182,7 +183,8 @@ def with_adapter(base: Any, adapter: str | Path, *, is_trainable: bool) -> Any:
 
     with _readable("adapter", adapter):
         try:
-            model = PeftModel.from_pretrained(base, str(adapter), is_trainable=is_trainable)
+            with quiet_peft():
+                model = PeftModel.from_pretrained(base, str(adapter), is_trainable=is_trainable)
         except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(f"adapter: {adapter} does not fit {type(base).__name__}: {error}") from error
         stored = _stored_keys(adapter)

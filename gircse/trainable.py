@@ -13,6 +13,7 @@ from gircse.distributed import Ranks
 from gircse.loading import load_pretrained, with_adapter
 from gircse.model import GIRCSE
 from gircse.prompts import DEFAULT_TEMPLATE
+from gircse.quiet import quiet_peft
 from gircse.train_config import LORA_TARGETS, TrainConfig
 
 
@@ -49,7 +50,8 @@ def trainable_model(config: TrainConfig, model: GIRCSE | None = None, *, ranks: 
     if config.adapter is None:
         from peft import get_peft_model
 
-        base = get_peft_model(base, lora_config(base, config))
+        with quiet_peft():
+            base = get_peft_model(base, lora_config(base, config))
     else:
         saved = GircseConfig.load(config.adapter) or saved
         if saved.prompt_template != DEFAULT_TEMPLATE:

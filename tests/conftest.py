@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the suite may reach for a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -11,17 +12,26 @@ import pytest
 import torch
 
 from tests.full_precision import keep_float64
+from tests.own_warnings import caused_by_us
 
 if not torch.cuda.is_available():
     # The kernels then run on CPU tensors, in Triton's interpreter. It is chosen when they are imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from tests.tiny_models import tiny_model, tiny_tokenizer  # noqa: E402 - transformers may import triton
+from tests.tiny_models import tiny_model, tiny_tokenizer  # after that choice: transformers may import triton
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_warnings_of_our_making() -> Iterator[None]:
+    """Ordinary use is silent: a test fails where a call of ours makes another library warn."""
+    with caused_by_us() as found:
+        yield
+    assert not found, found
 
 
 @pytest.fixture

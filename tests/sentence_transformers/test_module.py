@@ -13,7 +13,7 @@ pytest.importorskip("sentence_transformers")
 from sentence_transformers import SentenceTransformer
 
 from gircse import GIRCSE, GircseConfig
-from gircse.sentence_transformers import GIRCSEModule
+from gircse.sentence_transformers import GIRCSEModule, modeling_gircse
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 TEXTS = ["a text", "another, longer text", "", "x", "Instruct: {instruction} {text}", "word " * 9]
@@ -101,6 +101,36 @@ def test_long_texts_are_cut_where_ours_are(model, st):
         assert st.preprocess(["y" * 300])["input_ids"].shape == (1, 253)
     with pytest.raises(ValueError, match="256 positions"):
         st.encode(["x"], num_steps=256)
+
+
+def plain_module(tokenizer):
+    """The one of a saved folder, without the package."""
+    return modeling_gircse.GIRCSEModule(tiny_model("qwen2"), tokenizer, num_steps=3).eval()
+
+
+@pytest.mark.parametrize("module", [plain_module, lambda tokenizer: GIRCSEModule(engine(tokenizer))])
+def test_a_tokenizer_that_truncates_on_the_left_keeps_the_end(module):
+    tokenizer = tiny_tokenizer()
+    tokenizer.truncation_side = "left"
+    st = SentenceTransformer(modules=[module(tokenizer)], device="cpu")
+    st.max_seq_length = 5
+    with pytest.warns(UserWarning, match="longer than 5 tokens are cut at the beginning"):
+        close(st.encode(["0123456789", "ab"]), engine(tiny_tokenizer()).encode(["56789", "ab"]))
+
+
+@pytest.mark.parametrize("module", [plain_module, lambda tokenizer: GIRCSEModule(engine(tokenizer))])
+def test_tokens_without_an_embedding_are_named(module):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<{i}>" for i in range(40)])
+    st = SentenceTransformer(modules=[module(tokenizer)], device="cpu")
+    with pytest.raises(
+        ValueError, match="input_ids: got .* to 159, expected token ids from 0 to 130: the tokenizer has"
+    ):
+        st.encode(["a", "b <39>"])
+
+
+def engine(tokenizer):
+    return GIRCSE(tiny_model("qwen2"), tokenizer, GircseConfig(num_steps=3)).eval()
 
 
 def test_a_chat_template_does_not_wrap_plain_text(model, st):
