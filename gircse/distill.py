@@ -269,7 +269,8 @@ class _Texts:
 
     Attributes:
         prompts: (prompt, whether it is a query), as they are written for the model.
-        batches: per step the indices of its queries and of its documents.
+        batches: per step the indices of its queries and of its documents, each document once: in the softmax a copy
+            would get a share of its own.
     """
 
     prompts: list[tuple[str, bool]]
@@ -292,7 +293,7 @@ class _Texts:
                 chosen = [negatives[i] for i in sampler.negatives(step, number, len(negatives), most)]
                 queries.append(index.setdefault((query, True), len(index)))
                 documents += [index.setdefault((text, False), len(index)) for text in (positive, *chosen)]
-            batches.append((queries, documents))
+            batches.append((queries, list(dict.fromkeys(documents))))
         return cls(list(index), batches)
 
     def sample(self, count: int) -> list[int]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from gircse import ops
 from gircse.atomic import new_file, remove_leftovers
-from gircse.batches import Example, TrainingData, false_negatives
+from gircse.batches import Example, TrainingData, mask_of
 from gircse.checkpoint import checkpoint_folder, list_checkpoints, load_checkpoint, save_checkpoint, save_failure
 from gircse.data import Row
 from gircse.distributed import Ranks, digest_of, digest_of_rows, join_ranks, step_seed
@@ -252,7 +252,8 @@ class Batch(NamedTuple):
         queries: token ids of its B queries.
         passages: of its candidates, [pos_0, negatives of 0.., pos_1, ..].
         target: [B] int64, each row's positive among `passages`; rows may have different numbers of negatives.
-        mask: [B, candidates of all processes] bool or None; True: does not count for that row.
+        mask: [B, candidates of all processes] bool or None, where queries are candidates too with all of those after
+            them; True: does not count for that row.
     """
 
     queries: list[list[int]]
@@ -274,7 +275,7 @@ def collate(model: GIRCSE, examples: Sequence[Example], config: TrainConfig, *, 
     own = examples[share] if share is not None else examples
     passages = [[example.positive, *example.negatives] for example in own]
     counts = torch.tensor([len(texts) for texts in passages])
-    mask = false_negatives(examples) if config.filter_false_negatives else None
+    mask = mask_of(examples, include_queries=config.include_queries) if config.filter_false_negatives else None
     tokens = partial(tokenize, model, instruction=None, num_steps=config.max_num_steps)
     return Batch(
         tokens([example.query for example in own], max_length=config.query_max_length),

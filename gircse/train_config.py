@@ -50,7 +50,9 @@ class TrainConfig(Knobs):
     contrastive_temperature: float = _knob(0.02, "tau of the contrastive loss")
     include_queries: bool = _knob(False, "the other queries of a batch are negatives too")
     symmetric: bool = _knob(False, "the mean of this loss and that of each positive among all queries")
-    filter_false_negatives: bool = _knob(True, "candidates with the text of a row's positive do not count for it")
+    filter_false_negatives: bool = _knob(
+        True, "candidates that are a row's query, or a positive of any row with it, do not count for it"
+    )
     pooling: str = _knob("mean", "steps to embedding: mean, last or weighted")
     temperature: float = _knob(1.0, "logit temperature T of the soft tokens")
     append_eos: bool = _knob(False, "append the end-of-sequence token to every prompt")

@@ -124,7 +124,7 @@ def test_without_stepwise_only_the_last_loss_counts(base, tmp_path):
 
 def test_negatives_and_targets_of_a_batch(base, tmp_path):
     settings = config(base, tmp_path)
-    examples = [Example("a:1", "q", "p", ("n", "m")), Example("a:2", "qq", "pp"), Example("a:3", "q", "p", ("n",))]
+    examples = [Example("a:1", "q", "p", ("n", "m")), Example("a:2", "qq", "pp"), Example("a:3", "r", "p", ("n",))]
     model = trainable_model(settings)
     batch = collate(model, examples, settings)
     assert list(map(len, batch.queries)) == [1, 2, 1]
@@ -137,6 +137,8 @@ def test_negatives_and_targets_of_a_batch(base, tmp_path):
     assert second.passages == batch.passages[3:]
     assert second.target.tolist() == [0, 1]
     assert torch.equal(second.mask, batch.mask[1:])
+    with_queries = collate(model, examples, replace(settings, include_queries=True), share=slice(1, 3)).mask
+    assert torch.equal(with_queries, torch.cat([second.mask, torch.zeros(2, 3, dtype=torch.bool)], 1))
 
 
 def test_a_range_of_steps_is_drawn_per_batch(base, tmp_path):
@@ -160,6 +162,27 @@ def test_duplicates_of_the_positive_do_not_count(base, tmp_path):
     np.testing.assert_allclose(kept, math.log(4), rtol=1e-5)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_copies_of_a_row_are_no_negatives_of_each_other(base, tmp_path, symmetric):
+    """Neither as documents nor as queries: the loss is 0, and was 12.2 where the copied queries counted."""
+    rows = [Row("retrieve", "red fox", ("an animal",))] * 4
+    options = {"include_queries": True, "symmetric": symmetric}
+    assert first_losses(base, tmp_path, "filtered", rows, **options) == [0, 0, 0]
+    kept = first_losses(base, tmp_path, "kept", rows, filter_false_negatives=False, **options)
+    assert min(kept) > math.log(4)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("micro_batch_tokens", [None, 30])
+def test_one_positive_a_line(base, tmp_path, micro_batch_tokens, symmetric):
+    """Lines of one query do not push the positives of each other away, also over micro-batches."""
+    rows = [Row("retrieve", "red fox", (word,)) for word in WORDS[:4]]
+    options = {"micro_batch_tokens": micro_batch_tokens, "symmetric": symmetric}
+    assert first_losses(base, tmp_path, "filtered", rows, **options) == [0, 0, 0]
+    kept = first_losses(base, tmp_path, "kept", rows, filter_false_negatives=False, **options)
+    assert min(kept) > 0.1
+
+
 def test_options_of_the_loss_reach_it(base, tmp_path, monkeypatch):
     seen = {}
     loss, objective = ops.stepwise_info_nce, ops.icr_objective
@@ -181,7 +204,8 @@ def test_options_of_the_loss_reach_it(base, tmp_path, monkeypatch):
     )
     assert seen["include_queries"] is seen["symmetric"] is seen["detach_previous"] is True
     assert seen["reg_weight"] == 0.5
-    assert torch.equal(seen["mask"], ~torch.eye(4, dtype=torch.bool))
+    others = ~torch.eye(4, dtype=torch.bool)
+    assert torch.equal(seen["mask"], torch.cat([others, torch.zeros_like(others)], 1))
 
 
 def test_several_files_with_weights(base, tmp_path):
