@@ -55,7 +55,9 @@ def load(
         gircse.UnsupportedModelError: the architecture fails a probe.
     """
     if is_trainable and merge_adapter:
-        raise ValueError("is_trainable: got True with merge_adapter=True, expected one of them: training needs it apart")
+        raise ValueError(
+            "is_trainable: got True with merge_adapter=True, expected one of them: training needs it apart"
+        )
     name = str(name_or_path)
     entries = _modules(name)
     kind = entries[0]["type"].rsplit(".", 1)[-1] if entries else "GIRCSEModule"

@@ -185,13 +185,18 @@ def test_bad_arguments(model, st):
         st[0].preprocess(["a", 3])
     for texts, words in (
         (["a", 3], r"\[1\]: got int, expected str; it is 3\. .* remove others, such as ids"),
-        ((text for text in TEXTS), r"\[0\]: got generator, expected str: encode takes it for one text, hand over a list"),
+        (
+            (text for text in TEXTS),
+            r"\[0\]: got generator, expected str: encode takes it for one text, hand over a list",
+        ),
     ):
         with pytest.raises(TypeError, match=words):
             st.encode(texts)
-    with pytest.raises(ValueError, match=r"\[1\]: got '\\ud800' at character 1 of 'b\\ud800', expected Unicode text"):
+    with pytest.raises(ValueError, match=r"\[1\]: got '\\ud800' at character 1 of 'b\\ud800'"):
         st.encode(["a longer text", "b\ud800"])
-    with pytest.raises(ValueError, match="output_value: got 'token_embeddings', expected 'sentence_embedding', or None"):
+    with pytest.raises(
+        ValueError, match="output_value: got 'token_embeddings', expected 'sentence_embedding', or None"
+    ):
         st.encode(TEXTS, output_value="token_embeddings")
     with pytest.raises(ValueError, match="processing_kwargs: not supported"):
         st.encode(TEXTS, processing_kwargs={"text": {"max_length": 8}})
