@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gircse.engine.kv import KeptPrefix
 from gircse.prompts import format_query
 
 if TYPE_CHECKING:
@@ -107,8 +106,8 @@ def encode(
     windows = (texts[start : start + WINDOW] for start in range(0, len(texts), WINDOW))
     embeddings = np.empty((len(texts), options.columns, options.dim), dtype=np.float32)
     start = 0
-    with _progress(len(texts), show_progress_bar) as progress:
-        for block in _embed_windows(model, windows, options, progress.update):
+    with _progress(len(texts), show_progress_bar) as update:
+        for block in _embed_windows(model, windows, options, update):
             embeddings[start : start + len(block)] = block
             start += len(block)
     if not options.return_steps:
@@ -151,14 +150,13 @@ def _embed_windows(
 ) -> Iterator[np.ndarray]:
     """[n, columns, dim] of each window, in order; tokenises one window ahead in a thread."""
     cut = total = 0
-    kept = KeptPrefix()
     tokenizer = _Tokenizer(model, options.instruction, options.max_length)
     try:
         for rows, cut_here in _one_ahead(windows, tokenizer):
             cut, total = cut + cut_here, total + len(rows)
-            yield _embed(model, rows, options, update, kept)
+            yield _embed(model, rows, options, update)
     finally:
-        _warn_cut(cut, total, options.max_length)
+        _warn_cut(cut, total, tokenizer)
 
 
 def _one_ahead(windows: Iterator[list[str]], tokenize: _Tokenizer) -> Iterator[Tokens]:
@@ -180,13 +178,7 @@ def _one_ahead(windows: Iterator[list[str]], tokenize: _Tokenizer) -> Iterator[T
             raise failure
 
 
-def _embed(
-    model: GIRCSE,
-    rows: list[list[int]],
-    options: EncodeOptions,
-    update: Callable[[int], object],
-    kept: KeptPrefix,
-) -> np.ndarray:
+def _embed(model: GIRCSE, rows: list[list[int]], options: EncodeOptions, update: Callable[[int], object]) -> np.ndarray:
     """[n, columns, dim] float32 of one window."""
     embeddings = np.empty((len(rows), options.columns, options.dim), dtype=np.float32)
 
@@ -203,7 +195,6 @@ def _embed(
             include_prompt=model.config.include_prompt_state,
             settled=None if options.tolerance is None else _settled(model, options.tolerance),
             max_rows=options.batch_size,
-            kept=kept,
         )
     return embeddings
 
@@ -287,10 +278,11 @@ class Tokens(NamedTuple):
 
 
 class _Tokenizer:
-    """Texts -> prompts -> `Tokens`, without special tokens, cut at the end to `max_length`."""
+    """Texts -> prompts -> `Tokens`, without special tokens, cut to `max_length` where the tokenizer truncates."""
 
     def __init__(self, model: GIRCSE, instruction: str | None, max_length: int) -> None:
         self.tokenizer, self.template = model.tokenizer, model.config.prompt_template
+        self.from_left = model.tokenizer.truncation_side == "left"
         self.eos = [model.tokenizer.eos_token_id] if model.config.append_eos else []
         self.instruction, self.max_length = instruction, max_length
 
@@ -301,23 +293,26 @@ class _Tokenizer:
         ids: list[list[int]] = self.tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
         keep = self.max_length - len(self.eos)
         # an empty prompt has no last token to start from: it is the end-of-sequence (= padding) token
-        rows = [row[:keep] + self.eos or [self.tokenizer.pad_token_id] for row in ids]
+        rows = [self._cut(row, keep) + self.eos or [self.tokenizer.pad_token_id] for row in ids]
         return Tokens(rows, sum(len(row) > keep for row in ids))
+
+    def _cut(self, row: list[int], keep: int) -> list[int]:
+        return row[max(len(row) - keep, 0) :] if self.from_left else row[:keep]
 
 
 def tokenize(
     model: GIRCSE, texts: Sequence[str], *, instruction: str | None, max_length: int, num_steps: int
 ) -> list[list[int]]:
-    """Token ids of each prompt, without special tokens, cut at the end to `max_length` with one counted warning.
+    """Token ids of each prompt, without special tokens, cut to `max_length` with one counted warning.
 
     Raises:
         TypeError, ValueError: an instruction that is not a string, a `max_length` below 1.
     """
     if instruction is not None:
         check_text("instruction", instruction, "str or None")
-    max_length = prompt_limit(model, max_length, num_steps)
-    rows, cut = _Tokenizer(model, instruction, max_length)(texts)
-    _warn_cut(cut, len(rows), max_length)
+    tokenizer = _Tokenizer(model, instruction, prompt_limit(model, max_length, num_steps))
+    rows, cut = tokenizer(texts)
+    _warn_cut(cut, len(rows), tokenizer)
     return rows
 
 
@@ -336,10 +331,12 @@ def prompt_limit(model: GIRCSE, max_length: int, num_steps: int) -> int:
     return positions - num_steps
 
 
-def _warn_cut(cut: int, total: int, max_length: int) -> None:
+def _warn_cut(cut: int, total: int, tokenizer: _Tokenizer) -> None:
     if cut:
+        end = "beginning (the tokenizer's truncation_side)" if tokenizer.from_left else "end"
         warnings.warn(
-            f"{cut} of {total} texts are longer than max_length={max_length} tokens and were cut at the end",
+            f"{cut} of {total} texts are longer than max_length={tokenizer.max_length} tokens and were cut at the "
+            + end,
             stacklevel=4,
         )
 
@@ -354,12 +351,16 @@ def pad(rows: Sequence[Sequence[int]], *, pad_id: int) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _progress(total: int, show: bool | None) -> Iterator:
+def _progress(total: int, show: bool | None) -> Iterator[Callable[[int], object]]:
+    """Yields what is told how many more texts are done. Without a bar tqdm and its locks stay out of it: a fork would
+    leave the child with them taken."""
+    if not (show if show is not None else total > 64 and sys.stderr.isatty()):
+        yield lambda count: None
+        return
     from tqdm.auto import tqdm
 
-    shown = show if show is not None else total > 64 and sys.stderr.isatty()
-    with tqdm(total=total, desc="encode", unit="text", disable=not shown, dynamic_ncols=True) as bar:
-        yield bar
+    with tqdm(total=total, desc="encode", unit="text", dynamic_ncols=True) as bar:
+        yield bar.update
 
 
 def _check_positive(name: str, value: int | None, *, optional: bool = False, at_most: int | None = None) -> None:

@@ -13,6 +13,7 @@ from gircse import ops
 from gircse.encode import check_texts, pad, tokenize
 from gircse.rollout import rollout
 from gircse.signatures import Finding, diagnose
+from gircse.token_ids import check_rows
 
 if TYPE_CHECKING:
     from gircse.model import GIRCSE
@@ -80,8 +81,9 @@ def inspect(
     if isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 1:
         raise ValueError(f"top_n: got {top_n!r}, expected an integer >= 1")
     ids = tokenize(model, texts, instruction=instruction, max_length=max_length, num_steps=num_steps)
+    check_rows(ids, model.causal_lm.embed_weight.shape[0])
     inspections: list[TextInspection] = []
-    with model.inference():  # for the eval mode, and for the other threads that it keeps out
+    with model.inference():  # for the eval mode, without autocast, and for the other threads that it keeps out
         for start in range(0, len(ids), _ROWS):
             inspections += _inspect_batch(
                 model, texts[start : start + _ROWS], ids[start : start + _ROWS], num_steps, top_n

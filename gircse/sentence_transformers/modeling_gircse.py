@@ -94,8 +94,8 @@ class GIRCSEModule(InputModule):
         prompt_template: how an instruction and a text become a prompt, see `format_prompt`.
         append_eos: append the end-of-sequence token to every prompt.
         include_prompt_state: pool the prompt's last state as the first of the K.
-        max_seq_length: tokens of a prompt, its instruction included; longer ones are cut at the end. None: no limit but
-            the model's positions.
+        max_seq_length: tokens of a prompt, its instruction included; longer ones are cut at the end, or where the
+            tokenizer's `truncation_side` says. None: no limit but the model's positions.
     """
 
     # sentence-transformers writes a module into modules.json by its class's module: this is the file that `save` puts
@@ -188,8 +188,8 @@ class GIRCSEModule(InputModule):
             `encode(return_steps=True)` needs to tell `forward` that it will scale the result itself.
 
         Raises:
-            TypeError: an input that is not a string. ValueError: one that is no Unicode text, `processing_kwargs`, or
-                more steps than positions.
+            TypeError: an input that is not a string. ValueError: one that is no Unicode text, `processing_kwargs`, more
+                steps than positions, or tokens that the model has no embeddings for.
         """
         if processing_kwargs:
             raise ValueError("processing_kwargs: not supported here, set max_seq_length of the model instead")
@@ -201,8 +201,11 @@ class GIRCSEModule(InputModule):
         texts = [(prompt or "") + text for text in inputs]
         rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         if keep is not None and any(len(row) > keep for row in rows):
-            warnings.warn(f"texts longer than {limit} tokens are cut at the end", stacklevel=2)
-        rows = [row[:keep] + eos or [self.tokenizer.pad_token_id] for row in rows]
+            end = "beginning" if self.tokenizer.truncation_side == "left" else "end"
+            warnings.warn(f"texts longer than {limit} tokens are cut at the {end}", stacklevel=2)
+            rows = [row[max(len(row) - keep, 0) :] if end == "beginning" else row[:keep] for row in rows]
+        rows = [row + eos or [self.tokenizer.pad_token_id] for row in rows]
+        self._check_ids(rows)
         lengths = torch.tensor([len(row) for row in rows])
         input_ids = nn.utils.rnn.pad_sequence(
             [torch.tensor(row) for row in rows], batch_first=True, padding_value=self.tokenizer.pad_token_id
@@ -321,6 +324,15 @@ class GIRCSEModule(InputModule):
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         return cls(model.eval(), tokenizer, **config)
+
+    def _check_ids(self, rows: list[list[int]]) -> None:
+        vocabulary = self.causal_lm.get_input_embeddings().weight.shape[0]
+        low, high = min(map(min, rows), default=0), max(map(max, rows), default=0)
+        if high >= vocabulary:
+            raise ValueError(
+                f"input_ids: got {low} to {high}, expected token ids from 0 to {vocabulary - 1}: the tokenizer has "
+                "tokens that the model has no embeddings for"
+            )
 
     def _token_limit(self, max_length: int | None, num_steps: int) -> int | None:
         """Tokens of a prompt: the positions must hold the steps as well."""
