@@ -29,8 +29,8 @@ from gircse import ops
 from gircse.architecture import CausalLM
 from gircse.floors import Ceilings, ModelFacts
 from gircse.ops.reference import icr_objective_reference, info_nce_reference
-from gircse.train import lora_targets
 from gircse.train_config import TrainConfig
+from gircse.trainable import lora_targets
 
 
 @dataclass(frozen=True)

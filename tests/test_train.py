@@ -18,8 +18,10 @@ from gircse.checkpoint import list_checkpoints
 from gircse.data import Row
 from gircse.data_error import DataError
 from gircse.sampling import BatchSampler
-from gircse.train import collate, train, trainable_model
+from gircse.schedule import learning_rate
+from gircse.train import collate, train
 from gircse.train_config import TrainConfig
+from gircse.trainable import trainable_model
 from tests import training_process
 from tests.plain import plain_losses, plain_objective, plain_rollout
 from tests.tiny_models import tiny_model, tiny_tokenizer
@@ -64,7 +66,7 @@ def test_it_learns_and_leaves_a_loadable_model(base, tmp_path):
     assert logged == result.log
     assert len(logged[0]["losses"]) == 3
     again = GIRCSE.from_pretrained(result.folder)
-    assert again.config == GircseConfig(num_steps=3)
+    assert again.config == GircseConfig(num_steps=3, query_max_length=256, passage_max_length=2048)
     assert np.array_equal(again.encode(["red fox", "sea"]), result.model.encode(["red fox", "sea"]))
 
 
@@ -266,6 +268,25 @@ def test_a_killed_run_resumes_to_bitwise_the_same_losses(base, tmp_path):
     assert losses_of(tmp_path / "cut") == losses_of(tmp_path / "whole")
     weights = [(tmp_path / run / "model" / "adapter_model.safetensors").read_bytes() for run in ("cut", "whole")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(("total", "ratio"), [(1, 0.03), (4, 0.5), (6, 0.0), (10, 0.25), (3, 0.9)])
+def test_every_step_trains(total, ratio):
+    """Warm-up starts above zero; the peak is reached at its end; the decay is linear and its last step not zero."""
+    rates = [learning_rate(2.0, step, total_steps=total, warmup_ratio=ratio) for step in range(total)]
+    warmup = math.ceil(ratio * total)
+    assert rates[:warmup] == [2.0 * (step + 1) / warmup for step in range(warmup)]
+    assert rates[warmup:] == [2.0 * left / (total - warmup) for left in range(total - warmup, 0, -1)]
+    assert min(rates) > 0
+    assert max(rates) == 2.0
+
+
+def test_one_step_changes_the_weights(base, tmp_path):
+    result = train(config(base, tmp_path, max_steps=1), rows=ROWS)
+    assert result.log[0]["learning_rate"] == 3e-3
+    weights = dict(result.model.named_parameters())
+    moved = [name for name, weight in weights.items() if "lora_B" in name and bool(weight.abs().max() > 1e-3)]
+    assert len(moved) == 14  # Adam's first step is as long as the learning rate
 
 
 def test_checkpoints_are_loadable_models_and_only_the_newest_are_kept(base, tmp_path):

@@ -103,7 +103,9 @@ class GIRCSEEncoder(AbsEncoder):
         if self._revision is not None:
             revision, named = self._revision
             if weights != named:
-                raise ValueError(f"revision: got {revision!r} for weights that have changed since, expected another one")
+                raise ValueError(
+                    f"revision: got {revision!r} for weights that have changed since, expected another one"
+                )
         instructions = json.dumps([self.instructions, self.model.config.prompt_template], sort_keys=True)
         settings = {
             "num_steps": self.num_steps,
@@ -209,7 +211,15 @@ class GIRCSEEncoder(AbsEncoder):
 def _model_meta(encoder: GIRCSEEncoder, name: str | None, fields: Mapping[str, Any]) -> ModelMeta:
     """What does not change with the weights or the settings."""
     model = encoder.model
-    own = {"loader", "loader_kwargs", "max_tokens", "embed_dim", "similarity_fn_name", "experiment_kwargs", "modalities"}
+    own = {
+        "loader",
+        "loader_kwargs",
+        "max_tokens",
+        "embed_dim",
+        "similarity_fn_name",
+        "experiment_kwargs",
+        "modalities",
+    }
     unknown = sorted(set(fields) - (set(ModelMeta.model_fields) - own))
     if unknown:
         raise TypeError(f"{unknown[0]}: expected a field of mteb's ModelMeta other than {', '.join(sorted(own))}")

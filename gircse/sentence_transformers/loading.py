@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -47,7 +49,8 @@ def load(
         prompts: sentence-transformers prompts (prefixes) by name; they go before the saved ones. See
             `GIRCSEModule.format_prompt`.
         default_prompt_name, similarity_fn_name, truncate_dim: as for `SentenceTransformer`; default: the saved ones.
-        max_seq_length: tokens of a prompt, its instruction included; default: the saved limit, else 512.
+        max_seq_length: tokens of a text, its prompt included; default: the saved limit, else the two that the model was
+            trained with, for texts with and without a prompt, else 512.
 
     Raises:
         FileNotFoundError: a folder or a base named by an adapter does not exist.
@@ -69,10 +72,11 @@ def load(
             dtype=dtype,
             device=device,
             trust_remote_code=trust_remote_code,
+            is_trainable=is_trainable,
         )
         first: Any = GIRCSEModule(model, **(_saved(name, LENGTH_CONFIG) or {}))
     elif kind == "Router" and adapter is None:
-        first = _router(name, entries[0]["path"], num_steps, dtype, trust_remote_code).to(to_device(device))
+        first = _router(name, entries[0]["path"], dtype, trust_remote_code, is_trainable).to(to_device(device))
     else:
         raise ValueError(
             f"name_or_path: {name} is a sentence-transformers model that starts with {entries[0]['type']}, expected a "
@@ -80,8 +84,8 @@ def load(
         )
     ours = [module for module in first.modules() if isinstance(module, GIRCSEModule)]
     for module in ours:
-        if is_trainable and hasattr(module.causal_lm, "peft_config"):
-            module.causal_lm.set_adapter(module.causal_lm.active_adapters())
+        if num_steps is not None:
+            module.num_steps = num_steps
         if merge_adapter:
             module.model.merge_adapter()
     if max_seq_length is not None:
@@ -99,27 +103,24 @@ def load(
     return SentenceTransformer(modules=modules, device=str(ours[0].model.device), **settings)
 
 
-def _router(name: str, subfolder: str, num_steps: int | None, dtype: str | torch.dtype, trust_remote_code: bool) -> Any:
+def _router(name: str, subfolder: str, dtype: str | torch.dtype, trust_remote_code: bool, is_trainable: bool) -> Any:
     """A `Router` with our modules on its routes, where there are modules of the saved modelling file.
 
     Raises:
         ValueError: there are none.
     """
     types = (_saved(name, (Path(subfolder) / Router.config_file_name).as_posix()) or {}).get("types", {})
-    ours = {kind: GIRCSEModule for kind in types.values() if kind.rsplit(".", 1)[-1] == "GIRCSEModule"}
+    loader: Any = SimpleNamespace(load=partial(GIRCSEModule.load, is_trainable=is_trainable))
+    ours = {kind: loader for kind in types.values() if kind.rsplit(".", 1)[-1] == "GIRCSEModule"}
     if not ours:
         raise ValueError(f"name_or_path: {name} starts with a Router, expected a GIRCSEModule on one of its routes")
-    router = Router.load(
+    return Router.load(
         name,
         subfolder=subfolder,
         module_classes=ours,
         trust_remote_code=trust_remote_code,
         model_kwargs={"dtype": dtype},
     )
-    for module in router.modules():
-        if isinstance(module, GIRCSEModule) and num_steps is not None:
-            module.num_steps = num_steps
-    return router
 
 
 def _saved(name: str, filename: str) -> Any:

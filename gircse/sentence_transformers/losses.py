@@ -25,7 +25,7 @@ from gircse import ops
 from gircse.false_negatives import false_negatives
 from gircse.ops.objective import REDUCTIONS
 from gircse.sentence_transformers import modeling_gircse
-from gircse.sentence_transformers.module import train_in_float32
+from gircse.trained_weights import check_trainable
 
 _CITATION = """
 @inproceedings{tsai2026gircse,
@@ -99,12 +99,7 @@ class GIRCSELoss(nn.Module):
                 "pair. Keep the rows that are, and remove the column (label, labels, score or scores) from the data set"
             )
         if torch.is_grad_enabled():
-            train_in_float32(self.model)
-            if not any(parameter.requires_grad for parameter in self.model.parameters()):
-                raise ValueError(
-                    "model: got frozen weights only, expected some to train; an adapter goes on training after "
-                    "gircse.load(folder, is_trainable=True), a new one after model.add_adapter(..)"
-                )
+            check_trainable(self.model)
         return columns
 
     def mask_of(self, columns: list[dict[str, Tensor]]) -> Tensor | None:

@@ -94,8 +94,9 @@ class GIRCSEModule(InputModule):
         prompt_template: how an instruction and a text become a prompt, see `format_prompt`.
         append_eos: append the end-of-sequence token to every prompt.
         include_prompt_state: pool the prompt's last state as the first of the K.
-        max_seq_length: tokens of a prompt, its instruction included; longer ones are cut at the end, or where the
-            tokenizer's `truncation_side` says. None: no limit but the model's positions.
+        query_max_length, passage_max_length: tokens of a text with a prompt (the prompt included) and of one without.
+        max_seq_length: tokens of either, in place of these two; longer ones are cut at the end, or where the tokenizer's
+            `truncation_side` says.
     """
 
     # sentence-transformers writes a module into modules.json by its class's module: this is the file that `save` puts
@@ -103,7 +104,10 @@ class GIRCSEModule(InputModule):
     __module__ = "modeling_gircse"
 
     config_file_name = "gircse_config.json"
-    config_keys = ["num_steps", "pooling", "temperature", "prompt_template", "append_eos", "include_prompt_state"]  # noqa: RUF012
+    config_keys = [  # noqa: RUF012
+        "num_steps", "pooling", "temperature", "prompt_template", "append_eos", "include_prompt_state",
+        "query_max_length", "passage_max_length",
+    ]  # fmt: skip
     forward_kwargs = {"num_steps", "return_steps"}  # noqa: RUF012
     save_in_root = True
     tokenizer: Any
@@ -119,7 +123,9 @@ class GIRCSEModule(InputModule):
         prompt_template: str = "Instruct: {instruction}\nQuery:{text}",
         append_eos: bool = False,
         include_prompt_state: bool = False,
-        max_seq_length: int | None = 512,
+        query_max_length: int = 512,
+        passage_max_length: int = 512,
+        max_seq_length: int | None = None,
     ) -> None:
         super().__init__()
         if pooling not in POOLINGS:
@@ -132,6 +138,8 @@ class GIRCSEModule(InputModule):
         self.prompt_template = prompt_template
         self.append_eos = append_eos
         self.include_prompt_state = include_prompt_state
+        self.query_max_length = query_max_length
+        self.passage_max_length = passage_max_length
         self.max_seq_length = max_seq_length
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -196,11 +204,15 @@ class GIRCSEModule(InputModule):
         for index, text in enumerate(inputs):
             check_text(index, text)
         eos = [self.tokenizer.eos_token_id] if self.append_eos else []
+        if max_length is None:
+            max_length = self.max_seq_length
+        if max_length is None:
+            max_length = self.query_max_length if prompt else self.passage_max_length
         limit = self._token_limit(max_length, self.num_steps if num_steps is None else check_steps(num_steps))
-        keep = None if limit is None else limit - len(eos)
+        keep = limit - len(eos)
         texts = [(prompt or "") + text for text in inputs]
         rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        if keep is not None and any(len(row) > keep for row in rows):
+        if any(len(row) > keep for row in rows):
             end = "beginning" if self.tokenizer.truncation_side == "left" else "end"
             warnings.warn(f"texts longer than {limit} tokens are cut at the {end}", stacklevel=2)
             rows = [row[max(len(row) - keep, 0) :] if end == "beginning" else row[:keep] for row in rows]
@@ -334,15 +346,14 @@ class GIRCSEModule(InputModule):
                 "tokens that the model has no embeddings for"
             )
 
-    def _token_limit(self, max_length: int | None, num_steps: int) -> int | None:
+    def _token_limit(self, max_length: int, num_steps: int) -> int:
         """Tokens of a prompt: the positions must hold the steps as well."""
-        limit = self.max_seq_length if max_length is None else max_length
         positions = getattr(self.causal_lm.config, "max_position_embeddings", None)
         if positions is None:
-            return limit
+            return max_length
         if num_steps >= positions:
             raise ValueError(f"num_steps: got {num_steps}, expected fewer than the model's {positions} positions")
-        return min(positions - num_steps, positions if limit is None else limit)
+        return min(positions - num_steps, max_length)
 
 
 def load_causal_lm(name: str, options: dict[str, Any]) -> Any:

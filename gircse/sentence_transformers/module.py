@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gircse.loading import load_pretrained
 from gircse.model import GIRCSE
@@ -42,7 +42,8 @@ class GIRCSEModule(modeling_gircse.GIRCSEModule):
         model: the GIRCSE model. A LoRA adapter on it is handed to transformers' own adapter methods (`add_adapter`,
             `set_adapter`, ... of the `SentenceTransformer`): `model.base` becomes the transformers model that the
             `PeftModel` wrapped, with the same LoRA layers in it.
-        max_seq_length: tokens of a prompt, its instruction included; None: as many as the model has positions for.
+        max_seq_length: tokens of a text, its prompt included; None: the config's `query_max_length` where there is a
+            prompt, its `passage_max_length` where there is none.
     """
 
     __module__ = "modeling_gircse"  # what a saved folder names is the file beside the weights
@@ -53,8 +54,10 @@ class GIRCSEModule(modeling_gircse.GIRCSEModule):
     prompt_template = _of_the_model("prompt_template")
     append_eos = _of_the_model("append_eos")
     include_prompt_state = _of_the_model("include_prompt_state")
+    query_max_length = _of_the_model("query_max_length")
+    passage_max_length = _of_the_model("passage_max_length")
 
-    def __init__(self, model: GIRCSE, *, max_seq_length: int | None = 512) -> None:
+    def __init__(self, model: GIRCSE, *, max_seq_length: int | None = None) -> None:
         if not isinstance(model, GIRCSE):
             raise TypeError(f"model: got {type(model).__name__}, expected gircse.GIRCSE")
         if hasattr(model.base, "get_base_model"):
@@ -77,11 +80,6 @@ class GIRCSEModule(modeling_gircse.GIRCSEModule):
     @tokenizer.setter
     def tokenizer(self, value: Any) -> None:
         self.model.tokenizer = value
-
-    def train(self, mode: bool = True) -> GIRCSEModule:
-        if mode:
-            train_in_float32(self.causal_lm)
-        return super().train(mode)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, num_steps: int) -> Tensor:
         if self.training or torch.is_grad_enabled():
@@ -121,6 +119,7 @@ class GIRCSEModule(modeling_gircse.GIRCSEModule):
         processor_kwargs: dict[str, Any] | None = None,
         config_kwargs: dict[str, Any] | None = None,
         backend: str = "torch",
+        is_trainable: bool = False,
         **kwargs: Any,
     ) -> GIRCSEModule:
         """What sentence-transformers calls to load this module out of a folder or a hub repository; see `gircse.load`.
@@ -155,27 +154,10 @@ class GIRCSEModule(modeling_gircse.GIRCSEModule):
             device="cpu",  # sentence-transformers moves it
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
+            is_trainable=is_trainable,
         )
         length = cls.load_config(folder, config_filename=LENGTH_CONFIG)
         return cls(GIRCSE(base, tokenizer, config).eval(), **length)
-
-
-def train_in_float32(model: nn.Module) -> None:
-    """Casts what is trained of adapters in half precision to float32, as peft's own entrances do and transformers'
-    `add_adapter` does not: at a usual learning rate an update is below half a unit in the last place of most weights.
-
-    In place, so that an optimizer that has them already trains the same parameters.
-    """
-    if not any(hasattr(module, "peft_config") for module in model.modules()):
-        return
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for layer in model.modules():
-        if isinstance(layer, BaseTunerLayer):
-            for name, parameter in layer.named_parameters():
-                half = parameter.dtype in (torch.float16, torch.bfloat16)
-                if half and parameter.requires_grad and not name.startswith("base_layer."):
-                    parameter.data = parameter.data.float()
 
 
 def _blank() -> GIRCSEModule:
