@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 
     from gircse.model import GIRCSE
 
+# fields of `ModelMeta` that the encoder decides
+_DECIDED = frozenset(
+    ("loader", "loader_kwargs", "max_tokens", "embed_dim", "similarity_fn_name", "experiment_kwargs", "modalities")
+)
 _WINDOW_BYTES = 2**28  # of embeddings after all steps, held while they are encoded
 
 
@@ -93,7 +97,7 @@ class GIRCSEEncoder(AbsEncoder):
         self._revision = None if revision is None else (revision, fingerprint(model))
 
     @property
-    def mteb_model_meta(self) -> ModelMeta:  # type: ignore[override]
+    def mteb_model_meta(self) -> ModelMeta:
         """What mteb's cache goes by, of the weights as they are now. Reads every weight (see `with_these_weights`).
 
         Raises:
@@ -168,14 +172,14 @@ class GIRCSEEncoder(AbsEncoder):
         refused = sorted(set(kwargs) - {"batch_size", "show_progress_bar", "precision"})
         if refused:
             raise ValueError(
-                f"encode_kwargs: got {', '.join(refused)}; of them mteb's result cache knows the precision only, so give "
-                "settings to GIRCSEEncoder(..) instead, where they become part of the model's name"
+                f"encode_kwargs: got {', '.join(refused)}; of them mteb's result cache knows the precision only, so "
+                "give settings to GIRCSEEncoder(..) instead, where they become part of the model's name"
             )
         instruction = text_instruction(task_metadata, prompt_type, self.instructions)
         texts = [text for batch in inputs for text in batch["text"]]
         embeddings = self._embed(texts, instruction, kwargs.get("show_progress_bar", False))
-        precision = kwargs.get("precision") or "float32"
-        return embeddings if precision == "float32" else quantize_embeddings(embeddings, precision)
+        precision: Any = kwargs.get("precision") or "float32"
+        return embeddings if precision == "float32" else np.asarray(quantize_embeddings(embeddings, precision))
 
     def _embed(self, texts: list[str], instruction: str | None, show_progress_bar: bool) -> np.ndarray:
         if self.store is None:
@@ -211,18 +215,9 @@ class GIRCSEEncoder(AbsEncoder):
 def _model_meta(encoder: GIRCSEEncoder, name: str | None, fields: Mapping[str, Any]) -> ModelMeta:
     """What does not change with the weights or the settings."""
     model = encoder.model
-    own = {
-        "loader",
-        "loader_kwargs",
-        "max_tokens",
-        "embed_dim",
-        "similarity_fn_name",
-        "experiment_kwargs",
-        "modalities",
-    }
-    unknown = sorted(set(fields) - (set(ModelMeta.model_fields) - own))
+    unknown = sorted(set(fields) - (set(ModelMeta.model_fields) - _DECIDED))
     if unknown:
-        raise TypeError(f"{unknown[0]}: expected a field of mteb's ModelMeta other than {', '.join(sorted(own))}")
+        raise TypeError(f"{unknown[0]}: expected a field of mteb's ModelMeta other than {', '.join(sorted(_DECIDED))}")
     source = str(getattr(model._unwrapped(), "name_or_path", "") or "")
     if name is None:
         name = "gircse/" + re.sub(r"[^\w.-]+", "-", PurePath(source).name or "model")

@@ -18,8 +18,8 @@ def fingerprint(model: GIRCSE) -> str:
     """16 hexadecimal digits of everything that decides an embedding but the arguments of `encode`.
 
     Parameters and buffers (names, dtypes, shapes, bytes), which adapters are active and how strong, the tokenizer, the
-    base's config, and ours without `num_steps` and the token limits. An adapter that is folded in counts as other weights than the same one
-    apart: they round differently. Reads every weight once, at 1 to 2 GB/s.
+    base's config, and ours without `num_steps` and the token limits. An adapter that is folded in counts as other
+    weights than the same one apart: they round differently. Reads every weight once, at 1 to 2 GB/s.
     """
     digest = hashlib.sha256()
     arguments = {"num_steps", "query_max_length", "passage_max_length"}

@@ -95,8 +95,8 @@ class GIRCSEModule(InputModule):
         append_eos: append the end-of-sequence token to every prompt.
         include_prompt_state: pool the prompt's last state as the first of the K.
         query_max_length, passage_max_length: tokens of a text with a prompt (the prompt included) and of one without.
-        max_seq_length: tokens of either, in place of these two; longer ones are cut at the end, or where the tokenizer's
-            `truncation_side` says.
+        max_seq_length: tokens of either, in place of these two; longer ones are cut at the end, or where the
+            tokenizer's `truncation_side` says.
     """
 
     # sentence-transformers writes a module into modules.json by its class's module: this is the file that `save` puts
@@ -361,13 +361,14 @@ def load_causal_lm(name: str, options: dict[str, Any]) -> Any:
     Raises:
         ValueError: the checkpoint lacks weights; transformers would draw them at random and go on.
     """
-    model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+    model, found = loaded
     if missing := sorted(found["missing_keys"]):
         raise ValueError(f"{name} lacks {len(missing)} weights of {type(model).__name__}, for example {missing[0]}")
     return model
 
 
-def put_adapter_on(model: Any, folder: str) -> Any:
+def put_adapter_on(model: Any, folder: Any) -> Any:
     """Loads the adapter as peft itself does, and returns the transformers model with its layers in it.
 
     Raises:
