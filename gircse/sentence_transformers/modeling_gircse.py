@@ -37,8 +37,8 @@ class StepEmbeddings(Tensor):
     """[B, K, D] embeddings after 1..K steps, on their way through `encode(return_steps=True)` and nowhere else.
 
     `encode(normalize_embeddings=True)` scales along dimension 1, which here are the steps; this class scales every
-    embedding instead. Cut to their first dimensions (`truncate_dim`) they are still of this class; whatever else is
-    done with them, taking one out first of all, gives plain tensors. So `encode` returns nothing but these.
+    embedding instead. What a module behind or `truncate_dim` makes of them is of this class as long as it has the same
+    texts and steps. `encode` takes the texts out one by one, and these are plain tensors; it returns nothing else.
     """
 
     @classmethod
@@ -46,11 +46,11 @@ class StepEmbeddings(Tensor):
         kwargs = dict(kwargs or {})
         if func is F.normalize:
             kwargs["dim"] = -1
+        steps = next((value for value in args if isinstance(value, cls)), None)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
-        index = args[1] if func is Tensor.__getitem__ else None
-        truncated = isinstance(index, tuple) and index[0] is Ellipsis
-        return result.as_subclass(cls) if truncated else result
+            whole = isinstance(result, Tensor) and steps is not None and result.ndim == steps.ndim
+            return result.as_subclass(cls) if whole and result.shape[:2] == steps.shape[:2] else result
 
 
 class Output(dict):
@@ -327,7 +327,8 @@ class GIRCSEModule(InputModule):
         if adapter:  # its base is another repository, or another folder
             options |= {"subfolder": "", "revision": None}
             model = load_causal_lm(adapter["base_model_name_or_path"], options)
-            model = put_adapter_on(model, cls.load_dir_path(model_name_or_path, cache_folder=cache_folder, **where))
+            folder = cls.load_dir_path(model_name_or_path, cache_folder=cache_folder, **where)
+            model = put_adapter_on(model, str(folder))
         else:
             model = load_causal_lm(model_name_or_path, options)
         if getattr(model.config, "attn_logit_softcapping", None):  # which SDPA has no argument for
@@ -359,8 +360,11 @@ class GIRCSEModule(InputModule):
 def load_causal_lm(name: str, options: dict[str, Any]) -> Any:
     """
     Raises:
+        FileNotFoundError: a folder that is not there.
         ValueError: the checkpoint lacks weights; transformers would draw them at random and go on.
     """
+    if (Path(name).is_absolute() or name.startswith(".")) and not Path(name).is_dir():
+        raise FileNotFoundError(f"base model: {name} does not exist or is not a folder")
     loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
     model, found = loaded
     if missing := sorted(found["missing_keys"]):
@@ -368,7 +372,7 @@ def load_causal_lm(name: str, options: dict[str, Any]) -> Any:
     return model
 
 
-def put_adapter_on(model: Any, folder: Any) -> Any:
+def put_adapter_on(model: Any, folder: str) -> Any:
     """Loads the adapter as peft itself does, and returns the transformers model with its layers in it.
 
     Raises:

@@ -9,6 +9,7 @@ mteb = pytest.importorskip("mteb")
 
 from mteb import mocks  # noqa: E402
 from mteb.abstasks.task_metadata import TaskMetadata  # noqa: E402
+from mteb.models import CompressionWrapper  # noqa: E402
 from mteb.types import PromptType  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from sentence_transformers.util import quantize_embeddings  # noqa: E402
@@ -136,6 +137,14 @@ def test_precision_is_sentence_transformers_and_part_of_the_results_name(model, 
     paths = [str(path.parent) for path in tmp_path.rglob(f"{task.metadata.name}.json")]
     assert len(paths) == 2
     assert sum(f"output_dtypes_{precision}" in path for path in paths) == 1
+
+
+def test_what_mtebs_wrappers_add_is_kept(model):
+    encoder = GIRCSEEncoder(model, num_steps=2)
+    wrapped = CompressionWrapper(encoder).mteb_model_meta
+    assert wrapped.experiment_kwargs.items() >= {"num_steps": 2, "max_length": 512}.items()
+    assert wrapped.experiment_name != GIRCSEEncoder(model, num_steps=2).mteb_model_meta.experiment_name
+    assert encoder.at_steps(3).mteb_model_meta.experiment_kwargs["num_steps"] == 3
 
 
 def test_fields_of_mtebs_metadata(model, tmp_path):

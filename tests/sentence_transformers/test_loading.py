@@ -161,6 +161,8 @@ def test_modules_in_a_router(base_folder, tmp_path, monkeypatch):
     assert longer.encode_query(TEXTS, return_steps=True).shape == (3, 4, 32)
     assert (longer.max_seq_length, longer.prompts["query"]) == (90, "Instruct: Find it\nQuery:")
     assert {p.dtype for p in longer[0].sub_modules["document"].parameters()} == {torch.float64}
+    trained = gircse.load(tmp_path / "saved", is_trainable=True)[0].sub_modules["query"]
+    assert {name.split(".")[-3] for name, p in trained.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
     with pytest.raises(ValueError, match="starts with .*Router, expected a GIRCSEModule"):
         gircse.load(tmp_path / "saved", adapter=tmp_path / "saved")
     SentenceTransformer(modules=[Router({"query": [StaticEmbedding(tiny_tokenizer(), embedding_dim=8)]})]).save(

@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("sentence_transformers")
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense, Normalize
 
 from gircse import GIRCSE, GircseConfig
 from gircse.sentence_transformers import GIRCSEModule
@@ -68,6 +69,15 @@ def test_all_steps_from_one_call(model, st):
         st.encode(TEXTS, num_steps=4, return_steps=True, truncate_dim=7, normalize_embeddings=True),
         model.encode(TEXTS, num_steps=4, return_steps=True, truncate_dim=7),
     )
+    dense = Dense(32, 8, bias=False, activation_function=torch.nn.Identity())
+    behind = np.einsum("nkd,ed->nke", expected, dense.linear.weight.detach().numpy())
+    for module, raw in ((Normalize(), expected), (dense, behind)):
+        longer = SentenceTransformer(modules=[*st, module], device="cpu")
+        unit = raw / np.linalg.norm(raw, axis=-1, keepdims=True)
+        close(longer.encode(TEXTS, num_steps=4, return_steps=True), raw)
+        close(longer.encode(TEXTS, num_steps=4, return_steps=True, normalize_embeddings=True), unit)
+        with torch.no_grad():
+            close(longer(longer.preprocess(TEXTS), num_steps=4, return_steps=True)["sentence_embedding"].numpy(), raw)
     rows = st.encode(TEXTS, num_steps=4, output_value=None)
     close(np.stack([row["step_embeddings"] for row in rows]), expected)
 
