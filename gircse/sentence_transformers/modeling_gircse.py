@@ -280,8 +280,11 @@ class GIRCSEModule(InputModule):
         Raises:
             ValueError: an adapter whose base model has no name or path to load it from again.
         """
-        name_base_model(self.causal_lm, output_path)
-        self.causal_lm.save_pretrained(output_path)
+        lm, state = self.causal_lm, None
+        name_base_model(lm, output_path)
+        if not hasattr(lm, "peft_config"):  # the layers of an adapter that was deleted may still be there
+            state = {key.replace(".base_layer.", "."): value for key, value in lm.state_dict().items()}
+        lm.save_pretrained(output_path, state_dict=state)
         self.save_tokenizer(output_path)
         self.save_config(output_path)
         self.save_length(output_path)
@@ -326,9 +329,13 @@ class GIRCSEModule(InputModule):
         )
         if adapter:  # its base is another repository, or another folder
             options |= {"subfolder": "", "revision": None}
-            model = load_causal_lm(adapter["base_model_name_or_path"], options)
-            folder = cls.load_dir_path(model_name_or_path, cache_folder=cache_folder, **where)
-            model = put_adapter_on(model, str(folder))
+            folder = str(cls.load_dir_path(model_name_or_path, cache_folder=cache_folder, **where))
+            name = adapter.get("base_model_name_or_path")
+            if not name:
+                raise ValueError(f"{model_name_or_path}/adapter_config.json names no base model")
+            if name.startswith(".") and Path(folder, name).is_dir():  # it lies inside the adapter's folder
+                name = str(Path(folder, name))
+            model = put_adapter_on(load_causal_lm(name, options), folder)
         else:
             model = load_causal_lm(model_name_or_path, options)
         if getattr(model.config, "attn_logit_softcapping", None):  # which SDPA has no argument for

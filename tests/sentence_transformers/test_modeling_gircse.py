@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -130,6 +131,37 @@ def test_an_adapter_on_the_vocabulary_reaches_the_soft_tokens(base_folder, tmp_p
     folded = modeling_gircse.GIRCSEModule(adapted.merge_and_unload(), tiny_tokenizer()).eval()
     ours, expected = (SentenceTransformer(modules=[module], device="cpu").encode(TEXTS) for module in (plain, folded))
     np.testing.assert_allclose(ours, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("add_adapter")
+def test_a_base_inside_the_adapters_folder_and_one_that_is_gone(base_folder, tmp_path):
+    st = gircse.load(base_folder, num_steps=3, device="cpu")
+    st.add_adapter(LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False))
+    folder = tmp_path / "saved"
+    st.save_pretrained(str(folder))
+    shutil.copytree(base_folder, folder / "base")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base_folder)  # from wherever it is loaded
+    for base, is_there in (("./base", True), ("./gone", False)):
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
+        if is_there:
+            plain = SentenceTransformer(modules=[modeling_gircse.GIRCSEModule.load(str(folder))], device="cpu")
+            np.testing.assert_allclose(plain.encode(TEXTS), st.encode(TEXTS), atol=1e-5, rtol=0)
+        else:
+            with pytest.raises(FileNotFoundError, match=r"base model: \./gone does not exist"):
+                modeling_gircse.GIRCSEModule.load(str(folder))
+
+
+@pytest.mark.usefixtures("add_adapter")
+def test_saved_after_the_adapter_was_deleted(base_folder, tmp_path):
+    plain = modeling_gircse.GIRCSEModule.load(str(base_folder)).eval()
+    st = SentenceTransformer(modules=[plain], device="cpu")
+    expected = st.encode(TEXTS)
+    st.add_adapter(LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False))
+    st.delete_adapter("default")
+    st.save_pretrained(str(tmp_path / "saved"))
+    again = SentenceTransformer(modules=[modeling_gircse.GIRCSEModule.load(str(tmp_path / "saved"))], device="cpu")
+    np.testing.assert_allclose(again.encode(TEXTS), expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.usefixtures("add_adapter")
