@@ -201,8 +201,10 @@ class GIRCSEModule(InputModule):
         """
         if processing_kwargs:
             raise ValueError("processing_kwargs: not supported here, set max_seq_length of the model instead")
-        for index, text in enumerate(inputs):
-            check_text(index, text)
+        if prompt is not None:
+            check_text("prompt", prompt)
+        for index, text in enumerate(inputs):  # `encode` sorts before it makes batches, so errors show the text, too
+            check_text(f"inputs[{index}]", text)
         eos = [self.tokenizer.eos_token_id] if self.append_eos else []
         if max_length is None:
             max_length = self.max_seq_length
@@ -485,12 +487,11 @@ def name_base_model(lm: Any, output_path: str) -> None:
             )
 
 
-def check_text(index: int, text: Any) -> None:
+def check_text(name: str, text: Any) -> None:
     """
     Raises:
         TypeError: not a string. ValueError: it holds half of a surrogate pair, which no tokenizer takes.
     """
-    name = f"inputs[{index}]"  # `encode` sorts the texts before it makes batches, so the text is shown as well
     if isinstance(text, Iterator):
         kind = type(text).__name__
         raise TypeError(f"{name}: got {kind}, expected str: encode takes it for one text, hand over a list of it")

@@ -204,6 +204,8 @@ def test_bad_arguments(model, st):
             st.encode(texts)
     with pytest.raises(ValueError, match=r"\[1\]: got '\\ud800' at character 1 of 'b\\ud800'"):
         st.encode(["a longer text", "b\ud800"])
+    with pytest.raises(ValueError, match=r"prompt: got '\\udcff' at character 0 of"):
+        st.encode(TEXTS, prompt="\udcff: ")
     with pytest.raises(
         ValueError, match="output_value: got 'token_embeddings', expected 'sentence_embedding', or None"
     ):
