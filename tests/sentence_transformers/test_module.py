@@ -87,21 +87,13 @@ def test_plain_tensors_leave(st):
     options = {"num_steps": 4, "return_steps": True}
     expected = torch.from_numpy(st.encode(TEXTS, **options))
     features = st.preprocess(TEXTS)
-    pool = st.start_multi_process_pool(["cpu"])
-    try:
-        ways = {
-            "convert_to_tensor": st.encode(TEXTS, convert_to_tensor=True, **options),
-            "a list": torch.stack(st.encode(TEXTS, convert_to_numpy=False, **options)),
-            "pool": st.encode(TEXTS, pool=pool, convert_to_tensor=True, **options),
-            "pool, normalised": st.encode(
-                TEXTS, pool=pool, convert_to_tensor=True, normalize_embeddings=True, **options
-            ),
-        }
-    finally:
-        st.stop_multi_process_pool(pool)
+    ways = {
+        "convert_to_tensor": st.encode(TEXTS, convert_to_tensor=True, **options),
+        "a list": torch.stack(st.encode(TEXTS, convert_to_numpy=False, **options)),
+    }
     every = [*st.encode(TEXTS, convert_to_numpy=False, **options), *ways["a list"]]
     every += [row[name] for row in st.encode(TEXTS, output_value=None, **options) for name in KEYS]
-    every += [st.encode("x", convert_to_tensor=True, **options), ways["pool"][:, -1], ways["convert_to_tensor"][0]]
+    every += [st.encode("x", convert_to_tensor=True, **options), ways["a list"][:, -1], ways["convert_to_tensor"][0]]
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
             ways[str(context)] = st(features, **options)["sentence_embedding"]
@@ -232,5 +224,9 @@ def test_a_multi_process_pool(model, st):
         close(st.encode_query(TEXTS, pool=pool), model.encode(TEXTS, instruction=TASK))
         options = {"num_steps": 2, "return_steps": True}
         close(st.encode(TEXTS, pool=pool, chunk_size=2, **options), model.encode(TEXTS, **options))
+        for more in ({}, {"normalize_embeddings": True}):
+            found = st.encode(TEXTS, pool=pool, convert_to_tensor=True, **more, **options)
+            assert type(found) is torch.Tensor
+            close(found.numpy(), model.encode(TEXTS, **options))
     finally:
         st.stop_multi_process_pool(pool)
