@@ -46,11 +46,13 @@ class StepEmbeddings(Tensor):
         kwargs = dict(kwargs or {})
         if func is F.normalize:
             kwargs["dim"] = -1
-        steps = next((value for value in args if isinstance(value, cls)), None)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
-            whole = isinstance(result, Tensor) and steps is not None and result.ndim == steps.ndim
-            return result.as_subclass(cls) if whole and result.shape[:2] == steps.shape[:2] else result
+            for steps in (*args, *kwargs.values()):
+                if isinstance(steps, cls) and isinstance(result, Tensor):
+                    same = result.ndim == steps.ndim and result.shape[:2] == steps.shape[:2]
+                    return result.as_subclass(cls) if same else result
+            return result
 
 
 class Output(dict):
