@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import soft_embed_op
-from .arguments import check_flag, check_floating, check_like, check_number, check_rows, has_no_values
+from .arguments import check_flag, check_floating, check_like, check_number, has_no_values, row_values
 from .backends import check_backend
 from .soft_embed_torch import Inputs, Options
 from .straight_through import harden
@@ -119,12 +119,12 @@ def soft_embed(
         TypeError: an argument is of the wrong type or dtype, or a DTensor. ValueError: of the wrong rank, shape, device
         or value. RuntimeError: the backend is not available.
     """
-    hidden, head_weight, embed_weight, bias = _autocast(hidden, head_weight, embed_weight, bias)
-    options = check_scores(hidden, head_weight, bias, temperature, softcap, logit_scale)
+    cast = autocast_dtype(hidden)
+    options = check_scores(hidden, head_weight, bias, temperature, softcap, logit_scale, cast)
     if type(embed_scale) is not float or embed_scale != 1.0:
         options = options._replace(embed_scale=check_number("embed_scale", embed_scale))
     if embed_weight is not None:
-        _check_embed(embed_weight, head_weight)
+        _check_embed(embed_weight, head_weight, cast)
         if embed_weight is head_weight:
             embed_weight = None
     group = None
@@ -135,25 +135,25 @@ def soft_embed(
     check_flag("return_stats", return_stats)
     leading = hidden.shape[:-1]
     if hard is not False:
-        _check_hard(hard, hidden)
+        hard = _check_hard(hard, hidden)
     inputs = Inputs(
         hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1]),
         head_weight,
         embed_weight,
         bias,
-        row_temperature(temperature, leading),
+        row_temperature(temperature, hidden),
     )
     if gumbel_seed is not None:
         seed, seeds = _check_seed(gumbel_seed, hidden)
         inputs, options = inputs._replace(seeds=seeds), options._replace(seed=seed)
     if top_k is not None or top_p is not None or min_p is not None:
         rules = check_truncation(hidden, top_k, top_p, min_p)
-        inputs = inputs._replace(floor=row_floors(inputs, options, rules, group=group, backend=backend))
+        inputs = inputs._replace(floor=row_floors(inputs, options, rules, group=group, cast=cast, backend=backend))
     if gumbel_temperature is not None:
         inputs, options = _relax(inputs, options, hidden, gumbel_temperature)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     stats = return_stats or hard is not False
-    found = soft_embed_op.run(inputs, soft_embed_op.Call(options, group, stats, differentiable, backend))
+    found = soft_embed_op.run(inputs, soft_embed_op.Call(options, group, stats, differentiable, cast, backend))
     result = found.out if hidden.dim() == 2 else found.out.reshape(*leading, found.out.shape[-1])
     if hard is not False:
         values = head_weight if embed_weight is None else embed_weight
@@ -172,8 +172,12 @@ def check_scores(
     temperature: float | Tensor,
     softcap: float | None,
     logit_scale: float,
+    cast: torch.dtype | None = None,
 ) -> Options:
-    """Check the arguments that define the scores (shared by all ops over a vocabulary) and collect the scalar ones."""
+    """Check the arguments that define the scores (shared by all ops over a vocabulary) and collect the scalar ones.
+
+    Under autocast, ``cast``, what is cast to one dtype may come in several.
+    """
     check_floating("hidden", hidden)
     check_floating("head_weight", head_weight)
     if hidden.dim() < 1:
@@ -187,7 +191,7 @@ def check_scores(
             f"hidden: got shape {tuple(hidden.shape)}, expected a last dimension of {head_weight.shape[1]}, "
             f"the D of head_weight {tuple(head_weight.shape)}"
         )
-    check_like("head_weight", head_weight, "hidden", hidden)
+    check_like("head_weight", head_weight, "hidden", hidden, cast)
     if bias is not None:
         check_floating("bias", bias)
         if bias.shape != head_weight.shape[:1]:
@@ -195,7 +199,7 @@ def check_scores(
                 f"bias: got shape {tuple(bias.shape)}, expected ({head_weight.shape[0]},), "
                 "one entry for each row of head_weight"
             )
-        check_like("bias", bias, "hidden", hidden)
+        check_like("bias", bias, "hidden", hidden, cast)
     if softcap is not None:
         softcap = check_number("softcap", softcap, positive=True)
     logit_scale = check_number("logit_scale", logit_scale)
@@ -205,21 +209,17 @@ def check_scores(
     return Options(check_number("temperature", temperature, positive=True), softcap, logit_scale)
 
 
-def row_temperature(temperature: float | Tensor, leading: torch.Size) -> Tensor | None:
+def row_temperature(temperature: float | Tensor, hidden: Tensor) -> Tensor | None:
     """A tensor temperature as one value for each row, [T]; None for a number."""
-    if isinstance(temperature, Tensor):
-        return temperature.broadcast_to(leading).reshape(-1).contiguous()
-    return None
+    return row_values("temperature", temperature, hidden) if isinstance(temperature, Tensor) else None
 
 
 def _check_seed(seed: object, hidden: Tensor) -> tuple[int | None, Tensor | None]:
     """A seed for all rows, or one for each, [T]."""
-    leading = hidden.shape[:-1]
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64:
             raise TypeError(f"gumbel_seed: got dtype {seed.dtype}, expected torch.int64")
-        check_rows("gumbel_seed", seed, hidden)
-        return None, seed.broadcast_to(leading).reshape(-1).contiguous()
+        return None, row_values("gumbel_seed", seed, hidden)
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"gumbel_seed: got {type(seed).__name__}, expected an int or an int64 tensor")
     if not -(2**63) <= seed < 2**63:
@@ -239,9 +239,9 @@ def _relax(
     divisor: float | Tensor
     if isinstance(gumbel_temperature, Tensor):
         _check_temperature("gumbel_temperature", gumbel_temperature, hidden)
-        rows = row_temperature(gumbel_temperature, hidden.shape[:-1])
+        rows = row_values("gumbel_temperature", gumbel_temperature, hidden)
         inputs = inputs._replace(temperature=rows)
-        divisor = rows.detach()  # type: ignore[union-attr]
+        divisor = rows.detach()
     else:
         divisor = check_number("gumbel_temperature", gumbel_temperature, positive=True)
         options = options._replace(temperature=divisor)
@@ -250,13 +250,15 @@ def _relax(
     return inputs, options
 
 
-def _check_hard(hard: object, hidden: Tensor) -> None:
+def _check_hard(hard: object, hidden: Tensor) -> Tensor | bool:
+    """A bool for all rows, or one for each in the shape of hidden's leading dimensions."""
     if isinstance(hard, Tensor):
         if hard.dtype != torch.bool:
             raise TypeError(f"hard: got dtype {hard.dtype}, expected torch.bool")
-        check_rows("hard", hard, hidden)
-    elif not isinstance(hard, bool):
+        return row_values("hard", hard, hidden).reshape(hidden.shape[:-1])
+    if not isinstance(hard, bool):
         raise TypeError(f"hard: got {type(hard).__name__}, expected a bool or a bool tensor")
+    return hard
 
 
 def _check_shard(shard: object, head_weight: Tensor) -> str:
@@ -271,35 +273,31 @@ def _check_shard(shard: object, head_weight: Tensor) -> str:
     return group_name(shard)
 
 
-def _autocast(hidden: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    tensors = (hidden, *others)
-    device = hidden.device.type if isinstance(hidden, Tensor) else ""
-    if torch.amp.is_autocast_available(device or "cpu") and device and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        tensors = tuple(
-            tensor.to(dtype)
-            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
-            else tensor
-            for tensor in tensors
-        )
-        if others[1] is others[0]:  # still the same tensor after the cast
-            tensors = (*tensors[:2], tensors[1], tensors[3])
-    return tensors  # type: ignore[return-value]
+# Asked once: `torch.compile` cannot trace the question in every version of PyTorch.
+_AUTOCAST_DEVICES = [name for name in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(name)]
 
 
-def _check_embed(embed_weight: Tensor, head_weight: Tensor) -> None:
+def autocast_dtype(tensor: object) -> torch.dtype | None:
+    """The dtype to which autocast casts, if it is on for the device of this tensor."""
+    if isinstance(tensor, Tensor) and tensor.device.type in _AUTOCAST_DEVICES:
+        if torch.is_autocast_enabled(tensor.device.type):
+            return torch.get_autocast_dtype(tensor.device.type)
+    return None
+
+
+def _check_embed(embed_weight: Tensor, head_weight: Tensor, cast: torch.dtype | None) -> None:
     check_floating("embed_weight", embed_weight)
     if embed_weight.dim() != 2 or embed_weight.shape[0] != head_weight.shape[0] or embed_weight.shape[1] == 0:
         raise ValueError(
             f"embed_weight: got shape {tuple(embed_weight.shape)}, expected [{head_weight.shape[0]}, E] "
             f"with E of at least 1, one row for each of head_weight {tuple(head_weight.shape)}"
         )
-    check_like("embed_weight", embed_weight, "head_weight", head_weight)
+    check_like("embed_weight", embed_weight, "head_weight", head_weight, cast)
 
 
 def _check_temperature(name: str, temperature: Tensor, hidden: Tensor) -> None:
     check_floating(name, temperature)
-    check_rows(name, temperature, hidden)
+    row_values(name, temperature, hidden)
     # On an accelerator the comparison would wait for the device; a compiler has no values.
     if temperature.device.type == "cpu" and not has_no_values(temperature) and not bool((temperature > 0).all()):
         raise ValueError(f"{name}: got {temperature.detach().min().item()}, expected values above 0")

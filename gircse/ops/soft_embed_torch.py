@@ -58,7 +58,7 @@ class Forward(NamedTuple):
     """What a backend's forward returns, in the accumulation dtype but for ``out``; None: not asked for."""
 
     out: Tensor  # [T, E], input dtype
-    exact: Tensor | None  # [T, E]: out before it is rounded; None where out is not rounded, or unless asked for
+    exact: Tensor | None  # [T, E]: out before it is rounded, in memory of its own; None unless asked for
     lse: Tensor  # [T]
     entropy: Tensor | None  # [T]
     max_prob: Tensor | None  # [T]
@@ -263,14 +263,16 @@ def finish(state: OnlineState, options: Options, dtype: torch.dtype, *, exact: b
     if options.embed_scale != 1.0:
         out.mul_(options.embed_scale)
     log_total = total.log()
-    lse = (peak + log_total)[:, 0]
-    rounded = out.to(dtype)
-    kept = out if exact and dtype != out.dtype else None
+    peak, total, log_total = peak[:, 0], total[:, 0], log_total[:, 0]
+    lse = peak + log_total
+    # Whoever called may change the result in place; what backward reads must stay.
+    rounded = out.to(dtype, copy=exact)
+    kept = out if exact else None
     if moment is None or argmax is None:
-        return Forward(rounded, kept, lse, None, None, None, peak[:, 0], total[:, 0])
+        return Forward(rounded, kept, lse, None, None, None, peak, total)
     # H = lse - E[s] = log(total) - E[s - peak]; the peak's own weight is exp(0), so max_prob = 1 / total.
-    entropy = (log_total - moment / total)[:, 0]
-    return Forward(rounded, kept, lse, entropy, total.reciprocal()[:, 0], argmax[:, 0], peak[:, 0], total[:, 0])
+    entropy = log_total - moment[:, 0] / total
+    return Forward(rounded, kept, lse, entropy, total.reciprocal(), argmax[:, 0], peak, total)
 
 
 def backward(

@@ -52,7 +52,7 @@ def top_tokens(
         raise ValueError(f"n: got {n}, expected 1 to {num_vocab}, the V of head_weight")
     leading = hidden.shape[:-1]
     rows = hidden.reshape(-1, hidden.shape[-1])
-    inputs = Inputs(rows, head_weight, bias=bias, temperature=row_temperature(temperature, leading))
+    inputs = Inputs(rows, head_weight, bias=bias, temperature=row_temperature(temperature, hidden))
     with torch.autocast(hidden.device.type, enabled=False):
         ids, probs = _top(inputs, options, n, resolve_backend(backend, hidden))
     return ids.reshape(*leading, n), probs.reshape(*leading, n)
