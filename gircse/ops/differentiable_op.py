@@ -17,21 +17,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from . import observers
+from .autocast import no_autocast
 
 Tensors = Sequence[Tensor | None]
-_NOTHING = nullcontext()
-
-
-def no_autocast(device: str) -> Any:
-    """A context in which products keep their dtypes; entering one costs, so only where there is something to leave."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
 
 
 class DifferentiableOp(ABC):
@@ -49,7 +43,9 @@ class DifferentiableOp(ABC):
     num_results: ClassVar[int]
     upstream: ClassVar[tuple[int, ...]]  # the results that have gradients
     saved: ClassVar[tuple[int, ...]]  # the results that backward reads; no caller ever gets one
-    shared: ClassVar[tuple[int, ...] | None] = None  # tensors of which all rows see everything; None: rows are not apart
+    shared: ClassVar[tuple[int, ...] | None] = (
+        None  # tensors of which all rows see everything; None: rows are not apart
+    )
 
     @abstractmethod
     def forward(self, tensors: Tensors, scalars: Sequence[Any]) -> Tensors:
@@ -77,8 +73,9 @@ class DifferentiableOp(ABC):
         """The results without a gradient."""
         return [i for i in range(self.num_results) if i not in self.upstream]
 
+    @abstractmethod
     def check_again(self, scalars: Sequence[Any]) -> None:
-        """Raises where there is no derivative of the backward."""
+        """Raises where the plain formula cannot stand for this call."""
 
     def __init__(self) -> None:
         self.apply, self.apply_backward = _functions(self)
@@ -97,8 +94,19 @@ class DifferentiableOp(ABC):
         self, name: str, arguments: str, results: int, run: Any, fake: Any, differentiate: Any, setup: Any, vmap: Any
     ) -> Any:
         schema = f"({arguments}) -> ({', '.join(['Tensor'] * results)})"
-        op = torch.library.custom_op(f"gircse::{name}", lambda *a: run(*a), mutates_args=(), schema=schema)
-        op.register_fake(lambda *a: fake(*a))
+
+        def reverse_only(function: Callable[..., Any], *values: Any) -> Any:
+            if observers.forward_mode():  # custom ops would drop tangents without a word
+                raise RuntimeError(
+                    f"{name}: got forward-mode differentiation in a compiled or traced call, expected an eager call "
+                    "or reverse mode"
+                )
+            return function(*values)
+
+        op = torch.library.custom_op(
+            f"gircse::{name}", lambda *a: reverse_only(run, *a), mutates_args=(), schema=schema
+        )
+        op.register_fake(lambda *a: reverse_only(fake, *a))
         op.register_autograd(differentiate, setup_context=setup)
         op.register_vmap(lambda info, in_dims, *a: vmap(op, info, in_dims, *a))
         return op
@@ -106,7 +114,13 @@ class DifferentiableOp(ABC):
     def call(self, tensors: Tensors, scalars: Sequence[Any]) -> Tensors:
         """The op by the cheapest entrance that records gradients."""
         if not torch.compiler.is_compiling():
-            if observers.transformed() or self.eager(tensors, scalars):
+            if observers.transformed() and observers.forward_levels() > 1:
+                raise RuntimeError(  # PyTorch would drop the outer tangents without a word
+                    f"{self.name}: got forward-mode differentiation of forward-mode differentiation, expected at most "
+                    "one forward level: jacfwd of jacrev, not jacfwd of jacfwd"
+                )
+            traced = observers.forward_mode() and observers.dispatched()  # torch.func.linearize
+            if observers.transformed() or (self.eager(tensors, scalars) and not traced):
                 return self.apply(*tensors, *scalars)
         return self.op(*tensors, *scalars)
 
@@ -124,7 +138,9 @@ class DifferentiableOp(ABC):
         ctx.mark_non_differentiable(*(output[i] for i in self.constant(inputs[self.num_tensors :])))
         ctx.set_materialize_grads(False)
         ctx.scalars = tuple(inputs[self.num_tensors :])
-        ctx.save_for_backward(*inputs[: self.num_tensors], *(output[i] for i in self.saved))
+        kept = *inputs[: self.num_tensors], *(output[i] for i in self.saved)
+        ctx.save_for_backward(*kept)
+        _save_for_forward(ctx, kept)
 
     def _differentiate(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         upstream = tuple(grads[i] for i in self.upstream)
@@ -177,6 +193,7 @@ class DifferentiableOp(ABC):
         ctx.set_materialize_grads(False)
         ctx.scalars, ctx.needs = tuple(scalars), tuple(needs)
         ctx.save_for_backward(*upstream, *tensors)
+        _save_for_forward(ctx, (*upstream, *tensors))
 
     def _differentiate_again(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         count = len(self.upstream)
@@ -213,9 +230,18 @@ class DifferentiableOp(ABC):
     def _second_block(
         self, values: Tensors, scalars: Sequence[Any], cotangents: Tensors, wanted: Sequence[bool]
     ) -> dict[int, Tensor]:
-        count = len(self.upstream)
         chosen = [i for i, want in enumerate(wanted) if want and values[i] is not None]
         through = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
+        first = self._plain_backward(values, scalars, chosen, through)
+        with no_autocast(values[len(self.upstream)].device.type):  # type: ignore[union-attr]
+            found = pull_back(first, [values[i] for i in chosen], [cotangents[i] for i in through])  # type: ignore[misc]
+        return dict(zip(chosen, found, strict=True))
+
+    def _plain_backward(
+        self, values: Tensors, scalars: Sequence[Any], chosen: Sequence[int], through: Sequence[int]
+    ) -> Callable[..., tuple[Tensor, ...]]:
+        """The gradients of the inputs `through` as a function of the upstream gradients and inputs `chosen`."""
+        count = len(self.upstream)
         used = [i for i in range(count) if values[i] is not None]
 
         def first(*primals: Tensor) -> tuple[Tensor, ...]:
@@ -227,9 +253,46 @@ class DifferentiableOp(ABC):
 
             return pull_back(results, [filled[count + i] for i in through], [filled[i] for i in used])  # type: ignore[misc]
 
-        with no_autocast(values[count].device.type):  # type: ignore[union-attr]
-            found = pull_back(first, [values[i] for i in chosen], [cotangents[i] for i in through])  # type: ignore[misc]
-        return dict(zip(chosen, found, strict=True))
+        return first
+
+    def _push(self, ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Forward-mode derivatives of the results."""
+        tensors = ctx.saved_tensors[: self.num_tensors]
+        self.check_again(ctx.scalars)
+        moved = [i for i, tangent in enumerate(tangents[: self.num_inputs]) if tangent is not None]
+        found = self._pushed(
+            lambda *inputs: tuple(self.plain(_with(tensors, moved, inputs), ctx.scalars)),
+            [tensors[i] for i in moved],
+            [tangents[i] for i in moved],
+        )
+        results: list[Tensor | None] = [None] * self.num_results
+        constant = self.constant(ctx.scalars)
+        for i, tangent in zip(self.upstream, found, strict=True):
+            results[i] = None if i in constant else tangent
+        return tuple(results)
+
+    def _push_backward(self, ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Forward-mode derivatives of the gradients."""
+        self.check_again(ctx.scalars)
+        values = ctx.saved_tensors
+        candidates = len(self.upstream) + self.num_inputs
+        moved = [i for i, tangent in enumerate(tangents[:candidates]) if tangent is not None]
+        through = [i for i, need in enumerate(ctx.needs) if need]
+        found = self._pushed(
+            self._plain_backward(values, ctx.scalars, moved, through),
+            [values[i] for i in moved],
+            [tangents[i] for i in moved],
+        )
+        results: list[Tensor | None] = [None] * self.num_inputs
+        for i, tangent in zip(through, found, strict=True):
+            results[i] = tangent
+        return tuple(results)
+
+    def _pushed(self, function: Callable[..., tuple[Tensor, ...]], primals: Any, tangents: Any) -> tuple[Tensor, ...]:
+        """The Jacobian-vector product, as the transpose of the vector-Jacobian product, which is linear."""
+        with no_autocast(primals[0].device.type):
+            zeros = [torch.zeros_like(result) for result in function(*primals)]
+            return pull_back(lambda *upstream: pull_back(function, primals, upstream), zeros, tangents)
 
     def _vmap(self, op: Any, info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
         return self._rows_or_loop(op, 0, self.num_tensors, False, info.batch_size, in_dims, arguments)
@@ -242,9 +305,16 @@ class DifferentiableOp(ABC):
         return self._rows_or_loop(op, first, tensors, alone, info.batch_size, in_dims, arguments)
 
     def _rows_or_loop(
-        self, op: Any, first: int, tensors: int, alone: bool, batch: int, in_dims: Sequence[Any], arguments: Sequence[Any]
+        self,
+        op: Any,
+        first: int,
+        tensors: int,
+        alone: bool,
+        batch: int,
+        in_dims: Sequence[Any],
+        arguments: Sequence[Any],
     ) -> tuple[Any, Any]:
-        """A batch of rows is more rows; a batch of what all rows share is a loop. Tensors are inputs from `first` on."""
+        """A batch of rows is more rows; a batch of what all rows share is a loop. Inputs are from `first` on."""
         shared = None if self.shared is None else [first + i for i in self.shared]
         if shared is None or alone or any(in_dims[i] is not None for i in shared):
             return loop(op, batch, in_dims, arguments)
@@ -258,38 +328,27 @@ class DifferentiableOp(ABC):
 def _functions(op: DifferentiableOp) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The eager entrances: forward and backward as autograd functions."""
 
-    class Backward(_Function):
+    class Backward(torch.autograd.Function):
         forward = staticmethod(op._backward)
         setup_context = staticmethod(op._setup_backward)
         backward = staticmethod(op._differentiate_again)
-        described = f"the gradient of {op.name}"
+        jvp = staticmethod(op._push_backward)
 
         @staticmethod
         def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
             return op._vmap_backward(Backward.apply, info, in_dims, *arguments)
 
-    class Forward(_Function):
+    class Forward(torch.autograd.Function):
         forward = staticmethod(op._forward)
         setup_context = staticmethod(op._setup)
         backward = staticmethod(op._differentiate)
-        described = op.name
+        jvp = staticmethod(op._push)
 
         @staticmethod
         def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
             return op._vmap(Forward.apply, info, in_dims, *arguments)
 
     return Forward.apply, Backward.apply
-
-
-class _Function(torch.autograd.Function):
-    described: ClassVar[str]
-
-    @classmethod
-    def jvp(cls, ctx: Any, *tangents: Any) -> Any:
-        raise RuntimeError(
-            f"{cls.described}: got forward-mode differentiation (jvp, jacfwd, torch.func.hessian), expected reverse "
-            "mode: torch.func.grad, vjp, jacrev or jacrev of jacrev, torch.autograd.functional.jvp or hessian"
-        )
 
 
 def pull_back(
@@ -310,6 +369,11 @@ def pull_back(
         return torch.autograd.grad(
             found, aliases, upstream, create_graph=again, allow_unused=True, materialize_grads=True
         )
+
+
+def _save_for_forward(ctx: Any, kept: Tensors) -> None:
+    if not torch.compiler.is_compiling() and (observers.forward_mode() or observers.transformed()):
+        ctx.save_for_forward(*kept)
 
 
 def _with(values: Tensors, places: Sequence[int], new: Sequence[Tensor]) -> list[Tensor | None]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 def transformed() -> bool:
@@ -25,12 +25,16 @@ def forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def forward_levels() -> int:
+    """How many forward-mode transforms of `torch.func` are nested here."""
+    functorch = torch._C._functorch
+    stack = functorch.get_interpreter_stack() or []
+    return sum(interpreter.key() == functorch.TransformType.Jvp for interpreter in stack)
+
+
 def plain(tensors: Sequence[Tensor | None]) -> bool:
     """Whether these are ordinary tensors, of no subclass."""
-    for tensor in tensors:
-        if type(tensor) not in _PLAIN:
-            return False
-    return True
+    return _PLAIN.issuperset(map(type, tensors))
 
 
 def grads_batched(grads: Sequence[Tensor | None]) -> bool:

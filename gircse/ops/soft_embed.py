@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import soft_embed_op
 from .arguments import check_flag, check_floating, check_like, check_number, has_no_values, row_values
+from .autocast import autocast_dtype
 from .backends import check_backend
 from .soft_embed_torch import Inputs, Options
 from .straight_through import harden
@@ -271,18 +272,6 @@ def _check_shard(shard: object, head_weight: Tensor) -> str:
             f"those of vocab_parallel from {shard.start} to {shard.stop}"
         )
     return group_name(shard)
-
-
-# Asked once: `torch.compile` cannot trace the question in every version of PyTorch.
-_AUTOCAST_DEVICES = [name for name in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(name)]
-
-
-def autocast_dtype(tensor: object) -> torch.dtype | None:
-    """The dtype to which autocast casts, if it is on for the device of this tensor."""
-    if isinstance(tensor, Tensor) and tensor.device.type in _AUTOCAST_DEVICES:
-        if torch.is_autocast_enabled(tensor.device.type):
-            return torch.get_autocast_dtype(tensor.device.type)
-    return None
 
 
 def _check_embed(embed_weight: Tensor, head_weight: Tensor, cast: torch.dtype | None) -> None:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from . import observers, soft_embed_torch, soft_embed_triton
+from .autocast import no_autocast
 from .backends import resolve_backend
-from .differentiable_op import DifferentiableOp, Tensors, no_autocast
+from .differentiable_op import DifferentiableOp, Tensors
 from .soft_embed_plain import plain, plain_rows
 from .soft_embed_torch import Forward, Inputs, Needs, Options, Saved, finish
 from .tiles_torch import accumulation_dtype
@@ -75,6 +76,8 @@ def run(inputs: Inputs, call: Call) -> Results:
 
 def eager(tensors: Tensors, backend: str | None) -> bool:
     """Whether nothing but eager PyTorch sees this call."""
+    if torch.compiler.is_compiling() or observers.transformed():
+        return False
     # the torch backend is made of PyTorch's own operators, which a dispatch mode may see one by one
     return observers.plain(tensors) and (backend == "torch" or not observers.dispatched())
 

@@ -1,4 +1,4 @@
-"""``soft_embed`` by PyTorch's own differentiable operators, with [T, V] tensors: what second derivatives are made of."""
+"""``soft_embed`` by PyTorch's own differentiable operators, with [T, V] tensors: for derivatives beyond the first."""
 
 from __future__ import annotations
 
@@ -47,9 +47,8 @@ def plain(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     if seeds is not None:
         start = options.vocab_start
         scores = scores + gumbel(seeds, start, start + scores.shape[1]).to(dtype) * factor
-    log_probs = scores.masked_fill(removed, -torch.inf).log_softmax(1)
-    # by the largest log-probability: log_softmax keeps no log-sum-exp
-    lse = scores.masked_fill(removed, -torch.inf).logsumexp(1)
+    scores = scores.masked_fill(removed, -torch.inf)
+    log_probs, lse = scores.log_softmax(1), scores.logsumexp(1)
     probs = log_probs.exp()
     entropy = -(probs * log_probs.masked_fill(removed, 0.0)).sum(1)
     out = options.embed_scale * (probs @ (head if embed is None else embed))  # type: ignore[operator]

@@ -18,7 +18,6 @@ are found by bisection over the bits of a float: sums and comparisons, no sort, 
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -28,9 +27,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .arguments import check_number, has_no_values, row_values
+from .autocast import no_autocast
 from .backends import resolve_backend
 from .chunk_scores import chunk_scores, ordered_bits
-from .differentiable_op import fold, loop, no_autocast, unfold
+from .differentiable_op import fold, loop, unfold
 from .soft_embed_op import cast_inputs, eager, rows_of_numbers
 from .soft_embed_torch import Inputs, Options
 from .tiles_torch import WORKSPACE_BYTES, accumulation_dtype, slices, tiling
@@ -70,7 +70,7 @@ def check_truncation(hidden: Tensor, top_k: object, top_p: object, min_p: object
 def _rule(name: str, value: object, hidden: Tensor, expected: str) -> Tensor | None:
     if value is None:
         return None
-    leading, whole = hidden.shape[:-1], name == "top_k"
+    whole = name == "top_k"
     if isinstance(value, Tensor):
         if whole and (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool):
             raise TypeError(f"{name}: got dtype {value.dtype}, expected an integer one")
@@ -93,7 +93,7 @@ def _rule(name: str, value: object, hidden: Tensor, expected: str) -> Tensor | N
     _check_range(name, number, expected)
     dtype = torch.int64 if whole else accumulation_dtype(hidden.dtype)
     # a product, not `full`: for a compiler the number is then no constant
-    return torch.ones(math.prod(leading), dtype=dtype, device=hidden.device) * number
+    return torch.ones(hidden.numel() // hidden.shape[-1], dtype=dtype, device=hidden.device) * number
 
 
 def _check_range(name: str, value: float, expected: str) -> None:
