@@ -15,6 +15,7 @@ higher derivative too. It holds what the plain formula holds, for a block of row
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -69,15 +70,16 @@ class DifferentiableOp(ABC):
     def block(self, tensors: Tensors) -> int:
         """How many rows the plain formula may take at a time."""
 
-    def constant(self, scalars: Sequence[Any]) -> list[int]:
+    def constant(self, scalars: Sequence[Any]) -> tuple[int, ...]:
         """The results without a gradient."""
-        return [i for i in range(self.num_results) if i not in self.upstream]
+        return self._constant
 
     @abstractmethod
     def check_again(self, scalars: Sequence[Any]) -> None:
         """Raises where the plain formula cannot stand for this call."""
 
     def __init__(self) -> None:
+        self._constant = tuple(i for i in range(self.num_results) if i not in self.upstream)
         self.apply, self.apply_backward = _functions(self)
         grads = ", ".join(f"Tensor? grad_{i}" for i in self.upstream)
         saved = ", ".join(f"Tensor saved_{i}" for i in self.saved)
@@ -135,10 +137,10 @@ class DifferentiableOp(ABC):
         return _filled(self.fake(arguments[: self.num_tensors], arguments[self.num_tensors :]), arguments[0])
 
     def _setup(self, ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
-        ctx.mark_non_differentiable(*(output[i] for i in self.constant(inputs[self.num_tensors :])))
-        ctx.set_materialize_grads(False)
         ctx.scalars = tuple(inputs[self.num_tensors :])
-        kept = *inputs[: self.num_tensors], *(output[i] for i in self.saved)
+        ctx.mark_non_differentiable(*[output[i] for i in self.constant(ctx.scalars)])
+        ctx.set_materialize_grads(False)
+        kept = *inputs[: self.num_tensors], *[output[i] for i in self.saved]
         ctx.save_for_backward(*kept)
         _save_for_forward(ctx, kept)
 
@@ -329,7 +331,7 @@ def _functions(op: DifferentiableOp) -> tuple[Callable[..., Any], Callable[..., 
     """The eager entrances: forward and backward as autograd functions."""
 
     class Backward(torch.autograd.Function):
-        forward = staticmethod(op._backward)
+        forward = staticmethod(_signed(op._backward))
         setup_context = staticmethod(op._setup_backward)
         backward = staticmethod(op._differentiate_again)
         jvp = staticmethod(op._push_backward)
@@ -339,7 +341,7 @@ def _functions(op: DifferentiableOp) -> tuple[Callable[..., Any], Callable[..., 
             return op._vmap_backward(Backward.apply, info, in_dims, *arguments)
 
     class Forward(torch.autograd.Function):
-        forward = staticmethod(op._forward)
+        forward = staticmethod(_signed(op._forward))
         setup_context = staticmethod(op._setup)
         backward = staticmethod(op._differentiate)
         jvp = staticmethod(op._push)
@@ -349,6 +351,16 @@ def _functions(op: DifferentiableOp) -> tuple[Callable[..., Any], Callable[..., 
             return op._vmap(Forward.apply, info, in_dims, *arguments)
 
     return Forward.apply, Backward.apply
+
+
+def _signed(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that knows its signature: PyTorch asks at each call, and looking for it takes longer than the rest."""
+
+    def function(*arguments: Any) -> Any:
+        return method(*arguments)
+
+    function.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    return function
 
 
 def pull_back(

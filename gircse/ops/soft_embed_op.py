@@ -69,15 +69,17 @@ def run(inputs: Inputs, call: Call) -> Results:
         return Results(*OP.op(*inputs, divisor, *call._replace(options=options).flat()))
     if observers.transformed() or observers.forward_mode():  # whether a gradient will be wanted shows later
         call = call._replace(exact=True)
-    elif not call.exact and eager(inputs, call.backend):
+    elif not call.exact and _alone(inputs, call.backend):
         return _forward(inputs, call)
     return Results(*OP.call((*inputs, None), call.flat()))
 
 
 def eager(tensors: Tensors, backend: str | None) -> bool:
     """Whether nothing but eager PyTorch sees this call."""
-    if torch.compiler.is_compiling() or observers.transformed():
-        return False
+    return not torch.compiler.is_compiling() and not observers.transformed() and _alone(tensors, backend)
+
+
+def _alone(tensors: Tensors, backend: str | None) -> bool:
     # the torch backend is made of PyTorch's own operators, which a dispatch mode may see one by one
     return observers.plain(tensors) and (backend == "torch" or not observers.dispatched())
 
@@ -104,7 +106,8 @@ def _module(backend: str | None, hidden: Tensor) -> ModuleType:
 
 
 def _forward(inputs: Inputs, call: Call) -> Results:
-    inputs = cast_inputs(inputs, call.cast)
+    if call.cast is not None:
+        inputs = cast_inputs(inputs, call.cast)
     hidden, module = inputs.hidden, _module(call.backend, inputs.hidden)
     with no_autocast(hidden.device.type):
         if call.group is None:
@@ -181,11 +184,11 @@ class _SoftEmbed(DifferentiableOp):
         return plain_rows(Inputs(*tensors[:_NUM_TENSORS]))  # type: ignore[arg-type]
 
     def eager(self, tensors: Tensors, scalars: Sequence[Any]) -> bool:
-        return eager(tensors, Call.of(scalars).backend)
+        return _alone(tensors, scalars[-1])
 
-    def constant(self, scalars: Sequence[Any]) -> list[int]:
-        stand_in = [] if Call.of(scalars).stats else [2]  # of an entropy that nobody asked for
-        return super().constant(scalars) + stand_in
+    def constant(self, scalars: Sequence[Any]) -> tuple[int, ...]:
+        stats = scalars[len(Options._fields) + Call._fields.index("stats") - 1]
+        return self._constant if stats else (*self._constant, 2)  # a stand-in of an entropy that nobody asked for
 
     def check_again(self, scalars: Sequence[Any]) -> None:
         if Call.of(scalars).group is not None:
