@@ -113,7 +113,7 @@ class DifferentiableOp(ABC):
         op.register_vmap(lambda info, in_dims, *a: vmap(op, info, in_dims, *a))
         return op
 
-    def call(self, tensors: Tensors, scalars: Sequence[Any]) -> Tensors:
+    def call(self, tensors: Tensors, scalars: Sequence[Any]) -> tuple[Tensor, ...]:
         """The op by the cheapest entrance that records gradients."""
         if not torch.compiler.is_compiling():
             if observers.transformed() and observers.forward_levels() > 1:

@@ -119,10 +119,10 @@ def stepwise_info_nce(
     for name, flag in (("include_queries", include_queries), ("symmetric", symmetric), ("return_stats", return_stats)):
         check_flag(name, flag)
     check_backend(backend)
-    name = None if group is None else _group_name(group)
+    group_name = None if group is None else _group_name(group)
     if mask is not None:
         _check_mask(mask, query_steps, doc_steps, target, group is not None)
-    options = Options(temperature, pooling, include_queries, symmetric, name, backend)
+    options = Options(temperature, pooling, include_queries, symmetric, group_name, backend)
     losses, accuracy, positive, hardest = OP.call((query_steps, doc_steps, target, mask), options)[:4]
     return (losses, InfoNCEStats(accuracy, positive, hardest)) if return_stats else losses
 

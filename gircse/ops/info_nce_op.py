@@ -176,10 +176,12 @@ class _StepwiseInfoNCE(DifferentiableOp):
         return tuple(out if out is None else out.result for out in outs)
 
     def plain(self, tensors: Tensors, scalars: Sequence[Any]) -> Sequence[Tensor]:
-        options = Options(*scalars)
-        return [
-            plain_losses(*tensors, options.temperature, options.pooling, options.include_queries, options.symmetric)
-        ]  # type: ignore[arg-type]
+        query_steps, doc_steps, target, mask = tensors
+        temperature, pooling, include_queries, symmetric, _, _ = scalars
+        assert query_steps is not None
+        assert doc_steps is not None
+        assert target is not None
+        return [plain_losses(query_steps, doc_steps, target, mask, temperature, pooling, include_queries, symmetric)]
 
     def block(self, tensors: Tensors) -> int:
         raise NotImplementedError("every row of a contrastive loss sees the others")

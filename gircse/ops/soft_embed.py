@@ -63,12 +63,20 @@ def soft_embed(
     Exact and dense, yet no tensor of size [T, V] (T = rows of hidden) is made in forward or backward: temporaries are
     a fixed chunk budget below 64 MiB plus O(T * (D + E)). Scores, softmax and sums are float32 (float64 for float64
     inputs) whatever the input dtype; float32 products are never rounded to TF32 by the kernels, while the torch backend
-    on CUDA follows PyTorch's process-wide setting, off by default. The first derivative is defined for every
-    floating-point tensor argument; a second one raises RuntimeError. Gradients come in their input's dtype, and those
-    that nobody asks for are not computed. Two runs give bitwise the same.
+    on CUDA follows PyTorch's process-wide setting, off by default. Gradients exist for every floating-point tensor
+    argument, come in their input's dtype, and those that nobody asks for are not computed. Two runs give bitwise the
+    same. The result may be changed in place.
 
-    Works under ``torch.compile(fullgraph=True)``, ``torch.func.grad`` and ``vmap``, and inside a captured CUDA graph,
-    which replays an int ``gumbel_seed`` unchanged: capture with a tensor and write new seeds into it.
+    Derivatives of the gradient (``create_graph=True`` and a second backward, `torch.func.grad` of grad, `hessian`,
+    gradient penalties), and forward-mode ones, are those of the plain formula, by PyTorch's own operators: right to any
+    order, but slow, and with [rows, V] tensors for a block of rows at a time. RuntimeError where there is none: of a
+    vocabulary in shards, of `torch.compile`, of forward mode inside forward mode.
+
+    Works under ``torch.compile(fullgraph=True)``, where new temperatures need no new graph, `torch.export`,
+    `torch.func`, activation checkpointing and hooks on saved tensors, and inside a captured CUDA graph, which replays
+    an int ``gumbel_seed`` unchanged: capture with a tensor and write new seeds into it.
+
+    A tensor with a value for each row may leave out dimensions of size 1: [B] fits hidden [B, 1, D].
 
     Args:
         hidden: [..., D], float32, float64, bfloat16 or float16. A row with NaN or inf spoils that row of the result
@@ -83,8 +91,8 @@ def soft_embed(
         softcap: > 0 or None; applied before the temperature (Gemma 2's ``final_logit_softcapping``).
         logit_scale: factor of the logits, bias included, before the soft-cap.
         embed_scale: factor of the result, the one that the model's own embedding layer applies (Gemma: sqrt(D)).
-        top_k: keep the k highest scores of a row; an int of at least 1, or an integer tensor broadcastable to
-            ``hidden.shape[:-1]``. A k of V or more keeps everything.
+        top_k: keep the k highest scores of a row; an int, or an integer tensor broadcastable to
+            ``hidden.shape[:-1]``. 0, as in transformers, and V or more keep everything.
         top_p: keep the fewest entries, highest first, whose probabilities sum to at least this; above 0 and at most 1,
             a number or a floating-point tensor of that shape.
         min_p: keep entries of at least this fraction of the highest probability; between 0 and 1, likewise.
@@ -94,8 +102,9 @@ def soft_embed(
             cost a further pass over head_weight for every block of rows.
         gumbel_seed: None, an int64 number, or an int64 tensor broadcastable to ``hidden.shape[:-1]`` with a seed for
             each row. A row's noise depends on its seed and the vocabulary index alone, not on its place in the batch:
-            rows with the same seed, and all rows of a call with a number, get the same noise. Statistics and gradients
-            are those of the noisy distribution.
+            rows with the same seed, and all rows of a call with a number, get the same noise. So does every further
+            call with the same seed: in a loop pass ``step``, or ``torch.arange(rows) + rows * step`` for noise that no
+            other row or step gets. Statistics and gradients are those of the noisy distribution.
         gumbel_temperature: None: ``temperature`` is that of the relaxation too, as in
             ``torch.nn.functional.gumbel_softmax(logits, tau=temperature)``. Otherwise > 0, a number or a tensor as for
             temperature: ``temperature`` shapes the distribution that is drawn from, this one relaxes the draw
@@ -110,7 +119,8 @@ def soft_embed(
         backend: None (choose: triton on CUDA from compute capability 8.0 on, else torch), "torch" or "triton".
             "triton" takes CPU tensors if TRITON_INTERPRET=1 was set before.
 
-    Under ``torch.autocast`` all tensors but float64 ones are cast to the autocast dtype first, as for a linear layer.
+    Under ``torch.autocast`` all tensors but float64 ones are cast to the autocast dtype first, as for a linear layer;
+    for backward the originals are kept and cast again, so that many calls keep no copy of a matrix.
 
     Returns:
         [..., E] in hidden's dtype (under autocast: the autocast dtype); with ``return_stats`` a pair of it and the

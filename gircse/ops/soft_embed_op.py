@@ -97,8 +97,8 @@ def cast_inputs(inputs: Inputs, cast: torch.dtype | None) -> Inputs:
     """What a linear layer does under autocast. Here and not before the op, so that autograd keeps the originals."""
     if cast is None:
         return inputs
-    values = [t if t is None or t.dtype == torch.float64 else t.to(cast) for t in inputs[:4]]
-    return Inputs(*values, *inputs[4:])  # type: ignore[arg-type]
+    values = (t if t is None or t.dtype == torch.float64 else t.to(cast) for t in inputs[:4])
+    return inputs._replace(**dict(zip(Inputs._fields, values, strict=False)))  # type: ignore[arg-type]
 
 
 def _module(backend: str | None, hidden: Tensor) -> ModuleType:
