@@ -25,6 +25,7 @@ from torch import Tensor
 
 from . import observers
 from .autocast import no_autocast
+from .batching import fold, loop, unfold
 
 Tensors = Sequence[Tensor | None]
 
@@ -44,9 +45,8 @@ class DifferentiableOp(ABC):
     num_results: ClassVar[int]
     upstream: ClassVar[tuple[int, ...]]  # the results that have gradients
     saved: ClassVar[tuple[int, ...]]  # the results that backward reads; no caller ever gets one
-    shared: ClassVar[tuple[int, ...] | None] = (
-        None  # tensors of which all rows see everything; None: rows are not apart
-    )
+    # the tensors of which every row sees all, the others having rows; None: rows are not apart
+    shared: ClassVar[tuple[int, ...] | None] = None
 
     @abstractmethod
     def forward(self, tensors: Tensors, scalars: Sequence[Any]) -> Tensors:
@@ -80,7 +80,11 @@ class DifferentiableOp(ABC):
 
     def __init__(self) -> None:
         self._constant = tuple(i for i in range(self.num_results) if i not in self.upstream)
-        self.apply, self.apply_backward = _functions(self)
+        self.apply = _function(self.name, self._forward, self._setup, self._differentiate, self._push, self._vmap)
+        self.apply_backward = _function(
+            f"{self.name}_backward",
+            self._backward, self._setup_backward, self._differentiate_again, self._push_backward, self._vmap_backward,
+        )  # fmt: skip
         grads = ", ".join(f"Tensor? grad_{i}" for i in self.upstream)
         saved = ", ".join(f"Tensor saved_{i}" for i in self.saved)
         self.op = self._custom_op(
@@ -215,19 +219,23 @@ class DifferentiableOp(ABC):
         count, rows = len(self.upstream), values[len(self.upstream)].shape[0]  # type: ignore[union-attr]
         whole = range(0) if self.shared is None else [count + i for i in self.shared]
         size = rows if self.shared is None else max(1, self.block(values[count:]))
-        parts: list[dict[int, Tensor]] = []
-        for start in range(0, max(1, rows), max(1, size)):
-            pick = slice(start, start + size)
+        if size >= rows:
+            return self._second_block(values, scalars, cotangents, wanted)
+        sums: dict[int, Tensor] = {}
+        parts: dict[int, list[Tensor]] = {}
+        for start in range(0, rows, size):
 
-            def cut(tensors: Tensors, first: int, pick: slice = pick) -> list[Tensor | None]:
-                if size >= rows:
-                    return list(tensors)
-                return [t if t is None or first + i in whole else t[pick] for i, t in enumerate(tensors)]
+            def cut(tensors: Tensors, first: int, start: int = start) -> list[Tensor | None]:
+                return [
+                    t if t is None or first + i in whole else t[start : start + size] for i, t in enumerate(tensors)
+                ]
 
-            parts.append(self._second_block(cut(values, 0), scalars, cut(cotangents, count), wanted))
-        if len(parts) == 1:
-            return parts[0]
-        return {i: sum(p[i] for p in parts) if i in whole else torch.cat([p[i] for p in parts]) for i in parts[0]}  # type: ignore[misc]
+            for i, part in self._second_block(cut(values, 0), scalars, cut(cotangents, count), wanted).items():
+                if i in whole:
+                    sums[i] = sums[i] + part if i in sums else part
+                else:
+                    parts.setdefault(i, []).append(part)
+        return {**sums, **{i: torch.cat(each) for i, each in parts.items()}}
 
     def _second_block(
         self, values: Tensors, scalars: Sequence[Any], cotangents: Tensors, wanted: Sequence[bool]
@@ -327,30 +335,18 @@ class DifferentiableOp(ABC):
         return unfold(op(*folded, *arguments[tensors:]), batch)
 
 
-def _functions(op: DifferentiableOp) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The eager entrances: forward and backward as autograd functions."""
-
-    class Backward(torch.autograd.Function):
-        forward = staticmethod(_signed(op._backward))
-        setup_context = staticmethod(op._setup_backward)
-        backward = staticmethod(op._differentiate_again)
-        jvp = staticmethod(op._push_backward)
-
-        @staticmethod
-        def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
-            return op._vmap_backward(Backward.apply, info, in_dims, *arguments)
-
-    class Forward(torch.autograd.Function):
-        forward = staticmethod(_signed(op._forward))
-        setup_context = staticmethod(op._setup)
-        backward = staticmethod(op._differentiate)
-        jvp = staticmethod(op._push)
-
-        @staticmethod
-        def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
-            return op._vmap(Forward.apply, info, in_dims, *arguments)
-
-    return Forward.apply, Backward.apply
+def _function(name: str, forward: Any, setup: Any, backward: Any, jvp: Any, vmap: Any) -> Callable[..., Any]:
+    """An eager entrance: the way to call an autograd function made of these."""
+    made: Any
+    members = {
+        "forward": staticmethod(_signed(forward)),
+        "setup_context": staticmethod(setup),
+        "backward": staticmethod(backward),
+        "jvp": staticmethod(jvp),
+        "vmap": staticmethod(lambda info, in_dims, *arguments: vmap(made.apply, info, in_dims, *arguments)),
+    }
+    made = type(name, (torch.autograd.Function,), members)
+    return made.apply
 
 
 def _signed(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -397,32 +393,3 @@ def _with(values: Tensors, places: Sequence[int], new: Sequence[Tensor]) -> list
 
 def _filled(results: Tensors, like: Tensor) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if tensor is None else tensor for tensor in results)
-
-
-def fold(tensor: Tensor | None, dim: int | None, batch: int) -> Tensor | None:
-    """A batch of row tensors as one: [B, T, ..] -> [B * T, ..]."""
-    if tensor is None:
-        return None
-    batched = tensor.expand(batch, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    return batched.reshape(-1, *batched.shape[2:]) if tensor.numel() else tensor.new_empty(0, *batched.shape[2:])
-
-
-def unfold(results: Sequence[Tensor], batch: int) -> tuple[Any, Any]:
-    """[B * T, ..] -> [B, T, ..], an empty stand-in included."""
-    rows = [result.shape[0] // batch for result in results]
-    return tuple(r.reshape(batch, n, *r.shape[1:]) for r, n in zip(results, rows, strict=True)), (0,) * len(results)
-
-
-def loop(op: Any, batch: int, in_dims: Sequence[Any], arguments: Sequence[Any]) -> tuple[Any, Any]:
-    """The op for each element of the batch."""
-    results = [
-        op(
-            *(
-                a.select(d, i) if isinstance(a, Tensor) and isinstance(d, int) else a
-                for a, d in zip(arguments, in_dims, strict=False)
-            )
-        )
-        for i in range(batch)
-    ]
-    stacked = tuple(torch.stack(column) for column in zip(*results, strict=True))
-    return stacked, (0,) * len(stacked)

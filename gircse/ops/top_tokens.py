@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .autocast import no_autocast
 from .backends import check_backend, resolve_backend
+from .batching import fold, loop, unfold
 from .chunk_scores import chunk_scores, ordered_bits
-from .differentiable_op import fold, loop, unfold
 from .soft_embed import check_scores, row_temperature
 from .soft_embed_op import eager, rows_of_numbers
 from .soft_embed_torch import Inputs, Options

@@ -29,8 +29,8 @@ from torch import Tensor
 from .arguments import check_number, has_no_values, row_values
 from .autocast import no_autocast
 from .backends import resolve_backend
+from .batching import fold, loop, unfold
 from .chunk_scores import chunk_scores, ordered_bits
-from .differentiable_op import fold, loop, unfold
 from .soft_embed_op import cast_inputs, eager, rows_of_numbers
 from .soft_embed_torch import Inputs, Options
 from .tiles_torch import WORKSPACE_BYTES, accumulation_dtype, slices, tiling

@@ -116,4 +116,5 @@ def _summed(rows: Tensor, group: Any) -> Tensor:
     """The sum over the ranks under transforms of `torch.func`, too, which have no rule for what happens in place."""
     from torch.distributed._functional_collectives import all_reduce
 
-    return all_reduce(rows, "sum", dist.group.WORLD if group is None else group)
+    every: Any = dist.group.WORLD
+    return all_reduce(rows, "sum", every if group is None else group)

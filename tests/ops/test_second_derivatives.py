@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from gircse.ops import soft_embed, soft_embed_op, soft_embed_plain, stepwise_info_nce
 from gircse.ops.reference import info_nce_reference, soft_embed_reference
 from tests.ops.accuracy import noise_of, random_inputs
+from tests.ops.test_soft_embed_op import BACKENDS
 
 OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tied": ({}, {}),
@@ -179,14 +180,15 @@ def test_a_first_derivative_takes_no_plain_formula(monkeypatch: pytest.MonkeyPat
     torch.func.grad(ours)(*(value.detach() for value in values))
 
 
+@BACKENDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_lower_precision(dtype: torch.dtype) -> None:
+def test_lower_precision(dtype: torch.dtype, backend: str) -> None:
     """Error against float64 at most twice that of plain PyTorch in float32, plus the rounding of what is returned."""
     tensors = random_inputs((4,), 23, 5, 6, bias=True, dtype=dtype)
 
     def second(function: Any, dtype: torch.dtype) -> list[Tensor]:
         leaves = {name: tensor.to(dtype).requires_grad_() for name, tensor in tensors.items()}
-        found = function(**leaves)
+        found = function(**leaves, **({"backend": backend} if function is soft_embed else {}))
         out = found[0] if isinstance(found, tuple) else found
         (grad,) = torch.autograd.grad(out.sum(dim=1).sum(), leaves["hidden"], create_graph=True)
         return list(torch.autograd.grad(grad.sum(), list(leaves.values())))
