@@ -9,6 +9,8 @@ from typing import Any
 def as_integer(value: Any) -> int | None:
     """The Python int of whatever Python takes for an index (numpy's integers, a tensor that holds one, ..), but of no
     truth value; None of anything else."""
+    if type(value) is int:  # also where torch.compile traces, which follows no more than this
+        return value
     if isinstance(value, bool) or str(getattr(value, "dtype", "")) == "torch.bool":
         return None
     try:

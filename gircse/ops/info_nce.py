@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .arguments import check_flag, check_floating, check_number
+from .arguments import check_flag, check_floating, check_number, has_no_values
 from .backends import check_backend
-from .info_nce_op import Options, StepwiseInfoNCE
+from .info_nce_op import OP, Options
 from .pooling import check_pooling
 
 
@@ -108,8 +108,8 @@ def stepwise_info_nce(
     do after a decoder's last norm.
 
     Returns:
-        [K], in nats, float32 (float64 for float64 steps). Differentiable once, with respect to both step tensors.
-        With ``return_stats`` a pair of it and the statistics.
+        [K], in nats, float32 (float64 for float64 steps), differentiable with respect to both step tensors, to
+        any order as `soft_embed` is; with a group only once. With ``return_stats`` a pair of it and the statistics.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype. ValueError: of the wrong rank, shape, device or value.
@@ -120,12 +120,11 @@ def stepwise_info_nce(
     for name, flag in (("include_queries", include_queries), ("symmetric", symmetric), ("return_stats", return_stats)):
         check_flag(name, flag)
     check_backend(backend)
-    if group is not None:
-        _check_group(group)
+    group_name = None if group is None else _group_name(group)
     if mask is not None:
         _check_mask(mask, query_steps, doc_steps, target, group is not None)
-    options = Options(temperature, pooling, include_queries, symmetric, group, backend)
-    losses, accuracy, positive, hardest = StepwiseInfoNCE.apply(query_steps, doc_steps, target, mask, options)
+    options = Options(temperature, pooling, include_queries, symmetric, group_name, backend)
+    losses, accuracy, positive, hardest = OP.call((query_steps, doc_steps, target, mask), options)[:4]
     return (losses, InfoNCEStats(accuracy, positive, hardest)) if return_stats else losses
 
 
@@ -168,7 +167,7 @@ def _check_target(target: Tensor | None, query_steps: Tensor, doc_steps: Tensor)
         )
     if target.device != device:
         raise ValueError(f"target: got device {target.device}, expected {device}, the device of query_steps")
-    if device.type == "cpu" and bool(((target < 0) | (target >= candidates)).any()):
+    if device.type == "cpu" and not has_no_values(target) and bool(((target < 0) | (target >= candidates)).any()):
         raise ValueError(f"target: got {target.min().item()} to {target.max().item()}, expected 0 to {candidates - 1}")
     return target
 
@@ -183,15 +182,17 @@ def _check_mask(mask: object, query_steps: Tensor, doc_steps: Tensor, target: Te
         raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected ({rows}, {wanted})")
     if mask.device != query_steps.device:
         raise ValueError(f"mask: got device {mask.device}, expected {query_steps.device}, the device of query_steps")
-    if mask.device.type == "cpu" and not grouped:
+    if mask.device.type == "cpu" and not grouped and not has_no_values(mask) and not has_no_values(target):
         hidden = mask.gather(1, target[:, None])[:, 0].nonzero()
         if hidden.numel():
             row = int(hidden[0])
             raise ValueError(f"mask: got True at the target of row {row}, {int(target[row])}, expected it to count")
 
 
-def _check_group(group: object) -> None:
+def _group_name(group: object) -> str:
+    """The name under which a custom op finds the group again."""
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("group: torch.distributed is not initialised, expected a process group")
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group: got {type(group).__name__}, expected a torch.distributed process group")
+    return group.group_name

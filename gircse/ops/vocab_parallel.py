@@ -108,9 +108,17 @@ def sum_shards(tensor: Tensor | None, group: Any) -> Tensor | None:
 
 def gather_rows(matrix: Tensor, index: Tensor, shard: VocabShard) -> Tensor:
     """Rows of a matrix of which this rank holds ``shard``, by their index in the whole: [..., E], on every rank."""
-    from torch.distributed._functional_collectives import all_reduce  # the one that compilers can trace
-
     mine = (index >= shard.start) & (index < shard.stop)
-    rows = matrix[(index - shard.start).clamp(0, matrix.shape[0] - 1)]
-    group: Any = dist.group.WORLD if shard.group is None else shard.group
-    return all_reduce(torch.where(mine[..., None], rows, 0), "sum", group)
+    rows = torch.where(mine[..., None], matrix[(index - shard.start).clamp(0, matrix.shape[0] - 1)], 0)
+    if not torch.compiler.is_compiling():
+        return _summed(rows, shard.group)
+    dist.all_reduce(rows, group=shard.group)
+    return rows
+
+
+def _summed(rows: Tensor, group: Any) -> Tensor:
+    """The sum over the ranks under transforms of `torch.func`, too, which have no rule for what happens in place."""
+    from torch.distributed._functional_collectives import all_reduce
+
+    every: Any = dist.group.WORLD
+    return all_reduce(rows, "sum", every if group is None else group)

@@ -339,14 +339,6 @@ def test_second_backward_gives_the_same() -> None:
     assert all(torch.equal(before[name], tensors[name]) for name in tensors)
 
 
-def test_second_derivative_is_refused() -> None:
-    tensors = random_inputs()
-    hidden = tensors["hidden"].requires_grad_()
-    (grad,) = torch.autograd.grad(soft_embed(**tensors).square().sum(), hidden, create_graph=True)  # type: ignore[arg-type, union-attr]
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize(
     ("shape", "options"),
     [({}, {}), ({"embed": 6, "bias": True, "row_temperature": True}, {"softcap": 4.0})],
