@@ -76,7 +76,9 @@ def lora_config(base: nn.Module, config: TrainConfig) -> Any:
     from peft import LoraConfig, PeftConfig
 
     if config.adapter is not None:
-        return PeftConfig.from_pretrained(config.adapter)
+        saved = PeftConfig.from_pretrained(config.adapter)
+        saved.inference_mode = False  # as it is saved: with frozen weights
+        return saved
     return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,

@@ -14,6 +14,7 @@ from gircse.batches import TrainingData
 from gircse.data import Row
 from gircse.train import collate, contrastive_backward, train
 from gircse.train_config import LORA_TARGETS, TrainConfig
+from gircse.train_plan import plan
 from gircse.trainable import lora_targets
 from tests.tiny_models import tiny_model
 
@@ -24,6 +25,10 @@ ROWS = [Row("find the echo", f"{a} {b}", (f"{b} {a}",)) for a in WORDS for b in 
 def config(base, tmp_path, **options) -> TrainConfig:
     defaults = {"model": str(base), "output": str(tmp_path / "run"), "batch_size": 4, "num_steps": 3, "max_steps": 2}
     return TrainConfig(**{**defaults, "learning_rate": 3e-3, "progress": False, **options})
+
+
+def lora_parameters(settings: TrainConfig) -> int:
+    return plan(settings, gpu="h100", length=16).memory["LoRA weights"]
 
 
 def test_it_goes_on_from_a_saved_adapter(base, tmp_path):
@@ -40,6 +45,9 @@ def test_it_goes_on_from_a_saved_adapter(base, tmp_path):
     assert shapes == {3}
     assert not np.allclose(more.model.encode("red"), first.model.encode("red"), atol=1e-4)
     assert np.array_equal(GIRCSE.from_pretrained(more.folder).encode("red"), more.model.encode("red"))
+    planned = [lora_parameters(replace(settings, model=str(base), **options)) for options in ({}, {"adapter": None})]
+    assert planned == [planned[1] * 3 // 16, planned[1]]
+    assert planned[0] == sum(p.nbytes for p in more.model.parameters() if p.requires_grad)
     with pytest.raises(ValueError, match="with an adapter on it, .* to train an adapter further, name its folder as"):
         train(replace(settings, model=str(first.folder), adapter=None, output=str(tmp_path / "x")), rows=ROWS)
     with pytest.raises(ValueError, match="lora_r: got 3, expected no value beside `adapter`, which has its own"):
