@@ -36,9 +36,9 @@ from gircse.quiet import quiet_peft
 from gircse.report import text_table
 from gircse.rollout import rollout
 from gircse.traced_model import TracedModel
-from gircse.train import lora_targets
 from gircse.train_config import TrainConfig
 from gircse.train_plan import plan
+from gircse.trainable import lora_targets
 
 TOLERANCE = 0.15
 

@@ -30,8 +30,8 @@ from gircse.architecture import CausalLM
 from gircse.floors import Ceilings, ModelFacts
 from gircse.ops.reference import icr_objective_reference, info_nce_reference
 from gircse.quiet import quiet_peft
-from gircse.train import lora_targets
 from gircse.train_config import TrainConfig
+from gircse.trainable import lora_targets
 
 
 @dataclass(frozen=True)

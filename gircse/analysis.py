@@ -42,7 +42,7 @@ def analyze(
     steps: Sequence[int] = STEPS,
     sample: int = SAMPLE,
     batch_size: int | None = None,
-    max_length: int = 512,
+    max_length: int | None = None,
     scratch: Path | None = None,
 ) -> dict[str, Any]:
     """Runs all checks.

@@ -25,6 +25,8 @@ class GircseConfig:
         append_eos: append the end-of-sequence token to every prompt (EOS pooling of encoder-only baselines).
         include_prompt_state: pool the prompt's last state h_0 too, as the first of K states: h_0, g_1..g_{K-1}, made
             by K - 1 soft tokens (as LaSER does). The default pools g_1..g_K.
+        query_max_length, passage_max_length: tokens of a prompt with and without an instruction, where a call names no
+            limit of its own; what the model was trained with.
     """
 
     num_steps: int = 5
@@ -33,6 +35,8 @@ class GircseConfig:
     prompt_template: str = DEFAULT_TEMPLATE
     append_eos: bool = False
     include_prompt_state: bool = False
+    query_max_length: int = 512
+    passage_max_length: int = 512
 
     def __post_init__(self) -> None:
         if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 0:
@@ -46,6 +50,10 @@ class GircseConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected true or false")
         check_template(self.prompt_template)
+        for name in ("query_max_length", "passage_max_length"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: got {value!r}, expected an integer >= 1")
 
     @classmethod
     def load(cls, folder: str | Path) -> GircseConfig | None:
@@ -70,6 +78,12 @@ class GircseConfig:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    def max_length(self, instruction: str | None, given: int | None = None) -> int:
+        """Tokens of a prompt under an instruction, or without one (None or ""), unless a limit is given."""
+        if given is not None:
+            return given
+        return self.query_max_length if instruction else self.passage_max_length
 
     def with_steps(self, num_steps: int | None) -> GircseConfig:
         return self if num_steps is None else replace(self, num_steps=num_steps)

@@ -52,13 +52,16 @@ def evaluate_retrieval(
     *,
     steps: Sequence[int] = DEFAULT_STEPS,
     batch_size: int | None = None,
-    max_length: int = 512,
+    max_length: int | None = None,
     show_progress_bar: bool | None = None,
 ) -> dict[int, dict[str, float]]:
     """{K: {"ndcg@10", "mrr@10", "recall@10", ..}} at each K of `steps`; every text is encoded once, at the largest.
 
     Queries carry the task's instruction; documents do when the task is symmetric (SPEC 1.6). K = 0, the prompt's own
     state, costs nothing either but stands for itself: it must be the only one.
+
+    Args:
+        max_length: tokens of a query and of a document; default: the two limits of the model's config.
 
     Raises:
         ValueError: `steps` is empty, or mixes 0 with others.
@@ -69,12 +72,13 @@ def evaluate_retrieval(
     options: dict[str, Any] = {
         "num_steps": max(steps),
         "batch_size": batch_size,
-        "max_length": max_length,
         "return_steps": True,
         "show_progress_bar": show_progress_bar,
     }
-    queries = model.encode(task.queries, instruction=task.instruction, **options)
-    both = is_symmetric(task.instruction)
-    documents = model.encode(task.documents, instruction=task.instruction if both else None, **options)
+    limits = (model.config.query_max_length, model.config.passage_max_length)
+    for_queries, for_documents = limits if max_length is None else (max_length, max_length)
+    queries = model.encode(task.queries, instruction=task.instruction, max_length=for_queries, **options)
+    both = task.instruction if is_symmetric(task.instruction) else None
+    documents = model.encode(task.documents, instruction=both, max_length=for_documents, **options)
     by_entry = metrics_by_step(queries, documents, task.relevant, [max(k, 1) for k in steps])
     return {k: by_entry[max(k, 1)] for k in steps}

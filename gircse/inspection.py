@@ -67,7 +67,7 @@ def inspect(
     instruction: str | None = None,
     num_steps: int | None = None,
     top_n: int = 8,
-    max_length: int = 512,
+    max_length: int | None = None,
 ) -> list[TextInspection]:
     """See `GIRCSE.inspect`.
 
@@ -80,7 +80,8 @@ def inspect(
         raise ValueError(f"num_steps: got {num_steps}, expected >= 1: there is no soft token to look at")
     if isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 1:
         raise ValueError(f"top_n: got {top_n!r}, expected an integer >= 1")
-    ids = tokenize(model, texts, instruction=instruction, max_length=max_length, num_steps=num_steps)
+    length = model.config.max_length(instruction, max_length)
+    ids = tokenize(model, texts, instruction=instruction, max_length=length, num_steps=num_steps)
     check_rows(ids, model.causal_lm.embed_weight.shape[0])
     inspections: list[TextInspection] = []
     with model.inference():  # for the eval mode, without autocast, and for the other threads that it keeps out

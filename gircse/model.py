@@ -21,6 +21,7 @@ from gircse.merging import MergedAdapter
 from gircse.ops.pooling import pool_steps
 from gircse.rollout import RolloutObserver, rollout
 from gircse.token_ids import check_prompt
+from gircse.trained_weights import check_trainable, train_in_float32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,6 +92,7 @@ class GIRCSE(nn.Module):
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         merge_adapter: bool = False,
+        is_trainable: bool = False,
     ) -> GIRCSE:
         """Loads a causal LM, a saved GIRCSE folder, or a PEFT LoRA folder (its base is read from adapter_config.json).
 
@@ -104,6 +106,8 @@ class GIRCSE(nn.Module):
                 its keys and values.
             trust_remote_code: allow the checkpoint to run its own modelling code.
             merge_adapter: see the method of that name: for encoding only, fastest.
+            is_trainable: the adapter goes on training; otherwise it is frozen, and in training mode `rollout` refuses
+                a model of which nothing trains. Without an adapter all weights train.
 
         Raises:
             FileNotFoundError: a folder or a base named by an adapter does not exist.
@@ -119,6 +123,7 @@ class GIRCSE(nn.Module):
             device=device,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
+            is_trainable=is_trainable,
         )
         model = cls(base, tokenizer, config.with_steps(num_steps)).eval()
         if merge_adapter:
@@ -172,8 +177,11 @@ class GIRCSE(nn.Module):
             path.
 
         Raises:
-            TypeError, ValueError: wrong ranks, shapes or dtypes, or a row without a token.
+            TypeError, ValueError: wrong ranks, shapes or dtypes, or a row without a token; in training mode a model of
+                which every weight is frozen.
         """
+        if self.training and torch.is_grad_enabled():
+            check_trainable(self)
         steps = self.config.num_steps if num_steps is None else num_steps
         GircseConfig(num_steps=steps)  # the same check and message as everywhere
         lm = self.causal_lm
@@ -202,7 +210,7 @@ class GIRCSE(nn.Module):
         tolerance: float = 1e-3,
         max_steps: int = 20,
         batch_size: int | None = None,
-        max_length: int = 512,
+        max_length: int | None = None,
         normalize: bool = True,
         truncate_dim: int | None = None,
         return_steps: bool = False,
@@ -219,7 +227,8 @@ class GIRCSE(nn.Module):
             max_steps: with "auto", the most steps of a text.
             batch_size: rows per batch; default: as many as fit the memory for keys and values.
             max_length: tokens of a prompt, instruction included; longer ones are cut at the end (at the beginning where
-                the tokenizer's `truncation_side` is "left"), with one warning that counts them.
+                the tokenizer's `truncation_side` is "left"), with one warning that counts them. Default: the config's
+                `query_max_length` where there is an instruction, its `passage_max_length` where there is none.
             normalize: scale every embedding to length 1.
             truncate_dim: keep the first dimensions only (before normalisation).
             return_steps: the embeddings after 1, 2, .., K steps, for the price of the last. Entry k - 1 is exactly
@@ -265,7 +274,7 @@ class GIRCSE(nn.Module):
         tolerance: float = 1e-3,
         max_steps: int = 20,
         batch_size: int | None = None,
-        max_length: int = 512,
+        max_length: int | None = None,
         normalize: bool = True,
         truncate_dim: int | None = None,
         return_steps: bool = False,
@@ -366,10 +375,13 @@ class GIRCSE(nn.Module):
             self._engine = None
 
     def train(self, mode: bool = True) -> GIRCSE:
-        """Training needs the adapter apart from the base: a merged one is taken out."""
+        """Training needs the adapter apart from the base: a merged one is taken out. What trains of an adapter in half
+        precision becomes float32."""
         with self._lock:
             if mode:
                 self.unmerge_adapter()
+                if train_in_float32(self):
+                    self._engine = None
             return self._set_mode(mode)
 
     def _set_mode(self, training: bool) -> GIRCSE:
@@ -382,7 +394,7 @@ class GIRCSE(nn.Module):
         instruction: str | None = None,
         num_steps: int | None = None,
         top_n: int = 8,
-        max_length: int = 512,
+        max_length: int | None = None,
     ) -> list[TextInspection]:
         """What the soft tokens say: per text and step the top tokens, their probabilities, the entropy, and how far the
         embedding moved (cosine to the step before). See `gircse.inspection`."""

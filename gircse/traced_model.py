@@ -87,7 +87,7 @@ def _meta_base(config: TrainConfig, model_config: PretrainedConfig) -> tuple[Any
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from gircse.train import lora_config
+    from gircse.trainable import lora_config
 
     dtype = getattr(model_config, "dtype", None) if config.dtype == "auto" else config.dtype
     if isinstance(dtype, str):

@@ -232,8 +232,9 @@ def test_autocast_around_it_changes_no_bit_and_leaves_nothing_behind(dtype):
 
 
 @pytest.mark.parametrize("wrapped", [lambda model: model, lambda model: model.base], ids=["model", "base"])
-def test_what_accelerate_leaves_wrapped_after_training_counts_no_more(wrapped):
+def test_what_accelerate_leaves_wrapped_after_training_counts_no_more(wrapped, monkeypatch):
     accelerate = pytest.importorskip("accelerate")
+    monkeypatch.setattr(accelerate.state.AcceleratorState, "_shared_state", {})  # one for the whole process
     model = GIRCSE(tiny_model("llama"), tiny_tokenizer())
     expected = everything(model)
     forward = wrapped(model).forward

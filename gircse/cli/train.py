@@ -69,7 +69,8 @@ def config_of(arguments: argparse.Namespace) -> Any:
     values = load_recipe(arguments.recipe) if arguments.recipe else {}
     values |= {field.name: given[field.name] for field in fields(TrainConfig) if field.name in given}
     config = TrainConfig(**values)
-    for name in ("model",) if arguments.plan else ("model", "data"):
+    needed = [] if config.adapter and not arguments.plan else ["model"]  # an adapter names its base
+    for name in needed if arguments.plan else [*needed, "data"]:
         if not getattr(config, name):
             raise ValueError(f"{name}: got none, expected --{name} or {name!r} in the recipe")
     return config
@@ -89,7 +90,7 @@ def _train(arguments: argparse.Namespace) -> None:
         steps = [config.gircse_config().num_steps]
 
         def evaluate(model: Any) -> dict[str, Any]:
-            metrics = evaluate_retrieval(model, task, steps=steps, max_length=config.query_max_length)
+            metrics = evaluate_retrieval(model, task, steps=steps)
             return {str(k): values for k, values in metrics.items()}
 
     result = train(config, evaluate=evaluate)

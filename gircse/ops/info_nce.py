@@ -90,7 +90,8 @@ def stepwise_info_nce(
         temperature: > 0, a number.
         pooling: "mean", "last" or "weighted", see `pool_steps`.
         mask: [B, M], bool; True: the candidate does not count for that row (a duplicate of the positive, a false
-            negative from the same document). With a group M is that of all ranks, in the order of the ranks. Not the
+            negative from the same document). With ``include_queries`` also [B, M + B], whose last columns are the
+            queries. With a group M and B of the columns are those of all ranks, in the order of the ranks. Not the
             target itself (unchecked on CUDA).
         include_queries: the other queries (of all ranks) are negatives too.
         symmetric: the mean of this loss and that of each row's positive among all queries, with its own as target; a
@@ -173,13 +174,13 @@ def _check_target(target: Tensor | None, query_steps: Tensor, doc_steps: Tensor)
 
 
 def _check_mask(mask: object, query_steps: Tensor, doc_steps: Tensor, target: Tensor, grouped: bool) -> None:
+    """The exact number of columns is known once the ranks have told their sizes: `info_nce_op.check_columns`."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"mask: got {getattr(mask, 'dtype', type(mask).__name__)}, expected a bool tensor")
     rows, candidates = query_steps.shape[0], doc_steps.shape[0]
-    fits = mask.dim() == 2 and mask.shape[0] == rows
-    if not fits or (mask.shape[1] < candidates if grouped else mask.shape[1] != candidates):
-        wanted = f"({rows}, all ranks' candidates)" if grouped else f"({rows}, {candidates})"
-        raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected {wanted}")
+    if mask.dim() != 2 or mask.shape[0] != rows or mask.shape[1] < candidates:
+        wanted = "all ranks' candidates" if grouped else candidates
+        raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected ({rows}, {wanted})")
     if mask.device != query_steps.device:
         raise ValueError(f"mask: got device {mask.device}, expected {query_steps.device}, the device of query_steps")
     if mask.device.type == "cpu" and not grouped:

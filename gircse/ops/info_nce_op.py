@@ -49,7 +49,7 @@ class Call(NamedTuple):
     query_steps: Tensor  # [B, K, D]
     doc_steps: Tensor  # [M, K, D]
     target: Tensor  # [B], among this rank's documents
-    mask: Tensor | None  # [B, all M]
+    mask: Tensor | None  # [B, all M], or [B, all M + all B]
     mirrored: Tensor | None  # [B, all B], of the symmetric loss
     rows_of: Shares
     docs_of: Shares
@@ -58,6 +58,13 @@ class Call(NamedTuple):
     def own(self) -> Tensor:
         """[B], each row's query among this rank's."""
         return torch.arange(self.target.shape[0], device=self.target.device)
+
+    @property
+    def query_mask(self) -> Tensor | None:
+        """[B, all B], the mask's columns for queries as candidates."""
+        if self.mask is None or self.mask.shape[1] == self.docs_of.total:
+            return None
+        return self.mask[:, self.docs_of.total :]
 
     @property
     def crossing(self) -> bool:
@@ -102,6 +109,8 @@ class StepwiseInfoNCE(torch.autograd.Function):
         device = query_steps.device
         with torch.autocast(device.type, enabled=False):
             rows_of, docs_of = (shares(s.shape[0], options.group, device) for s in (query_steps, doc_steps))
+            if mask is not None:
+                check_columns(mask, docs_of.total, rows_of.total if options.include_queries else 0)
             mirrored = None
             if options.symmetric and mask is not None:
                 # a query whose row does not count this document does not count for it either
@@ -140,6 +149,18 @@ class StepwiseInfoNCE(torch.autograd.Function):
                 steps = slice(*group)
                 _gradients(call, group, kept[:, steps], weight[steps], *outs)
         return *(out if out is None else out.result for out in outs), None, None, None
+
+
+def check_columns(mask: Tensor, candidates: int, queries: int) -> None:
+    """
+    Raises:
+        ValueError: a mask that has neither a column for each of all candidates nor, with `queries` > 0, also for those.
+    """
+    if mask.shape[1] not in (candidates, candidates + queries):
+        expected = f"({mask.shape[0]}, {candidates})" + (
+            f" or ({mask.shape[0]}, {candidates + queries})" * (queries > 0)
+        )
+        raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected {expected}")
 
 
 class _StepsGradient:
@@ -183,7 +204,10 @@ def _sums(call: Call, group: tuple[int, int]) -> tuple[Tensor, Tensor]:
             candidates, own = gather(queries[:, piece.local], piece.over, 1), piece.locate(call.own)
             if options.include_queries:
                 none = torch.full_like(own, -1)
-                forward = forward.merge(module.sums(queries, candidates, none, temperature, exclude=own))
+                found = module.sums(
+                    queries, candidates, none, temperature, mask=piece.pick(call.query_mask), exclude=own
+                )
+                forward = forward.merge(found)
             if positives is not None:
                 found = module.sums(positives, candidates, own, temperature, mask=piece.pick(call.mirrored))
                 backward = found if backward is None else backward.merge(found)
@@ -249,7 +273,7 @@ def _crossing_gradients(
         found = []
         if options.include_queries and grad_queries is not None:
             none = torch.full_like(own, -1)
-            among = {"peak": kept[0], "total": kept[1], "exclude": own}
+            among = {"peak": kept[0], "total": kept[1], "mask": piece.pick(call.query_mask), "exclude": own}
             found.append(gradients(queries, candidates, none, **common, **among, grad_rows=grad_queries))
         if positives is not None:
             back = {"peak": kept[2], "total": kept[3], "mask": piece.pick(call.mirrored)}

@@ -11,12 +11,14 @@ import torch
 
 pytest.importorskip("sentence_transformers")
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense, Normalize
 
 from gircse import GIRCSE, GircseConfig
 from gircse.sentence_transformers import GIRCSEModule, modeling_gircse
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 TEXTS = ["a text", "another, longer text", "", "x", "Instruct: {instruction} {text}", "word " * 9]
+KEYS = ("sentence_embedding", "step_embeddings")
 TASK = "Given a question, retrieve passages that answer it"
 
 
@@ -67,8 +69,48 @@ def test_all_steps_from_one_call(model, st):
         st.encode(TEXTS, num_steps=4, return_steps=True, truncate_dim=7, normalize_embeddings=True),
         model.encode(TEXTS, num_steps=4, return_steps=True, truncate_dim=7),
     )
+    dense = Dense(32, 8, bias=False, activation_function=torch.nn.Identity())
+    behind = np.einsum("nkd,ed->nke", expected, dense.linear.weight.detach().numpy())
+    for module, raw in ((Normalize(), expected), (dense, behind)):
+        longer = SentenceTransformer(modules=[*st, module], device="cpu")
+        unit = raw / np.linalg.norm(raw, axis=-1, keepdims=True)
+        close(longer.encode(TEXTS, num_steps=4, return_steps=True), raw)
+        close(longer.encode(TEXTS, num_steps=4, return_steps=True, normalize_embeddings=True), unit)
+        with torch.no_grad():
+            close(longer(longer.preprocess(TEXTS), num_steps=4, return_steps=True)["sentence_embedding"].numpy(), raw)
     rows = st.encode(TEXTS, num_steps=4, output_value=None)
     close(np.stack([row["step_embeddings"] for row in rows]), expected)
+
+
+def test_plain_tensors_leave(st):
+    """Every way out: the type, and the value after `F.normalize` over the steps, which a subclass would turn around."""
+    options = {"num_steps": 4, "return_steps": True}
+    expected = torch.from_numpy(st.encode(TEXTS, **options))
+    features = st.preprocess(TEXTS)
+    pool = st.start_multi_process_pool(["cpu"])
+    try:
+        ways = {
+            "convert_to_tensor": st.encode(TEXTS, convert_to_tensor=True, **options),
+            "a list": torch.stack(st.encode(TEXTS, convert_to_numpy=False, **options)),
+            "pool": st.encode(TEXTS, pool=pool, convert_to_tensor=True, **options),
+            "pool, normalised": st.encode(
+                TEXTS, pool=pool, convert_to_tensor=True, normalize_embeddings=True, **options
+            ),
+        }
+    finally:
+        st.stop_multi_process_pool(pool)
+    every = [*st.encode(TEXTS, convert_to_numpy=False, **options), *ways["a list"]]
+    every += [row[name] for row in st.encode(TEXTS, output_value=None, **options) for name in KEYS]
+    every += [st.encode("x", convert_to_tensor=True, **options), ways["pool"][:, -1], ways["convert_to_tensor"][0]]
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            ways[str(context)] = st(features, **options)["sentence_embedding"]
+            every += [st(features)[name] for name in KEYS]
+    every.append(st.similarity(ways["a list"][0], ways["convert_to_tensor"][1]))
+    for name, way in ways.items():
+        close(way.numpy(), expected.numpy())
+        assert torch.equal(torch.nn.functional.normalize(way, dim=1).norm(dim=1).round(), torch.ones(6, 32)), name
+    assert {type(tensor) for tensor in [*every, *ways.values()]} == {torch.Tensor}
 
 
 def test_prompts_are_the_template_tokens(model, st):
@@ -181,6 +223,23 @@ def test_bad_arguments(model, st):
         st.encode(TEXTS, num_steps="auto")
     with pytest.raises(TypeError, match=r"inputs\[1\]: got int, expected str"):
         st[0].preprocess(["a", 3])
+    for texts, words in (
+        (["a", 3], r"\[1\]: got int, expected str; it is 3\. .* remove others, such as ids"),
+        (
+            (text for text in TEXTS),
+            r"\[0\]: got generator, expected str: encode takes it for one text, hand over a list",
+        ),
+    ):
+        with pytest.raises(TypeError, match=words):
+            st.encode(texts)
+    with pytest.raises(ValueError, match=r"\[1\]: got '\\ud800' at character 1 of 'b\\ud800'"):
+        st.encode(["a longer text", "b\ud800"])
+    with pytest.raises(ValueError, match=r"prompt: got '\\udcff' at character 0 of"):
+        st.encode(TEXTS, prompt="\udcff: ")
+    with pytest.raises(
+        ValueError, match="output_value: got 'token_embeddings', expected 'sentence_embedding', or None"
+    ):
+        st.encode(TEXTS, output_value="token_embeddings")
     with pytest.raises(ValueError, match="processing_kwargs: not supported"):
         st.encode(TEXTS, processing_kwargs={"text": {"max_length": 8}})
     with pytest.raises(ValueError, match="additional keyword arguments"):
