@@ -32,7 +32,7 @@ def tell_after_fork(owner: Forked) -> None:
     _told.add(owner)
 
 
-def is_lost(lock: threading.RLock) -> bool:  # type: ignore[valid-type]
+def is_lost(lock: threading.RLock) -> bool:
     """Whether a lock was held, when this process was forked, by a thread that it does not have: nobody gives it back.
 
     A lock that the forking thread held itself is its own in the child as well.

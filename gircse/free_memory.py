@@ -48,6 +48,7 @@ def container_bytes(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Pa
     with contextlib.suppress(OSError, ValueError):
         for line in groups.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
+            version: tuple[tuple[str, ...], str, str]
             if controllers == "":
                 root, version = mounted, _VERSION_2
             elif "memory" in controllers.split(","):

@@ -132,15 +132,8 @@ class MergedAdapter:
     def _adapters(self) -> list[tuple]:
         """Which adapters are at work in each layer, how strongly, and the versions of their weights, which count what
         is written in place, unless through `.data` or made in inference mode."""
-        return [
-            (
-                layer.disable_adapters,
-                *layer.active_adapters,
-                *layer.merged_adapters,
-                *getattr(layer, "scaling", {}).values(),
-            )
-            for layer in self._layers
-        ] + [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self._parameters]
+        versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self._parameters]
+        return [adapters_at_work(layer) for layer in self._layers] + versions
 
     def _before_load(self, *_: Any) -> None:
         """What is loaded next are weights without the adapter. A hook of every adapted layer: the first undoes all."""
@@ -168,6 +161,13 @@ def _own_parameters(layer: Any) -> list[nn.Parameter]:
     """The adapters' weights of a layer."""
     base = set(layer.get_base_layer().parameters())
     return [parameter for parameter in layer.parameters() if parameter not in base]
+
+
+def adapters_at_work(layer: Any) -> tuple:
+    """Which adapters of a layer count, and by what factor."""
+    scaling = getattr(layer, "scaling", None)
+    factors = tuple(scaling.items()) if isinstance(scaling, dict) else ()
+    return layer.disable_adapters, tuple(layer.active_adapters), tuple(layer.merged_adapters), factors
 
 
 def adapted_layers(base: Any) -> list[Any]:

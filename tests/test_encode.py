@@ -231,18 +231,6 @@ def test_autocast_around_it_changes_no_bit_and_leaves_nothing_behind(dtype):
     assert torch.equal(rollout, plain) == (dtype == torch.bfloat16)
 
 
-@pytest.mark.parametrize("wrapped", [lambda model: model, lambda model: model.base], ids=["model", "base"])
-def test_what_accelerate_leaves_wrapped_after_training_counts_no_more(wrapped):
-    accelerate = pytest.importorskip("accelerate")
-    model = GIRCSE(tiny_model("llama"), tiny_tokenizer())
-    expected = everything(model)
-    forward = wrapped(model).forward
-    accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(wrapped(model))
-    assert wrapped(model).forward is not forward
-    for ours, theirs in zip(everything(model), expected, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-
-
 def extended(model):
     """The model with a tokenizer that knows tokens which it has no embeddings for."""
     tokenizer = tiny_tokenizer()

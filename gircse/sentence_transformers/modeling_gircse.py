@@ -12,6 +12,8 @@ With `gircse` installed, `gircse.load(folder)` gives the same embeddings faster,
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import re
 import warnings
@@ -20,10 +22,12 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from sentence_transformers import SentenceTransformerModelCardData
+from sentence_transformers import SentenceTransformer, SentenceTransformerModelCardData
 from sentence_transformers.base.modules import InputModule
+from sentence_transformers.util.quantization import quantize_embeddings
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -153,6 +157,7 @@ class GIRCSEModule(InputModule):
         """Called by sentence-transformers once the model around this module is there."""
         if type(model.model_card_data) is SentenceTransformerModelCardData:
             model.model_card_data.__class__ = ModelCard
+        model.encode = functools.partial(encode_steps_apart, model)
 
     @property
     def causal_lm(self) -> Any:
@@ -366,6 +371,29 @@ class GIRCSEModule(InputModule):
         if num_steps >= positions:
             raise ValueError(f"num_steps: got {num_steps}, expected fewer than the model's {positions} positions")
         return min(positions - num_steps, max_length)
+
+
+@functools.wraps(SentenceTransformer.encode, assigned=["__doc__"])
+def encode_steps_apart(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """The model's own `encode`, but where `return_steps` meets a `precision` of fewer bits: every step is quantised by
+    itself, as `encode(num_steps=k, precision=..)` would quantise it. The library knows no steps and would take the
+    ranges of the values from the wrong axis."""
+    encode = type(model).encode
+    call = inspect.signature(encode).bind(model, *args, **kwargs)
+    call.apply_defaults()
+    wanted = call.arguments
+    precision, to_tensor, to_numpy = (wanted[name] for name in ("precision", "convert_to_tensor", "convert_to_numpy"))
+    stepwise = kwargs.get("return_steps") and wanted["output_value"] == "sentence_embedding"
+    if not stepwise or precision in (None, "float32") or len(wanted["inputs"]) == 0:
+        return encode(model, *args, **kwargs)
+    wanted.update(precision="float32", convert_to_tensor=False, convert_to_numpy=True)
+    steps = encode(*call.args, **call.kwargs)  # [n, K, D], or of a single text [K, D]
+    texts = steps.reshape(-1, *steps.shape[-2:])
+    quantized = np.stack([quantize_embeddings(step, precision=precision) for step in texts.swapaxes(0, 1)], axis=1)
+    quantized = quantized.reshape(*steps.shape[:-1], -1)
+    if to_tensor:
+        return torch.from_numpy(quantized)
+    return quantized if to_numpy else list(torch.from_numpy(quantized))
 
 
 def load_causal_lm(name: str, options: dict[str, Any]) -> Any:

@@ -137,6 +137,43 @@ def test_long_texts_are_cut_where_ours_are(model, st):
         st.encode(["x"], num_steps=256)
 
 
+@pytest.mark.parametrize("precision", ["int8", "uint8", "binary", "ubinary"])
+@pytest.mark.parametrize(
+    "module", [lambda t: plain_module(t), lambda t: GIRCSEModule(engine(t))], ids=["plain", "engine"]
+)
+def test_every_step_is_quantised_by_itself(module, precision):
+    """Exactly as `encode` quantises that many steps."""
+    st = SentenceTransformer(modules=[module(tiny_tokenizer())], device="cpu")
+    texts = [f"text {i}" for i in range(40)]
+    options = {"precision": precision, "return_steps": True, "num_steps": 4}
+    found = st.encode(texts, **options)
+    assert found.dtype == (np.uint8 if precision.startswith("u") else np.int8)
+    for k in range(4):
+        expected = st.encode(texts, precision=precision, num_steps=k + 1)
+        if precision.endswith("int8"):  # one unit where rounding decides
+            assert np.abs(found[:, k].astype(int) - expected).max() <= 1
+            exact = st.encode(texts, num_steps=k + 1)
+            columns = zip(found[:, k].T, exact.T, strict=True)
+            assert min(np.corrcoef(ours, theirs)[0, 1] for ours, theirs in columns) > 0.999
+        else:
+            np.testing.assert_array_equal(found[:, k], expected)
+    assert type(st.encode(texts, convert_to_tensor=True, **options)) is torch.Tensor
+    rows = st.encode(texts, convert_to_numpy=False, **options)
+    assert {(type(row), tuple(row.shape)) for row in rows} == {(torch.Tensor, found.shape[1:])}
+    np.testing.assert_array_equal(st.encode_document(texts, **options), found)
+    for other in (copy.deepcopy(st), pickle.loads(pickle.dumps(st))):
+        np.testing.assert_array_equal(other.encode(texts, **options), found)
+        assert other.encode.args[0] is other
+    positional = st.encode(texts, None, None, 32, None, "sentence_embedding", precision, return_steps=True, num_steps=4)
+    np.testing.assert_array_equal(positional, found)
+    assert st.encode([], **options).shape == (0,)
+    if precision.endswith("int8"):
+        with pytest.raises(ValueError, match="from a single embedding"):
+            st.encode("one", **options)
+    else:
+        assert st.encode("one", **options).shape == found.shape[1:]
+
+
 def plain_module(tokenizer):
     """The one of a saved folder, without the package."""
     return modeling_gircse.GIRCSEModule(tiny_model("qwen2"), tokenizer, num_steps=3).eval()
