@@ -33,12 +33,13 @@ from bench.timing import seconds
 from gircse import ops
 from gircse.architecture import CausalLM
 from gircse.live_memory import Batch
+from gircse.quiet import quiet_peft
 from gircse.report import text_table
 from gircse.rollout import rollout
 from gircse.traced_model import TracedModel
-from gircse.train import lora_targets
 from gircse.train_config import TrainConfig
 from gircse.train_plan import plan
+from gircse.trainable import lora_targets
 
 TOLERANCE = 0.15
 
@@ -189,7 +190,8 @@ def trainable(case: PlanCase, device: torch.device) -> tuple[CausalLM, list[torc
         target_modules=lora_targets(base),
         task_type="CAUSAL_LM",
     )
-    adapted: Any = get_peft_model(base, lora)
+    with quiet_peft():
+        adapted: Any = get_peft_model(base, lora)
     lm = CausalLM.from_model(adapted.get_base_model())
     if case.checkpointing:
         model: Any = lm.model

@@ -21,7 +21,8 @@ from gircse.data import load_rows
 from gircse.metrics import metrics_of, relevant_ranks
 from gircse.model import GIRCSE
 from gircse.ops.pooling import POOLINGS, pool_steps
-from gircse.train import CONFIG_NAME, train
+from gircse.run_folder import CONFIG_NAME
+from gircse.train import train
 
 MAX_STEPS = 20  # K = 0..20 are measured
 CLUSTERING_SEEDS = 5

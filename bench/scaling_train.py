@@ -26,8 +26,8 @@ from bench.shapes import SHAPES, meta_model
 from bench.timing import interleaved
 from bench.training import TrainJob, step, trainable
 from bench.twin import is_half, twin
-from gircse.engine.config import available_bytes
 from gircse.floors import Ceilings, ModelFacts
+from gircse.free_memory import free_bytes
 from gircse.live_memory import Batch
 from gircse.traced_model import TracedModel
 from gircse.train_config import TrainConfig
@@ -51,7 +51,7 @@ def measure(curve: Curve, scale: Scale, device: torch.device, ceilings: Ceilings
     for base in traced.cut:
         _make_gradients(base)
     predicted = {size: _activations(traced, curve.at(size), device) for size in curve.sizes}
-    room = USABLE * available_bytes(device)
+    room = USABLE * free_bytes(device)
     left_out = [
         {"size": size, "why": f"needs about {need / 2**30:.1f} of {room / 2**30:.1f} usable GiB"}
         for size, need in predicted.items()

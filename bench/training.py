@@ -31,8 +31,9 @@ from gircse import ops
 from gircse.architecture import CausalLM
 from gircse.floors import Ceilings, ModelFacts
 from gircse.ops.reference import icr_objective_reference, info_nce_reference
-from gircse.train import lora_targets
+from gircse.quiet import quiet_peft
 from gircse.train_config import TrainConfig
+from gircse.trainable import lora_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,16 +105,15 @@ def trainable(job: TrainJob, base: PreTrainedModel | None = None) -> CausalLM:
         )
     defaults = TrainConfig()
     torch.manual_seed(job.seed)
-    adapted: Any = get_peft_model(
-        base,
-        LoraConfig(
-            r=defaults.lora_r,
-            lora_alpha=defaults.lora_alpha,
-            lora_dropout=0.0,
-            target_modules=lora_targets(base),
-            task_type="CAUSAL_LM",
-        ),
+    lora = LoraConfig(
+        r=defaults.lora_r,
+        lora_alpha=defaults.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=lora_targets(base),
+        task_type="CAUSAL_LM",
     )
+    with quiet_peft():
+        adapted: Any = get_peft_model(base, lora)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)

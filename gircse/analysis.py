@@ -18,6 +18,7 @@ from gircse.anatomy import anatomy
 from gircse.clustering import kmeans, v_measure
 from gircse.encoded_steps import EncodedSteps
 from gircse.evaluate import RetrievalTask
+from gircse.integers import check_integer
 from gircse.labelled_texts import LabelledTexts
 from gircse.metrics import metrics_of, relevant_ranks
 from gircse.paired import paired_difference, plateau
@@ -42,7 +43,7 @@ def analyze(
     steps: Sequence[int] = STEPS,
     sample: int = SAMPLE,
     batch_size: int | None = None,
-    max_length: int = 512,
+    max_length: int | None = None,
     scratch: Path | None = None,
 ) -> dict[str, Any]:
     """Runs all checks.
@@ -65,8 +66,7 @@ def analyze(
         ValueError: bad steps or sample.
     """
     steps = _checked_steps(steps)
-    if isinstance(sample, bool) or not isinstance(sample, int) or sample < 1:
-        raise ValueError(f"sample: got {sample!r}, expected an integer >= 1")
+    sample = check_integer("sample", sample, least=1)
     document_instruction = task.instruction if is_symmetric(task.instruction) else None
     groups = {"queries": (task.queries, task.instruction), "documents": (task.documents, document_instruction)}
     options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length}
@@ -80,7 +80,9 @@ def analyze(
         full = {name: encoded(name, model, texts, how, steps) for name, (texts, how) in groups.items()}
         none = {name: encoded(name, zero, texts, how, (0,)) for name, (texts, how) in groups.items()}
         ranks = {
-            k: relevant_ranks(part["queries"].at(k), part["documents"].at(k), task.relevant)
+            k: relevant_ranks(
+                part["queries"].at(k), part["documents"].at(k), task.relevant, excluded=task.own_documents
+            )
             for part, at in ((none, (0,)), (full, steps))
             for k in at
         }
@@ -116,12 +118,10 @@ def analyze(
 
 
 def _checked_steps(steps: Sequence[int]) -> tuple[int, ...]:
-    for k in steps:
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ValueError(f"steps: got {k!r}, expected integers >= 1")
-    if not steps:
+    found = {check_integer("steps", k, least=1, expected="integers >= 1") for k in steps}
+    if not found:
         raise ValueError("steps: got none, expected at least one")
-    return tuple(sorted(set(steps)))
+    return tuple(sorted(found))
 
 
 def _spread(texts: list[str], instruction: str | None, count: int) -> tuple[list[str], str | None]:

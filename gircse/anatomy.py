@@ -18,7 +18,7 @@ _COLUMNS = ("entropy", "max_probability", "tail_mass", "state_cosine")
 
 
 def anatomy(
-    model: GIRCSE, groups: Sequence[tuple[Sequence[str], str | None]], num_steps: int, *, max_length: int = 512
+    model: GIRCSE, groups: Sequence[tuple[Sequence[str], str | None]], num_steps: int, *, max_length: int | None = None
 ) -> dict[str, Any]:
     """Statistics over texts for each of `num_steps` soft tokens.
 

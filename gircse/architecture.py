@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from gircse import ops
 from gircse.attention import ATTENTION_NAME, AttentionPass, RolloutKV, no_mask
 from gircse.cpu_linear import use_onednn
+from gircse.device import without_autocast
 from gircse.ops.module import PROBE_TOLERANCE, HeadFacts
 
 _PROBE_TOKENS = 6
@@ -63,7 +64,8 @@ class CausalLM:
             softcap=facts.softcap,
         )
         use_onednn(model)
-        lm._probe()
+        with without_autocast(lm.device):
+            lm._probe()
         return lm
 
     @property

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gircse.data import Row, format_passage, format_row
+from gircse.false_negatives import false_negatives
 from gircse.sampling import BatchSampler, SourceSchedule, source_seed
 from gircse.sources import JoinedSource, RecordSource, Source, open_sources
 
@@ -32,7 +32,8 @@ class Example:
         query: the query's prompt.
         positive: the one positive of this step.
         negatives: the hard negatives of this step, maybe none; rows of a batch may have different numbers of them.
-        other_positives: the row's further positives. They are no candidates; see `false_negatives`.
+        other_positives: the row's further positives. They are no candidates; see `mask_of`.
+        instruction: of the row; the texts hold it already, where they carry it.
     """
 
     id: str
@@ -40,6 +41,7 @@ class Example:
     positive: str
     negatives: tuple[str, ...] = ()
     other_positives: tuple[str, ...] = ()
+    instruction: str = ""
 
 
 class TrainingData:
@@ -144,6 +146,7 @@ class TrainingData:
                 for i, text in enumerate(row.positives)
                 if i != chosen
             ),
+            instruction=row.instruction,
         )
 
     def _check_size(self) -> None:
@@ -188,42 +191,22 @@ class TrainingData:
         raise ValueError("resume: the data have changed since the run was started: " + "; ".join(changed))
 
 
-def false_negatives(examples: Sequence[Example]) -> Tensor | None:
-    """Which candidates are right answers that would be punished as wrong ones.
-
-    A candidate does not count for a row if its text is that of the row's positive, or of any other positive that the
-    row lists, and it is not the row's own target. Texts are compared as the model reads them, with every run of white
-    space as one space and none at the ends; case and punctuation count.
-
-    Args:
-        examples: B rows.
-
-    Returns:
-        [B, M] bool, True where a candidate does not count (the `mask` of `gircse.ops.stepwise_info_nce`), with the
-        candidates in the order [positive of row 0, its negatives, positive of row 1, ..]; None where all count.
-    """
-    import torch
-
-    places: dict[str, list[int]] = defaultdict(list)
+def mask_of(examples: Sequence[Example], *, include_queries: bool = False) -> Tensor | None:
+    """`false_negatives` of a batch, with the candidates in the order [positive of row 0, its negatives, positive of
+    row 1, ..]. Texts are compared as the model reads them, with every run of white space as one space and none at the
+    ends; case and punctuation count."""
+    candidates: list[str] = []
     target = []
-    count = 0
     for example in examples:
-        target.append(count)
-        for text in (example.positive, *example.negatives):
-            places[_one_spaced(text)].append(count)
-            count += 1
-    masked = [
-        (row, place)
-        for row, example in enumerate(examples)
-        for text in {_one_spaced(text) for text in (example.positive, *example.other_positives)}
-        for place in places.get(text, ())
-        if place != target[row]
-    ]
-    if not masked:
-        return None
-    mask = torch.zeros(len(examples), count, dtype=torch.bool)
-    mask[tuple(torch.tensor(masked).T)] = True
-    return mask
+        target.append(len(candidates))
+        candidates += map(_one_spaced, (example.positive, *example.negatives))
+    return false_negatives(
+        [_one_spaced(example.query) for example in examples],
+        candidates,
+        target,
+        other_positives=[list(map(_one_spaced, example.other_positives)) for example in examples],
+        include_queries=include_queries,
+    )
 
 
 def _one_spaced(text: str) -> str:

@@ -1,13 +1,13 @@
 """Checkpoints of a training run: a loadable GIRCSE folder plus what the loop needs to go on bitwise.
 
     RUN/checkpoints/step-000100/    adapter, tokenizer, gircse_config.json (GIRCSE.from_pretrained reads it)
-                                    training_state.pt: step, optimizer, scheduler
+                                    training_state.pt: step, optimizer
                                     checksums.json: SHA-256 of that file and of the adapter's
     RUN/failed/step-000123/         the same state before a step that went wrong, and what its batch was
 
 A checkpoint is written aside, synced, and renamed into place, and renamed away before it is deleted, so a folder named
-step-* is always whole. The step is the position in the data (batches are a function of it), and every step seeds its
-own random numbers (`gircse.distributed.step_seed`): there is no generator whose state would have to be kept.
+step-* is always whole. Batch and learning rate are functions of the step, and every step seeds its own random numbers
+(`gircse.distributed.step_seed`): there is no state of a schedule or a generator that would have to be kept.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ def save_checkpoint(
     step: int,
     model: GIRCSE,
     optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
     *,
     keep: int,
 ) -> Path:
@@ -50,7 +49,7 @@ def save_checkpoint(
     """
     folder = checkpoint_folder(run) / f"step-{step:06d}"
     if not folder.exists():
-        _write(folder, step, model, optimizer, scheduler)
+        _write(folder, step, model, optimizer)
     for old in list_checkpoints(run)[:-keep]:
         remove_folder(old)
     return folder
@@ -61,13 +60,12 @@ def save_failure(
     step: int,
     model: GIRCSE,
     optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
     batch: dict[str, Any],
 ) -> Path:
     """Saves the state before the failed step `step` (from 1) and `batch`, as JSON, beside the checkpoints."""
     folder = run / "failed" / f"step-{step:06d}"
     if not folder.exists():
-        _write(folder, step - 1, model, optimizer, scheduler, batch)
+        _write(folder, step - 1, model, optimizer, batch)
     return folder
 
 
@@ -75,9 +73,8 @@ def load_checkpoint(
     folder: Path,
     model: GIRCSE,
     optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
 ) -> int:
-    """Puts adapter, optimizer and scheduler back; returns the number of steps done.
+    """Puts adapter and optimizer back; returns the number of steps done.
 
     Raises:
         ValueError: the checkpoint is damaged or belongs to another model.
@@ -94,12 +91,9 @@ def load_checkpoint(
         step = state["step"]
         if not isinstance(step, int) or folder.name != f"step-{step:06d}":
             raise ValueError(f"it holds step {step!r}")
-        if set(state["scheduler"]) != set(scheduler.state_dict()):  # which would take any
-            raise ValueError("the state of its schedule is that of another one")
         set_peft_model_state_dict(model.base, weights)
         optimizer.load_state_dict(state["optimizer"])
         _check_shapes(optimizer)
-        scheduler.load_state_dict(state["scheduler"])
     except Exception as error:  # whatever a damaged file provokes: unpickling, zip, header and shape errors
         raise ValueError(f"checkpoint {folder} cannot be read: {type(error).__name__}: {error}") from error
     return step
@@ -137,10 +131,9 @@ def _write(
     step: int,
     model: GIRCSE,
     optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
     batch: dict[str, Any] | None = None,
 ) -> None:
-    state = {"step": step, "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+    state = {"step": step, "optimizer": optimizer.state_dict()}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _check_space(folder.parent, model, optimizer)

@@ -6,12 +6,14 @@ As MTEB scores clustering tasks (k-means with as many clusters as labels, V-meas
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from gircse.arrays import real_array
+from gircse.integers import as_integer
 
 _MAX_ITERATIONS = 100
 _MAX_RESTARTS = 1000
@@ -78,10 +80,12 @@ def kmeans(points: np.ndarray, num_clusters: int, *, seed: int, restarts: int = 
         ("seed", seed, 0, None),
         ("restarts", restarts, 1, _MAX_RESTARTS),
     ):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        integer = as_integer(value)
+        if integer is None:
             raise TypeError(f"{name}: got {type(value).__name__}, expected an integer")
-        if value < least or (most is not None and value > most):
+        if integer < least or (most is not None and integer > most):
             raise ValueError(f"{name}: got {value}, expected {f'>= {least}' if most is None else f'{least}..{most}'}")
+    num_clusters, seed, restarts = map(operator.index, (num_clusters, seed, restarts))
     # squares leave the range of float32 long before the points do; a power of two changes no digit
     largest = float(np.abs(points).max())
     points = np.ldexp(points, -math.frexp(largest)[1]).astype(np.float32) if largest else points.astype(np.float32)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
+import math
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Real
 from pathlib import Path
 
+from gircse.integers import check_integer
 from gircse.ops.pooling import POOLINGS
 from gircse.prompts import DEFAULT_TEMPLATE, check_template
 
@@ -25,6 +27,8 @@ class GircseConfig:
         append_eos: append the end-of-sequence token to every prompt (EOS pooling of encoder-only baselines).
         include_prompt_state: pool the prompt's last state h_0 too, as the first of K states: h_0, g_1..g_{K-1}, made
             by K - 1 soft tokens (as LaSER does). The default pools g_1..g_K.
+        query_max_length, passage_max_length: tokens of a prompt with and without an instruction, where a call names no
+            limit of its own; what the model was trained with.
     """
 
     num_steps: int = 5
@@ -33,15 +37,22 @@ class GircseConfig:
     prompt_template: str = DEFAULT_TEMPLATE
     append_eos: bool = False
     include_prompt_state: bool = False
+    query_max_length: int = 512
+    passage_max_length: int = 512
 
     def __post_init__(self) -> None:
-        if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 0:
-            raise ValueError(f"num_steps: got {self.num_steps!r}, expected an integer >= 0")
+        for name, least in (("num_steps", 0), ("query_max_length", 1), ("passage_max_length", 1)):
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), least=least))
         if self.pooling not in POOLINGS:
             raise ValueError(f"pooling: got {self.pooling!r}, expected one of {', '.join(map(repr, POOLINGS))}")
-        number = isinstance(self.temperature, (int, float)) and not isinstance(self.temperature, bool)
-        if not number or not 0 < self.temperature <= sys.float_info.max:
+        number = isinstance(self.temperature, Real) and not isinstance(self.temperature, bool)
+        try:
+            temperature = float(self.temperature) if number else 0.0
+        except OverflowError:  # an integer past every float
+            temperature = math.inf
+        if not 0 < temperature < math.inf:
             raise ValueError(f"temperature: got {self.temperature!r}, expected a finite number > 0")
+        object.__setattr__(self, "temperature", temperature)
         for name in ("append_eos", "include_prompt_state"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected true or false")
@@ -70,6 +81,12 @@ class GircseConfig:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    def max_length(self, instruction: str | None, given: int | None = None) -> int:
+        """Tokens of a prompt under an instruction, or without one (None or ""), unless a limit is given."""
+        if given is not None:
+            return given
+        return self.query_max_length if instruction else self.passage_max_length
 
     def with_steps(self, num_steps: int | None) -> GircseConfig:
         return self if num_steps is None else replace(self, num_steps=num_steps)

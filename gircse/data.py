@@ -7,8 +7,10 @@ error.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,63 @@ def _kind(value: object) -> str:
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
+_STEMS = {"prompt": ("prompt", "instruct"), "query": ("quer", "question"), "pos": ("pos",), "neg": ("neg",)}
+_LIST_IN_A_STRING = re.compile(r"""\s*\[\s*(["']).*\1\s*\]\s*""", re.DOTALL)
+
+
+def _meant_for(record: Mapping[Any, Any], field: str) -> str | None:
+    """A field whose name is like that of a missing one, and which holds texts."""
+    for name, value in record.items():
+        alike = isinstance(name, str) and name not in _STEMS and any(stem in name.lower() for stem in _STEMS[field])
+        texts = value if isinstance(value, (list, tuple)) else [value]
+        if alike and texts and all(isinstance(text, str) for text in texts):
+            return name
+    return None
+
+
+def _missing(record: Mapping[Any, Any], field: str) -> ValueError:
+    other = _meant_for(record, field)
+    hint = f", and {json.dumps(other[:60])} is ignored: was it meant?" if other is not None else ""
+    return ValueError(f'the field "{field}" is missing{hint}')
+
+
+def _doubts(record: object) -> Iterator[str]:
+    """What a record that can be used probably means otherwise."""
+    if not isinstance(record, Mapping):
+        return
+    for field in ("prompt", "neg"):  # the others are never missing
+        other = None if record.get(field) else _meant_for(record, field)
+        if other is not None:
+            yield f'there is no "{field}", and the field {json.dumps(other[:60])} is ignored: was it meant?'
+    for field in ("pos", "neg"):
+        value = record.get(field) or ()
+        texts = (value,) if isinstance(value, str) else value
+        if any("[" in text[:8] and _LIST_IN_A_STRING.fullmatch(text) for text in texts):
+            yield f'"{field}" holds a list that is written inside a string: it is taken for one text'
+
+
+def checked_row(record: object, place: str, problems: Problems, *, instruction: str | None = None) -> Row | None:
+    """`parse_row`; what is wrong, and what may be meant otherwise, goes to `problems`. None: it is wrong."""
+    try:
+        row = parse_row(record, instruction=instruction)
+    except ValueError as error:
+        problems.add(place, error)
+        return None
+    for doubt in _doubts(record):
+        problems.doubt(place, doubt)
+    return row
+
+
+def checked_line(line: bytes, place: str, problems: Problems, *, instruction: str | None = None) -> Row | None:
+    """`checked_row` of a line of JSON."""
+    try:
+        record = parse_line(line)
+    except ValueError as error:
+        problems.add(place, error)
+        return None
+    return checked_row(record, place, problems, instruction=instruction)
+
+
 def parse_row(record: object, *, instruction: str | None = None) -> Row:
     """Checks one record of the schema and returns it as a `Row`; fields other than the four are ignored.
 
@@ -72,11 +131,11 @@ def parse_row(record: object, *, instruction: str | None = None) -> Row:
         prompt = instruction
     else:
         if "prompt" not in record:
-            raise ValueError('the field "prompt" is missing')
+            raise _missing(record, "prompt")
         prompt = _text(prompt, '"prompt"')
     for field in ("query", "pos"):
         if field not in record:
-            raise ValueError(f'the field "{field}" is missing')
+            raise _missing(record, field)
     query = _text(record["query"], '"query"')
     positives = _texts(record["pos"], '"pos"')
     if not positives:
@@ -102,10 +161,9 @@ def read_jsonl(
     problems = Problems()
     with open_jsonl(path) as (file, _):
         for line in read_lines(file, path, problems, max_line_bytes=max_line_bytes):
-            try:
-                rows.append(parse_row(parse_line(line.content), instruction=instruction))
-            except ValueError as error:  # noqa: PERF203
-                problems.add(f"{path}:{line.number}", error)
+            row = checked_line(line.content, f"{path}:{line.number}", problems, instruction=instruction)
+            if row is not None:
+                rows.append(row)
     problems.check()
     if not rows:
         raise DataError([f"{path}: no rows in it"])
@@ -178,10 +236,9 @@ def load_rows(source: Any, *, instruction: str | None = None, split: str | None 
     rows: list[Row] = []
     problems = Problems()
     for number, record in enumerate(source):
-        try:
-            rows.append(parse_row(record, instruction=instruction))
-        except ValueError as error:  # noqa: PERF203
-            problems.add(f"{label}:row {number}", error)
+        row = checked_row(record, f"{label}:row {number}", problems, instruction=instruction)
+        if row is not None:
+            rows.append(row)
     problems.check()
     if not rows:
         raise DataError([f"{label}: no rows in it"])

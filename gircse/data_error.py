@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,22 +23,31 @@ class DataError(ValueError):
 
 
 class Problems:
-    """Keeps the first `MAX_REPORTED` problems and counts the rest."""
+    """Keeps the first `MAX_REPORTED` problems and counts the rest; beside them what may be meant otherwise."""
 
     def __init__(self) -> None:
         self.first: list[str] = []
         self.total = 0
+        self._doubts: dict[str, tuple[str, int]] = {}  # what: its first place, and how many there are
 
     def add(self, place: str, reason: object) -> None:
         self.total += 1
         if len(self.first) < MAX_REPORTED:
             self.first.append(f"{place}: {reason}")
 
+    def doubt(self, place: str, what: str) -> None:
+        """Something that can be used, and is probably a mistake: one warning for all places."""
+        first, count = self._doubts.get(what, (place, 0))
+        self._doubts[what] = first, count + 1
+
     def merge(self, error: DataError) -> None:
         self.total += error.total
         self.first = [*self.first, *error.problems][:MAX_REPORTED]
 
     def check(self) -> None:
-        """Raises DataError if there was any."""
+        """Raises DataError if there was any; otherwise warns of the doubts."""
         if self.total:
             raise DataError(self.first, self.total)
+        for what, (first, count) in self._doubts.items():
+            more = f" (and so in {count - 1:,} more rows)" if count > 1 else ""
+            warnings.warn(f"{first}: {what}{more}", stacklevel=4)

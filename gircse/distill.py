@@ -25,15 +25,17 @@ from tqdm.auto import tqdm
 from gircse.atomic import new_file
 from gircse.data import Row, format_row, load_rows
 from gircse.distill_config import DistillConfig
-from gircse.encode import pad, tokenize
+from gircse.encode import pad, prompt_limit, tokenize
 from gircse.evaluate import RetrievalTask, evaluate_retrieval
 from gircse.folder_lock import folder_lock
+from gircse.instruction_length import warn_of_rows
 from gircse.model import GIRCSE
 from gircse.ops.pooling import l2_normalize
 from gircse.report import text_table
 from gircse.sampling import BatchSampler
-from gircse.train import linear_schedule, trainable_model
+from gircse.schedule import learning_rate, set_learning_rate
 from gircse.train_config import TrainConfig
+from gircse.trainable import trainable_model
 
 CONFIG_NAME = "distill_config.json"
 LOG_NAME = "distill_log.jsonl"
@@ -159,12 +161,16 @@ def _distill(
         raise ValueError(f"batch_size: got {config.batch_size}, expected at most the number of rows, {len(rows)}")
     if teacher is None:
         teacher = GIRCSE.from_pretrained(config.teacher, dtype=config.dtype, device=config.device)
+    lengths: dict[str, Any] = {name: getattr(config, name) for name in ("query_max_length", "passage_max_length")}
+    teacher.config = replace(teacher.config, **lengths)  # the student's too, and of both in the evaluation
     num_steps = teacher.num_steps if config.num_steps is None else config.num_steps
     if num_steps == 0:
         raise ValueError("teacher: got a model with K = 0, expected one that takes steps; there is nothing to distil")
     if config.init == "teacher" and not hasattr(teacher.base, "peft_config"):
         raise ValueError("init: got 'teacher', but the teacher has no LoRA adapter to go on from; expected 'fresh'")
 
+    limits = {name: prompt_limit(teacher, length, num_steps) for name, length in lengths.items()}
+    warn_of_rows(teacher, [row.instruction for row in rows], **limits)
     sampler = BatchSampler(len(rows), config.batch_size, seed=config.seed)
     total_steps = config.max_steps or len(rows) // config.batch_size
     texts = _Texts.of(rows, sampler, total_steps, teacher, config)
@@ -184,7 +190,6 @@ def _distill(
 
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    scheduler = linear_schedule(optimizer, total_steps, config.warmup_ratio)
     _write(run / CONFIG_NAME, json.dumps(asdict(config), indent=2) + "\n")
     log: list[dict[str, Any]] = []
     student.train()
@@ -205,9 +210,9 @@ def _distill(
                 raise FloatingPointError(f"step {step + 1}: the loss is {loss.total.item()}; nothing was saved")
             loss.total.backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-            learning_rate = scheduler.get_last_lr()[0]
+            rate = learning_rate(config.learning_rate, step, total_steps=total_steps, warmup_ratio=config.warmup_ratio)
+            set_learning_rate(optimizer, rate)
             optimizer.step()
-            scheduler.step()
             optimizer.zero_grad(set_to_none=True)
             entry = {
                 "step": step + 1,
@@ -215,7 +220,7 @@ def _distill(
                 "cosine": loss.cosine.item(),
                 "kl": loss.kl.item(),
                 "grad_norm": grad_norm.item(),
-                "learning_rate": learning_rate,
+                "learning_rate": rate,
                 "seconds": time.perf_counter() - started,
             }
             log.append(entry)
@@ -269,7 +274,8 @@ class _Texts:
 
     Attributes:
         prompts: (prompt, whether it is a query), as they are written for the model.
-        batches: per step the indices of its queries and of its documents.
+        batches: per step the indices of its queries and of its documents, each document once: in the softmax a copy
+            would get a share of its own.
     """
 
     prompts: list[tuple[str, bool]]
@@ -292,7 +298,7 @@ class _Texts:
                 chosen = [negatives[i] for i in sampler.negatives(step, number, len(negatives), most)]
                 queries.append(index.setdefault((query, True), len(index)))
                 documents += [index.setdefault((text, False), len(index)) for text in (positive, *chosen)]
-            batches.append((queries, documents))
+            batches.append((queries, list(dict.fromkeys(documents))))
         return cls(list(index), batches)
 
     def sample(self, count: int) -> list[int]:
@@ -334,7 +340,7 @@ def _evaluate(
     model: GIRCSE, task: RetrievalTask, steps: list[int], config: DistillConfig
 ) -> dict[int, dict[str, float]]:
     show = None if config.progress else False
-    return evaluate_retrieval(model, task, steps=steps, max_length=config.query_max_length, show_progress_bar=show)
+    return evaluate_retrieval(model, task, steps=steps, show_progress_bar=show)
 
 
 def _write(path: Path, text: str) -> None:

@@ -25,7 +25,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gircse.device import to_device
+from gircse.environment import environment_integer
 
+_PATIENCE = 60.0  # seconds in which the processes of a job that torchrun did not start must have met
 _GRACE = 4.0  # seconds in which ranks that lost another one report that they are alive themselves
 
 
@@ -158,20 +160,21 @@ def join_ranks(device: str | None, *, timeout: float) -> Iterator[Ranks]:
         timeout: seconds until a process that does not answer counts as lost.
 
     Raises:
-        RankLost: from inside the block, for one process of those that are left; the others raise SystemExit(1).
+        RankLost: the processes do not meet; or from inside the block, for one process of those that are left, while
+            the others raise SystemExit(1).
     """
     kind = to_device(device)
     if dist.is_available() and dist.is_initialized():
         yield Ranks(kind, dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
         return
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if environment_integer("WORLD_SIZE", 1) <= 1:
         yield Ranks(kind)
         return
+    store, rank, size = _meet(timeout)
     if kind.type == "cuda":
-        kind = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        kind = torch.device("cuda", environment_integer("LOCAL_RANK", rank))
         torch.cuda.set_device(kind)
     wait = timedelta(seconds=timeout)
-    store, rank, size = next(dist.rendezvous("env://", timeout=wait))
     dist.init_process_group(
         "nccl" if kind.type == "cuda" else "gloo",
         store=dist.PrefixStore("group", store),
@@ -186,6 +189,33 @@ def join_ranks(device: str | None, *, timeout: float) -> Iterator[Ranks]:
         dist.destroy_process_group()
     except Exception as error:
         _end(ranks, error)
+
+
+def _meet(timeout: float) -> tuple[Any, int, int]:
+    """The store that all processes of the job share, this one's rank, their number.
+
+    torchrun keeps the store itself, so whoever it started finds it. Otherwise the first process keeps it and waits for
+    the others, which either come soon or were never started.
+
+    Raises:
+        RankLost: WORLD_SIZE says that there are other processes, and they do not come.
+    """
+    size = os.environ["WORLD_SIZE"]
+    unset = "start all processes by torchrun, or unset WORLD_SIZE to train in this one alone"
+    names = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in names if not os.environ.get(name, "").strip()]:
+        raise RankLost(f"WORLD_SIZE: got {size} in the environment without {', '.join(missing)}; {unset}")
+    patience = timeout if os.environ.get("TORCHELASTIC_RUN_ID") else min(timeout, _PATIENCE)
+    try:
+        store, rank, number = next(dist.rendezvous("env://", timeout=timedelta(seconds=patience)))
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RankLost(
+            f"WORLD_SIZE: got {size} in the environment, but the processes did not all meet at {where} within "
+            f"{patience:g} seconds; {unset} ({str(error).splitlines()[0]})"
+        ) from error
+    store.set_timeout(timedelta(seconds=timeout))
+    return store, rank, number
 
 
 def _end(ranks: Ranks, error: Exception) -> NoReturn:

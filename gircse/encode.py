@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gircse.engine.kv import KeptPrefix
+from gircse.instruction_length import warn_if_nothing_is_left
+from gircse.integers import check_integer
 from gircse.prompts import format_query
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ class EncodeOptions:
         tolerance: float,
         max_steps: int,
         batch_size: int | None,
-        max_length: int,
+        max_length: int | None,
         normalize: bool,
         truncate_dim: int | None,
         return_steps: bool,
@@ -72,21 +74,25 @@ class EncodeOptions:
                 raise ValueError(f"num_steps: got {num_steps!r}, expected an integer >= 0 or {AUTO!r}")
             if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance <= 2:
                 raise ValueError(f"tolerance: got {tolerance!r}, expected a number above 0 (a cosine distance)")
-            _check_positive("max_steps", max_steps)
+            max_steps = check_integer("max_steps", max_steps, least=1)
         steps = model.config.with_steps(max_steps if adaptive else num_steps).num_steps  # type: ignore[arg-type]
-        _check_positive("batch_size", batch_size, optional=True)
-        _check_positive("truncate_dim", truncate_dim, optional=True, at_most=model.embedding_dimension)
+        if batch_size is not None:
+            batch_size = check_integer("batch_size", batch_size, least=1)
+        if truncate_dim is not None:
+            truncate_dim = check_integer("truncate_dim", truncate_dim, least=1, most=model.embedding_dimension)
         if instruction is not None:
             check_text("instruction", instruction, "str or None")
         for name, flag in (("normalize", normalize), ("return_steps", return_steps)):
             if not isinstance(flag, (bool, np.bool_)):
                 raise TypeError(f"{name}: got {type(flag).__name__}, expected a bool")
+        limit = prompt_limit(model, model.config.max_length(instruction, max_length), steps)
+        warn_if_nothing_is_left(model, instruction, limit)
         return cls(
             instruction=instruction,
             num_steps=steps,
             tolerance=float(tolerance) if adaptive else None,
             batch_size=batch_size,
-            max_length=prompt_limit(model, max_length, steps),
+            max_length=limit,
             normalize=normalize,
             dim=truncate_dim or model.embedding_dimension,
             return_steps=return_steps,
@@ -107,8 +113,8 @@ def encode(
     windows = (texts[start : start + WINDOW] for start in range(0, len(texts), WINDOW))
     embeddings = np.empty((len(texts), options.columns, options.dim), dtype=np.float32)
     start = 0
-    with _progress(len(texts), show_progress_bar) as progress:
-        for block in _embed_windows(model, windows, options, progress.update):
+    with _progress(len(texts), show_progress_bar) as update:
+        for block in _embed_windows(model, windows, options, update):
             embeddings[start : start + len(block)] = block
             start += len(block)
     if not options.return_steps:
@@ -118,7 +124,7 @@ def encode(
 
 def encode_stream(model: GIRCSE, texts: Iterable[str], options: EncodeOptions, *, window: int) -> Iterator[np.ndarray]:
     """See `GIRCSE.encode_stream`."""
-    _check_positive("window", window)
+    window = check_integer("window", window, least=1)
     return _stream(model, _iterator(texts, (str, bytes, dict), "an iterable of strings"), options, window)
 
 
@@ -151,23 +157,32 @@ def _embed_windows(
 ) -> Iterator[np.ndarray]:
     """[n, columns, dim] of each window, in order; tokenises one window ahead in a thread."""
     cut = total = 0
-    kept = KeptPrefix()
     tokenizer = _Tokenizer(model, options.instruction, options.max_length)
     try:
         for rows, cut_here in _one_ahead(windows, tokenizer):
             cut, total = cut + cut_here, total + len(rows)
-            yield _embed(model, rows, options, update, kept)
+            yield _embed(model, rows, options, update)
     finally:
-        _warn_cut(cut, total, options.max_length)
+        _warn_cut(cut, total, tokenizer)
 
 
 def _one_ahead(windows: Iterator[list[str]], tokenize: _Tokenizer) -> Iterator[Tokens]:
     """The windows tokenised; the next one is in work while the consumer has this one. Only the caller's thread touches
-    the source."""
+    the source.
+
+    Raises:
+        RuntimeError: in a process that was forked meanwhile: the thread that tokenises stayed in the other one.
+    """
+    process = os.getpid()
     with ThreadPoolExecutor(1, thread_name_prefix="gircse-tokenize") as pool:
         waiting: Future[Tokens] | None = None
         failure: Exception | None = None
         while failure is None:
+            if os.getpid() != process:
+                raise RuntimeError(
+                    f"encode_stream: got process {os.getpid()}, forked from {process}, which began this stream; "
+                    "expected the same one, or a new stream"
+                )
             ahead = None
             try:
                 ahead = pool.submit(tokenize, next(windows))
@@ -180,13 +195,7 @@ def _one_ahead(windows: Iterator[list[str]], tokenize: _Tokenizer) -> Iterator[T
             raise failure
 
 
-def _embed(
-    model: GIRCSE,
-    rows: list[list[int]],
-    options: EncodeOptions,
-    update: Callable[[int], object],
-    kept: KeptPrefix,
-) -> np.ndarray:
+def _embed(model: GIRCSE, rows: list[list[int]], options: EncodeOptions, update: Callable[[int], object]) -> np.ndarray:
     """[n, columns, dim] float32 of one window."""
     embeddings = np.empty((len(rows), options.columns, options.dim), dtype=np.float32)
 
@@ -203,7 +212,6 @@ def _embed(
             include_prompt=model.config.include_prompt_state,
             settled=None if options.tolerance is None else _settled(model, options.tolerance),
             max_rows=options.batch_size,
-            kept=kept,
         )
     return embeddings
 
@@ -287,10 +295,11 @@ class Tokens(NamedTuple):
 
 
 class _Tokenizer:
-    """Texts -> prompts -> `Tokens`, without special tokens, cut at the end to `max_length`."""
+    """Texts -> prompts -> `Tokens`, without special tokens, cut to `max_length` where the tokenizer truncates."""
 
     def __init__(self, model: GIRCSE, instruction: str | None, max_length: int) -> None:
         self.tokenizer, self.template = model.tokenizer, model.config.prompt_template
+        self.from_left = model.tokenizer.truncation_side == "left"
         self.eos = [model.tokenizer.eos_token_id] if model.config.append_eos else []
         self.instruction, self.max_length = instruction, max_length
 
@@ -301,23 +310,26 @@ class _Tokenizer:
         ids: list[list[int]] = self.tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
         keep = self.max_length - len(self.eos)
         # an empty prompt has no last token to start from: it is the end-of-sequence (= padding) token
-        rows = [row[:keep] + self.eos or [self.tokenizer.pad_token_id] for row in ids]
+        rows = [self._cut(row, keep) + self.eos or [self.tokenizer.pad_token_id] for row in ids]
         return Tokens(rows, sum(len(row) > keep for row in ids))
+
+    def _cut(self, row: list[int], keep: int) -> list[int]:
+        return row[max(len(row) - keep, 0) :] if self.from_left else row[:keep]
 
 
 def tokenize(
     model: GIRCSE, texts: Sequence[str], *, instruction: str | None, max_length: int, num_steps: int
 ) -> list[list[int]]:
-    """Token ids of each prompt, without special tokens, cut at the end to `max_length` with one counted warning.
+    """Token ids of each prompt, without special tokens, cut to `max_length` with one counted warning.
 
     Raises:
         TypeError, ValueError: an instruction that is not a string, a `max_length` below 1.
     """
     if instruction is not None:
         check_text("instruction", instruction, "str or None")
-    max_length = prompt_limit(model, max_length, num_steps)
-    rows, cut = _Tokenizer(model, instruction, max_length)(texts)
-    _warn_cut(cut, len(rows), max_length)
+    tokenizer = _Tokenizer(model, instruction, prompt_limit(model, max_length, num_steps))
+    rows, cut = tokenizer(texts)
+    _warn_cut(cut, len(rows), tokenizer)
     return rows
 
 
@@ -327,7 +339,7 @@ def prompt_limit(model: GIRCSE, max_length: int, num_steps: int) -> int:
     Raises:
         ValueError: `max_length` below 1, or more steps than positions.
     """
-    _check_positive("max_length", max_length)
+    max_length = check_integer("max_length", max_length, least=1)
     positions = model.causal_lm.max_positions
     if positions is None or max_length + num_steps <= positions:
         return max_length
@@ -336,10 +348,12 @@ def prompt_limit(model: GIRCSE, max_length: int, num_steps: int) -> int:
     return positions - num_steps
 
 
-def _warn_cut(cut: int, total: int, max_length: int) -> None:
+def _warn_cut(cut: int, total: int, tokenizer: _Tokenizer) -> None:
     if cut:
+        end = "beginning (the tokenizer's truncation_side)" if tokenizer.from_left else "end"
         warnings.warn(
-            f"{cut} of {total} texts are longer than max_length={max_length} tokens and were cut at the end",
+            f"{cut} of {total} texts are longer than max_length={tokenizer.max_length} tokens and were cut at the "
+            + end,
             stacklevel=4,
         )
 
@@ -354,18 +368,13 @@ def pad(rows: Sequence[Sequence[int]], *, pad_id: int) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _progress(total: int, show: bool | None) -> Iterator:
+def _progress(total: int, show: bool | None) -> Iterator[Callable[[int], object]]:
+    """Yields what is told how many more texts are done. Without a bar tqdm and its locks stay out of it: a fork would
+    leave the child with them taken."""
+    if not (show if show is not None else total > 64 and sys.stderr.isatty()):
+        yield lambda count: None
+        return
     from tqdm.auto import tqdm
 
-    shown = show if show is not None else total > 64 and sys.stderr.isatty()
-    with tqdm(total=total, desc="encode", unit="text", disable=not shown, dynamic_ncols=True) as bar:
-        yield bar
-
-
-def _check_positive(name: str, value: int | None, *, optional: bool = False, at_most: int | None = None) -> None:
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name}: got {value!r}, expected an integer >= 1")
-    if at_most is not None and value > at_most:
-        raise ValueError(f"{name}: got {value}, expected at most {at_most}")
+    with tqdm(total=total, desc="encode", unit="text", dynamic_ncols=True) as bar:
+        yield bar.update

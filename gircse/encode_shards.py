@@ -28,7 +28,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from gircse.embedding_files import read_texts
-from gircse.shards import MANIFEST, Shards, begin, check_integer, complete_folder, join_shards, named, remove_folder
+from gircse.environment import environment_integer
+from gircse.integers import check_integer
+from gircse.shards import MANIFEST, Shards, begin, complete_folder, join_shards, named, remove_folder
 
 SHARD_SIZE = 4096
 TIMEOUT = 1800.0  # seconds
@@ -71,11 +73,11 @@ class Rank:
         Raises:
             ValueError: one is no integer or out of range, or WORLD_SIZE > 1 comes without RANK.
         """
-        world_size = _integer_of(environment, "WORLD_SIZE", 1)
-        if world_size > 1 and "RANK" not in environment:
+        world_size = environment_integer("WORLD_SIZE", 1, environment)
+        if world_size > 1 and not environment.get("RANK", "").strip():
             raise ValueError(f"RANK: not set, expected 0..{world_size - 1} beside WORLD_SIZE={world_size}")
-        local_rank = _integer_of(environment, "LOCAL_RANK", 0) if "LOCAL_RANK" in environment else None
-        return cls(_integer_of(environment, "RANK", 0) if world_size > 1 else 0, world_size, local_rank)
+        local_rank = environment_integer("LOCAL_RANK", 0, environment) if environment.get("LOCAL_RANK") else None
+        return cls(environment_integer("RANK", 0, environment) if world_size > 1 else 0, world_size, local_rank)
 
 
 def shard_folder(output: str, world_size: int = 1) -> Path | None:
@@ -136,7 +138,7 @@ def encode_sharded(
         TimeoutError: other processes did not finish their shards; those missing are named.
     """
     rank = rank or Rank()
-    check_integer("shard_size", shard_size, least=1)
+    shard_size = check_integer("shard_size", shard_size, least=1)
     if not timeout > 0:
         raise ValueError(f"timeout: got {timeout!r}, expected seconds > 0")
     folder = shard_folder(output, rank.world_size) or Path(output + ".shards")
@@ -321,10 +323,3 @@ def _check_folder(shards: Shards) -> None:
 
 
 # ---------------------------------------------------------------- arguments
-
-
-def _integer_of(environment: Mapping[str, str], name: str, default: int) -> int:
-    value = environment.get(name, str(default))
-    if not value.strip().isdecimal():
-        raise ValueError(f"{name}: got {value!r}, expected an integer")
-    return int(value)

@@ -89,7 +89,7 @@ class EncodedSteps:
         *,
         instruction: str | None,
         batch_size: int | None,
-        max_length: int,
+        max_length: int | None,
     ) -> EncodedSteps:
         """Encodes the texts once, with steps[-1] steps.
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from gircse.data import Row, is_symmetric
+from gircse.integers import as_integer
 from gircse.metrics import metrics_by_step
 
 if TYPE_CHECKING:
@@ -24,6 +24,17 @@ class RetrievalTask:
     queries: list[str]
     documents: list[str]
     relevant: list[set[int]]
+
+    @property
+    def own_documents(self) -> list[set[int]]:
+        """For each query the document that is the query itself, which search does not count: its text, where the task
+        is symmetric (otherwise a query is not written as a document is), unless it is named as relevant."""
+        places: dict[str, set[int]] = {}
+        if is_symmetric(self.instruction):
+            for place, text in enumerate(self.documents):
+                places.setdefault(text, set()).add(place)
+        own = [places.get(query, set()) for query in self.queries]
+        return [found - set(relevant) for found, relevant in zip(own, self.relevant, strict=True)]
 
     @classmethod
     def from_rows(cls, rows: Iterable[Row]) -> RetrievalTask:
@@ -52,29 +63,37 @@ def evaluate_retrieval(
     *,
     steps: Sequence[int] = DEFAULT_STEPS,
     batch_size: int | None = None,
-    max_length: int = 512,
+    max_length: int | None = None,
     show_progress_bar: bool | None = None,
 ) -> dict[int, dict[str, float]]:
     """{K: {"ndcg@10", "mrr@10", "recall@10", ..}} at each K of `steps`; every text is encoded once, at the largest.
 
-    Queries carry the task's instruction; documents do when the task is symmetric (SPEC 1.6). K = 0, the prompt's own
+    Queries carry the task's instruction; documents do when the task is symmetric (SPEC 1.6), and then a text is not
+    ranked against itself (`RetrievalTask.own_documents`). K = 0, the prompt's own
     state, costs nothing either but stands for itself: it must be the only one.
+
+    Args:
+        max_length: tokens of a query and of a document; default: the two limits of the model's config.
 
     Raises:
         ValueError: `steps` is empty, or mixes 0 with others.
     """
-    whole = isinstance(steps, Sequence) and all(isinstance(k, Integral) and not isinstance(k, bool) for k in steps)
-    if not whole or not steps or (0 in steps and len(set(steps)) > 1) or min(steps) < 0:
+    numbers = [as_integer(k) for k in steps] if isinstance(steps, Sequence) else []
+    whole = [k for k in numbers if k is not None and k >= 0]
+    if not whole or len(whole) < len(numbers) or (0 in whole and len(set(whole)) > 1):
         raise ValueError(f"steps: got {steps!r}, expected a list of integers >= 1, or 0 alone")
+    steps = whole
     options: dict[str, Any] = {
         "num_steps": max(steps),
         "batch_size": batch_size,
-        "max_length": max_length,
         "return_steps": True,
         "show_progress_bar": show_progress_bar,
     }
-    queries = model.encode(task.queries, instruction=task.instruction, **options)
-    both = is_symmetric(task.instruction)
-    documents = model.encode(task.documents, instruction=task.instruction if both else None, **options)
-    by_entry = metrics_by_step(queries, documents, task.relevant, [max(k, 1) for k in steps])
+    limits = (model.config.query_max_length, model.config.passage_max_length)
+    for_queries, for_documents = limits if max_length is None else (max_length, max_length)
+    queries = model.encode(task.queries, instruction=task.instruction, max_length=for_queries, **options)
+    both = task.instruction if is_symmetric(task.instruction) else None
+    documents = model.encode(task.documents, instruction=both, max_length=for_documents, **options)
+    entries = [max(k, 1) for k in steps]
+    by_entry = metrics_by_step(queries, documents, task.relevant, entries, excluded=task.own_documents)
     return {k: by_entry[max(k, 1)] for k in steps}

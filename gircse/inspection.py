@@ -11,8 +11,10 @@ import torch.nn.functional as F
 
 from gircse import ops
 from gircse.encode import check_texts, pad, tokenize
+from gircse.integers import check_integer
 from gircse.rollout import rollout
 from gircse.signatures import Finding, diagnose
+from gircse.token_ids import check_rows
 
 if TYPE_CHECKING:
     from gircse.model import GIRCSE
@@ -66,7 +68,7 @@ def inspect(
     instruction: str | None = None,
     num_steps: int | None = None,
     top_n: int = 8,
-    max_length: int = 512,
+    max_length: int | None = None,
 ) -> list[TextInspection]:
     """See `GIRCSE.inspect`.
 
@@ -77,11 +79,12 @@ def inspect(
     num_steps = model.config.with_steps(num_steps).num_steps
     if num_steps < 1:
         raise ValueError(f"num_steps: got {num_steps}, expected >= 1: there is no soft token to look at")
-    if isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 1:
-        raise ValueError(f"top_n: got {top_n!r}, expected an integer >= 1")
-    ids = tokenize(model, texts, instruction=instruction, max_length=max_length, num_steps=num_steps)
+    top_n = check_integer("top_n", top_n, least=1)
+    length = model.config.max_length(instruction, max_length)
+    ids = tokenize(model, texts, instruction=instruction, max_length=length, num_steps=num_steps)
+    check_rows(ids, model.causal_lm.embed_weight.shape[0])
     inspections: list[TextInspection] = []
-    with model.inference():  # for the eval mode, and for the other threads that it keeps out
+    with model.inference():  # for the eval mode, without autocast, and for the other threads that it keeps out
         for start in range(0, len(ids), _ROWS):
             inspections += _inspect_batch(
                 model, texts[start : start + _ROWS], ids[start : start + _ROWS], num_steps, top_n

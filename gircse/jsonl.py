@@ -50,7 +50,11 @@ def parse_line(line: bytes) -> object:
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"invalid JSON: {error.msg} at column {error.colno}") from None
+        if text[error.pos : error.pos + 1] == "\ufeff":
+            what = "a byte order mark, as if two files had been joined without a line break between them,"
+        else:
+            what = error.msg.removesuffix(" at")  # some of the messages end with it
+        raise ValueError(f"invalid JSON: {what} at column {error.colno}") from None
     except RecursionError:
         raise ValueError("invalid JSON: nested too deeply") from None
 
@@ -94,7 +98,8 @@ def open_jsonl(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
 def read_lines(
     file: BinaryIO, path: Path, problems: Problems, *, max_line_bytes: int = MAX_LINE_BYTES
 ) -> Iterator[Line]:
-    """The lines of a file that are not blank, without a byte order mark; what is wrong goes to `problems`.
+    """The lines of a file that are not blank, without a byte order mark (of joined files, later lines may begin with
+    one, too); what is wrong goes to `problems`.
 
     A line that is too long is passed over without being kept; a file that breaks off ends there.
     """
@@ -116,7 +121,7 @@ def read_lines(
         if too_long:
             problems.add(f"{path}:{number}", f"the line is longer than {max_line_bytes:,} bytes")
         else:
-            content = line.removeprefix(BOM) if number == 1 else line
+            content = line.removeprefix(BOM)
             if content.strip():
                 yield Line(number, offset + length - len(content), content)
         offset += length

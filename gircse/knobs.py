@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import field
+from numbers import Real
 from typing import Any, get_args, get_origin, get_type_hints
+
+from gircse.integers import as_integer
 
 
 def knob(default: Any, help: str) -> Any:
@@ -45,7 +48,7 @@ _KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or 
 
 
 def typed(name: str, value: Any, hint: Any) -> Any:
-    """`value` in the type of a field: lists become tuples, integers become floats where a number is expected.
+    """`value` in the type of a field: lists become tuples, and numbers (numpy's too) Python's own.
 
     Raises:
         ValueError: another type; names the field, the value and what was expected.
@@ -58,7 +61,9 @@ def typed(name: str, value: Any, hint: Any) -> Any:
     kinds = get_args(hint) or (hint,)
     if isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)):
         return value
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+    if int in kinds and (integer := as_integer(value)) is not None:
+        return integer
+    if float in kinds and isinstance(value, Real) and not isinstance(value, bool):
         try:
             return float(value)
         except OverflowError:

@@ -238,7 +238,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _SoftEmbed(torch.autograd.Function):
-    """Keeps hidden, the result in the accumulation dtype and three numbers a row (`gircse.ops.soft_embed_op`)."""
+    """Keeps hidden, a copy of the result in the accumulation dtype and three numbers a row (`soft_embed_op`)."""
 
     @staticmethod
     def forward(ctx, hidden, lm):
@@ -247,7 +247,7 @@ class _SoftEmbed(torch.autograd.Function):
         wide = accumulation_dtype(hidden.dtype)
         exact = hidden.new_empty(*hidden.shape[:-1], lm.embed_weight.shape[1], dtype=wide)
         _scratch(forward)
-        out = exact if wide == hidden.dtype else exact.to(hidden.dtype)
+        out = exact.to(hidden.dtype, copy=True)
         ctx.save_for_backward(hidden, exact, hidden.new_empty(3, *hidden.shape[:-1], dtype=wide))
         return out
 

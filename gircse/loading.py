@@ -19,6 +19,7 @@ from gircse.atomic import into_folder
 from gircse.attention import ATTENTION_NAME
 from gircse.config import CONFIG_NAME, GircseConfig
 from gircse.device import to_device
+from gircse.quiet import quiet_peft
 
 if TYPE_CHECKING:
     from gircse.model import GIRCSE
@@ -35,6 +36,7 @@ def load_pretrained(
     attn_implementation: str | None,
     trust_remote_code: bool,
     quantization: str | None = None,
+    is_trainable: bool = False,
 ) -> tuple[Any, PreTrainedTokenizerBase, GircseConfig]:
     """See `GIRCSE.from_pretrained`: -> base (with the adapter on it), tokenizer, config.
 
@@ -62,7 +64,7 @@ def load_pretrained(
     if quantization is None:
         base = base.to(device)
     if adapter is not None:
-        base = _with_adapter(base, adapter)
+        base = with_adapter(base, adapter, is_trainable=is_trainable)
     config = (adapter is not None and GircseConfig.load(adapter)) or GircseConfig.load(base_name) or GircseConfig()
     return base, load_tokenizer(base_name, adapter, trust_remote_code), config
 
@@ -174,13 +176,15 @@ def _check_exists(argument: str, name: str | Path | None) -> None:
         raise FileNotFoundError(f"{argument}: {name} does not exist or is not a folder")
 
 
-def _with_adapter(base: Any, adapter: str | Path) -> Any:
-    """Puts the adapter on the base, and refuses one whose weights do not all find their place."""
+def with_adapter(base: Any, adapter: str | Path, *, is_trainable: bool) -> Any:
+    """Puts the adapter on the base, frozen or to be trained, and refuses one whose weights do not all find their
+    place."""
     from peft import PeftModel, get_peft_model_state_dict
 
     with _readable("adapter", adapter):
         try:
-            model = PeftModel.from_pretrained(base, str(adapter), is_trainable=False)
+            with quiet_peft():
+                model = PeftModel.from_pretrained(base, str(adapter), is_trainable=is_trainable)
         except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(f"adapter: {adapter} does not fit {type(base).__name__}: {error}") from error
         stored = _stored_keys(adapter)

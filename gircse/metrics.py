@@ -13,9 +13,9 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
+from gircse.integers import as_integer
 from gircse.ops.arguments import DTYPES
 from gircse.ops.pooling import l2_normalize
 
@@ -24,31 +24,41 @@ _CHUNK = 1024  # queries and documents multiplied at once: 8 MB of scores in flo
 Relevant = Sequence[Iterable[int] | int] | torch.Tensor | Any  # one set of document indices, or one index, per query
 
 
-def _relevance(relevant: Relevant, num_queries: int, num_docs: int) -> list[list[int]]:
+def _indices(name: str, sets: Any, num_queries: int, num_docs: int) -> list[list[int]]:
     """Checked, sorted document indices per query."""
-    if hasattr(relevant, "tolist"):
+    if hasattr(sets, "tolist"):
         try:
-            relevant = relevant.tolist()
+            sets = sets.tolist()
         except (RuntimeError, NotImplementedError):  # a tensor of another layout, or without values
-            raise TypeError(f"relevant must be dense and have values, got {relevant!r:.60}") from None
-    if not isinstance(relevant, Sequence):
-        raise TypeError(f"relevant must be a sequence with one entry per query, got {type(relevant).__name__}")
-    if len(relevant) != num_queries:
-        raise ValueError(f"relevant must have one entry per query ({num_queries}), got {len(relevant)}")
+            raise TypeError(f"{name} must be dense and have values, got {sets!r:.60}") from None
+    if not isinstance(sets, Sequence):
+        raise TypeError(f"{name} must be a sequence with one entry per query, got {type(sets).__name__}")
+    if len(sets) != num_queries:
+        raise ValueError(f"{name} must have one entry per query ({num_queries}), got {len(sets)}")
     result = []
-    for i, entry in enumerate(relevant):
+    for i, entry in enumerate(sets):
         try:
             docs = sorted(
                 {operator.index(d) for d in entry} if isinstance(entry, Iterable) else [operator.index(entry)]
             )
         except TypeError:
-            raise TypeError(f"relevant[{i}] must hold integers, got {entry!r}") from None
-        if not docs:
-            raise ValueError(f"relevant[{i}] is empty: a query without a relevant document cannot be scored")
-        if docs[0] < 0 or docs[-1] >= num_docs:
-            raise ValueError(f"relevant[{i}] must lie in 0..{num_docs - 1}, got {docs[0]}..{docs[-1]}")
+            raise TypeError(f"{name}[{i}] must hold integers, got {entry!r}") from None
+        if docs and (docs[0] < 0 or docs[-1] >= num_docs):
+            raise ValueError(f"{name}[{i}] must lie in 0..{num_docs - 1}, got {docs[0]}..{docs[-1]}")
         result.append(docs)
     return result
+
+
+def _relevance(relevant: Relevant, excluded: Relevant | None, queries: int, docs: int) -> tuple[list, list]:
+    """Both as `_indices`: the relevant documents of each query, at least one, and others that do not count for it."""
+    wanted = _indices("relevant", relevant, queries, docs)
+    left_out = [[] for _ in wanted] if excluded is None else _indices("excluded", excluded, queries, docs)
+    for i, (one, other) in enumerate(zip(wanted, left_out, strict=True)):
+        if not one:
+            raise ValueError(f"relevant[{i}] is empty: a query without a relevant document cannot be scored")
+        if both := set(one) & set(other):
+            raise ValueError(f"excluded[{i}] must hold no relevant document, got {min(both)}")
+    return wanted, left_out
 
 
 def _embeddings(values: Any, name: str, dims: int) -> torch.Tensor:
@@ -67,25 +77,31 @@ def _embeddings(values: Any, name: str, dims: int) -> torch.Tensor:
     return tensor
 
 
-def relevant_ranks(query_emb: Any, doc_emb: Any, relevant: Relevant) -> list[list[int]]:
+def relevant_ranks(
+    query_emb: Any, doc_emb: Any, relevant: Relevant, *, excluded: Relevant | None = None
+) -> list[list[int]]:
     """Ranks (from 1, ascending) of each query's relevant documents among all documents, by cosine similarity.
 
     query_emb [n, D], doc_emb [m, D]: numpy or torch, any float dtype (computed in float64), need not be normalised;
-    relevant: n sets of indices into doc_emb, or n single indices. Ties: see the module. Both sides are multiplied in
-    chunks, so that memory beyond the arguments is bounded. Raises ValueError naming the argument for shapes that do
-    not fit, NaN, and queries without a relevant document.
+    relevant: n sets of indices into doc_emb, or n single indices. excluded: likewise, documents that are not ranked for
+    a query, such as the query itself. Ties: see the module. Both sides are multiplied in chunks, so that memory beyond
+    the arguments is bounded. Raises ValueError naming the argument for shapes that do not fit, NaN, and queries without
+    a relevant document.
     """
     queries, docs = _embeddings(query_emb, "query_emb", 2), _embeddings(doc_emb, "doc_emb", 2)
     if queries.shape[1] != docs.shape[1]:
         raise ValueError(f"query_emb and doc_emb must have the same width, got {queries.shape[1]} and {docs.shape[1]}")
-    wanted = _relevance(relevant, len(queries), len(docs))
+    wanted, left_out = _relevance(relevant, excluded, len(queries), len(docs))
     ranks: list[list[int]] = []
     for start in range(0, len(queries), _CHUNK):
-        ranks += _ranks_of_chunk(queries[start : start + _CHUNK], docs, wanted[start : start + _CHUNK])
+        part = slice(start, start + _CHUNK)
+        ranks += _ranks_of_chunk(queries[part], docs, wanted[part], left_out[part])
     return ranks
 
 
-def _ranks_of_chunk(queries: torch.Tensor, docs: torch.Tensor, wanted: list[list[int]]) -> list[list[int]]:
+def _ranks_of_chunk(
+    queries: torch.Tensor, docs: torch.Tensor, wanted: list[list[int]], left_out: list[list[int]]
+) -> list[list[int]]:
     queries = l2_normalize(queries.double())
     most = max(map(len, wanted))
     # [queries, most] relevant documents, and their scores; rows with fewer are filled with ones that nothing reaches
@@ -101,12 +117,13 @@ def _ranks_of_chunk(queries: torch.Tensor, docs: torch.Tensor, wanted: list[list
     # float64 that margin is so small that nothing else is taken for a tie.
     own -= 4 * torch.finfo(torch.float64).eps * math.sqrt(queries.shape[1])
     ahead = torch.zeros(index.shape, dtype=torch.int64, device=queries.device)
-    rows = [(i, d) for i, row in enumerate(wanted) for d in row]
+    rows = [(i, d) for i, both in enumerate(zip(wanted, left_out, strict=True)) for row in both for d in row]
     for start in range(0, len(docs), _CHUNK):
         part = l2_normalize(docs[start : start + _CHUNK].to(queries))
         scores = queries @ part.T
         here = [(i, d - start) for i, d in rows if start <= d < start + len(part)]
-        if here:  # the relevant ones stand in their own way only through their position in the list
+        # excluded ones do not count, and the relevant ones stand in their own way only through their place in the list
+        if here:
             scores[[i for i, _ in here], [d for _, d in here]] = -math.inf
         for column in range(most):
             ahead[:, column] += (scores >= own[:, column : column + 1]).sum(1)
@@ -115,7 +132,9 @@ def _ranks_of_chunk(queries: torch.Tensor, docs: torch.Tensor, wanted: list[list
     return [[n + place for place, n in enumerate(line, start=1)] for line in counts]
 
 
-def retrieval_metrics(query_emb: Any, doc_emb: Any, relevant: Relevant, k: int = 10) -> dict[str, float]:
+def retrieval_metrics(
+    query_emb: Any, doc_emb: Any, relevant: Relevant, k: int = 10, *, excluded: Relevant | None = None
+) -> dict[str, float]:
     """Means over the queries: {"ndcg@k", "mrr@k", "recall@k", "recall@1", "success@1"}, each in 0..1.
 
     Arguments and errors as in `relevant_ranks`. nDCG has binary gains and log2 discounts (Jaervelin and Kekaelaeinen
@@ -123,15 +142,17 @@ def retrieval_metrics(query_emb: Any, doc_emb: Any, relevant: Relevant, k: int =
     among the first j, and success@1 the share of queries whose first document is relevant (the same number where each
     has one).
     """
-    _check_integer("k", k)
-    return metrics_of(relevant_ranks(query_emb, doc_emb, relevant), k)
+    k = _check_integer("k", k)
+    return metrics_of(relevant_ranks(query_emb, doc_emb, relevant, excluded=excluded), k)
 
 
-def _check_integer(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+def _check_integer(name: str, value: object) -> int:
+    found = as_integer(value)
+    if found is None:
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if found < 1:
+        raise ValueError(f"{name} must be at least 1, got {found}")
+    return found
 
 
 def metrics_of(ranks: list[list[int]], k: int) -> dict[str, float]:
@@ -139,7 +160,7 @@ def metrics_of(ranks: list[list[int]], k: int) -> dict[str, float]:
 
     Raises ValueError for no queries, or one without a rank.
     """
-    _check_integer("k", k)
+    k = _check_integer("k", k)
     if not ranks or not all(ranks):
         raise ValueError("ranks must hold at least one query, and each of them at least one rank")
 
@@ -159,7 +180,13 @@ def metrics_of(ranks: list[list[int]], k: int) -> dict[str, float]:
 
 
 def metrics_by_step(
-    query_steps: Any, doc_steps: Any, relevant: Relevant, steps: Sequence[int] | None = None, k: int = 10
+    query_steps: Any,
+    doc_steps: Any,
+    relevant: Relevant,
+    steps: Sequence[int] | None = None,
+    k: int = 10,
+    *,
+    excluded: Relevant | None = None,
 ) -> dict[int, dict[str, float]]:
     """`retrieval_metrics` at each number of steps, out of one encoding with all prefixes.
 
@@ -174,12 +201,15 @@ def metrics_by_step(
             f"got {tuple(queries.shape[1:])} and {tuple(docs.shape[1:])}"
         )
     available = queries.shape[1]
-    _check_integer("k", k)
+    k = _check_integer("k", k)
     if steps is not None and not isinstance(steps, Iterable):
         raise TypeError(f"steps must be a list of integers, got {steps!r}")
-    chosen = range(1, available + 1) if steps is None else list(steps)
-    for i, step in enumerate(chosen):
-        _check_integer(f"steps[{i}]", step)
+    wanted = range(1, available + 1) if steps is None else steps
+    chosen = [_check_integer(f"steps[{i}]", step) for i, step in enumerate(wanted)]
+    for step in chosen:
         if step > available:
             raise ValueError(f"steps must lie in 1..{available}, got {step}")
-    return {step: retrieval_metrics(queries[:, step - 1], docs[:, step - 1], relevant, k) for step in chosen}
+    return {
+        step: retrieval_metrics(queries[:, step - 1], docs[:, step - 1], relevant, k, excluded=excluded)
+        for step in chosen
+    }

@@ -14,10 +14,14 @@ from torch import Tensor, nn
 
 from gircse.architecture import CausalLM
 from gircse.config import GircseConfig
+from gircse.device import without_autocast
 from gircse.engine import Engine, EngineConfig
+from gircse.forking import compute_on_one_thread_in_child, is_lost, rewriting_weights, tell_after_fork
 from gircse.merging import MergedAdapter
 from gircse.ops.pooling import pool_steps
 from gircse.rollout import RolloutObserver, rollout
+from gircse.token_ids import check_prompt
+from gircse.trained_weights import check_trainable, train_in_float32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,7 +56,13 @@ class GIRCSE(nn.Module):
         self.engine_config = EngineConfig()
         self._engine: Engine | None = None
         self._merged: MergedAdapter | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """What no copy shares."""
         self._lock = threading.RLock()
+        self._mode_outside: bool | None = None
+        tell_after_fork(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave the engine's buffers and graphs behind; they are made anew."""
@@ -60,7 +70,15 @@ class GIRCSE(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._lock = threading.RLock()
+        self._begin()
+
+    def after_fork(self) -> None:
+        """Another thread was encoding when this process was forked: its lock is replaced, its eval mode ended."""
+        if is_lost(self._lock):
+            self._lock = threading.RLock()
+            if self._mode_outside is not None:
+                self._set_mode(self._mode_outside)
+                self._mode_outside = None
 
     @classmethod
     def from_pretrained(
@@ -74,6 +92,7 @@ class GIRCSE(nn.Module):
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         merge_adapter: bool = False,
+        is_trainable: bool = False,
     ) -> GIRCSE:
         """Loads a causal LM, a saved GIRCSE folder, or a PEFT LoRA folder (its base is read from adapter_config.json).
 
@@ -87,6 +106,8 @@ class GIRCSE(nn.Module):
                 its keys and values.
             trust_remote_code: allow the checkpoint to run its own modelling code.
             merge_adapter: see the method of that name: for encoding only, fastest.
+            is_trainable: the adapter goes on training; otherwise it is frozen, and in training mode `rollout` refuses
+                a model of which nothing trains. Without an adapter all weights train.
 
         Raises:
             FileNotFoundError: a folder or a base named by an adapter does not exist.
@@ -102,6 +123,7 @@ class GIRCSE(nn.Module):
             device=device,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
+            is_trainable=is_trainable,
         )
         model = cls(base, tokenizer, config.with_steps(num_steps)).eval()
         if merge_adapter:
@@ -155,15 +177,18 @@ class GIRCSE(nn.Module):
             path.
 
         Raises:
-            TypeError, ValueError: wrong ranks, shapes or dtypes, or a row without a token.
+            TypeError, ValueError: wrong ranks, shapes or dtypes, or a row without a token; in training mode a model of
+                which every weight is frozen.
         """
+        if self.training and torch.is_grad_enabled():
+            check_trainable(self)
         steps = self.config.num_steps if num_steps is None else num_steps
-        GircseConfig(num_steps=steps)  # the same check and message as everywhere
-        _check_prompt(input_ids, attention_mask, self.causal_lm.max_positions, steps)
-        _check_ids(input_ids, self.causal_lm.embed_weight.shape[0])
+        steps = GircseConfig(num_steps=steps).num_steps  # the same check and message as everywhere
+        lm = self.causal_lm
+        check_prompt(input_ids, attention_mask, steps, positions=lm.max_positions, vocabulary=lm.embed_weight.shape[0])
         with_prompt = self.config.include_prompt_state or not steps
         states = rollout(
-            self.causal_lm,
+            lm,
             input_ids.to(self.device),
             attention_mask.to(self.device),
             max(steps - 1, 0) if with_prompt else steps,
@@ -185,7 +210,7 @@ class GIRCSE(nn.Module):
         tolerance: float = 1e-3,
         max_steps: int = 20,
         batch_size: int | None = None,
-        max_length: int = 512,
+        max_length: int | None = None,
         normalize: bool = True,
         truncate_dim: int | None = None,
         return_steps: bool = False,
@@ -201,8 +226,9 @@ class GIRCSE(nn.Module):
             tolerance: with "auto", a text stops once `1 - cos(z_k, z_{k-1})` was below this twice in a row.
             max_steps: with "auto", the most steps of a text.
             batch_size: rows per batch; default: as many as fit the memory for keys and values.
-            max_length: tokens of a prompt, instruction included; longer ones are cut at the end, with one warning that
-                counts them.
+            max_length: tokens of a prompt, instruction included; longer ones are cut at the end (at the beginning where
+                the tokenizer's `truncation_side` is "left"), with one warning that counts them. Default: the config's
+                `query_max_length` where there is an instruction, its `passage_max_length` where there is none.
             normalize: scale every embedding to length 1.
             truncate_dim: keep the first dimensions only (before normalisation).
             return_steps: the embeddings after 1, 2, .., K steps, for the price of the last. Entry k - 1 is exactly
@@ -248,7 +274,7 @@ class GIRCSE(nn.Module):
         tolerance: float = 1e-3,
         max_steps: int = 20,
         batch_size: int | None = None,
-        max_length: int = 512,
+        max_length: int | None = None,
         normalize: bool = True,
         truncate_dim: int | None = None,
         return_steps: bool = False,
@@ -288,8 +314,14 @@ class GIRCSE(nn.Module):
 
         Set `engine_config` to change how it runs.
         """
-        with self._lock:
-            was_training = self.training
+        with self._lock, without_autocast(self.device):
+            compute_on_one_thread_in_child()
+            with rewriting_weights():
+                if self._merged is not None:
+                    self._merged.refresh()
+            outermost, was_training = self._mode_outside is None, self.training
+            if outermost:
+                self._mode_outside = was_training
             self._set_mode(False)
             try:
                 if self._engine is None or not self._engine.fits(self.causal_lm, self.engine_config):
@@ -298,22 +330,29 @@ class GIRCSE(nn.Module):
                 yield self._engine
             finally:
                 self._set_mode(was_training)
+                if outermost:
+                    self._mode_outside = None
 
     def merge_adapter(self) -> None:
         """Folds the LoRA adapter into the base weights: encoding is faster, `save_pretrained` still saves the adapter.
 
         `unmerge_adapter` and `train` put the exact original weights back; until then a copy of them stays in the host's
-        memory. Without an adapter, or merged already, nothing happens.
+        memory. Without an adapter, or merged already, nothing happens. `load_state_dict` and `state_dict` work on the
+        weights apart; another adapter or another state of it is merged anew before the next text is encoded.
         """
-        with self._lock:
+        with self._lock, rewriting_weights():
             if self._merged is None and hasattr(self.base, "peft_config"):
-                self._merged = MergedAdapter.merge(self.base)
+                self._merged = MergedAdapter(self.base)
 
     def unmerge_adapter(self) -> None:
-        """Takes the adapter out again, bitwise."""
-        with self._lock:
+        """Takes the adapter out again, bitwise.
+
+        Raises:
+            RuntimeError: a merged weight was overwritten since, so that nobody knows what it is without the adapter.
+        """
+        with self._lock, rewriting_weights():
             if self._merged is not None:
-                self._merged.undo()
+                self._merged.close()
                 self._merged = None
 
     def quantize_weights(self, kind: str = "int8") -> None:
@@ -331,15 +370,18 @@ class GIRCSE(nn.Module):
         """
         from gircse.quantization import quantize_weights
 
-        with self._lock:
+        with self._lock, rewriting_weights():
             quantize_weights(self, kind)
             self._engine = None
 
     def train(self, mode: bool = True) -> GIRCSE:
-        """Training needs the adapter apart from the base: a merged one is taken out."""
+        """Training needs the adapter apart from the base: a merged one is taken out. What trains of an adapter in half
+        precision becomes float32."""
         with self._lock:
             if mode:
                 self.unmerge_adapter()
+                if train_in_float32(self):
+                    self._engine = None
             return self._set_mode(mode)
 
     def _set_mode(self, training: bool) -> GIRCSE:
@@ -352,7 +394,7 @@ class GIRCSE(nn.Module):
         instruction: str | None = None,
         num_steps: int | None = None,
         top_n: int = 8,
-        max_length: int = 512,
+        max_length: int | None = None,
     ) -> list[TextInspection]:
         """What the soft tokens say: per text and step the top tokens, their probabilities, the entropy, and how far the
         embedding moved (cosine to the step before). See `gircse.inspection`."""
@@ -395,34 +437,3 @@ class GIRCSE(nn.Module):
                 f"base: got a PEFT model of type {', '.join(kinds)}, expected LoRA-like layers in the decoder"
             )
         return base.get_base_model() if hasattr(base, "get_base_model") else base
-
-
-def _check_ids(input_ids: Tensor, vocabulary: int) -> None:
-    """Only looked at where that costs no device synchronisation."""
-    if input_ids.device.type == "cpu" and bool(((input_ids < 0) | (input_ids >= vocabulary)).any()):
-        low, high = input_ids.min().item(), input_ids.max().item()
-        raise ValueError(f"input_ids: got {low} to {high}, expected token ids from 0 to {vocabulary - 1}")
-
-
-def _check_prompt(input_ids: Tensor, attention_mask: Tensor, max_positions: int | None, num_steps: int) -> None:
-    for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
-        if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
-            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name}: got {got}, expected an integer tensor [B, N]")
-        if value.device.type == "meta" or value.layout != torch.strided:
-            raise ValueError(f"{name}: got {value.layout} on {value.device}, expected a dense tensor with values")
-        if value.ndim != 2 or value.shape[1] == 0:
-            raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [B, N] with N >= 1")
-    if input_ids.shape != attention_mask.shape:
-        raise ValueError(
-            f"attention_mask: got shape {tuple(attention_mask.shape)}, expected input_ids' {tuple(input_ids.shape)}"
-        )
-    if max_positions is not None and input_ids.shape[1] + num_steps > max_positions:
-        raise ValueError(
-            f"input_ids: got {input_ids.shape[1]} tokens and num_steps={num_steps}, expected at most {max_positions} "
-            "positions together (max_position_embeddings)"
-        )
-    # values are only looked at where that costs no device synchronisation
-    if attention_mask.device.type == "cpu" and not attention_mask.bool().any(dim=1).all():
-        rows = (~attention_mask.bool().any(dim=1)).nonzero().flatten().tolist()
-        raise ValueError(f"attention_mask: rows {rows[:8]} have no token, expected at least one in every row")

@@ -20,6 +20,7 @@ import numpy as np
 from gircse.atomic import new_file, new_folder
 from gircse.embedding_files import BLOCK, embedding_writer, save_array
 from gircse.folder_lock import try_lock
+from gircse.integers import check_integer
 
 MANIFEST = "manifest.json"
 _MAX_NAMED = 8
@@ -181,8 +182,3 @@ def named(numbers: Sequence[int], what: str = "shard") -> str:
     some = ", ".join(map(str, numbers[:_MAX_NAMED]))
     more = f", .. ({len(numbers)} in all)" if len(numbers) > _MAX_NAMED else ""
     return f"{what}{'s' * (len(numbers) > 1)} {some}{more}"
-
-
-def check_integer(name: str, value: object, *, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: got {value!r}, expected an integer >= {least}")

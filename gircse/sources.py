@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from gircse.data import Row, open_saved, parse_row
+from gircse.data import Row, checked_line, checked_row, open_saved, parse_row
 from gircse.data_error import DataError, Problems
 from gircse.jsonl import MAX_LINE_BYTES, open_jsonl, parse_line, read_lines
 
@@ -85,10 +85,7 @@ class JsonlSource:
             self._file = _own(raw) if plain else tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the source
             written = 0
             for number, offset, content in read_lines(file, Path(path), problems, max_line_bytes=max_line_bytes):
-                try:
-                    parse_row(parse_line(content), instruction=instruction)
-                except ValueError as error:
-                    problems.add(f"{path}:{number}", error)
+                if checked_line(content, f"{path}:{number}", problems, instruction=instruction) is None:
                     continue
                 if not plain:
                     offset, written = written, written + len(content)
@@ -149,11 +146,8 @@ class RecordSource:
         digest = hashlib.blake2b(digest_size=16)
         problems = Problems()
         for number, record in enumerate(records):
-            try:
-                row = parse_row(record, instruction=instruction)
-            except ValueError as error:  # noqa: PERF203
-                problems.add(f"{name}:row {number}", error)
-            else:
+            row = checked_row(record, f"{name}:row {number}", problems, instruction=instruction)
+            if row is not None:
                 fields = [row.instruction, row.query, row.positives, row.negatives]
                 digest.update(json.dumps(fields).encode() + b"\n")
         problems.check()

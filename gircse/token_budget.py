@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
+from gircse.free_memory import free_bytes
 from gircse.model import GIRCSE
 
 _ROWS, _LENGTH = 2, 32  # of the probe's texts
@@ -32,7 +29,7 @@ def probe_budget(model: GIRCSE, *, num_steps: int, length: int, sharded: bool = 
     if model.device.type == "cuda" and not sharded:
         found = _by_trying(model, num_steps, min(length, 512))
     else:
-        room = _free_bytes(model.device)
+        room = free_bytes(model.device)
         found = int(_SHARE * room / activation_bytes(model, num_steps))
     if model.device.type == "cpu":
         found = min(found, _MOST_ON_CPU)
@@ -73,7 +70,7 @@ def _by_trying(model: GIRCSE, num_steps: int, length: int) -> int:
     """Doubles the micro-batch until the rest can be told by proportion, or until it no longer fits."""
     device = model.device
     before = torch.cuda.memory_allocated(device)
-    room = _SHARE * (before + _free_bytes(device)) - before
+    room = _SHARE * (before + free_bytes(device)) - before
     tokens = _FIRST_ON_CUDA
     while True:
         rows = max(1, tokens // (length + num_steps))
@@ -96,19 +93,3 @@ def _texts(model: GIRCSE, rows: int, length: int) -> tuple[Tensor, Tensor]:
     vocab = model.causal_lm.embed_weight.shape[0]
     ids = torch.arange(rows * length).reshape(rows, length) % vocab
     return ids, torch.ones_like(ids)
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Of the device; on the CPU what the machine, and the container if there is one, still has."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + cached
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
-    with contextlib.suppress(OSError, ValueError):  # "max": no limit
-        group = Path("/sys/fs/cgroup")
-        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return min(found)

@@ -15,6 +15,7 @@ import torch
 
 from gircse.floors import ModelFacts
 from gircse.live_memory import Batch, StepMemory, step_memory
+from gircse.quiet import quiet_peft
 from gircse.train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def _meta_base(config: TrainConfig, model_config: PretrainedConfig) -> tuple[Any
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from gircse.train import lora_config
+    from gircse.trainable import lora_config
 
     dtype = getattr(model_config, "dtype", None) if config.dtype == "auto" else config.dtype
     if isinstance(dtype, str):
@@ -105,7 +106,8 @@ def _meta_base(config: TrainConfig, model_config: PretrainedConfig) -> tuple[Any
     with torch.device("meta"):
         base: Any = AutoModelForCausalLM.from_config(model_config, dtype=dtype or torch.float32)
     facts = ModelFacts.of(base)
-    get_peft_model(base, lora_config(base, config)).train()  # puts the adapters into `base` itself
+    with quiet_peft():
+        get_peft_model(base, lora_config(base, config)).train()  # puts the adapters into `base` itself
     if config.gradient_checkpointing:
         getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)({"use_reentrant": False})
     return base, facts

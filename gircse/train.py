@@ -5,9 +5,9 @@
 
 Every step: a batch of rows -> tokens -> rollout of queries and of candidates -> K contrastive losses -> ICR objective
 -> LoRA update. A batch that is too large for the memory goes through in micro-batches (`gircse.grad_cache`), of several
-processes each has a share of it (`gircse.distributed`); neither changes what is computed. A run folder holds
-`train_config.json`, `train_data.json`, `train_log.jsonl` (one line a step), `checkpoints/`, and at the end `model/`,
-which `GIRCSE.from_pretrained` loads.
+processes each has a share of it (`gircse.distributed`); neither changes what is computed. A run folder holds what the
+run is (`gircse.run_folder`), `train_log.jsonl` (one line a step), `checkpoints/`, and at the end `model/`, which
+`GIRCSE.from_pretrained` loads.
 """
 
 from __future__ import annotations
@@ -24,24 +24,26 @@ import torch
 from torch import Tensor
 
 from gircse import ops
-from gircse.atomic import new_file, remove_leftovers
-from gircse.batches import Example, TrainingData, false_negatives
+from gircse.atomic import remove_leftovers
+from gircse.batches import Example, TrainingData, mask_of
 from gircse.checkpoint import checkpoint_folder, list_checkpoints, load_checkpoint, save_checkpoint, save_failure
-from gircse.data import Row
+from gircse.data import Row, load_rows
 from gircse.distributed import Ranks, digest_of, digest_of_rows, join_ranks, step_seed
-from gircse.encode import tokenize
+from gircse.encode import prompt_limit, tokenize
+from gircse.evaluate import RetrievalTask, evaluate_retrieval
 from gircse.folder_lock import folder_lock
 from gircse.grad_cache import MicroBatch, backward, micro_batches, positions
-from gircse.loading import load_pretrained
+from gircse.instruction_length import warn_of_rows
 from gircse.model import GIRCSE
-from gircse.run_log import LOG_NAME, open_log, start_log
+from gircse.run_folder import CONFIG_NAME, check_data, check_model, check_settings, start_of, write_start
+from gircse.run_log import open_log, start_log
+from gircse.schedule import learning_rate, set_learning_rate
 from gircse.signals import TrainingStopped, stop_on_signals
 from gircse.step_monitor import StepMonitor
 from gircse.token_budget import probe_budget
-from gircse.train_config import LORA_TARGETS, TrainConfig
+from gircse.train_config import TrainConfig
+from gircse.trainable import trainable_model
 
-CONFIG_NAME = "train_config.json"
-DATA_NAME = "train_data.json"
 Evaluation = Callable[[GIRCSE], dict[str, Any]]
 
 
@@ -68,7 +70,7 @@ def train(
         rows: training rows; default: read from `config.data`. All of it is checked before anything starts.
         model: a model to train, its base in memory, without an adapter; default: `config.model` is loaded.
         evaluate: called every `config.eval_every` steps and at the end, in every process; what it returns in the first
-            goes into the log.
+            goes into the log. Default: retrieval on `config.eval_data`, where there is one.
 
     Raises:
         DataError: bad rows, each with file, line and reason.
@@ -88,30 +90,32 @@ def train(
         folder_lock(run if ranks.first else None),
     ):
         if ranks.first:
-            _check_run_folder(run, config)
+            check_settings(run, config)
+        if evaluate is None and config.eval_data is not None:
+            evaluate = _evaluation(config)
         if config.fsdp and evaluate is not None:
             raise ValueError("fsdp: got an evaluation during the run as well; evaluate the saved model instead")
         data = TrainingData.open(config, rows=rows)
-        if ranks.first and config.resume and (run / DATA_NAME).exists():
-            data.check_continues(run / DATA_NAME)
-        ranks.share(config.batch_size)  # enough rows for every process?
         total_steps = config.max_steps or data.steps_per_epoch
+        if ranks.first and config.resume:
+            check_data(run, data, total_steps)
+        ranks.share(config.batch_size)  # enough rows for every process?
 
         torch.manual_seed(config.seed)
         model = trainable_model(config, model, ranks=ranks)
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-        scheduler = linear_schedule(optimizer, total_steps, config.warmup_ratio)
-        done = 0
+        start, done = start_of(model, config), 0
+        if ranks.first and config.resume:
+            check_model(run, config, start)
         if config.resume and (found := list_checkpoints(run)):
-            done = load_checkpoint(found[-1], model, optimizer, scheduler)
+            done = load_checkpoint(found[-1], model, optimizer)
         model.train()
         config = replace(config, micro_batch_tokens=_budget(run, config, model, ranks))
 
         log: list[dict[str, Any]] = []
         if ranks.first:
-            _write(run / CONFIG_NAME, config.to_json())
-            _write(run / DATA_NAME, data.to_json())
+            write_start(run, config, data, start)
             log = start_log(run, up_to=done)
             for folder in (run, checkpoint_folder(run)):
                 remove_leftovers(folder)
@@ -126,7 +130,7 @@ def train(
                 if ranks.same(step + 1, rows=position, weights=weights, stop=stop.requested):
                     record.sync()
                     if ranks.first:
-                        save_checkpoint(run, step, model, optimizer, scheduler, keep=config.keep_checkpoints)
+                        save_checkpoint(run, step, model, optimizer, keep=config.keep_checkpoints)
                     raise _stopped(run, step, ranks)
                 num_steps = config.steps_at(step)
                 batch = collate(model, examples, config, share=ranks.share(len(examples)))
@@ -142,12 +146,14 @@ def train(
                     what = {"step": step + 1, "loss": str(loss.item()), "losses": list(map(str, losses.tolist()))}
                     what |= {"grad_norm": str(grad_norm.item()), "seed": config.seed, "rows": names}
                     if ranks.first:
-                        save_failure(run, step + 1, model, optimizer, scheduler, what)
+                        save_failure(run, step + 1, model, optimizer, what)
                     ranks.wait()
                     raise _not_finite(run, what)
-                learning_rate = scheduler.get_last_lr()[0]
+                rate = learning_rate(
+                    config.learning_rate, step, total_steps=total_steps, warmup_ratio=config.warmup_ratio
+                )
+                set_learning_rate(optimizer, rate)
                 optimizer.step()
-                scheduler.step()
                 optimizer.zero_grad(set_to_none=True)
 
                 seconds = monitor.seconds()
@@ -160,7 +166,7 @@ def train(
                     "losses": losses.tolist(),
                     "entropy": [sum(map(float.__mul__, each, texts)) / sum(texts) for each in entropies],
                     "grad_norm": grad_norm.item(),
-                    "learning_rate": learning_rate,
+                    "learning_rate": rate,
                     "tokens_per_second": sum(tokens) / whole,
                     "seconds": whole,
                     "time": {phase: value / whole for phase, value in seconds.items()},
@@ -176,73 +182,13 @@ def train(
                 record.write(entry)
                 if ranks.first and (last or (step + 1) % config.save_every == 0):
                     record.sync()
-                    save_checkpoint(run, step + 1, model, optimizer, scheduler, keep=config.keep_checkpoints)
+                    save_checkpoint(run, step + 1, model, optimizer, keep=config.keep_checkpoints)
 
         model.eval()
         if ranks.first:
             model.save_pretrained(run / "model")
         ranks.wait()
     return TrainResult(model, log, run / "model")
-
-
-def trainable_model(config: TrainConfig, model: GIRCSE | None = None, *, ranks: Ranks | None = None) -> GIRCSE:
-    """The base of `config.model` (or of `model`), frozen, with fresh LoRA adapters in float32 on it; its layers shared
-    out over the processes where `config.fsdp` asks for that."""
-    from peft import get_peft_model
-
-    ranks = ranks or Ranks(torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu")))
-    if model is None:
-        if not ranks.first:
-            _quiet()
-        base, tokenizer, _ = load_pretrained(
-            config.model,
-            adapter=None,
-            dtype=config.dtype,
-            device="cpu" if config.fsdp else ranks.device,
-            attn_implementation=None,
-            trust_remote_code=False,
-            quantization=config.quantization,
-        )
-    else:
-        base, tokenizer = model.base, model.tokenizer
-    if hasattr(base, "peft_config"):
-        raise ValueError(
-            f"model: got {config.model or type(base).__name__} with an adapter on it, expected a plain base model"
-        )
-    adapted = GIRCSE(get_peft_model(base, lora_config(base, config)), tokenizer, config.gircse_config())
-    if config.gradient_checkpointing:
-        adapted.gradient_checkpointing_enable()
-    if config.fsdp:
-        from gircse.sharding import shard_layers
-
-        shard_layers(adapted, ranks)
-    return adapted
-
-
-def lora_config(base: torch.nn.Module, config: TrainConfig) -> Any:
-    """PEFT's `LoraConfig` of a run on `base`."""
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=lora_targets(base, config.lora_targets),
-        task_type="CAUSAL_LM",
-    )
-
-
-def lora_targets(base: torch.nn.Module, wanted: Sequence[str] = LORA_TARGETS) -> list[str] | str:
-    """The layer names of `wanted` that `base` has; "all-linear" where it has none of the default ones.
-
-    Raises:
-        ValueError: names were asked for that the model does not have.
-    """
-    names = {name.rsplit(".", 1)[-1] for name, _ in base.named_modules()}
-    targets = [name for name in wanted if name in names]
-    if not targets and tuple(wanted) != LORA_TARGETS:
-        raise ValueError(f"lora_targets: the model has no layer named {', '.join(wanted)}")
-    return targets or "all-linear"
 
 
 class Batch(NamedTuple):
@@ -252,7 +198,8 @@ class Batch(NamedTuple):
         queries: token ids of its B queries.
         passages: of its candidates, [pos_0, negatives of 0.., pos_1, ..].
         target: [B] int64, each row's positive among `passages`; rows may have different numbers of negatives.
-        mask: [B, candidates of all processes] bool or None; True: does not count for that row.
+        mask: [B, candidates of all processes] bool or None, where queries are candidates too with all of those after
+            them; True: does not count for that row.
     """
 
     queries: list[list[int]]
@@ -274,7 +221,12 @@ def collate(model: GIRCSE, examples: Sequence[Example], config: TrainConfig, *, 
     own = examples[share] if share is not None else examples
     passages = [[example.positive, *example.negatives] for example in own]
     counts = torch.tensor([len(texts) for texts in passages])
-    mask = false_negatives(examples) if config.filter_false_negatives else None
+    mask = mask_of(examples, include_queries=config.include_queries) if config.filter_false_negatives else None
+    limits = {
+        name: prompt_limit(model, getattr(config, name), config.max_num_steps)
+        for name in ("query_max_length", "passage_max_length")
+    }
+    warn_of_rows(model, [example.instruction for example in own], **limits)
     tokens = partial(tokenize, model, instruction=None, num_steps=config.max_num_steps)
     return Batch(
         tokens([example.query for example in own], max_length=config.query_max_length),
@@ -338,22 +290,15 @@ def contrastive_backward(
     return loss, losses, len(parts)
 
 
-def linear_schedule(
-    optimizer: torch.optim.Optimizer, total_steps: int, warmup_ratio: float
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """Linear warm-up over `warmup_ratio` of the steps, then linear decay to zero."""
-    from transformers import get_linear_schedule_with_warmup
+def _evaluation(config: TrainConfig) -> Evaluation:
+    """Retrieval on `config.eval_data`, at the K that the model is saved with."""
+    task = RetrievalTask.from_rows(load_rows(config.eval_data, instruction=config.eval_instruction))
+    steps = [config.gircse_config().num_steps]
 
-    return get_linear_schedule_with_warmup(optimizer, math.ceil(warmup_ratio * total_steps), total_steps)
+    def evaluate(model: GIRCSE) -> dict[str, Any]:
+        return {str(k): values for k, values in evaluate_retrieval(model, task, steps=steps).items()}
 
-
-def _check_run_folder(run: Path, config: TrainConfig) -> None:
-    if config.resume:
-        if not (run / CONFIG_NAME).is_file():
-            raise FileNotFoundError(f"resume: {run} holds no run, and so no checkpoint to go on from")
-        config.check_continues(TrainConfig.from_json(run / CONFIG_NAME))
-    elif (run / LOG_NAME).exists():
-        raise FileExistsError(f"output: {run} holds a run already; resume it, or name another folder")
+    return evaluate
 
 
 def _budget(run: Path, config: TrainConfig, model: GIRCSE, ranks: Ranks) -> int:
@@ -382,17 +327,6 @@ def _not_finite(run: Path, what: dict[str, Any]) -> FloatingPointError:
         f"{first}; seed {what['seed']}. Nothing of this step was kept: the state before it and the names of its rows "
         f"are in {run / 'failed'}, the checkpoints are whole"
     )
-
-
-def _write(path: Path, text: str) -> None:
-    with new_file(path) as partial_file:
-        partial_file.write_text(text, encoding="utf-8")
-
-
-def _quiet() -> None:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 if __name__ == "__main__":  # torchrun -m gircse.train

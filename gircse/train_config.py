@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,9 @@ BATCHINGS = ("homogeneous", "mixed")
 
 # What may differ between a run and its continuation: where it writes, how often, and how it looks.
 _FREE_ON_RESUME = frozenset(
-    {"output", "resume", "save_every", "keep_checkpoints", "eval_every", "progress", "device"}
+    {"output", "resume", "save_every", "keep_checkpoints", "eval_every", "eval_data", "progress", "device"}
     | {"micro_batch_tokens", "fsdp", "wandb", "rank_timeout"}
+    | {"max_steps"}  # a run may become longer: `gircse.run_folder.check_data`
 )
 
 
@@ -31,6 +32,9 @@ class TrainConfig(Knobs):
     """Settings of `gircse.train.train`. Defaults are the paper's (SPEC 1.6) where it gives one."""
 
     model: str = _knob("", "base model: folder or hub name")
+    adapter: str | None = _knob(
+        None, "saved LoRA folder to go on training, on `model` or on the base that it names; default: fresh LoRA"
+    )
     data: tuple[str, ...] = _knob((), "training rows: JSONL files or saved `datasets` folders")
     weights: tuple[float, ...] = _knob((), "share of the batches of each of `data`; default: by its number of rows")
     instructions: tuple[str, ...] = _knob(
@@ -50,7 +54,9 @@ class TrainConfig(Knobs):
     contrastive_temperature: float = _knob(0.02, "tau of the contrastive loss")
     include_queries: bool = _knob(False, "the other queries of a batch are negatives too")
     symmetric: bool = _knob(False, "the mean of this loss and that of each positive among all queries")
-    filter_false_negatives: bool = _knob(True, "candidates with the text of a row's positive do not count for it")
+    filter_false_negatives: bool = _knob(
+        True, "candidates that are a row's query, or a positive of any row with it, do not count for it"
+    )
     pooling: str = _knob("mean", "steps to embedding: mean, last or weighted")
     temperature: float = _knob(1.0, "logit temperature T of the soft tokens")
     append_eos: bool = _knob(False, "append the end-of-sequence token to every prompt")
@@ -58,8 +64,8 @@ class TrainConfig(Knobs):
     batch_size: int = _knob(32, "rows per step; all positives and negatives of a batch are candidates")
     batching: str = _knob("homogeneous", "rows of a batch: 'homogeneous' (all of one of `data`) or 'mixed'")
     max_steps: int | None = _knob(None, "optimizer steps; default: one pass over the data")
-    query_max_length: int = _knob(256, "tokens of a query")
-    passage_max_length: int = _knob(2048, "tokens of a positive or negative")
+    query_max_length: int = _knob(256, "tokens of a query; the saved model encodes with it, too")
+    passage_max_length: int = _knob(2048, "tokens of a positive or negative; the saved model encodes with it, too")
     max_negatives: int | None = _knob(None, "hard negatives used per row; default: all it has")
     learning_rate: float = _knob(1e-5, "peak learning rate of AdamW")
     weight_decay: float = _knob(0.0, "weight decay of AdamW")
@@ -78,7 +84,14 @@ class TrainConfig(Knobs):
     save_every: int = _knob(100, "steps between checkpoints")
     keep_checkpoints: int = _knob(2, "checkpoints kept")
     eval_every: int | None = _knob(None, "steps between evaluations; default: only at the end")
-    resume: bool = _knob(False, "go on from the newest checkpoint of `output`")
+    eval_data: str | None = _knob(
+        None,
+        "rows to evaluate on (retrieval over their positives and negatives), at the end and every `eval_every` steps",
+    )
+    resume: bool = _knob(
+        False,
+        "go on from the newest checkpoint of `output`; on the command line with the run's settings for all others",
+    )
     progress: bool = _knob(True, "show a progress bar")
     # memory and machines
     micro_batch_tokens: int | None = _knob(
@@ -95,8 +108,8 @@ class TrainConfig(Knobs):
         self.check_types()
         self.expect("num_steps", _step_range(self.num_steps) is not None, "an integer >= 0 or a range such as '3:10'")
         self.expect("inference_steps", self.inference_steps is None or self.inference_steps >= 0, "an integer >= 0")
-        self.gircse_config()  # checks pooling, temperature, append_eos and the like
         self.expect_counts("batch_size", "query_max_length", "passage_max_length", "lora_r", "lora_alpha")
+        self.gircse_config()  # checks pooling, temperature, append_eos and the like
         self.expect_counts("save_every", "keep_checkpoints", "max_steps", "eval_every", "micro_batch_tokens")
         self.expect("max_negatives", self.max_negatives is None or self.max_negatives >= 0, "an integer >= 0")
         self.expect_positive("contrastive_temperature", "learning_rate", "max_grad_norm", "rank_timeout")
@@ -107,6 +120,9 @@ class TrainConfig(Knobs):
         self.expect("reduction", self.reduction in ("mean", "sum"), "'mean' or 'sum'")
         self.expect("batching", self.batching in BATCHINGS, "'homogeneous' or 'mixed'")
         self.expect("weights", all(0 < weight < float("inf") for weight in self.weights), "numbers > 0")
+        for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_targets"):
+            own = self.adapter is None or getattr(self, name) == getattr(TrainConfig, name)
+            self.expect(name, own, "no value beside `adapter`, which has its own")
         for name in ("weights", "instructions"):
             given = len(getattr(self, name))
             fits = not given or not self.data or given == len(self.data)
@@ -139,7 +155,14 @@ class TrainConfig(Knobs):
             temperature=self.temperature,
             append_eos=self.append_eos,
             include_prompt_state=self.include_prompt_state,
+            query_max_length=self.query_max_length,
+            passage_max_length=self.passage_max_length,
         )
+
+    @property
+    def eval_instruction(self) -> str | None:
+        """What stands in for `eval_data`'s rows without "prompt": the one of `instructions` where all are the same."""
+        return self.instructions[0] if len(set(self.instructions)) == 1 else None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
@@ -160,12 +183,13 @@ class TrainConfig(Knobs):
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from None
 
-    def check_continues(self, earlier: TrainConfig) -> None:
-        """Raises ValueError naming the settings in which a resumed run differs from the run it continues."""
+    def check_continues(self, earlier: TrainConfig, *, free: Collection[str] = ()) -> None:
+        """Raises ValueError naming the settings in which a resumed run differs from the run it continues; `free` ones
+        may differ, too."""
         changed = [
             f"{f.name}: was {getattr(earlier, f.name)!r}, is {getattr(self, f.name)!r}"
             for f in fields(self)
-            if f.name not in _FREE_ON_RESUME and getattr(earlier, f.name) != getattr(self, f.name)
+            if f.name not in _FREE_ON_RESUME | set(free) and getattr(earlier, f.name) != getattr(self, f.name)
         ]
         if changed:
             raise ValueError("resume: the run was started with other settings: " + "; ".join(changed))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from gircse.floors import Ceilings, ModelFacts, Work
 from gircse.gpus import Gpu, find_gpu
+from gircse.integers import check_integer
 from gircse.live_memory import Batch, StepMemory
 from gircse.ops.info_nce_op import VECTOR_BYTES
 from gircse.ops.tiles_torch import WORKSPACE_BYTES
@@ -291,5 +292,5 @@ def _heading(
 
 def _check(**values: int | None) -> None:
     for name, value in values.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name}: got {value!r}, expected an integer >= 1")
+        if value is not None:
+            check_integer(name, value, least=1)

@@ -163,7 +163,7 @@ def test_texts_settle_where_auto_stops_them(model):
 def test_no_measured_gain_is_a_warning_and_a_gain_is_none(model, monkeypatch):
     def warned(values: dict[int, float]) -> list[str]:
         ranks = iter([[[9]] * len(QUERIES), *([[values[k]]] * len(QUERIES) for k in STEPS)])
-        monkeypatch.setattr("gircse.analysis.relevant_ranks", lambda *args: next(ranks))
+        monkeypatch.setattr("gircse.analysis.relevant_ranks", lambda *args, **options: next(ranks))
         return [w["signature"] for w in analyze(model, TASK, steps=STEPS, sample=1)["warnings"]]
 
     assert "no-gain" in warned({1: 2, 2: 2, 4: 2, 9: 2})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from dataclasses import astuple
@@ -12,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gircse.batches import Example, TrainingData, false_negatives
+from gircse.batches import Example, TrainingData, mask_of
 from gircse.data import Row
 from gircse.data_error import DataError
+from gircse.false_negatives import false_negatives
 from gircse.sources import RecordSource
 from gircse.train_config import TrainConfig
 
@@ -231,14 +233,18 @@ def test_a_run_goes_on_with_the_data_it_began_with(tmp_path):
 # ---------------------------------------------------------------- false negatives
 
 
-def example(positive: str, *negatives: str, others: tuple[str, ...] = ()) -> Example:
-    return Example("x:1", "q", positive, negatives, others)
+_numbers = itertools.count()
+
+
+def example(positive: str, *negatives: str, query: str | None = None, others: tuple[str, ...] = ()) -> Example:
+    """Its query is no other example's where none is given."""
+    return Example("x:1", f"q {next(_numbers)}" if query is None else query, positive, negatives, others)
 
 
 def test_duplicates_of_a_positive_are_masked():
     batch = [example("p", "n"), example("q", "p", "p"), example("p"), example("s", "s", "n")]
     # candidates:  p n | q p p | p | s s n
-    mask = false_negatives(batch)
+    mask = mask_of(batch)
     assert mask.dtype == torch.bool
     assert mask.int().tolist() == [
         [0, 0, 0, 1, 1, 1, 0, 0, 0],
@@ -251,7 +257,7 @@ def test_duplicates_of_a_positive_are_masked():
 def test_all_listed_positives_and_only_white_space_is_forgiven():
     batch = [example("a", others=("b", "a")), example("B", "b"), example(" a\n", "a  c"), example("a c")]
     # candidates:  a | B b | a_ "a  c" | "a c"
-    assert false_negatives(batch).int().tolist() == [
+    assert mask_of(batch).int().tolist() == [
         [0, 0, 1, 1, 0, 0],
         [0, 0, 0, 0, 0, 0],
         [1, 0, 0, 0, 0, 0],
@@ -259,28 +265,72 @@ def test_all_listed_positives_and_only_white_space_is_forgiven():
     ]
 
 
+def test_rows_with_the_same_query_have_the_positives_of_each_other():
+    """One positive a line is a common layout; what one line calls a negative may be right by another one."""
+    batch = [
+        example("a", "n", query="q"),
+        example("b", "a", query=" q ", others=("c",)),
+        example("c", query="other"),
+        example("n", query="Q"),
+    ]
+    # candidates:  a n | b a | c | n
+    assert mask_of(batch).int().tolist() == [
+        [0, 0, 1, 1, 1, 0],
+        [1, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 0],
+        [0, 1, 0, 0, 0, 0],
+    ]
+
+
+def test_queries_as_candidates_are_masked_too():
+    batch = [
+        example("a", query="q"),
+        example("q", query="r"),  # symmetric: a pair that comes the other way round elsewhere
+        example("r", query="q"),
+        example("z", query="a"),
+    ]
+    # candidates:  a | q | r | z, then the queries  q r q a
+    assert mask_of(batch, include_queries=True).int().tolist() == [
+        [0, 1, 1, 0, 0, 1, 1, 1],
+        [0, 0, 1, 0, 1, 0, 1, 0],
+        [1, 1, 0, 0, 1, 1, 0, 1],
+        [1, 0, 0, 0, 0, 0, 0, 0],
+    ]
+    assert mask_of([example("a"), example("b")], include_queries=True) is None
+
+
 def test_nothing_to_mask():
-    assert false_negatives([example("a", "n"), example("b", "n")]) is None
-    assert false_negatives([example("a", others=("c",))]) is None
-    assert false_negatives([]) is None
+    assert mask_of([example("a", "n"), example("b", "n")]) is None
+    assert mask_of([example("a", others=("c",))]) is None
+    assert mask_of([]) is None
 
 
 texts = st.sampled_from(["a", "b", " a", "c  d", "c d", "e"])
+row_of_texts = st.tuples(texts, texts, st.lists(texts, max_size=3), st.lists(texts, max_size=2))
 
 
-@given(st.lists(st.tuples(texts, st.lists(texts, max_size=3), st.lists(texts, max_size=2)), max_size=6))
-def test_the_mask_is_its_definition(batch):
-    examples = [example(positive, *negatives, others=tuple(others)) for positive, negatives, others in batch]
+@given(st.lists(row_of_texts, max_size=6), st.booleans())
+def test_the_mask_is_its_definition(batch, include_queries):
+    examples = [example(positive, *negs, query=query, others=tuple(others)) for query, positive, negs, others in batch]
     candidates, targets = [], []
     for e in examples:
         targets.append(len(candidates))
         candidates += [e.positive, *e.negatives]
+    count = len(candidates)
+    candidates += [e.query for e in examples] * include_queries
+
+    def right(text: str, row: int) -> bool:
+        same = [e for e in examples if e.query.split() == examples[row].query.split()]
+        return any(text.split() == p.split() for e in same for p in (e.query, e.positive, *e.other_positives))
+
     expected = [
-        [
-            place != target and any(c.split() == p.split() for p in (e.positive, *e.other_positives))
-            for place, c in enumerate(candidates)
-        ]
-        for e, target in zip(examples, targets, strict=True)
+        [place not in (target, count + row) and right(c, row) for place, c in enumerate(candidates)]
+        for row, target in enumerate(targets)
     ]
-    mask = false_negatives(examples)
+    mask = mask_of(examples, include_queries=include_queries)
     assert (mask.tolist() if mask is not None else None) == (expected if any(map(any, expected)) else None)
+
+
+def test_texts_may_be_token_ids():
+    queries, candidates = [(1, 2), (1, 2)], [(3,), (4,), (5,), (1, 2)]
+    assert false_negatives(queries, candidates, [0, 1]).int().tolist() == [[0, 1, 0, 1], [1, 0, 0, 1]]

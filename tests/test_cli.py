@@ -6,12 +6,15 @@ import io
 import json
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
+from peft import LoraConfig, get_peft_model
 
 from gircse import GIRCSE
 from gircse.cli import main
+from gircse.quiet import quiet_peft
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 TEXTS = ["one text", "another, longer text", "x", "{braces} stay"]
@@ -50,6 +53,20 @@ def test_help_names_every_option_and_needs_no_model(command, capsys):
 def test_help_is_fast_because_nothing_heavy_is_imported():
     code = "import sys; from gircse.cli import build_parser; build_parser(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_ordinary_use_is_silent(base, tmp_path):
+    """Every filter off: not a single warning, with an adapter on the base."""
+    with quiet_peft():
+        adapted = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "texts.txt").write_text("a\nb\n")
+    model = ["--model", str(base), "--adapter", str(tmp_path / "adapter")]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert main(["encode", str(tmp_path / "texts.txt"), *model, "--output", str(tmp_path / "out.npy")]) == 0
+        assert main(["inspect", "a", *model]) == 0
+    assert [str(warning.message) for warning in caught if not issubclass(warning.category, ResourceWarning)] == []
 
 
 @pytest.mark.parametrize("name", ["texts.txt", "texts.jsonl"])

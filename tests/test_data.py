@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import json
 import pickle
+import warnings
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from gircse.data import (
     read_jsonl,
 )
 from gircse.data_error import MAX_REPORTED
+from gircse.sources import JsonlSource, RecordSource
 
 GOOD = {"prompt": "Given a question, retrieve passages", "query": "q", "pos": ["p"], "neg": ["n", "m"]}
 ROW = Row("Given a question, retrieve passages", "q", ("p",), ("n", "m"))
@@ -51,7 +53,75 @@ def test_optional_fields_and_plain_strings():
     assert parse_row(ROW) == ROW
 
 
+DOUBTS = {
+    ("neg", "negs"): 'there is no "neg", and the field "negs" is ignored: was it meant?',
+    ("neg", "hard_negatives"): 'there is no "neg", and the field "hard_negatives" is ignored: was it meant?',
+    ("prompt", "instruction"): 'there is no "prompt", and the field "instruction" is ignored: was it meant?',
+}
+
+
+def warned(read, *args, **options) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        read(*args, **options)
+    return [str(w.message) for w in caught if w.category is UserWarning]
+
+
+@pytest.mark.parametrize(("field", "name"), DOUBTS)
+def test_a_field_that_is_meant_for_another_is_named_once(tmp_path, field, name):
+    row = {key if key != field else name: value for key, value in GOOD.items()}
+    lines = [json.dumps(GOOD), *[json.dumps(row)] * 3]
+    path = write(tmp_path / "a.jsonl", *map(str.encode, lines))
+    for read in (read_jsonl, JsonlSource):
+        found = warned(read, path, instruction="given")
+        assert found == [f"{path}:2: {DOUBTS[field, name]} (and so in 2 more rows)"]
+    for read in (load_rows, lambda rows, **options: RecordSource("rows", rows, **options)):
+        assert warned(read, [row], instruction="given") == [f"rows:row 0: {DOUBTS[field, name]}"]
+
+
+@pytest.mark.parametrize("text", ['["a", "b"]', "['a']", ' [ "a\\nb" ]\n'])
+def test_a_list_inside_a_string_is_named_once(text):
+    for value in (text, [text], ["p", text]):
+        rows = [{**GOOD, "neg": value}] * 2
+        assert parse_row(rows[0]).negatives[-1] == text
+        assert warned(load_rows, rows) == [
+            'rows:row 0: "neg" holds a list that is written inside a string: it is taken for one text'
+            " (and so in 1 more rows)"
+        ]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        GOOD,
+        {**GOOD, "neg": []},
+        {**GOOD, "negs": ["x"], "instruction": "y"},
+        {"prompt": "i", "query": "q", "pos": ["[1] a note"], "neg_scores": [0.5], "n_pos": 3},
+        {"prompt": "i", "query": "[]", "pos": ["[a]", '["a" and "b"'], "neg": None},
+    ],
+)
+def test_what_is_in_no_doubt_is_not_warned_of(row):
+    assert warned(load_rows, [row]) == []
+
+
+def test_joined_files(tmp_path):
+    """A byte order mark in the middle: where a file's first line is a line, it is read; otherwise it is named."""
+    bom = b"\xef\xbb\xbf"
+    path = write(tmp_path / "a.jsonl", bom + LINE, bom + LINE, LINE)
+    source = JsonlSource(path)
+    assert read_jsonl(path) == [source.row(i) for i in range(3)] == [ROW] * 3
+    with pytest.raises(DataError) as caught:
+        read_jsonl(write(tmp_path / "b.jsonl", LINE + bom + LINE))
+    assert caught.value.problems[0].endswith(
+        "b.jsonl:1: invalid JSON: a byte order mark, as if two files had been joined without a line break between "
+        f"them, at column {len(LINE) + 1}"
+    )
+
+
 BAD_LINES = {
+    b'{"query": "a\tb"}': "invalid JSON: Invalid control character at column 13",
+    b'{"query": "a': "invalid JSON: Unterminated string starting at column 11",
+    b'{"prompt": "i", "query": "q", "positives": ["p"]}': 'the field "pos" is missing, and "positives" is ignored',
     b"{": "invalid JSON: Expecting property name enclosed in double quotes at column 2",
     b"{} {}": "invalid JSON: Extra data at column 4",
     b"[1]": "expected an object with the fields prompt, query, pos and neg, got a list",

@@ -195,6 +195,93 @@ def test_a_model_that_was_cast_is_encoded_in_its_new_dtype():
     np.testing.assert_allclose(model.double().encode(TEXTS), single, atol=1e-5)
 
 
+AUTOCAST = {"device_type": "cpu", "dtype": torch.bfloat16}
+
+
+def everything(model):
+    """Numbers of every way to encode, prefix and early stopping included."""
+    inspections = model.inspect(TEXTS[:2], instruction="the same for all")
+    return [
+        model.encode(TEXTS),
+        model.encode(TEXTS, instruction="the same for all", return_steps=True),
+        model.encode(TEXTS, num_steps="auto", tolerance=0.05),
+        np.stack(list(model.encode_stream(TEXTS, num_steps=0, window=2))),
+        np.array([[s.entropy, s.tail_mass, s.state_cosine, *s.probabilities] for i in inspections for s in i.steps]),
+        Engine(model.causal_lm).states([[3, 4, 5], [6]], 2).float().numpy(),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_around_it_changes_no_bit_and_leaves_nothing_behind(dtype):
+    expected = everything(GIRCSE(tiny_model("llama", dtype=dtype), tiny_tokenizer()))
+    with torch.autocast(**AUTOCAST):
+        model = GIRCSE(tiny_model("llama", dtype=dtype), tiny_tokenizer())
+        inside = everything(model)
+        assert torch.is_autocast_enabled("cpu")
+        with model.inference() as engine:
+            limits = engine.report().limits
+        rollout = model.rollout(torch.tensor([[3, 4]]), torch.ones(1, 2).long())
+    with model.inference() as engine:  # the same engine, whose buffers were made inside
+        assert engine.report().limits == limits
+    for found in (inside, everything(model)):
+        for ours, theirs in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    # training is what autocast is for
+    plain = model.rollout(torch.tensor([[3, 4]]), torch.ones(1, 2).long())
+    assert torch.equal(rollout, plain) == (dtype == torch.bfloat16)
+
+
+def extended(model):
+    """The model with a tokenizer that knows tokens which it has no embeddings for."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<{i}>" for i in range(40)])
+    return GIRCSE(model.base, tokenizer, model.config)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: model.encode(["a", "b <39>"]),
+        lambda model: model.encode("b <39>", num_steps=0),
+        lambda model: list(model.encode_stream(["b <39>"])),
+        lambda model: model.inspect("b <39>"),
+        lambda model: model.rollout(torch.tensor([[3, 159]]), torch.ones(1, 2).long()),
+        lambda model: Engine(model.causal_lm).states([[3], [159, 4]], 1),
+    ],
+    ids=["encode", "no steps", "stream", "inspect", "rollout", "engine"],
+)
+def test_tokens_without_an_embedding_are_named(model, use):
+    bad = extended(model)
+    assert bad.tokenizer("b <39>")["input_ids"][-1] == 159
+    with pytest.raises(
+        ValueError, match="input_ids: got .* to 159, expected token ids from 0 to 130: the tokenizer has"
+    ):
+        use(bad)
+    assert bad.encode("a").shape == (32,)
+
+
+def test_negative_token_ids_are_named(model):
+    with pytest.raises(ValueError, match="input_ids: got -1 to 4, expected token ids from 0 to 130$"):
+        Engine(model.causal_lm).states([[3, -1], [4]], 1)
+
+
+@pytest.mark.parametrize("append_eos", [False, True])
+def test_a_tokenizer_that_truncates_on_the_left_keeps_the_end(append_eos):
+    tokenizer = tiny_tokenizer()
+    tokenizer.truncation_side = "left"
+    model = GIRCSE(tiny_model("llama"), tokenizer, GircseConfig(num_steps=2, append_eos=append_eos))
+    room = 12 - append_eos
+    with pytest.warns(
+        UserWarning, match="2 of 6 texts are longer than max_length=12 tokens and were cut at the beginning"
+    ):
+        cut = model.encode(TEXTS, max_length=12)
+    np.testing.assert_allclose(model.encode([text[-room:] for text in TEXTS]), cut, atol=1e-6)
+    assert np.abs(cut[1] - model.encode(TEXTS[1][:room])).max() > 1e-3
+    if append_eos:  # no room for the text at all
+        with pytest.warns(UserWarning, match="cut at the beginning"):
+            np.testing.assert_allclose(model.encode("abc", max_length=1), model.encode(""), atol=1e-6)
+
+
 def test_copies_and_pickles_work_after_encoding(model):
     expected = model.encode(TEXTS)
     np.testing.assert_array_equal(copy.deepcopy(model).encode(TEXTS), expected)

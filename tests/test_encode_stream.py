@@ -12,6 +12,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from gircse import GIRCSE, GircseConfig
 from tests.tiny_models import tiny_model, tiny_tokenizer
@@ -115,6 +116,50 @@ def test_cut_texts_are_counted_once(model):
 def test_bad_input_is_named_before_anything_is_read(model, texts, options, error, message):
     with pytest.raises(error, match=message):
         model.encode_stream(texts, **options)
+
+
+def adapted():
+    base = get_peft_model(tiny_model("llama"), LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    base.add_adapter("other", LoraConfig(r=4, target_modules=["v_proj", "down_proj"]))
+    for name, parameter in base.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return GIRCSE(base, tiny_tokenizer(), GircseConfig(num_steps=2)).eval()
+
+
+def scaled_in_place(model):
+    with torch.no_grad():
+        for parameter in model.base.parameters():
+            parameter.mul_(1.5)
+
+
+def scaled_past_the_version_counter(model):
+    for parameter in model.base.parameters():
+        parameter.data.mul_(1.5)
+
+
+CHANGES = {
+    "set_adapter": lambda model: model.base.set_adapter("other"),
+    "load_state_dict": lambda model: model.load_state_dict({n: 1.5 * t for n, t in model.state_dict().items()}),
+    "in place": scaled_in_place,
+    ".data": scaled_past_the_version_counter,
+    "merge_adapter": lambda model: model.merge_adapter(),
+    "another table": lambda model: model.base.get_base_model().set_input_embeddings(torch.nn.Embedding(131, 32)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_what_is_changed_between_windows_counts_from_the_next_one_on(change):
+    """Also for the instruction that all texts begin with, whose keys and values are those of one window."""
+    model = adapted()
+    stream = model.encode_stream(TEXTS, instruction="the same for every text", window=6)
+    before = np.stack([next(stream) for _ in range(6)])
+    change(model)
+    after = np.stack(list(stream))
+    fresh = model.encode(TEXTS, instruction="the same for every text")
+    np.testing.assert_allclose(after, fresh[6:], atol=1e-5)
+    if change is not CHANGES["merge_adapter"]:
+        assert np.abs(before - fresh[:6]).max() > 1e-2  # so that a mixture would be seen
 
 
 class Word(str):

@@ -7,7 +7,7 @@ import torch
 
 from gircse.grad_cache import MicroBatch, RandomState, backward, micro_batches, positions
 from gircse.train import contrastive_backward
-from tests.training_batches import NUM_STEPS, adapted, batch, config, gradients
+from tests.training_batches import NUM_STEPS, adapted, batch, config, gradients, weighted_sum
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -66,7 +66,7 @@ def test_without_the_replay_dropout_would_differ(monkeypatch):
     found = []
     for _ in range(2):
         torch.manual_seed(3)
-        backward(model.rollout, parts, lambda states: (states.square().sum(), None), cached=True)
+        backward(model.rollout, parts, lambda states: (weighted_sum(states), None), cached=True)
         found.append(gradients(model))
         monkeypatch.setattr(RandomState, "restore", lambda self: None)
     assert relative(*found) > 1e-3
@@ -87,7 +87,7 @@ def test_an_unused_pass_changes_nothing():
     whole, settings = batch(), config()
     model = adapted(settings)
     parts = micro_batches(whole.passages, 60, num_steps=NUM_STEPS, pad_id=0)
-    objective = lambda states: (states.square().sum(), len(states))  # noqa: E731
+    objective = lambda states: (weighted_sum(states), len(states))  # noqa: E731
     for cached in (False, True):
         _, rows = backward(model.rollout, parts, objective, cached=cached)
         expected = gradients(model)
@@ -119,7 +119,7 @@ def test_only_one_micro_batch_keeps_its_activations():
         ids = [[5] * 12] * texts
         parts = micro_batches(ids, 4 * 15, num_steps=3, pad_id=0)
         with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-            backward(model.rollout, parts, lambda states: (states.square().sum(), None), cached=cached)
+            backward(model.rollout, parts, lambda states: (weighted_sum(states), None), cached=cached)
         return most
 
     assert peak(32, cached=True) < 1.1 * peak(8, cached=True)

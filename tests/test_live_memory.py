@@ -14,8 +14,8 @@ from gircse.architecture import CausalLM
 from gircse.live_memory import Batch, LiveBytes, _kernel_workspaces, step_memory
 from gircse.rollout import rollout
 from gircse.traced_model import TracedModel
-from gircse.train import lora_targets
 from gircse.train_config import TrainConfig
+from gircse.trainable import lora_targets
 from tests.tiny_models import CONFIGS, tiny_model
 
 WITHIN = 0.15

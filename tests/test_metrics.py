@@ -90,6 +90,27 @@ def test_by_step_takes_the_prefixes():
     assert list(metrics_by_step(queries, docs, wanted)) == [1, 2, 3, 4, 5]
 
 
+def test_excluded_documents_are_as_if_they_were_not_there():
+    rng = np.random.default_rng(2)
+    queries, docs = rng.standard_normal((1100, 4)), rng.standard_normal((40, 4))
+    wanted = [{i % 20, (7 * i + 1) % 20} for i in range(1100)]
+    left_out = [{20 + i % 11, 20 + i % 7} - {20} for i in range(1100)]
+    found = relevant_ranks(queries, docs, wanted, excluded=left_out)
+    for i in (0, 1, 5, 1023, 1024, 1099):
+        kept = [d for d in range(40) if d not in left_out[i]]  # relevant ones keep their places: they come first
+        assert relevant_ranks(queries[i : i + 1], docs[kept], [wanted[i]])[0] == found[i]
+    assert found != relevant_ranks(queries, docs, wanted)
+    steps = metrics_by_step(queries[:, None], docs[:, None], wanted, excluded=left_out)
+    assert steps[1] == retrieval_metrics(queries, docs, wanted, excluded=left_out)
+    for excluded, message in (
+        ([{0}] * 1100, r"excluded\[0\] must hold no relevant document, got 0"),
+        ([{40}] * 1100, r"excluded\[0\] must lie in 0..39"),
+        ([set()], r"excluded must have one entry per query \(1100\), got 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            relevant_ranks(queries, docs, wanted, excluded=excluded)
+
+
 def test_wrong_arguments_are_named():
     q, d = np.ones((2, 3)), np.ones((4, 3))
     cases = [

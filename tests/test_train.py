@@ -18,8 +18,10 @@ from gircse.checkpoint import list_checkpoints
 from gircse.data import Row
 from gircse.data_error import DataError
 from gircse.sampling import BatchSampler
-from gircse.train import collate, train, trainable_model
+from gircse.schedule import learning_rate
+from gircse.train import collate, train
 from gircse.train_config import TrainConfig
+from gircse.trainable import trainable_model
 from tests import training_process
 from tests.plain import plain_losses, plain_objective, plain_rollout
 from tests.tiny_models import tiny_model, tiny_tokenizer
@@ -29,14 +31,6 @@ ROWS = [
     Row("find the echo", f"{a} {b}", (f"{b} {a}",), (f"{a} {a}", f"{b} {b}")[: i % 3])
     for i, (a, b) in enumerate((a, b) for a in WORDS for b in WORDS if a != b)
 ]
-
-
-@pytest.fixture
-def base(tmp_path):
-    folder = tmp_path / "base"
-    tiny_model("llama").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def config(base, tmp_path, **options):
@@ -64,7 +58,7 @@ def test_it_learns_and_leaves_a_loadable_model(base, tmp_path):
     assert logged == result.log
     assert len(logged[0]["losses"]) == 3
     again = GIRCSE.from_pretrained(result.folder)
-    assert again.config == GircseConfig(num_steps=3)
+    assert again.config == GircseConfig(num_steps=3, query_max_length=256, passage_max_length=2048)
     assert np.array_equal(again.encode(["red fox", "sea"]), result.model.encode(["red fox", "sea"]))
 
 
@@ -124,7 +118,7 @@ def test_without_stepwise_only_the_last_loss_counts(base, tmp_path):
 
 def test_negatives_and_targets_of_a_batch(base, tmp_path):
     settings = config(base, tmp_path)
-    examples = [Example("a:1", "q", "p", ("n", "m")), Example("a:2", "qq", "pp"), Example("a:3", "q", "p", ("n",))]
+    examples = [Example("a:1", "q", "p", ("n", "m")), Example("a:2", "qq", "pp"), Example("a:3", "r", "p", ("n",))]
     model = trainable_model(settings)
     batch = collate(model, examples, settings)
     assert list(map(len, batch.queries)) == [1, 2, 1]
@@ -137,6 +131,8 @@ def test_negatives_and_targets_of_a_batch(base, tmp_path):
     assert second.passages == batch.passages[3:]
     assert second.target.tolist() == [0, 1]
     assert torch.equal(second.mask, batch.mask[1:])
+    with_queries = collate(model, examples, replace(settings, include_queries=True), share=slice(1, 3)).mask
+    assert torch.equal(with_queries, torch.cat([second.mask, torch.zeros(2, 3, dtype=torch.bool)], 1))
 
 
 def test_a_range_of_steps_is_drawn_per_batch(base, tmp_path):
@@ -160,6 +156,27 @@ def test_duplicates_of_the_positive_do_not_count(base, tmp_path):
     np.testing.assert_allclose(kept, math.log(4), rtol=1e-5)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_copies_of_a_row_are_no_negatives_of_each_other(base, tmp_path, symmetric):
+    """Neither as documents nor as queries: the loss is 0, and was 12.2 where the copied queries counted."""
+    rows = [Row("retrieve", "red fox", ("an animal",))] * 4
+    options = {"include_queries": True, "symmetric": symmetric}
+    assert first_losses(base, tmp_path, "filtered", rows, **options) == [0, 0, 0]
+    kept = first_losses(base, tmp_path, "kept", rows, filter_false_negatives=False, **options)
+    assert min(kept) > math.log(4)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("micro_batch_tokens", [None, 30])
+def test_one_positive_a_line(base, tmp_path, micro_batch_tokens, symmetric):
+    """Lines of one query do not push the positives of each other away, also over micro-batches."""
+    rows = [Row("retrieve", "red fox", (word,)) for word in WORDS[:4]]
+    options = {"micro_batch_tokens": micro_batch_tokens, "symmetric": symmetric}
+    assert first_losses(base, tmp_path, "filtered", rows, **options) == [0, 0, 0]
+    kept = first_losses(base, tmp_path, "kept", rows, filter_false_negatives=False, **options)
+    assert min(kept) > 0.1
+
+
 def test_options_of_the_loss_reach_it(base, tmp_path, monkeypatch):
     seen = {}
     loss, objective = ops.stepwise_info_nce, ops.icr_objective
@@ -181,7 +198,8 @@ def test_options_of_the_loss_reach_it(base, tmp_path, monkeypatch):
     )
     assert seen["include_queries"] is seen["symmetric"] is seen["detach_previous"] is True
     assert seen["reg_weight"] == 0.5
-    assert torch.equal(seen["mask"], ~torch.eye(4, dtype=torch.bool))
+    others = ~torch.eye(4, dtype=torch.bool)
+    assert torch.equal(seen["mask"], torch.cat([others, torch.zeros_like(others)], 1))
 
 
 def test_several_files_with_weights(base, tmp_path):
@@ -242,6 +260,25 @@ def test_a_killed_run_resumes_to_bitwise_the_same_losses(base, tmp_path):
     assert losses_of(tmp_path / "cut") == losses_of(tmp_path / "whole")
     weights = [(tmp_path / run / "model" / "adapter_model.safetensors").read_bytes() for run in ("cut", "whole")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(("total", "ratio"), [(1, 0.03), (4, 0.5), (6, 0.0), (10, 0.25), (3, 0.9)])
+def test_every_step_trains(total, ratio):
+    """Warm-up starts above zero; the peak is reached at its end; the decay is linear and its last step not zero."""
+    rates = [learning_rate(2.0, step, total_steps=total, warmup_ratio=ratio) for step in range(total)]
+    warmup = math.ceil(ratio * total)
+    assert rates[:warmup] == [2.0 * (step + 1) / warmup for step in range(warmup)]
+    assert rates[warmup:] == [2.0 * left / (total - warmup) for left in range(total - warmup, 0, -1)]
+    assert min(rates) > 0
+    assert max(rates) == 2.0
+
+
+def test_one_step_changes_the_weights(base, tmp_path):
+    result = train(config(base, tmp_path, max_steps=1), rows=ROWS)
+    assert result.log[0]["learning_rate"] == 3e-3
+    weights = dict(result.model.named_parameters())
+    moved = [name for name, weight in weights.items() if "lora_B" in name and bool(weight.abs().max() > 1e-3)]
+    assert len(moved) == 14  # Adam's first step is as long as the learning rate
 
 
 def test_checkpoints_are_loadable_models_and_only_the_newest_are_kept(base, tmp_path):

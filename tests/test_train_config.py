@@ -73,9 +73,12 @@ def test_fixed_and_drawn_numbers_of_steps():
 
 
 def test_the_steps_of_the_saved_model():
-    assert TrainConfig(num_steps="3:10").gircse_config() == GircseConfig(num_steps=10)
+    lengths = {"query_max_length": 7, "passage_max_length": 9}
+    found = TrainConfig(num_steps="3:10", **lengths).gircse_config()
+    assert found == GircseConfig(num_steps=10, **lengths)
     assert TrainConfig(num_steps="3:10", inference_steps=5).gircse_config().num_steps == 5
-    assert TrainConfig(num_steps=5, inference_steps=20, pooling="last").gircse_config() == GircseConfig(20, "last")
+    found = TrainConfig(num_steps=5, inference_steps=20, pooling="last", **lengths).gircse_config()
+    assert found == GircseConfig(20, "last", **lengths)
     assert TrainConfig(num_steps=5, inference_steps=0).gircse_config().num_steps == 0
 
 

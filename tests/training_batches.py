@@ -58,3 +58,12 @@ def gradients(model: GIRCSE) -> torch.Tensor:
     flat = torch.cat([p.grad.reshape(-1) for p in parts])
     model.zero_grad(set_to_none=True)
     return flat
+
+
+def weighted_sum(states: torch.Tensor) -> torch.Tensor:
+    """A loss whose gradient at the states is random, the same for every call with the same shape.
+
+    The sum of their squares would be none: after the decoder's last norm it is a constant, and its gradient rounding.
+    """
+    weight = torch.randn(states.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    return (states * weight.to(states)).sum()

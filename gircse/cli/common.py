@@ -32,7 +32,11 @@ def add_model_options(parser: argparse.ArgumentParser, steps: bool = True) -> No
     parser.add_argument("--device", help="device (default: CUDA if there is one)")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the checkpoint run its own code")
     parser.add_argument("--batch-size", type=int, help="texts per batch (default: by a token budget)")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of a prompt, instruction included")
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        help="tokens of a prompt, instruction included (default: what the model was trained with, else 512)",
+    )
     if steps:
         parser.add_argument("--num-steps", type=int, help="K, soft tokens per text (default: the model's own)")
 

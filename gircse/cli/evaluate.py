@@ -96,7 +96,7 @@ def _evaluate_tasks(arguments: argparse.Namespace) -> None:
         steps=arguments.steps,
         benchmark=arguments.benchmark,
         name=arguments.name,
-        max_length=arguments.max_length,
+        max_length=512 if arguments.max_length is None else arguments.max_length,  # as benchmarks are compared
         batch_size=arguments.batch_size,
         overwrite=arguments.overwrite,
     )

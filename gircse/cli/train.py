@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from gircse.cli.common import command
@@ -39,7 +39,6 @@ def add(commands: Any) -> None:
         else:
             options["type"] = next((t for t in get_args(hint) if t is not type(None)), hint)
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
-    parser.add_argument("--eval-data", help="rows to evaluate on (retrieval over their positives and negatives)")
     add_plan_options(parser)
 
 
@@ -57,7 +56,8 @@ def _integer_or_text(text: str) -> int | str:
 
 
 def config_of(arguments: argparse.Namespace) -> Any:
-    """The `TrainConfig` of a parsed command line: its options over the recipe's settings over the defaults.
+    """The `TrainConfig` of a parsed command line: its options over the recipe's settings over the defaults, or with
+    --resume over those of the run that goes on.
 
     Raises:
         OSError, ValueError: a recipe or a setting that is wrong, or no model or data; each by name.
@@ -67,31 +67,26 @@ def config_of(arguments: argparse.Namespace) -> Any:
 
     given = vars(arguments)
     values = load_recipe(arguments.recipe) if arguments.recipe else {}
+    if given.get("resume"):
+        saved = Path(given.get("output", values.get("output", TrainConfig.output))) / "train_config.json"
+        if saved.is_file():
+            values = vars(TrainConfig.from_json(saved)) | values
     values |= {field.name: given[field.name] for field in fields(TrainConfig) if field.name in given}
     config = TrainConfig(**values)
-    for name in ("model",) if arguments.plan else ("model", "data"):
+    needed = [] if config.adapter and not arguments.plan else ["model"]  # an adapter names its base
+    for name in needed if arguments.plan else [*needed, "data"]:
         if not getattr(config, name):
             raise ValueError(f"{name}: got none, expected --{name} or {name!r} in the recipe")
     return config
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from gircse.data import load_rows
-    from gircse.evaluate import RetrievalTask, evaluate_retrieval
+    from gircse.environment import first_process
     from gircse.train import train
 
     config = config_of(arguments)
     if arguments.plan:
         return print_plan(config, arguments)
-    evaluate = None
-    if arguments.eval_data:
-        task = RetrievalTask.from_rows(load_rows(arguments.eval_data))
-        steps = [config.gircse_config().num_steps]
-
-        def evaluate(model: Any) -> dict[str, Any]:
-            metrics = evaluate_retrieval(model, task, steps=steps, max_length=config.query_max_length)
-            return {str(k): values for k, values in metrics.items()}
-
-    result = train(config, evaluate=evaluate)
-    if os.environ.get("RANK", "0") == "0":  # torchrun's first process speaks for all
+    result = train(config)
+    if first_process():
         print(f"trained {len(result.log)} steps, last loss {result.log[-1]['loss']:.4f}; model in {result.folder}")

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from gircse.attention import RolloutKV
+from gircse.free_memory import free_bytes
+from gircse.integers import check_integer
 
 CAPTURES = ("auto", "always", "never")
 FUSED = ("auto", "never")
@@ -54,8 +56,9 @@ class EngineConfig:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected True or False")
         for name in ("max_rows", "prefill_tokens", "kv_bytes"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}: got {value!r}, expected an integer >= 1 or None")
+            if value is not None:
+                expected = "an integer >= 1 or None"
+                object.__setattr__(self, name, check_integer(name, value, least=1, expected=expected))
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Limits:
         prefill = config.prefill_tokens or (32768 if cuda else 1024)
         memory = config.kv_bytes or (
             # activations of a prefill and the soft tokens' tiles live in the rest
-            int(0.6 * available_bytes(device)) if cuda else min(2048 * _MIB, available_bytes(device) // 4)
+            int(0.6 * free_bytes(device)) if cuda else min(2048 * _MIB, free_bytes(device) // 4)
         )
         return cls(rows, prefill, max(1, memory // kv_token_bytes), 64 if cuda else 16, cuda)
 
@@ -113,19 +116,6 @@ class Limits:
     def buffer_rows(self, rows: int) -> int:
         """Rows of the buffers that `rows` rows run in."""
         return 1 << (rows - 1).bit_length() if self.row_buckets else rows
-
-
-def available_bytes(device: torch.device) -> int:
-    """Memory that can be had now: free on the GPU (the caching allocator's unused part included), or the system's."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            found = dict(line.split(":", 1) for line in file)
-        return int(found["MemAvailable"].split()[0]) << 10
-    except (OSError, KeyError, ValueError):  # no Linux
-        return 4096 * _MIB
 
 
 @torch.inference_mode()

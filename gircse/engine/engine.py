@@ -13,11 +13,14 @@ from torch import Tensor
 
 from gircse.architecture import CausalLM
 from gircse.attention import RolloutKV
+from gircse.device import without_autocast
 from gircse.engine.config import STEPS_BUCKET, EngineConfig, Limits, kv_bytes_per_token
 from gircse.engine.fused import FusedKernels, has_liger
-from gircse.engine.kv import KeptPrefix, KVPool, PrefillPass, Prefix, decode_kernel
+from gircse.engine.kv import KVPool, PrefillPass, Prefix, decode_kernel
 from gircse.engine.plan import Batch, by_length, common_prefix, next_batch
 from gircse.engine.step import DecodeState, StepRunner
+from gircse.forking import compute_on_one_thread_in_child, is_lost, tell_after_fork
+from gircse.token_ids import check_rows
 
 # rows of a finished batch (indices into the input), their states [n, max(K, 1), D] and how many of them count [n]
 Sink = Callable[[list[int], Tensor, Tensor], None]
@@ -67,9 +70,18 @@ class Engine:
         self._state: DecodeState | None = None
         self._where = (lm.device, lm.head_weight.dtype)
         self._lock = threading.RLock()
-        self._limits = Limits.of(self.config, lm.device, kv_bytes_per_token(lm))
         wanted = self.config.fused_kernels == "auto" and not self.config.compile
-        self._fused = FusedKernels.of(lm) if wanted and lm.device.type == "cuda" and has_liger() else None
+        with without_autocast(lm.device):
+            self._limits = Limits.of(self.config, lm.device, kv_bytes_per_token(lm))
+            self._fused = FusedKernels.of(lm) if wanted and lm.device.type == "cuda" and has_liger() else None
+        tell_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Another thread was at work when this process was forked: its lock is replaced, its buffers hold anything."""
+        if is_lost(self._lock):
+            self._lock = threading.RLock()
+            self._pool = self._state = None
+            self._runner.drop()
 
     def fits(self, lm: CausalLM, config: EngineConfig) -> bool:
         """Whether this engine can run that model as it is now (it was not moved or cast since)."""
@@ -123,7 +135,6 @@ class Engine:
         temperature: float = 1.0,
         settled: Settled | None = None,
         max_rows: int | None = None,
-        kept: KeptPrefix | None = None,
         include_prompt: bool = False,
     ) -> None:
         """`states`, handed over batch by batch as they are done.
@@ -134,23 +145,22 @@ class Engine:
                 states are its own. Only the first `counts` of a row's states mean something.
             settled: asked after every step from the second on; rows it is True for leave the batch. None: all run to K.
             max_rows: rows of a batch at most, besides the engine's own limit.
-            kept: the same object in calls with the same weights: the prefix of one need not be encoded again in the
-                next.
         """
-        for index, row in enumerate(rows):
-            if not len(row):
-                raise ValueError(f"rows[{index}]: got no token, expected at least one")
-        kept = kept or KeptPrefix()
+        check_rows(rows, self.lm.embed_weight.shape[0])
+        compute_on_one_thread_in_child()
         # sorted where the prefix does not count: it is the same for all
         order, lengths = by_length([len(row) for row in rows]), [len(row) for row in rows]
+        shared = common_prefix(rows) if self.config.reuse_prefix else 0
         fused = self._fused.active() if self._fused is not None else nullcontext()
-        with self._lock, fused, torch.inference_mode():
+        with self._lock, fused, without_autocast(self.lm.device), torch.inference_mode():
             self._runner.check_weights()
+            prefix: Prefix | None = None
             done = 0
             while done < len(order):
                 batch: Batch | None = None
                 try:
-                    prefix = self._prefix_of(rows, kept)
+                    if shared and prefix is None:
+                        prefix = self._encoded(rows[0][:shared])
                     limits = self._limits.at_most(max_rows)
                     before = len(prefix) if prefix is not None else 0
                     batch = next_batch(order[done:], lengths, limits, num_steps, prefix=before)
@@ -162,7 +172,7 @@ class Engine:
                         raise
                     batch = None
                 if batch is None:  # outside `except`: the traceback would keep the tensors alive
-                    kept.prefix = prefix = None
+                    prefix = None
                     self._shrink()
                     continue
                 sink(batch.rows, states, counts)
@@ -252,17 +262,12 @@ class Engine:
                 states[text] = state.states[row, :num_steps]
         return states, counts
 
-    def _prefix_of(self, rows: Sequence[Sequence[int]], kept: KeptPrefix) -> Prefix | None:
-        """What all rows start with, encoded; the one that is kept where the rows start with that as well."""
-        length = common_prefix(rows) if self.config.reuse_prefix else 0
-        if not length:
-            return None
-        tokens = list(rows[0][:length])
-        if kept.prefix is None or not _starts_with(tokens, kept.prefix.tokens) or 2 * len(kept.prefix) < length:
-            kv = RolloutKV(torch.tensor([length], device=self.lm.device))
-            self.lm.run_prompt(kv, torch.tensor([tokens], device=self.lm.device))
-            kept.prefix = Prefix(tokens, kv)
-        return kept.prefix
+    def _encoded(self, tokens: Sequence[int]) -> Prefix:
+        """What all rows start with. It is kept for one `run` alone: a later one could meet keys and values of weights
+        or of an adapter that were changed since, and no check that is cheap would see every such change."""
+        kv = RolloutKV(torch.tensor([len(tokens)], device=self.lm.device))
+        self.lm.run_prompt(kv, torch.tensor([list(tokens)], device=self.lm.device))
+        return Prefix(len(tokens), kv)
 
     def _buffers(self, batch: Batch, num_steps: int) -> tuple[KVPool, DecodeState]:
         """Pool and state for a batch; larger ones than before only where they are needed."""
@@ -309,10 +314,6 @@ def _compact(alive: list[int], left: int, pool: KVPool, state: DecodeState, slot
     for row, other in zip(holes, tail, strict=True):
         alive[row] = alive[other]
     return alive[:left]
-
-
-def _starts_with(tokens: Sequence[int], prefix: Sequence[int]) -> bool:
-    return len(prefix) <= len(tokens) and list(tokens[: len(prefix)]) == list(prefix)
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

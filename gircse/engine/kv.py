@@ -92,26 +92,16 @@ class Prefix:
     """Keys and values of the tokens that all rows start with.
 
     Args:
-        tokens: their ids.
-        kv: a `RolloutKV` that holds one row with these tokens.
+        length: number of these tokens.
+        kv: a `RolloutKV` that holds one row with them.
     """
 
-    def __init__(self, tokens: Sequence[int], kv: RolloutKV) -> None:
-        self.tokens = tuple(tokens)
+    def __init__(self, length: int, kv: RolloutKV) -> None:
+        self.length = length
         self.kv = kv.prompt
 
     def __len__(self) -> int:
-        return len(self.tokens)
-
-
-class KeptPrefix:
-    """Of one caller's calls: the prefix of the last one, for the next, as long as the weights stay as they are.
-
-    It belongs to the caller, not to the engine: what another caller encodes meanwhile changes no bit.
-    """
-
-    def __init__(self) -> None:
-        self.prefix: Prefix | None = None
+        return self.length
 
 
 class PrefillPass(AttentionPass):

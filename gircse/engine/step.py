@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from gircse.architecture import CausalLM
 from gircse.engine.kv import DecodePass, KVPool
+from gircse.merging import adapters_at_work
 
 # Beyond these all graphs are dropped and captured again as they are needed: their memory stays bounded.
 MAX_GRAPHS = 48
@@ -190,7 +191,6 @@ def _compiled(body: nn.Module) -> nn.Module:
 
 
 def _fingerprint(model: nn.Module) -> tuple:
-    """Where the weights lie and which adapters are at work."""
+    """Where the weights lie, which adapters are at work and how strongly: numbers that a graph has taken in."""
     tensors = tuple(t.data_ptr() for kind in (model.parameters(), model.buffers()) for t in kind)
-    layers: list[Any] = [module for module in model.modules() if hasattr(module, "merged_adapters")]
-    return tensors, tuple((tuple(m.active_adapters), tuple(m.merged_adapters), m.disable_adapters) for m in layers)
+    return tensors, tuple(adapters_at_work(layer) for layer in model.modules() if hasattr(layer, "merged_adapters"))

@@ -103,7 +103,7 @@ def evaluate_instruction_following(
     *,
     steps: Sequence[int] = STEPS,
     batch_size: int | None = None,
-    max_length: int = 512,
+    max_length: int | None = None,
     show_progress_bar: bool | None = None,
 ) -> dict[int, dict[str, float]]:
     """{K: scores in 0..1} at each K of `steps`; every text is encoded twice, once under each instruction.

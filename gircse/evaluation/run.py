@@ -98,7 +98,7 @@ def evaluate_tasks(
             max_length=max_length,
             batch_size=batch_size,
             store=store,
-        )
+        ).with_these_weights()
         tasks = list(tasks)
         for number, task in enumerate(tasks, start=1):
             scores.append(_evaluate_task(encoder, task, steps, cache, overwrite))

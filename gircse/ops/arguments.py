@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import observers
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -20,8 +22,9 @@ def check_floating(name: str, value: object) -> None:
     if type(value) is not Tensor and type(value).__name__ == "DTensor":
         raise TypeError(
             f"{name}: got a DTensor with placements {value.placements}, expected a plain tensor: "  # type: ignore[attr-defined]
-            "use it inside the forward of the module that FSDP shards, or pass .full_tensor(), or this rank's rows of "
-            "the matrices with vocab_parallel="
+            "use it inside the forward of the module that FSDP shards, or pass "
+            '.full_tensor(grad_placements=[Partial("avg")]), whose gradient is the mean over ranks as in FSDP (without '
+            "grad_placements each rank would keep its own), or this rank's rows of the matrices with vocab_parallel="
         )
     if value.dtype not in DTYPES:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected one of {', '.join(map(str, DTYPES))}")
@@ -58,8 +61,9 @@ def check_number(name: str, value: object, *, positive: bool = False) -> float:
     return number
 
 
-def check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    if value.dtype != other.dtype:
+def check_like(name: str, value: Tensor, other_name: str, other: Tensor, cast: torch.dtype | None = None) -> None:
+    """The same dtype, once all but float64 tensors are cast to ``cast``, and the same device."""
+    if value.dtype != other.dtype and (cast is None or torch.float64 in (value.dtype, other.dtype)):
         raise TypeError(f"{name}: got dtype {value.dtype}, expected {other.dtype}, the dtype of {other_name}")
     if value.device != other.device:
         raise ValueError(f"{name}: got device {value.device}, expected {other.device}, the device of {other_name}")
@@ -67,15 +71,14 @@ def check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None
 
 def has_no_values(tensor: Tensor) -> bool:
     """Whether the tensor stands for values not yet known: compilation, fake tensors, functional transforms."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or type(tensor) not in (Tensor, torch.nn.Parameter)
-    )
+    return torch.compiler.is_compiling() or observers.transformed() or not observers.plain((tensor,))
 
 
-def check_rows(name: str, value: Tensor, hidden: Tensor) -> None:
-    """One value for each row of hidden, or something that broadcasts to it."""
+def row_values(name: str, value: Tensor, hidden: Tensor) -> Tensor:
+    """A tensor with one value for each row of hidden, or that broadcasts to it, as one for each row, [T].
+
+    Dimensions of size 1 may be left out: [B] fits hidden [B, 1, D].
+    """
     if value.device != hidden.device:
         raise ValueError(f"{name}: got device {value.device}, expected {hidden.device}, the device of hidden")
     leading = hidden.shape[:-1]
@@ -83,8 +86,11 @@ def check_rows(name: str, value: Tensor, hidden: Tensor) -> None:
         fits = torch.broadcast_shapes(value.shape, leading) == leading
     except RuntimeError:
         fits = False
-    if not fits:
-        raise ValueError(
-            f"{name}: got shape {tuple(value.shape)}, expected one broadcastable to {tuple(leading)}, "
-            "the leading dimensions of hidden"
-        )
+    if fits:
+        return value.broadcast_to(leading).reshape(-1).contiguous()
+    if [n for n in value.shape if n != 1] == [n for n in leading if n != 1]:
+        return value.reshape(-1).contiguous()
+    raise ValueError(
+        f"{name}: got shape {tuple(value.shape)}, expected one broadcastable to {tuple(leading)}, "
+        "the leading dimensions of hidden"
+    )

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .arguments import check_flag, check_floating, check_number
+from .arguments import check_flag, check_floating, check_number, has_no_values
 from .backends import check_backend
-from .info_nce_op import Options, StepwiseInfoNCE
+from .info_nce_op import OP, Options
 from .pooling import check_pooling
 
 
@@ -90,7 +90,8 @@ def stepwise_info_nce(
         temperature: > 0, a number.
         pooling: "mean", "last" or "weighted", see `pool_steps`.
         mask: [B, M], bool; True: the candidate does not count for that row (a duplicate of the positive, a false
-            negative from the same document). With a group M is that of all ranks, in the order of the ranks. Not the
+            negative from the same document). With ``include_queries`` also [B, M + B], whose last columns are the
+            queries. With a group M and B of the columns are those of all ranks, in the order of the ranks. Not the
             target itself (unchecked on CUDA).
         include_queries: the other queries (of all ranks) are negatives too.
         symmetric: the mean of this loss and that of each row's positive among all queries, with its own as target; a
@@ -107,8 +108,8 @@ def stepwise_info_nce(
     do after a decoder's last norm.
 
     Returns:
-        [K], in nats, float32 (float64 for float64 steps). Differentiable once, with respect to both step tensors.
-        With ``return_stats`` a pair of it and the statistics.
+        [K], in nats, float32 (float64 for float64 steps), differentiable with respect to both step tensors, to
+        any order as `soft_embed` is; with a group only once. With ``return_stats`` a pair of it and the statistics.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype. ValueError: of the wrong rank, shape, device or value.
@@ -119,12 +120,11 @@ def stepwise_info_nce(
     for name, flag in (("include_queries", include_queries), ("symmetric", symmetric), ("return_stats", return_stats)):
         check_flag(name, flag)
     check_backend(backend)
-    if group is not None:
-        _check_group(group)
+    group_name = None if group is None else _group_name(group)
     if mask is not None:
         _check_mask(mask, query_steps, doc_steps, target, group is not None)
-    options = Options(temperature, pooling, include_queries, symmetric, group, backend)
-    losses, accuracy, positive, hardest = StepwiseInfoNCE.apply(query_steps, doc_steps, target, mask, options)
+    options = Options(temperature, pooling, include_queries, symmetric, group_name, backend)
+    losses, accuracy, positive, hardest = OP.call((query_steps, doc_steps, target, mask), options)[:4]
     return (losses, InfoNCEStats(accuracy, positive, hardest)) if return_stats else losses
 
 
@@ -167,30 +167,32 @@ def _check_target(target: Tensor | None, query_steps: Tensor, doc_steps: Tensor)
         )
     if target.device != device:
         raise ValueError(f"target: got device {target.device}, expected {device}, the device of query_steps")
-    if device.type == "cpu" and bool(((target < 0) | (target >= candidates)).any()):
+    if device.type == "cpu" and not has_no_values(target) and bool(((target < 0) | (target >= candidates)).any()):
         raise ValueError(f"target: got {target.min().item()} to {target.max().item()}, expected 0 to {candidates - 1}")
     return target
 
 
 def _check_mask(mask: object, query_steps: Tensor, doc_steps: Tensor, target: Tensor, grouped: bool) -> None:
+    """The exact number of columns is known once the ranks have told their sizes: `info_nce_op.check_columns`."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"mask: got {getattr(mask, 'dtype', type(mask).__name__)}, expected a bool tensor")
     rows, candidates = query_steps.shape[0], doc_steps.shape[0]
-    fits = mask.dim() == 2 and mask.shape[0] == rows
-    if not fits or (mask.shape[1] < candidates if grouped else mask.shape[1] != candidates):
-        wanted = f"({rows}, all ranks' candidates)" if grouped else f"({rows}, {candidates})"
-        raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected {wanted}")
+    if mask.dim() != 2 or mask.shape[0] != rows or mask.shape[1] < candidates:
+        wanted = "all ranks' candidates" if grouped else candidates
+        raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected ({rows}, {wanted})")
     if mask.device != query_steps.device:
         raise ValueError(f"mask: got device {mask.device}, expected {query_steps.device}, the device of query_steps")
-    if mask.device.type == "cpu" and not grouped:
+    if mask.device.type == "cpu" and not grouped and not has_no_values(mask) and not has_no_values(target):
         hidden = mask.gather(1, target[:, None])[:, 0].nonzero()
         if hidden.numel():
             row = int(hidden[0])
             raise ValueError(f"mask: got True at the target of row {row}, {int(target[row])}, expected it to count")
 
 
-def _check_group(group: object) -> None:
+def _group_name(group: object) -> str:
+    """The name under which a custom op finds the group again."""
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("group: torch.distributed is not initialised, expected a process group")
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group: got {type(group).__name__}, expected a torch.distributed process group")
+    return group.group_name

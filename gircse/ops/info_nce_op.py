@@ -13,18 +13,23 @@ step's vectors of this rank's rows, and of a piece. Sums over pieces are merged.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import info_nce_torch
+from .autocast import no_autocast
 from .backends import kernels, resolve_backend
+from .differentiable_op import DifferentiableOp, Tensors
 from .info_nce_parallel import Shares, gather, pieces, scatter_sum, shares, total
+from .info_nce_plain import plain_losses
 from .info_nce_torch import Pooled, Sums
 from .tiles_torch import accumulation_dtype, slices
+from .vocab_parallel import find_group
 
 # Of candidates' unit vectors, and of their gradients, that exist at a time.
 VECTOR_BYTES = 16 << 20
@@ -37,7 +42,7 @@ class Options(NamedTuple):
     pooling: str
     include_queries: bool
     symmetric: bool
-    group: Any
+    group: str | None  # its name
     backend: str | None
 
 
@@ -49,7 +54,7 @@ class Call(NamedTuple):
     query_steps: Tensor  # [B, K, D]
     doc_steps: Tensor  # [M, K, D]
     target: Tensor  # [B], among this rank's documents
-    mask: Tensor | None  # [B, all M]
+    mask: Tensor | None  # [B, all M], or [B, all M + all B]
     mirrored: Tensor | None  # [B, all B], of the symmetric loss
     rows_of: Shares
     docs_of: Shares
@@ -58,6 +63,13 @@ class Call(NamedTuple):
     def own(self) -> Tensor:
         """[B], each row's query among this rank's."""
         return torch.arange(self.target.shape[0], device=self.target.device)
+
+    @property
+    def query_mask(self) -> Tensor | None:
+        """[B, all B], the mask's columns for queries as candidates."""
+        if self.mask is None or self.mask.shape[1] == self.docs_of.total:
+            return None
+        return self.mask[:, self.docs_of.total :]
 
     @property
     def crossing(self) -> bool:
@@ -89,19 +101,28 @@ class Call(NamedTuple):
         return torch.cat([self.pool(self.doc_steps[self.target[part], : group[1]], group).vectors for part in parts], 1)
 
 
-class StepwiseInfoNCE(torch.autograd.Function):
-    """(query_steps, doc_steps, target, mask, options) -> losses [K], then accuracy, positive, hardest, [K] each.
+class _StepwiseInfoNCE(DifferentiableOp):
+    """Kept are the inputs and two numbers for each row and step; unit vectors are made again in backward."""
 
-    Kept are the inputs and two numbers for each row and step; unit vectors are made again in backward.
-    """
+    name = "stepwise_info_nce"
+    tensors = "Tensor query_steps, Tensor doc_steps, Tensor target, Tensor? mask"
+    scalars = "float temperature, str pooling, bool include_queries, bool symmetric, str? group, str? backend"
+    num_tensors, num_inputs = 4, 2
+    num_results = 7  # losses, accuracy, positive, hardest; what `_sums` keeps, the mirrored mask, sizes of all ranks
+    upstream = (0,)
+    saved = (4, 5, 6)
 
-    @staticmethod
-    def forward(
-        ctx: Any, query_steps: Tensor, doc_steps: Tensor, target: Tensor, mask: Tensor | None, options: Options
-    ) -> tuple[Tensor, ...]:
-        device = query_steps.device
-        with torch.autocast(device.type, enabled=False):
-            rows_of, docs_of = (shares(s.shape[0], options.group, device) for s in (query_steps, doc_steps))
+    def forward(self, tensors: Tensors, scalars: Sequence[Any]) -> Tensors:
+        query_steps, doc_steps, target, mask = tensors
+        assert query_steps is not None
+        assert doc_steps is not None
+        assert target is not None
+        options, device = Options(*scalars), query_steps.device
+        group = None if options.group is None else find_group(options.group)
+        with no_autocast(device.type):
+            rows_of, docs_of = (shares(s.shape[0], group, device) for s in (query_steps, doc_steps))
+            if mask is not None:
+                check_columns(mask, docs_of.total, rows_of.total if options.include_queries else 0)
             mirrored = None
             if options.symmetric and mask is not None:
                 # a query whose row does not count this document does not count for it either
@@ -113,33 +134,82 @@ class StepwiseInfoNCE(torch.autograd.Function):
             )  # fmt: skip
             parts, kept = zip(*[_sums(call, group) for group in call.groups()], strict=True)
             means = total(torch.cat(parts, 1), rows_of) / rows_of.total
-        ctx.options, ctx.rows_of, ctx.docs_of = options, rows_of, docs_of
-        ctx.save_for_backward(query_steps, doc_steps, target, mask, mirrored, torch.cat(kept, 1))
-        results = means.unbind()
-        ctx.mark_non_differentiable(*results[1:])
-        return results
+        sizes = None if group is None else torch.tensor([rows_of.sizes, docs_of.sizes])
+        # copies: what is returned is no part of one tensor, whose other parts could not be changed in place
+        return *(mean.clone() for mean in means), torch.cat(kept, 1), mirrored, sizes
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_losses: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        if grad_losses is None:
-            return (None,) * 5
-        options, rows_of = ctx.options, ctx.rows_of
-        query_steps, doc_steps, target, mask, mirrored, kept = ctx.saved_tensors
+    def fake(self, tensors: Tensors, scalars: Sequence[Any]) -> Tensors:
+        query_steps, mask, options = tensors[0], tensors[3], Options(*scalars)
+        assert query_steps is not None
+        rows, num_steps, _ = query_steps.shape
+        wide = accumulation_dtype(query_steps.dtype)
+        mirrored = sizes = None
+        if options.symmetric and mask is not None:
+            every = rows if options.group is None else torch.library.get_ctx().new_dynamic_size()
+            mirrored = mask.new_empty((rows, every))
+        if options.group is not None:
+            sizes = torch.empty((2, find_group(options.group).size()), dtype=torch.int64)
+        means = [query_steps.new_empty(num_steps, dtype=wide) for _ in range(4)]
+        kept = query_steps.new_empty((2 + 2 * options.symmetric, num_steps, rows), dtype=wide)
+        return *means, kept, mirrored, sizes
+
+    def backward(
+        self, grads: Tensors, tensors: Tensors, saved: Tensors, scalars: Sequence[Any], needs: Sequence[bool]
+    ) -> Tensors:
+        (grad_losses,), (query_steps, doc_steps, target, mask), options = grads, tensors, Options(*scalars)
+        kept, mirrored, sizes = saved
+        assert grad_losses is not None
+        assert query_steps is not None
+        assert doc_steps is not None
+        assert target is not None
+        assert kept is not None
+        if sizes is None or options.group is None:
+            rows_of, docs_of = (Shares(None, [steps.shape[0]], 0) for steps in (query_steps, doc_steps))
+        else:
+            group = find_group(options.group)
+            rows_of, docs_of = (Shares(group, each, dist.get_rank(group)) for each in sizes.tolist())
         call = Call(
             _module(options.backend, query_steps),
-            options, query_steps, doc_steps, target, mask, mirrored, rows_of, ctx.docs_of,
+            options, query_steps, doc_steps, target, mask, mirrored if options.symmetric and mask is not None else None,
+            rows_of, docs_of,
         )  # fmt: skip
         outs = [
             _StepsGradient(call, steps) if need else None
-            for steps, need in zip((query_steps, doc_steps), ctx.needs_input_grad[:2], strict=True)
+            for steps, need in zip((query_steps, doc_steps), needs, strict=True)
         ]
-        with torch.autocast(grad_losses.device.type, enabled=False):
+        with no_autocast(grad_losses.device.type):
             weight = grad_losses.to(kept.dtype) / (rows_of.total * (1 + options.symmetric))
-            for group in reversed(call.groups()):
-                steps = slice(*group)
-                _gradients(call, group, kept[:, steps], weight[steps], *outs)
-        return *(out if out is None else out.result for out in outs), None, None, None
+            for part in reversed(call.groups()):
+                steps = slice(*part)
+                _gradients(call, part, kept[:, steps], weight[steps], *outs)
+        return tuple(out if out is None else out.result for out in outs)
+
+    def plain(self, tensors: Tensors, scalars: Sequence[Any]) -> Sequence[Tensor]:
+        query_steps, doc_steps, target, mask = tensors
+        temperature, pooling, include_queries, symmetric, _, _ = scalars
+        assert query_steps is not None
+        assert doc_steps is not None
+        assert target is not None
+        return [plain_losses(query_steps, doc_steps, target, mask, temperature, pooling, include_queries, symmetric)]
+
+    def block(self, tensors: Tensors) -> int:
+        raise NotImplementedError("every row of a contrastive loss sees the others")
+
+    def check_again(self, scalars: Sequence[Any]) -> None:
+        if Options(*scalars).group is not None:
+            raise RuntimeError("group: got a derivative of the gradient, expected first derivatives only")
+
+
+def check_columns(mask: Tensor, candidates: int, queries: int) -> None:
+    """
+    Raises:
+        ValueError: a mask that has neither a column for each of all candidates nor, with `queries` > 0, also for those.
+    """
+    if mask.shape[1] not in (candidates, candidates + queries):
+        expected = f"({mask.shape[0]}, {candidates})" + (
+            f" or ({mask.shape[0]}, {candidates + queries})" * (queries > 0)
+        )
+        raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected {expected}")
 
 
 class _StepsGradient:
@@ -183,7 +253,10 @@ def _sums(call: Call, group: tuple[int, int]) -> tuple[Tensor, Tensor]:
             candidates, own = gather(queries[:, piece.local], piece.over, 1), piece.locate(call.own)
             if options.include_queries:
                 none = torch.full_like(own, -1)
-                forward = forward.merge(module.sums(queries, candidates, none, temperature, exclude=own))
+                found = module.sums(
+                    queries, candidates, none, temperature, mask=piece.pick(call.query_mask), exclude=own
+                )
+                forward = forward.merge(found)
             if positives is not None:
                 found = module.sums(positives, candidates, own, temperature, mask=piece.pick(call.mirrored))
                 backward = found if backward is None else backward.merge(found)
@@ -249,7 +322,7 @@ def _crossing_gradients(
         found = []
         if options.include_queries and grad_queries is not None:
             none = torch.full_like(own, -1)
-            among = {"peak": kept[0], "total": kept[1], "exclude": own}
+            among = {"peak": kept[0], "total": kept[1], "mask": piece.pick(call.query_mask), "exclude": own}
             found.append(gradients(queries, candidates, none, **common, **among, grad_rows=grad_queries))
         if positives is not None:
             back = {"peak": kept[2], "total": kept[3], "mask": piece.pick(call.mirrored)}
@@ -264,3 +337,6 @@ def _crossing_gradients(
     steps = torch.arange(grad_positives.shape[0], device=grad_positives.device)[:, None]
     result = grad_positives.new_zeros((grad_positives.shape[0], call.doc_steps.shape[0], grad_positives.shape[2]))
     return result.index_put_((steps, call.target[None, :]), grad_positives, accumulate=True)
+
+
+OP = _StepwiseInfoNCE()

@@ -157,11 +157,12 @@ def info_nce_reference(
     losses = []
     for k in range(queries.shape[1]):
         logits = queries[:, k] @ docs[:, k].T / temperature
-        if mask is not None:
-            logits = logits.masked_fill(mask, -torch.inf)
         if include_queries:
             among = queries[:, k] @ queries[:, k].T / temperature
             logits = torch.cat([logits, among.masked_fill(own[:, None] == own, -torch.inf)], 1)
+        if mask is not None:  # its columns are those of the documents, or of documents and queries
+            counted = torch.nn.functional.pad(mask, (0, logits.shape[1] - mask.shape[1]))
+            logits = logits.masked_fill(counted, -torch.inf)
         loss = torch.nn.functional.cross_entropy(logits, target)
         if symmetric:
             back = docs[target, k] @ queries[:, k].T / temperature

@@ -7,8 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gircse.integers import as_integer
+
 from . import soft_embed_op
-from .arguments import check_flag, check_floating, check_like, check_number, check_rows, has_no_values
+from .arguments import check_flag, check_floating, check_like, check_number, has_no_values, row_values
+from .autocast import autocast_dtype
 from .backends import check_backend
 from .soft_embed_torch import Inputs, Options
 from .straight_through import harden
@@ -62,12 +65,20 @@ def soft_embed(
     Exact and dense, yet no tensor of size [T, V] (T = rows of hidden) is made in forward or backward: temporaries are
     a fixed chunk budget below 64 MiB plus O(T * (D + E)). Scores, softmax and sums are float32 (float64 for float64
     inputs) whatever the input dtype; float32 products are never rounded to TF32 by the kernels, while the torch backend
-    on CUDA follows PyTorch's process-wide setting, off by default. The first derivative is defined for every
-    floating-point tensor argument; a second one raises RuntimeError. Gradients come in their input's dtype, and those
-    that nobody asks for are not computed. Two runs give bitwise the same.
+    on CUDA follows PyTorch's process-wide setting, off by default. Gradients exist for every floating-point tensor
+    argument, come in their input's dtype, and those that nobody asks for are not computed. Two runs give bitwise the
+    same. The result may be changed in place.
 
-    Works under ``torch.compile(fullgraph=True)``, ``torch.func.grad`` and ``vmap``, and inside a captured CUDA graph,
-    which replays an int ``gumbel_seed`` unchanged: capture with a tensor and write new seeds into it.
+    Derivatives of the gradient (``create_graph=True`` and a second backward, `torch.func.grad` of grad, `hessian`,
+    gradient penalties), and forward-mode ones, are those of the plain formula, by PyTorch's own operators: right to any
+    order, but slow, and with [rows, V] tensors for a block of rows at a time. RuntimeError where there is none: of a
+    vocabulary in shards, of `torch.compile`, of forward mode inside forward mode.
+
+    Works under ``torch.compile(fullgraph=True)``, where new temperatures need no new graph, `torch.export`,
+    `torch.func`, activation checkpointing and hooks on saved tensors, and inside a captured CUDA graph, which replays
+    an int ``gumbel_seed`` unchanged: capture with a tensor and write new seeds into it.
+
+    A tensor with a value for each row may leave out dimensions of size 1: [B] fits hidden [B, 1, D].
 
     Args:
         hidden: [..., D], float32, float64, bfloat16 or float16. A row with NaN or inf spoils that row of the result
@@ -82,8 +93,8 @@ def soft_embed(
         softcap: > 0 or None; applied before the temperature (Gemma 2's ``final_logit_softcapping``).
         logit_scale: factor of the logits, bias included, before the soft-cap.
         embed_scale: factor of the result, the one that the model's own embedding layer applies (Gemma: sqrt(D)).
-        top_k: keep the k highest scores of a row; an int of at least 1, or an integer tensor broadcastable to
-            ``hidden.shape[:-1]``. A k of V or more keeps everything.
+        top_k: keep the k highest scores of a row; an int, or an integer tensor broadcastable to
+            ``hidden.shape[:-1]``. 0, as in transformers, and V or more keep everything.
         top_p: keep the fewest entries, highest first, whose probabilities sum to at least this; above 0 and at most 1,
             a number or a floating-point tensor of that shape.
         min_p: keep entries of at least this fraction of the highest probability; between 0 and 1, likewise.
@@ -93,8 +104,9 @@ def soft_embed(
             cost a further pass over head_weight for every block of rows.
         gumbel_seed: None, an int64 number, or an int64 tensor broadcastable to ``hidden.shape[:-1]`` with a seed for
             each row. A row's noise depends on its seed and the vocabulary index alone, not on its place in the batch:
-            rows with the same seed, and all rows of a call with a number, get the same noise. Statistics and gradients
-            are those of the noisy distribution.
+            rows with the same seed, and all rows of a call with a number, get the same noise. So does every further
+            call with the same seed: in a loop pass ``step``, or ``torch.arange(rows) + rows * step`` for noise that no
+            other row or step gets. Statistics and gradients are those of the noisy distribution.
         gumbel_temperature: None: ``temperature`` is that of the relaxation too, as in
             ``torch.nn.functional.gumbel_softmax(logits, tau=temperature)``. Otherwise > 0, a number or a tensor as for
             temperature: ``temperature`` shapes the distribution that is drawn from, this one relaxes the draw
@@ -109,7 +121,8 @@ def soft_embed(
         backend: None (choose: triton on CUDA from compute capability 8.0 on, else torch), "torch" or "triton".
             "triton" takes CPU tensors if TRITON_INTERPRET=1 was set before.
 
-    Under ``torch.autocast`` all tensors but float64 ones are cast to the autocast dtype first, as for a linear layer.
+    Under ``torch.autocast`` all tensors but float64 ones are cast to the autocast dtype first, as for a linear layer;
+    for backward the originals are kept and cast again, so that many calls keep no copy of a matrix.
 
     Returns:
         [..., E] in hidden's dtype (under autocast: the autocast dtype); with ``return_stats`` a pair of it and the
@@ -119,12 +132,12 @@ def soft_embed(
         TypeError: an argument is of the wrong type or dtype, or a DTensor. ValueError: of the wrong rank, shape, device
         or value. RuntimeError: the backend is not available.
     """
-    hidden, head_weight, embed_weight, bias = _autocast(hidden, head_weight, embed_weight, bias)
-    options = check_scores(hidden, head_weight, bias, temperature, softcap, logit_scale)
+    cast = autocast_dtype(hidden)
+    options = check_scores(hidden, head_weight, bias, temperature, softcap, logit_scale, cast)
     if type(embed_scale) is not float or embed_scale != 1.0:
         options = options._replace(embed_scale=check_number("embed_scale", embed_scale))
     if embed_weight is not None:
-        _check_embed(embed_weight, head_weight)
+        _check_embed(embed_weight, head_weight, cast)
         if embed_weight is head_weight:
             embed_weight = None
     group = None
@@ -135,25 +148,25 @@ def soft_embed(
     check_flag("return_stats", return_stats)
     leading = hidden.shape[:-1]
     if hard is not False:
-        _check_hard(hard, hidden)
+        hard = _check_hard(hard, hidden)
     inputs = Inputs(
         hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1]),
         head_weight,
         embed_weight,
         bias,
-        row_temperature(temperature, leading),
+        row_temperature(temperature, hidden),
     )
     if gumbel_seed is not None:
         seed, seeds = _check_seed(gumbel_seed, hidden)
         inputs, options = inputs._replace(seeds=seeds), options._replace(seed=seed)
     if top_k is not None or top_p is not None or min_p is not None:
         rules = check_truncation(hidden, top_k, top_p, min_p)
-        inputs = inputs._replace(floor=row_floors(inputs, options, rules, group=group, backend=backend))
+        inputs = inputs._replace(floor=row_floors(inputs, options, rules, group=group, cast=cast, backend=backend))
     if gumbel_temperature is not None:
         inputs, options = _relax(inputs, options, hidden, gumbel_temperature)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     stats = return_stats or hard is not False
-    found = soft_embed_op.run(inputs, soft_embed_op.Call(options, group, stats, differentiable, backend))
+    found = soft_embed_op.run(inputs, soft_embed_op.Call(options, group, stats, differentiable, cast, backend))
     result = found.out if hidden.dim() == 2 else found.out.reshape(*leading, found.out.shape[-1])
     if hard is not False:
         values = head_weight if embed_weight is None else embed_weight
@@ -172,8 +185,12 @@ def check_scores(
     temperature: float | Tensor,
     softcap: float | None,
     logit_scale: float,
+    cast: torch.dtype | None = None,
 ) -> Options:
-    """Check the arguments that define the scores (shared by all ops over a vocabulary) and collect the scalar ones."""
+    """Check the arguments that define the scores (shared by all ops over a vocabulary) and collect the scalar ones.
+
+    Under autocast, ``cast``, what is cast to one dtype may come in several.
+    """
     check_floating("hidden", hidden)
     check_floating("head_weight", head_weight)
     if hidden.dim() < 1:
@@ -187,7 +204,7 @@ def check_scores(
             f"hidden: got shape {tuple(hidden.shape)}, expected a last dimension of {head_weight.shape[1]}, "
             f"the D of head_weight {tuple(head_weight.shape)}"
         )
-    check_like("head_weight", head_weight, "hidden", hidden)
+    check_like("head_weight", head_weight, "hidden", hidden, cast)
     if bias is not None:
         check_floating("bias", bias)
         if bias.shape != head_weight.shape[:1]:
@@ -195,7 +212,7 @@ def check_scores(
                 f"bias: got shape {tuple(bias.shape)}, expected ({head_weight.shape[0]},), "
                 "one entry for each row of head_weight"
             )
-        check_like("bias", bias, "hidden", hidden)
+        check_like("bias", bias, "hidden", hidden, cast)
     if softcap is not None:
         softcap = check_number("softcap", softcap, positive=True)
     logit_scale = check_number("logit_scale", logit_scale)
@@ -205,26 +222,23 @@ def check_scores(
     return Options(check_number("temperature", temperature, positive=True), softcap, logit_scale)
 
 
-def row_temperature(temperature: float | Tensor, leading: torch.Size) -> Tensor | None:
+def row_temperature(temperature: float | Tensor, hidden: Tensor) -> Tensor | None:
     """A tensor temperature as one value for each row, [T]; None for a number."""
-    if isinstance(temperature, Tensor):
-        return temperature.broadcast_to(leading).reshape(-1).contiguous()
-    return None
+    return row_values("temperature", temperature, hidden) if isinstance(temperature, Tensor) else None
 
 
 def _check_seed(seed: object, hidden: Tensor) -> tuple[int | None, Tensor | None]:
     """A seed for all rows, or one for each, [T]."""
-    leading = hidden.shape[:-1]
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64:
             raise TypeError(f"gumbel_seed: got dtype {seed.dtype}, expected torch.int64")
-        check_rows("gumbel_seed", seed, hidden)
-        return None, seed.broadcast_to(leading).reshape(-1).contiguous()
-    if not isinstance(seed, int) or isinstance(seed, bool):
+        return None, row_values("gumbel_seed", seed, hidden)
+    number = as_integer(seed)
+    if number is None:
         raise TypeError(f"gumbel_seed: got {type(seed).__name__}, expected an int or an int64 tensor")
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"gumbel_seed: got {seed}, expected a number of 64 bits, -2**63 to 2**63 - 1")
-    return seed, None
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"gumbel_seed: got {number}, expected a number of 64 bits, -2**63 to 2**63 - 1")
+    return number, None
 
 
 def _relax(
@@ -239,9 +253,9 @@ def _relax(
     divisor: float | Tensor
     if isinstance(gumbel_temperature, Tensor):
         _check_temperature("gumbel_temperature", gumbel_temperature, hidden)
-        rows = row_temperature(gumbel_temperature, hidden.shape[:-1])
+        rows = row_values("gumbel_temperature", gumbel_temperature, hidden)
         inputs = inputs._replace(temperature=rows)
-        divisor = rows.detach()  # type: ignore[union-attr]
+        divisor = rows.detach()
     else:
         divisor = check_number("gumbel_temperature", gumbel_temperature, positive=True)
         options = options._replace(temperature=divisor)
@@ -250,13 +264,15 @@ def _relax(
     return inputs, options
 
 
-def _check_hard(hard: object, hidden: Tensor) -> None:
+def _check_hard(hard: object, hidden: Tensor) -> Tensor | bool:
+    """A bool for all rows, or one for each in the shape of hidden's leading dimensions."""
     if isinstance(hard, Tensor):
         if hard.dtype != torch.bool:
             raise TypeError(f"hard: got dtype {hard.dtype}, expected torch.bool")
-        check_rows("hard", hard, hidden)
-    elif not isinstance(hard, bool):
+        return row_values("hard", hard, hidden).reshape(hidden.shape[:-1])
+    if not isinstance(hard, bool):
         raise TypeError(f"hard: got {type(hard).__name__}, expected a bool or a bool tensor")
+    return hard
 
 
 def _check_shard(shard: object, head_weight: Tensor) -> str:
@@ -271,35 +287,19 @@ def _check_shard(shard: object, head_weight: Tensor) -> str:
     return group_name(shard)
 
 
-def _autocast(hidden: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    tensors = (hidden, *others)
-    device = hidden.device.type if isinstance(hidden, Tensor) else ""
-    if torch.amp.is_autocast_available(device or "cpu") and device and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        tensors = tuple(
-            tensor.to(dtype)
-            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
-            else tensor
-            for tensor in tensors
-        )
-        if others[1] is others[0]:  # still the same tensor after the cast
-            tensors = (*tensors[:2], tensors[1], tensors[3])
-    return tensors  # type: ignore[return-value]
-
-
-def _check_embed(embed_weight: Tensor, head_weight: Tensor) -> None:
+def _check_embed(embed_weight: Tensor, head_weight: Tensor, cast: torch.dtype | None) -> None:
     check_floating("embed_weight", embed_weight)
     if embed_weight.dim() != 2 or embed_weight.shape[0] != head_weight.shape[0] or embed_weight.shape[1] == 0:
         raise ValueError(
             f"embed_weight: got shape {tuple(embed_weight.shape)}, expected [{head_weight.shape[0]}, E] "
             f"with E of at least 1, one row for each of head_weight {tuple(head_weight.shape)}"
         )
-    check_like("embed_weight", embed_weight, "head_weight", head_weight)
+    check_like("embed_weight", embed_weight, "head_weight", head_weight, cast)
 
 
 def _check_temperature(name: str, temperature: Tensor, hidden: Tensor) -> None:
     check_floating(name, temperature)
-    check_rows(name, temperature, hidden)
+    row_values(name, temperature, hidden)
     # On an accelerator the comparison would wait for the device; a compiler has no values.
     if temperature.device.type == "cpu" and not has_no_values(temperature) and not bool((temperature > 0).all()):
         raise ValueError(f"{name}: got {temperature.detach().min().item()}, expected values above 0")

@@ -1,34 +1,26 @@
-"""``soft_embed`` for autograd, ``torch.compile``, ``torch.func`` and CUDA graphs.
+"""``soft_embed`` as a differentiable op: the choice of backend, shards, and casts, around forward and backward.
 
-Two entrances to the same two functions, ``_forward`` and ``_backward``:
-
-- the custom ops ``gircse::soft_embed`` and ``gircse::soft_embed_backward``, opaque to compilers, with fakes and
-  autograd: for ``torch.compile``, fake tensors, tensor subclasses and dispatch modes;
-- ``_SoftEmbed``, an autograd function, and without gradients not even that: for plain eager calls, where the
-  dispatcher's way to a Python op would cost more than the smallest kernels; and, with a vmap rule, for ``torch.func``,
-  which the autograd of custom ops does not know.
-
-Nothing here reads a tensor's value, so both can be captured in a CUDA graph.
+Nothing here reads a value of a tensor on a device, so both can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import soft_embed_torch, soft_embed_triton
+from . import observers, soft_embed_torch, soft_embed_triton
+from .autocast import no_autocast
 from .backends import resolve_backend
+from .differentiable_op import DifferentiableOp, Tensors
+from .soft_embed_plain import plain, plain_rows
 from .soft_embed_torch import Forward, Inputs, Needs, Options, Saved, finish
 from .tiles_torch import accumulation_dtype
 from .vocab_parallel import find_group, merge_shards, sum_shards
 
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 _NUM_TENSORS = len(Inputs._fields)
 
 
@@ -39,10 +31,11 @@ class Call(NamedTuple):
     group: str | None = None  # of a vocabulary-parallel call
     stats: bool = False
     exact: bool = False  # a gradient will be wanted: keep what backward needs
+    cast: torch.dtype | None = None  # autocast's, for all tensors but float64 ones
     backend: str | None = None
 
     def flat(self) -> tuple[Any, ...]:
-        """As the custom op takes it."""
+        """As the ops take it."""
         return (*self.options, *self[1:])
 
     @classmethod
@@ -51,60 +44,169 @@ class Call(NamedTuple):
         return cls(Options(*flat[:size]), *flat[size:])
 
 
-def run(inputs: Inputs, call: Call) -> Forward:
-    """The op by the cheaper entrance that fits."""
-    if torch._C._are_functorch_transforms_active():
-        return Forward(*_SoftEmbed.apply(*inputs, *call.flat()))
-    if not eager(inputs, call.backend):
-        return Forward(*_forward_op(*inputs, *call.flat()))
-    if call.exact:
-        return Forward(*_SoftEmbed.apply(*inputs, *call.flat()))
-    return _forward(inputs, call)
+class Results(NamedTuple):
+    """What a caller gets, and behind it what backward reads: copies of their own, which no caller can change."""
+
+    out: Tensor  # [T, E], input dtype
+    lse: Tensor  # [T]
+    entropy: Tensor | None  # [T]
+    max_prob: Tensor | None  # [T]
+    argmax: Tensor | None  # [T]
+    kept_out: Tensor | None = None
+    peak: Tensor | None = None
+    total: Tensor | None = None
+    kept_entropy: Tensor | None = None
 
 
-def eager(tensors: Sequence[Tensor | None], backend: str | None) -> bool:
+def run(inputs: Inputs, call: Call) -> Results:
+    """The op by the cheapest entrance that fits."""
+    if torch.compiler.is_compiling():
+        inputs, options = rows_of_numbers(inputs, call.options)
+        divisor = None
+        if options.logit_temperature != 1.0:
+            divisor = torch.ones((), dtype=torch.float64) * options.logit_temperature
+            options = options._replace(logit_temperature=1.0)
+        return Results(*OP.op(*inputs, divisor, *call._replace(options=options).flat()))
+    if observers.transformed() or observers.forward_mode():  # whether a gradient will be wanted shows later
+        call = call._replace(exact=True)
+    elif not call.exact and _alone(inputs, call.backend):
+        return _forward(inputs, call)
+    return Results(*OP.call((*inputs, None), call.flat()))
+
+
+def eager(tensors: Tensors, backend: str | None) -> bool:
     """Whether nothing but eager PyTorch sees this call."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    for tensor in tensors:
-        if type(tensor) not in _PLAIN:
-            return False
+    return not torch.compiler.is_compiling() and not observers.transformed() and _alone(tensors, backend)
+
+
+def _alone(tensors: Tensors, backend: str | None) -> bool:
     # the torch backend is made of PyTorch's own operators, which a dispatch mode may see one by one
-    return backend == "torch" or not torch._C._len_torch_dispatch_stack()
+    return observers.plain(tensors) and (backend == "torch" or not observers.dispatched())
+
+
+def rows_of_numbers(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
+    """The temperature as a tensor: a compiler would take a number for a constant, and compile again for the next."""
+    if options.temperature == 1.0:
+        return inputs, options
+    hidden = inputs.hidden
+    rows = torch.ones(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
+    return inputs._replace(temperature=rows * options.temperature), options._replace(temperature=1.0)
+
+
+def cast_inputs(inputs: Inputs, cast: torch.dtype | None) -> Inputs:
+    """What a linear layer does under autocast. Here and not before the op, so that autograd keeps the originals."""
+    if cast is None:
+        return inputs
+    values = (t if t is None or t.dtype == torch.float64 else t.to(cast) for t in inputs[:4])
+    return inputs._replace(**dict(zip(Inputs._fields, values, strict=False)))  # type: ignore[arg-type]
 
 
 def _module(backend: str | None, hidden: Tensor) -> ModuleType:
     return soft_embed_triton if resolve_backend(backend, hidden) == "triton" else soft_embed_torch
 
 
-def _forward(inputs: Inputs, call: Call) -> Forward:
+def _forward(inputs: Inputs, call: Call) -> Results:
+    if call.cast is not None:
+        inputs = cast_inputs(inputs, call.cast)
     hidden, module = inputs.hidden, _module(call.backend, inputs.hidden)
     with no_autocast(hidden.device.type):
         if call.group is None:
-            return module.forward(inputs, call.options, stats=call.stats, exact=call.exact)
-        state = module.scan(inputs, call.options, stats=call.stats)
-        state = merge_shards(state, call.options.vocab_start, find_group(call.group))
-        return finish(state, call.options, hidden.dtype, exact=call.exact)
+            found = module.forward(inputs, call.options, stats=call.stats, exact=call.exact)
+        else:
+            state = module.scan(inputs, call.options, stats=call.stats)
+            state = merge_shards(state, call.options.vocab_start, find_group(call.group))
+            found = finish(state, call.options, hidden.dtype, exact=call.exact)
+    return _results(found, call)
 
 
-def _forward_flat(*arguments: Any) -> tuple[Tensor, ...]:
-    """``_forward`` for autograd: an empty tensor stands for what nobody asked for, as ops cannot return None."""
-    found = _forward(Inputs(*arguments[:_NUM_TENSORS]), Call.of(arguments[_NUM_TENSORS:]))
-    return tuple(arguments[0].new_empty(0) if tensor is None else tensor for tensor in found)
+def _results(found: Forward, call: Call) -> Results:
+    out, exact, lse, entropy, max_prob, argmax, peak, total = found
+    kept = entropy.clone() if call.exact and entropy is not None else None
+    return Results(out, lse, entropy, max_prob, argmax, exact, peak, total, kept)
 
 
-def no_autocast(device: str) -> Any:
-    """A context in which products keep their dtypes; entering one costs, so only where there is something to leave."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
+class _SoftEmbed(DifferentiableOp):
+    name = "soft_embed"
+    tensors = (
+        "Tensor hidden, Tensor head, Tensor? embed, Tensor? bias, Tensor? temperature, Tensor? seeds, Tensor? floor, "
+        "Tensor? logit_divisor"  # in place of the number: 0-dimensional, on the CPU
+    )
+    scalars = (
+        "float scalar_temperature, float? softcap, float logit_scale, float embed_scale, SymInt? seed, "
+        "SymInt vocab_start, float logit_temperature, str? group, bool stats, bool exact, ScalarType? cast, "
+        "str? backend"
+    )
+    num_tensors, num_inputs, num_results = _NUM_TENSORS + 1, len(Needs._fields), len(Results._fields)
+    upstream = (0, 1, 2)  # out, lse, entropy
+    saved = (5, 6, 7, 8)
+    shared = (1, 2, 3, _NUM_TENSORS)
+
+    def forward(self, tensors: Tensors, scalars: Sequence[Any]) -> Tensors:
+        return _forward(*_call(tensors, scalars))
+
+    def fake(self, tensors: Tensors, scalars: Sequence[Any]) -> Tensors:
+        originals, call = Inputs(*tensors[:_NUM_TENSORS]), Call.of(scalars)  # type: ignore[arg-type]
+        hidden = originals.hidden
+        dtype = hidden.dtype if call.cast is None or hidden.dtype == torch.float64 else call.cast
+        values = originals.head if originals.embed is None else originals.embed
+        rows, width, wide = hidden.shape[0], values.shape[1], accumulation_dtype(dtype)
+
+        def row(dtype: torch.dtype = wide) -> Tensor:
+            return hidden.new_empty(rows, dtype=dtype)
+
+        return Results(
+            hidden.new_empty((rows, width), dtype=dtype),
+            row(),
+            row() if call.stats else None,
+            row() if call.stats else None,
+            row(torch.int64) if call.stats else None,
+            hidden.new_empty((rows, width), dtype=wide) if call.exact else None,
+            row(),
+            row(),
+            row() if call.stats and call.exact else None,
+        )
+
+    def backward(
+        self, grads: Tensors, tensors: Tensors, saved: Tensors, scalars: Sequence[Any], needs: Sequence[bool]
+    ) -> Tensors:
+        originals, call = _call(tensors, scalars)
+        found = _backward(grads, cast_inputs(originals, call.cast), Saved(*saved), call, Needs(*needs))  # type: ignore[arg-type]
+        return tuple(
+            None if grad is None or tensor is None else grad.to(tensor.dtype)
+            for grad, tensor in zip(found, originals, strict=False)
+        )
+
+    def plain(self, tensors: Tensors, scalars: Sequence[Any]) -> Sequence[Tensor]:
+        originals, call = _call(tensors, scalars)
+        return plain(cast_inputs(originals, call.cast), call.options)
+
+    def block(self, tensors: Tensors) -> int:
+        return plain_rows(Inputs(*tensors[:_NUM_TENSORS]))  # type: ignore[arg-type]
+
+    def eager(self, tensors: Tensors, scalars: Sequence[Any]) -> bool:
+        return _alone(tensors, scalars[-1])
+
+    def constant(self, scalars: Sequence[Any]) -> tuple[int, ...]:
+        stats = scalars[len(Options._fields) + Call._fields.index("stats") - 1]
+        return self._constant if stats else (*self._constant, 2)  # a stand-in of an entropy that nobody asked for
+
+    def check_again(self, scalars: Sequence[Any]) -> None:
+        if Call.of(scalars).group is not None:
+            raise RuntimeError(
+                "vocab_parallel: got a derivative of the gradient, expected first derivatives only: it would need the "
+                "whole vocabulary on one rank"
+            )
 
 
-_NOTHING = nullcontext()
+def _call(tensors: Tensors, scalars: Sequence[Any]) -> tuple[Inputs, Call]:
+    call, divisor = Call.of(scalars), tensors[_NUM_TENSORS]
+    if divisor is not None:
+        call = call._replace(options=call.options._replace(logit_temperature=divisor.item()))
+    return Inputs(*tensors[:_NUM_TENSORS]), call  # type: ignore[arg-type]
 
 
-def _backward(
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None], inputs: Inputs, saved: Saved, call: Call, needs: Needs
-) -> tuple[Tensor | None, ...]:
-    """Gradients in their input's dtype, None where not wanted."""
+def _backward(grads: Tensors, inputs: Inputs, saved: Saved, call: Call, needs: Needs) -> Tensors:
+    """Gradients, still in the dtypes of the computation; None where not wanted."""
     hidden, module = inputs.hidden, _module(call.backend, inputs.hidden)
     with no_autocast(hidden.device.type):
         found = module.backward(*grads, inputs, saved, call.options, needs)
@@ -116,181 +218,8 @@ def _backward(
             # d(score)/dT = -score / T. Backends sum dS (score - peak); peak sum(dS) remains, and sum(dS) = grad_lse.
             if grads[1] is not None:
                 temperature = temperature - saved.peak * grads[1].to(temperature.dtype)
-            temperature = (temperature / inputs.temperature).to(inputs.temperature.dtype)
-        bias = None if found.bias is None or inputs.bias is None else found.bias.to(inputs.bias.dtype)
-        return None if rows is None else rows.to(hidden.dtype), found.head, found.embed, bias, temperature
+            temperature = temperature / inputs.temperature
+        return rows, found.head, found.embed, found.bias, temperature
 
 
-def _setup(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
-    tensors, results = Inputs(*inputs[:_NUM_TENSORS]), Forward(*output)
-    ctx.call = Call.of(inputs[_NUM_TENSORS:])
-    constant = [results.exact, results.max_prob, results.argmax, results.peak, results.total]
-    if not ctx.call.stats:
-        constant.append(results.entropy)  # a stand-in
-    ctx.mark_non_differentiable(*constant)
-    ctx.set_materialize_grads(False)
-    rounded = results.exact.shape == results.out.shape  # type: ignore[union-attr]
-    kept = results.exact if rounded else results.out
-    ctx.save_for_backward(*tensors, kept, results.peak, results.total, results.entropy)
-
-
-def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    upstream = grads[0], grads[2], grads[3]
-    none = (None,) * (_NUM_TENSORS + len(ctx.call.flat()))
-    if all(grad is None for grad in upstream):
-        return none
-    inputs = Inputs(*ctx.saved_tensors[:_NUM_TENSORS])
-    saved = Saved(*ctx.saved_tensors[_NUM_TENSORS:])
-    needs = Needs(*ctx.needs_input_grad[: len(Needs._fields)])
-    if eager((*upstream, *inputs), ctx.call.backend):
-        found = _backward(upstream, inputs, saved, ctx.call, needs)
-    else:
-        results = _backward_op(*upstream, *inputs, *saved, *ctx.call.flat(), list(needs))
-        found = tuple(grad if need else None for grad, need in zip(results, needs, strict=True))
-    return (*found, *none[len(found) :])
-
-
-class _SoftEmbed(torch.autograd.Function):
-    """The eager entrance with gradients."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return _forward_flat(*arguments)
-
-    setup_context = staticmethod(_setup)
-    backward = staticmethod(once_differentiable(_differentiate))  # type: ignore[assignment]
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
-        """Rows are independent, so a batch of them is more rows; a batch of matrices is a loop."""
-        inputs, rest = arguments[:_NUM_TENSORS], arguments[_NUM_TENSORS:]
-        if any(in_dims[i] is not None for i in _MATRICES):
-            return loop(_SoftEmbed.apply, info.batch_size, in_dims, arguments)
-        folded = [
-            tensor if i in _MATRICES else fold(tensor, dim, info.batch_size)
-            for i, (tensor, dim) in enumerate(zip(inputs, in_dims, strict=False))
-        ]
-        return unfold(_SoftEmbed.apply(*folded, *rest), info.batch_size)
-
-
-_TENSORS = "Tensor hidden, Tensor head, Tensor? embed, Tensor? bias, Tensor? temperature, Tensor? seeds, Tensor? floor"
-_SCALARS = (
-    "float scalar_temperature, float? softcap, float logit_scale, float embed_scale, SymInt? seed, SymInt vocab_start, "
-    "float logit_temperature, str? group, bool stats, bool exact, str? backend"
-)
-_SAVED = "Tensor out, Tensor peak, Tensor total, Tensor entropy"
-
-
-@torch.library.custom_op(
-    "gircse::soft_embed",
-    mutates_args=(),
-    schema=f"({_TENSORS}, {_SCALARS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _forward_op(*arguments: Any) -> tuple[Tensor, ...]:
-    return _forward_flat(*arguments)
-
-
-@_forward_op.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, call = Inputs(*arguments[:_NUM_TENSORS]), Call.of(arguments[_NUM_TENSORS:])
-    hidden, values = inputs.hidden, inputs.head if inputs.embed is None else inputs.embed
-    rows, width, wide = hidden.shape[0], values.shape[1], accumulation_dtype(hidden.dtype)
-    nothing = hidden.new_empty(0)
-    exact = call.exact and wide != hidden.dtype
-
-    def row(dtype: torch.dtype = wide) -> Tensor:
-        return hidden.new_empty(rows, dtype=dtype)
-
-    return (
-        hidden.new_empty((rows, width)),
-        hidden.new_empty((rows, width), dtype=wide) if exact else nothing,
-        row(),
-        row() if call.stats else hidden.new_empty(0),
-        row() if call.stats else hidden.new_empty(0),
-        row(torch.int64) if call.stats else hidden.new_empty(0),
-        row(),
-        row(),
-    )
-
-
-_forward_op.register_autograd(_differentiate, setup_context=_setup)
-
-
-@torch.library.custom_op(
-    "gircse::soft_embed_backward",
-    mutates_args=(),
-    schema=f"(Tensor? grad_out, Tensor? grad_lse, Tensor? grad_entropy, {_TENSORS}, {_SAVED}, {_SCALARS}, "
-    "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _backward_op(*arguments: Any) -> tuple[Tensor, ...]:
-    grads, inputs, saved, call, needs = _split(arguments)
-    found = _backward(grads, inputs, saved, call, needs)
-    return tuple(inputs.hidden.new_empty(0) if grad is None else grad for grad in found)
-
-
-def _split(arguments: Sequence[Any]) -> tuple[Any, Inputs, Saved, Call, Needs]:
-    after_inputs = 3 + _NUM_TENSORS
-    after_saved = after_inputs + len(Saved._fields)
-    return (
-        arguments[:3],
-        Inputs(*arguments[3:after_inputs]),
-        Saved(*arguments[after_inputs:after_saved]),
-        Call.of(arguments[after_saved:-1]),
-        Needs(*arguments[-1]),
-    )
-
-
-@_backward_op.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    _, inputs, _, _, needs = _split(arguments)
-    return tuple(
-        torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        if need and tensor is not None
-        else inputs.hidden.new_empty(0)
-        for tensor, need in zip(inputs[: len(Needs._fields)], needs, strict=True)
-    )
-
-
-@_backward_op.register_vmap
-def _(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
-    needs, first = Needs(*arguments[-1]), 3  # of the inputs
-    if any(in_dims[first + i] is not None for i in _MATRICES) or needs.head or needs.embed or needs.bias:
-        return loop(_backward_op, info.batch_size, in_dims, arguments)  # a matrix gradient for each of the batch
-    tensors = first + _NUM_TENSORS + len(Saved._fields)
-    folded = [
-        tensor if i - first in _MATRICES else fold(tensor, dim, info.batch_size)
-        for i, (tensor, dim) in enumerate(zip(arguments[:tensors], in_dims, strict=False))
-    ]
-    return unfold(_backward_op(*folded, *arguments[tensors:]), info.batch_size)
-
-
-_MATRICES = (1, 2, 3)  # head, embed, bias; all other inputs are rows
-
-
-def fold(tensor: Tensor | None, dim: int | None, batch: int) -> Tensor | None:
-    """A batch of row tensors as one: [B, T, ..] -> [B * T, ..]."""
-    if tensor is None:
-        return None
-    batched = tensor.expand(batch, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    return batched.reshape(-1, *batched.shape[2:]) if tensor.numel() else tensor.new_empty(0, *batched.shape[2:])
-
-
-def unfold(results: Sequence[Tensor], batch: int) -> tuple[Any, Any]:
-    """[B * T, ..] -> [B, T, ..], an empty stand-in included."""
-    rows = [result.shape[0] // batch for result in results]
-    return tuple(r.reshape(batch, n, *r.shape[1:]) for r, n in zip(results, rows, strict=True)), (0,) * len(results)
-
-
-def loop(op: Any, batch: int, in_dims: Sequence[Any], arguments: Sequence[Any]) -> tuple[Any, Any]:
-    """The op for each element of the batch."""
-    results = [
-        op(
-            *(
-                a.select(d, i) if isinstance(a, Tensor) and isinstance(d, int) else a
-                for a, d in zip(arguments, in_dims, strict=False)
-            )
-        )
-        for i in range(batch)
-    ]
-    stacked = tuple(torch.stack(column) for column in zip(*results, strict=True))
-    return stacked, (0,) * len(stacked)
+OP = _SoftEmbed()

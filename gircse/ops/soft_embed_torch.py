@@ -3,7 +3,7 @@
 What is in memory, for T rows, V vocabulary entries, hidden size D, embedding size E::
 
     whole run   hidden [T, D], acc [T, E], running max and sum [T]            (state, accumulation dtype)
-    one chunk   C rows of the head (and embedding) matrix, up-cast if half    [C, D] ([C, E])
+    one chunk   C rows of the head (and embedding) matrix, copied if half or with gaps    [C, D] ([C, E])
     one tile    scores of R rows against the chunk, in two to four buffers    [R, C]
 
 The outer loop walks the vocabulary, so that each matrix is read once (a tied one is still in cache for the second
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .noise import gumbel
-from .tiles_torch import ChunkReader, accumulation_dtype, matmul_nt, slices, tiling
+from .tiles_torch import ChunkReader, accumulation_dtype, is_copied, matmul_nt, slices, tiling
 
 # Below this, exp is exactly 0 in every dtype. A finite stand-in for -inf, whose product with that 0 would be NaN.
 LOG_FLOOR = -1e4
@@ -58,7 +58,7 @@ class Forward(NamedTuple):
     """What a backend's forward returns, in the accumulation dtype but for ``out``; None: not asked for."""
 
     out: Tensor  # [T, E], input dtype
-    exact: Tensor | None  # [T, E]: out before it is rounded; None where out is not rounded, or unless asked for
+    exact: Tensor | None  # [T, E]: out before it is rounded, in memory of its own; None unless asked for
     lse: Tensor  # [T]
     entropy: Tensor | None  # [T]
     max_prob: Tensor | None  # [T]
@@ -208,14 +208,14 @@ def scan(inputs: Inputs, options: Options, *, stats: bool) -> OnlineState:
         moment=torch.zeros((num_rows, 1), dtype=dtype, device=hidden.device) if stats else None,
         argmax=torch.zeros((num_rows, 1), dtype=torch.int64, device=hidden.device) if stats else None,
     )
-    up_cast = (width if head.dtype != dtype else 0) + (
-        values.shape[1] if embed is not None and embed.dtype != dtype else 0
+    copied = (width if is_copied(head, dtype) else 0) + (
+        values.shape[1] if embed is not None and is_copied(embed, dtype) else 0
     )
     tile, size = tiling(
         num_rows,
         num_vocab,
         tiles=1 + (options.softcap is not None) + stats + (inputs.floor is not None),
-        per_vocab=up_cast,
+        per_vocab=copied,
         per_row=values.shape[1],
         itemsize=dtype.itemsize,
     )
@@ -263,14 +263,16 @@ def finish(state: OnlineState, options: Options, dtype: torch.dtype, *, exact: b
     if options.embed_scale != 1.0:
         out.mul_(options.embed_scale)
     log_total = total.log()
-    lse = (peak + log_total)[:, 0]
-    rounded = out.to(dtype)
-    kept = out if exact and dtype != out.dtype else None
+    peak, total, log_total = peak[:, 0], total[:, 0], log_total[:, 0]
+    lse = peak + log_total
+    # Whoever called may change the result in place; what backward reads must stay.
+    rounded = out.to(dtype, copy=exact)
+    kept = out if exact else None
     if moment is None or argmax is None:
-        return Forward(rounded, kept, lse, None, None, None, peak[:, 0], total[:, 0])
+        return Forward(rounded, kept, lse, None, None, None, peak, total)
     # H = lse - E[s] = log(total) - E[s - peak]; the peak's own weight is exp(0), so max_prob = 1 / total.
-    entropy = (log_total - moment / total)[:, 0]
-    return Forward(rounded, kept, lse, entropy, total.reciprocal()[:, 0], argmax[:, 0], peak[:, 0], total[:, 0])
+    entropy = log_total - moment[:, 0] / total
+    return Forward(rounded, kept, lse, entropy, total.reciprocal(), argmax[:, 0], peak, total)
 
 
 def backward(
@@ -328,8 +330,8 @@ def backward(
         + 2 * (options.softcap is not None)
         + 2 * (needs.head or need_values)
         + (inputs.floor is not None),
-        per_vocab=(width if head.dtype != dtype else 0)
-        + (value_width if embed is not None and embed.dtype != dtype else 0)
+        per_vocab=(width if is_copied(head, dtype) else 0)
+        + (value_width if embed is not None and is_copied(embed, dtype) else 0)
         + (2 * width if needs.head else 0)
         + (2 * value_width if need_values else 0),
         per_row=width,

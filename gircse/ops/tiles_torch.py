@@ -29,10 +29,25 @@ def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
 
     float32 on the CPU goes to oneDNN where PyTorch has it: PyTorch's own ``mm`` is MKL, whose kernels for few rows
     are far from memory speed and which leaves AVX-512 unused on AMD (2.2x slower at 256 rows, 1.4x to 3x at 1 to 16).
+    But a part of a wider or transposed matrix has gaps, and for those oneDNN has only its reference kernel, hundreds of
+    times slower.
     """
-    if onednn_linear is not None and a.dtype == torch.float32 and a.device.type == "cpu" and a.shape[0] and b.shape[0]:
+    if (
+        onednn_linear is not None
+        and a.dtype == torch.float32
+        and a.device.type == "cpu"
+        and a.shape[0]
+        and b.shape[0]
+        and is_dense(a)
+        and is_dense(b)
+    ):
         return onednn_linear(a, b, None, "none", [], "")
     return torch.mm(a, b.T)
+
+
+def is_dense(matrix: Tensor) -> bool:
+    """Whether the entries lie side by side in memory, by rows or by columns."""
+    return matrix.is_contiguous() or matrix.T.is_contiguous()
 
 
 def _find_onednn_linear() -> Callable[..., Tensor] | None:
@@ -71,18 +86,29 @@ def slices(total: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
-class ChunkReader:
-    """Chunks [C, N] of a matrix in the accumulation dtype: views of it, or up-cast copies in one re-used buffer.
+def is_copied(matrix: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `ChunkReader` copies: to another dtype, and on the CPU also what has gaps between its rows or entries."""
+    return matrix.dtype != dtype or (matrix.device.type == "cpu" and not matrix.is_contiguous())
 
-    A fresh copy for each chunk would cost a page fault for every 4 KiB of it, several times the copy itself.
+
+class ChunkReader:
+    """Chunks [C, N] of a matrix, dense in the accumulation dtype: views of it, or copies in one re-used buffer.
+
+    A fresh copy for each chunk would cost a page fault for every 4 KiB of it, several times the copy itself. A matrix
+    that lies in memory by columns is copied by columns, which is several times faster than transposing it.
     """
 
     def __init__(self, matrix: Tensor, dtype: torch.dtype, size: int) -> None:
         self.matrix = matrix
-        self.buffer = None if matrix.dtype == dtype else matrix.new_empty((size, matrix.shape[1]), dtype=dtype)
+        self.by_columns = matrix.stride(0) < matrix.stride(1)
+        self.buffer = matrix.new_empty(size * matrix.shape[1], dtype=dtype) if is_copied(matrix, dtype) else None
 
     def __call__(self, vocab: slice) -> Tensor:
         """The chunk; valid until the next call."""
+        part = self.matrix[vocab]
         if self.buffer is None:
-            return self.matrix[vocab]
-        return self.buffer[: vocab.stop - vocab.start].copy_(self.matrix[vocab])
+            return part
+        if self.by_columns:
+            part = part.T
+        copied = self.buffer[: part.numel()].view(part.shape).copy_(part)
+        return copied.T if self.by_columns else copied

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from gircse.integers import as_integer
+
+from .autocast import no_autocast
 from .backends import check_backend, resolve_backend
+from .batching import fold, loop, unfold
 from .chunk_scores import chunk_scores, ordered_bits
 from .soft_embed import check_scores, row_temperature
+from .soft_embed_op import eager, rows_of_numbers
 from .soft_embed_torch import Inputs, Options
 from .tiles_torch import accumulation_dtype, slices, tiling
 
@@ -45,17 +53,29 @@ def top_tokens(
     check_backend(backend)
     if hidden.device.type == "meta":
         raise ValueError("hidden: got device meta, expected one with values")
-    if not isinstance(n, int) or isinstance(n, bool):
+    count = as_integer(n)
+    if count is None:
         raise TypeError(f"n: got {type(n).__name__}, expected an int")
+    n = count
     num_vocab = head_weight.shape[0]
     if not 1 <= n <= num_vocab:
         raise ValueError(f"n: got {n}, expected 1 to {num_vocab}, the V of head_weight")
     leading = hidden.shape[:-1]
     rows = hidden.reshape(-1, hidden.shape[-1])
-    inputs = Inputs(rows, head_weight, bias=bias, temperature=row_temperature(temperature, leading))
-    with torch.autocast(hidden.device.type, enabled=False):
-        ids, probs = _top(inputs, options, n, resolve_backend(backend, hidden))
+    inputs = Inputs(rows, head_weight, bias=bias, temperature=row_temperature(temperature, hidden))
+    if torch.compiler.is_compiling():
+        inputs, options = rows_of_numbers(inputs, options)
+    tensors = [None if t is None else t.detach() for t in (rows, head_weight, bias, inputs.temperature)]
+    scalars = (n, options.temperature, options.softcap, options.logit_scale, backend)
+    ids, probs = _run(*tensors, *scalars) if eager(tensors, backend) else _op(*tensors, *scalars)
     return ids.reshape(*leading, n), probs.reshape(*leading, n)
+
+
+def _run(*arguments: Any) -> tuple[Tensor, Tensor]:
+    hidden, head, bias, temperature, n, number, softcap, logit_scale, backend = arguments
+    inputs = Inputs(hidden, head, bias=bias, temperature=temperature)
+    with no_autocast(hidden.device.type):
+        return _top(inputs, Options(number, softcap, logit_scale), n, resolve_backend(backend, hidden))
 
 
 def _top(inputs: Inputs, options: Options, n: int, backend: str) -> tuple[Tensor, Tensor]:
@@ -96,3 +116,28 @@ def _top_positions(scores: Tensor, n: int) -> Tensor:
     last = scores.shape[1] - 1
     keys = (ordered << 32) | torch.arange(last, -1, -1, device=scores.device)
     return last - (keys.topk(n, dim=1).values & 0xFFFFFFFF)
+
+
+_op = torch.library.custom_op(
+    "gircse::top_tokens",
+    _run,
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor head, Tensor? bias, Tensor? temperature, SymInt n, float scalar_temperature, "
+    "float? softcap, float logit_scale, str? backend) -> (Tensor, Tensor)",
+)
+
+
+@_op.register_fake
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    hidden, n = arguments[0], arguments[4]
+    shape = (hidden.shape[0], n)
+    return hidden.new_empty(shape, dtype=torch.int64), hidden.new_empty(shape, dtype=accumulation_dtype(hidden.dtype))
+
+
+@_op.register_vmap
+def _(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
+    if in_dims[1] is not None or in_dims[2] is not None:  # a batch of matrices
+        return loop(_op, info.batch_size, in_dims, arguments)
+    head, bias = arguments[1:3]
+    hidden, temperature = (fold(arguments[i], in_dims[i], info.batch_size) for i in (0, 3))
+    return unfold(_op(hidden, head, bias, temperature, *arguments[4:]), info.batch_size)

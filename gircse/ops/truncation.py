@@ -26,10 +26,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .arguments import check_number, check_rows, has_no_values
+from .arguments import check_number, has_no_values, row_values
+from .autocast import no_autocast
 from .backends import resolve_backend
+from .batching import fold, loop, unfold
 from .chunk_scores import chunk_scores, ordered_bits
-from .soft_embed_op import eager, fold, loop, no_autocast, unfold
+from .soft_embed_op import cast_inputs, eager, rows_of_numbers
 from .soft_embed_torch import Inputs, Options
 from .tiles_torch import WORKSPACE_BYTES, accumulation_dtype, slices, tiling
 from .vocab_parallel import find_group
@@ -39,6 +41,9 @@ _COPIES = 5
 # The highest score is kept even where a second one follows within rounding: the floor stays this many units of the
 # larger scores below it, where scores lower than 32 below the highest do not count (a mask of -1e30, say).
 _MARGIN, _DEPTH = 32, 32.0
+
+
+_NO_LIMIT = torch.iinfo(torch.int64).max
 
 
 class Truncation(NamedTuple):
@@ -56,7 +61,7 @@ def check_truncation(hidden: Tensor, top_k: object, top_p: object, min_p: object
         TypeError, ValueError: by the argument's name.
     """
     return Truncation(
-        _rule("top_k", top_k, hidden, "at least 1"),
+        _rule("top_k", top_k, hidden, "at least 1, or 0 for no limit"),
         _rule("top_p", top_p, hidden, "above 0 and at most 1"),
         _rule("min_p", min_p, hidden, "between 0 and 1"),
     )
@@ -65,46 +70,58 @@ def check_truncation(hidden: Tensor, top_k: object, top_p: object, min_p: object
 def _rule(name: str, value: object, hidden: Tensor, expected: str) -> Tensor | None:
     if value is None:
         return None
-    leading, whole = hidden.shape[:-1], name == "top_k"
+    whole = name == "top_k"
     if isinstance(value, Tensor):
         if whole and (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool):
             raise TypeError(f"{name}: got dtype {value.dtype}, expected an integer one")
         if not whole and not value.is_floating_point():
             raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating-point one")
-        check_rows(name, value, hidden)
+        value = row_values(name, value, hidden)
         if value.device.type == "cpu" and not has_no_values(value) and value.numel():
             for bound in (value.min().item(), value.max().item()):
                 _check_range(name, bound, expected)
         value = value.detach().to(torch.int64 if whole else accumulation_dtype(hidden.dtype))
-        return value.broadcast_to(leading).reshape(-1).contiguous()
+        return torch.where(value == 0, _NO_LIMIT, value) if whole else value
     if whole:
         if not isinstance(value, numbers.Integral) or isinstance(value, bool):
             raise TypeError(f"{name}: got {type(value).__name__}, expected an int or an integer tensor")
-        number: Any = min(int(value), torch.iinfo(torch.int64).max)  # V or more, whichever
+        if value == 0:
+            return None
+        number: Any = min(int(value), _NO_LIMIT)
     else:
         number = check_number(name, value)
     _check_range(name, number, expected)
     dtype = torch.int64 if whole else accumulation_dtype(hidden.dtype)
-    return torch.full((leading.numel(),), number, dtype=dtype, device=hidden.device)
+    # a product, not `full`: for a compiler the number is then no constant
+    return torch.ones(hidden.numel() // hidden.shape[-1], dtype=dtype, device=hidden.device) * number
 
 
 def _check_range(name: str, value: float, expected: str) -> None:
-    fits = value >= 1 if name == "top_k" else 0 <= value <= 1 and (name == "min_p" or value > 0)
+    fits = value >= 0 if name == "top_k" else 0 <= value <= 1 and (name == "min_p" or value > 0)
     if not fits:  # not a number included
         raise ValueError(f"{name}: got {value}, expected {expected}")
 
 
 def row_floors(
-    inputs: Inputs, options: Options, rules: Truncation, *, group: str | None = None, backend: str | None = None
+    inputs: Inputs,
+    options: Options,
+    rules: Truncation,
+    *,
+    group: str | None = None,
+    cast: torch.dtype | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """The lowest score that each row keeps, [T] in the accumulation dtype; not differentiable.
 
     Args:
         inputs, options: what defines the scores; their noise is ignored.
         group: name of the process group over whose ranks the vocabulary is divided.
+        cast: autocast's dtype, if it is on.
     """
     inputs = Inputs(*(None if t is None else t.detach() for t in inputs))._replace(embed=None, seeds=None, floor=None)  # type: ignore[arg-type]
-    options = options._replace(seed=None)
+    inputs, options = cast_inputs(inputs, cast), options._replace(seed=None)
+    if torch.compiler.is_compiling():
+        inputs, options = rows_of_numbers(inputs, options)
     tensors = (inputs.hidden, inputs.head, inputs.bias, inputs.temperature, *rules)
     scalars = (options.temperature, options.softcap, options.logit_scale, options.logit_temperature, group, backend)
     if eager(tensors, backend):

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gircse.integers import as_integer
+
 from .soft_embed_torch import LOG_FLOOR, OnlineState
 
 
@@ -35,8 +37,10 @@ class VocabShard:
 
     def __post_init__(self) -> None:
         for name, value in (("start", self.start), ("stop", self.stop)):
-            if not isinstance(value, int) or isinstance(value, bool):
+            integer = as_integer(value)
+            if integer is None:
                 raise TypeError(f"VocabShard.{name}: got {type(value).__name__}, expected an int")
+            object.__setattr__(self, name, integer)
         if not 0 <= self.start < self.stop:
             raise ValueError(f"VocabShard: got start {self.start} and stop {self.stop}, expected 0 <= start < stop")
 
@@ -104,9 +108,17 @@ def sum_shards(tensor: Tensor | None, group: Any) -> Tensor | None:
 
 def gather_rows(matrix: Tensor, index: Tensor, shard: VocabShard) -> Tensor:
     """Rows of a matrix of which this rank holds ``shard``, by their index in the whole: [..., E], on every rank."""
-    from torch.distributed._functional_collectives import all_reduce  # the one that compilers can trace
-
     mine = (index >= shard.start) & (index < shard.stop)
-    rows = matrix[(index - shard.start).clamp(0, matrix.shape[0] - 1)]
-    group: Any = dist.group.WORLD if shard.group is None else shard.group
-    return all_reduce(torch.where(mine[..., None], rows, 0), "sum", group)
+    rows = torch.where(mine[..., None], matrix[(index - shard.start).clamp(0, matrix.shape[0] - 1)], 0)
+    if not torch.compiler.is_compiling():
+        return _summed(rows, shard.group)
+    dist.all_reduce(rows, group=shard.group)
+    return rows
+
+
+def _summed(rows: Tensor, group: Any) -> Tensor:
+    """The sum over the ranks under transforms of `torch.func`, too, which have no rule for what happens in place."""
+    from torch.distributed._functional_collectives import all_reduce
+
+    every: Any = dist.group.WORLD
+    return all_reduce(rows, "sum", every if group is None else group)

@@ -1,7 +1,7 @@
 """Losses for `SentenceTransformerTrainer`: the ICR objective over stepwise InfoNCE (SPEC 1.4-1.5), plain and cached.
 
 Columns follow sentence-transformers' convention: anchor, positive, any number of negatives. All positives and negatives
-of the batch are candidates of every anchor.
+of the batch are candidates of every anchor, but for those that are right answers themselves (`gircse.false_negatives`).
 
 Both losses work on `step_embeddings` [B, K, D], the embeddings z_1..z_K that `GIRCSEModule` adds to its output, and use
 as many of their dimensions as `sentence_embedding` has. `MatryoshkaLoss` shortens only the latter; so inside it every
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from sentence_transformers.base.modules import Normalize
 from torch import Tensor, nn
 
 from gircse import ops
+from gircse.false_negatives import false_negatives
 from gircse.ops.objective import REDUCTIONS
 from gircse.sentence_transformers import modeling_gircse
+from gircse.trained_weights import check_trainable
 
 _CITATION = """
 @inproceedings{tsai2026gircse,
@@ -44,6 +47,9 @@ class GIRCSELoss(nn.Module):
         temperature: tau of the contrastive losses.
         reg_weight: weight of the penalty on steps that do not improve.
         reduction: "mean" (the reference code) or "sum" (the paper's formula) over the steps.
+        filter_false_negatives: a candidate does not count for a row if its text is the row's anchor, or the positive of
+            a row of the batch with the same anchor, and it is not the row's own positive. Texts are the same if the
+            model reads the same tokens.
     """
 
     def __init__(
@@ -53,6 +59,7 @@ class GIRCSELoss(nn.Module):
         temperature: float = 0.02,
         reg_weight: float = 1.0,
         reduction: str = "mean",
+        filter_false_negatives: bool = True,
     ) -> None:
         super().__init__()
         _check_modules(model)
@@ -66,22 +73,56 @@ class GIRCSELoss(nn.Module):
         self.temperature = temperature
         self.reg_weight = reg_weight
         self.reduction = reduction
+        self.filter_false_negatives = filter_false_negatives
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        """One dict of features for each column -> the loss, a scalar. Labels are not used."""
-        return self.objective([embed_steps(self.model, features) for features in check_columns(sentence_features)])
+        """One dict of features for each column -> the loss, a scalar.
 
-    def objective(self, columns: list[Tensor]) -> Tensor:
-        """[B, K, D] embeddings after 1..K steps of each column -> the loss, a scalar."""
+        Raises:
+            ValueError: fewer than two columns, labels, or a model of which nothing can be trained.
+        """
+        columns = self.check(sentence_features, labels)
+        return self.objective([embed_steps(self.model, features) for features in columns], self.mask_of(columns))
+
+    def check(
+        self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None
+    ) -> list[dict[str, Tensor]]:
+        """The columns; see `forward` for what is refused."""
+        columns = list(sentence_features)
+        if len(columns) < 2:
+            raise ValueError(
+                f"sentence_features: got {len(columns)} columns, expected anchor, positive and any negatives"
+            )
+        if labels is not None:
+            raise ValueError(
+                f"labels: got {len(labels)} of them, expected none: {type(self).__name__} takes every row for a right "
+                "pair. Keep the rows that are, and remove the column (label, labels, score or scores) from the data set"
+            )
+        if torch.is_grad_enabled():
+            check_trainable(self.model)
+        return columns
+
+    def mask_of(self, columns: list[dict[str, Tensor]]) -> Tensor | None:
+        """[B, candidates] bool, True where a candidate does not count; None where all do."""
+        if not self.filter_false_negatives:
+            return None
+        anchors, *others = [_texts(features) for features in columns]
+        candidates = [text for column in others for text in column]
+        mask = false_negatives(anchors, candidates, range(len(anchors)))  # the positives come first
+        return None if mask is None else mask.to(columns[0]["input_ids"].device)
+
+    def objective(self, columns: list[Tensor], mask: Tensor | None = None) -> Tensor:
+        """[B, K, D] embeddings after 1..K steps of each column, and what `mask_of` gives -> the loss, a scalar."""
         anchors, candidates = columns[0], torch.cat(columns[1:])
-        target = torch.arange(len(anchors), device=anchors.device)  # the positives come first
+        target = torch.arange(len(anchors), device=anchors.device)
         losses = ops.stepwise_info_nce(
-            anchors, candidates, target, temperature=self.temperature, pooling="last"
+            anchors, candidates, target, temperature=self.temperature, pooling="last", mask=mask
         )  # "last", because the steps are pooled already
         return ops.icr_objective(losses, reg_weight=self.reg_weight, reduction=self.reduction)
 
     def get_config_dict(self) -> dict[str, Any]:
-        return {"temperature": self.temperature, "reg_weight": self.reg_weight, "reduction": self.reduction}
+        names = ("temperature", "reg_weight", "reduction", "filter_false_negatives")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def citation(self) -> str:
@@ -109,22 +150,33 @@ class CachedGIRCSELoss(CachedLossMixin, GIRCSELoss):
         temperature: float = 0.02,
         reg_weight: float = 1.0,
         reduction: str = "mean",
+        filter_false_negatives: bool = True,
         show_progress_bar: bool = False,
     ) -> None:
-        super().__init__(model, temperature=temperature, reg_weight=reg_weight, reduction=reduction)
-        if isinstance(mini_batch_size, bool) or not isinstance(mini_batch_size, int) or mini_batch_size < 1:
+        super().__init__(
+            model,
+            temperature=temperature,
+            reg_weight=reg_weight,
+            reduction=reduction,
+            filter_false_negatives=filter_false_negatives,
+        )
+        if isinstance(mini_batch_size, bool) or not isinstance(mini_batch_size, Integral) or mini_batch_size < 1:
             raise ValueError(f"mini_batch_size: got {mini_batch_size!r}, expected an integer >= 1")
-        self.mini_batch_size = mini_batch_size
+        self.mini_batch_size = int(mini_batch_size)
         self.show_progress_bar = show_progress_bar
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        return CachedLossMixin.forward_cached(self, check_columns(sentence_features), labels)
+        columns = self.check(sentence_features, labels)
+        return CachedLossMixin.forward_cached(self, columns, self.mask_of(columns))
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
-        """[b, K, D] step embeddings of each column's mini-batches -> the loss; with its gradient put on them."""
-        loss = self.objective([torch.cat(column) for column in reps])
+        """[b, K, D] step embeddings of each column's mini-batches -> the loss; with its gradient put on them.
+
+        What the library carries here as `labels` is the mask of false negatives.
+        """
+        loss = self.objective([torch.cat(column) for column in reps], labels)
         if with_backward:
             loss.backward()
             loss = loss.detach()
@@ -155,15 +207,10 @@ def embed_steps(model: nn.Module, features: dict[str, Tensor]) -> Tensor:
     return output["step_embeddings"][..., : output["sentence_embedding"].shape[-1]]
 
 
-def check_columns(sentence_features: Iterable[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """
-    Raises:
-        ValueError: fewer than two columns.
-    """
-    columns = list(sentence_features)
-    if len(columns) < 2:
-        raise ValueError(f"sentence_features: got {len(columns)} columns, expected anchor, positive and any negatives")
-    return columns
+def _texts(features: dict[str, Tensor]) -> list[tuple[int, ...]]:
+    """The token ids of each row, without the padding."""
+    rows, real = features["input_ids"].tolist(), features["attention_mask"].tolist()
+    return [tuple(token for token, kept in zip(*row, strict=True) if kept) for row in zip(rows, real, strict=True)]
 
 
 def _check_modules(model: SentenceTransformer) -> None:

@@ -6,9 +6,7 @@ along; here only the generation is another one, and so are saving and loading.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from torch import Tensor
 from gircse.loading import load_pretrained
 from gircse.model import GIRCSE
 from gircse.sentence_transformers import modeling_gircse
-from gircse.sentence_transformers.modeling_gircse import LENGTH_CONFIG, check_backend, name_base_model
+from gircse.sentence_transformers.modeling_gircse import LENGTH_CONFIG, check_backend, name_base_model, save_code
 
 
 def _of_the_model(name: str) -> Any:
@@ -44,12 +42,11 @@ class GIRCSEModule(modeling_gircse.GIRCSEModule):
         model: the GIRCSE model. A LoRA adapter on it is handed to transformers' own adapter methods (`add_adapter`,
             `set_adapter`, ... of the `SentenceTransformer`): `model.base` becomes the transformers model that the
             `PeftModel` wrapped, with the same LoRA layers in it.
-        max_seq_length: tokens of a prompt, its instruction included; None: as many as the model has positions for.
+        max_seq_length: tokens of a text, its prompt included; None: the config's `query_max_length` where there is a
+            prompt, its `passage_max_length` where there is none.
     """
 
-    # sentence-transformers writes a module into modules.json by its class's module: this is the file that `save` puts
-    # beside the weights, so that the folder also loads without gircse.
-    __module__ = "modeling_gircse"
+    __module__ = "modeling_gircse"  # what a saved folder names is the file beside the weights
 
     num_steps = _of_the_model("num_steps")
     pooling = _of_the_model("pooling")
@@ -57,11 +54,14 @@ class GIRCSEModule(modeling_gircse.GIRCSEModule):
     prompt_template = _of_the_model("prompt_template")
     append_eos = _of_the_model("append_eos")
     include_prompt_state = _of_the_model("include_prompt_state")
+    query_max_length = _of_the_model("query_max_length")
+    passage_max_length = _of_the_model("passage_max_length")
 
-    def __init__(self, model: GIRCSE, *, max_seq_length: int | None = 512) -> None:
+    def __init__(self, model: GIRCSE, *, max_seq_length: int | None = None) -> None:
         if not isinstance(model, GIRCSE):
             raise TypeError(f"model: got {type(model).__name__}, expected gircse.GIRCSE")
-        _hand_adapter_over(model)
+        if hasattr(model.base, "get_base_model"):
+            model.base = modeling_gircse.without_wrapper(model.base)
         super().__init__(model, model.tokenizer, max_seq_length=max_seq_length, **asdict(model.config))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -101,7 +101,7 @@ class GIRCSEModule(modeling_gircse.GIRCSEModule):
         name_base_model(self.causal_lm, output_path)
         self.model.save_pretrained(output_path)
         self.save_length(output_path)
-        shutil.copy(modeling_gircse.__file__, Path(output_path) / "modeling_gircse.py")
+        save_code(output_path)
 
     @classmethod
     def load(
@@ -119,6 +119,7 @@ class GIRCSEModule(modeling_gircse.GIRCSEModule):
         processor_kwargs: dict[str, Any] | None = None,
         config_kwargs: dict[str, Any] | None = None,
         backend: str = "torch",
+        is_trainable: bool = False,
         **kwargs: Any,
     ) -> GIRCSEModule:
         """What sentence-transformers calls to load this module out of a folder or a hub repository; see `gircse.load`.
@@ -153,20 +154,10 @@ class GIRCSEModule(modeling_gircse.GIRCSEModule):
             device="cpu",  # sentence-transformers moves it
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
+            is_trainable=is_trainable,
         )
         length = cls.load_config(folder, config_filename=LENGTH_CONFIG)
         return cls(GIRCSE(base, tokenizer, config).eval(), **length)
-
-
-def _hand_adapter_over(model: GIRCSE) -> None:
-    """Makes transformers the owner of LoRA layers that came with a `PeftModel`: the state that `add_adapter` leaves, so
-    that its methods, state dict and checkpoints are the same whichever way the adapter came."""
-    base: Any = model.base
-    if hasattr(base, "get_base_model"):
-        inner = base.get_base_model()
-        inner.peft_config = base.peft_config
-        inner._hf_peft_config_loaded = True
-        model.base = inner
 
 
 def _blank() -> GIRCSEModule:

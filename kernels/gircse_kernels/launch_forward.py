@@ -19,7 +19,7 @@ class Forward(NamedTuple):
     """Results; a tensor that nobody asked for is None."""
 
     out: Tensor  # [T, E], input dtype; float32 where not finished
-    exact: Tensor | None  # [T, E] float32: `out` before it is rounded
+    exact: Tensor | None  # [T, E] float32: `out` before it is rounded, in memory of its own
     lse: Tensor  # [T] float32, as all below
     entropy: Tensor | None  # sum of e^(s - peak) (s - peak) where not finished
     max_prob: Tensor | None
@@ -44,7 +44,7 @@ def forward(
     (num_rows, _), (num_vocab, _) = hidden.shape, head.shape
     float32 = functools.partial(torch.empty, dtype=torch.float32, device=hidden.device)
     out = rows((num_rows, width)) if finish else float32(num_rows, width)
-    exact = exact and finish and out.dtype != torch.float32
+    exact = exact and finish  # float32 too: the caller may change `out` in place
     argmax = torch.empty(num_rows, dtype=torch.int64, device=hidden.device) if stats else None
     result = Forward(
         out,

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_flatten
 
 from gircse.architecture import CausalLM
 from gircse.engine.kv import KVPool, PrefillPass
-from gircse.engine.step import DecodeState, StepRunner
+from gircse.engine.step import DecodeState, StepRunner, _fingerprint
+from tests.test_rollout import with_lora
 from tests.tiny_models import CONFIGS, tiny_model
 
 _SYNCS = {"aten._local_scalar_dense", "aten.item", "aten.equal", "aten.is_nonzero", "aten.allclose"}
@@ -162,3 +163,30 @@ def test_a_capture_that_fails_falls_back_with_one_warning(monkeypatch):
     runner.bind(pool, state, SLOTS, 0.5)
     assert len(attempts) == 1
     assert runner.refusal == "RuntimeError: operation not permitted when stream is capturing"
+
+
+def doubled(model):
+    for module in model.modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            module.scaling["default"] *= 2
+
+
+CHANGES = {
+    "merged": lambda model: model.merge_adapter(),
+    "switched off": lambda model: model.base_model.disable_adapter_layers(),
+    "scaled": doubled,
+    "moved": lambda model: model.get_base_model().set_input_embeddings(torch.nn.Embedding(131, 32)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_graphs_go_when_a_number_in_them_changes(change):
+    """Weights are read where they lie, so that new values in the old place need no new graph."""
+    model = with_lora(tiny_model("llama"))
+    before = _fingerprint(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    assert _fingerprint(model) == before
+    change(model)
+    assert _fingerprint(model) != before

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
+from examples import soft_prompt
 from examples.soft_prompt import main, search
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
@@ -31,6 +33,24 @@ def test_another_table_draws_the_same_tokens() -> None:
         for table in (None, torch.randn(131, 12))
     )
     torch.testing.assert_close(one.losses, other.losses, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("what", ["draws", "model"])
+def test_under_checkpointing(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same losses when the draws, or the model's layers, are computed again in backward."""
+    model = tiny_model("llama").requires_grad_(False)
+    prompt, target = torch.randint(5, 60, (5,)), torch.randint(5, 60, (2,))
+    expected = search(model, prompt, target, length=4, steps=5).losses
+    if what == "draws":
+        plain = soft_prompt.soft_embed
+        monkeypatch.setattr(
+            soft_prompt, "soft_embed", lambda *a, **options: checkpoint(plain, *a, use_reentrant=False, **options)
+        )
+    else:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+        model.train()
+    assert search(model, prompt, target, length=4, steps=5).losses == expected
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from gircse.checkpoint import STATE_NAME, SUMS_NAME, WEIGHTS_NAME, list_checkpoints, load_checkpoint
-from gircse.train import linear_schedule, train, trainable_model
+from gircse.train import train, trainable_model
 from tests.fuzz.hostile_pickle import plain_pickle, save_torch
 from tests.fuzz.json_values import damaged, values
 from tests.fuzz.outcome import outcome
@@ -46,12 +46,10 @@ class Run:
         for parameter, value in zip(self.parameters, self.before, strict=True):
             parameter.data.copy_(value)
         optimizer = torch.optim.AdamW(self.parameters, lr=self.config.learning_rate)
-        scheduler = linear_schedule(optimizer, 10, 0.0)
-        step = load_checkpoint(folder, self.model, optimizer, scheduler)
+        step = load_checkpoint(folder, self.model, optimizer)
         for parameter in self.parameters:
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
-        scheduler.step()
         return [step, *(parameter.detach().clone() for parameter in self.parameters)]
 
     def loads(self) -> bool:

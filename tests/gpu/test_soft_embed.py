@@ -22,6 +22,8 @@ CUDA = {"backend": "triton"}
 
 
 def check(options: dict[str, Any] | None = None, *, width: int, seeds: int = 2, **shape: Any) -> None:
+    """Few rows are drawn more often, by the same compiled kernels: one draw of one row is luck."""
+    seeds = max(seeds, 6 // shape["leading"][0])
     shape = {"vocab": 3011, "scale": 3 / math.sqrt(width), **shape}
     assert_as_accurate_as_eager(options={**(options or {}), **CUDA}, device="cuda", seeds=seeds, width=width, **shape)
 

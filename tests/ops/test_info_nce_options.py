@@ -23,14 +23,16 @@ BACKENDS = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", m
 FLAGS = list(itertools.product([False, True], repeat=3))  # masked, include_queries, symmetric
 
 
-def problem(rows: int = 7, candidates: int = 19, *, masked: bool = False, seed: int = 0) -> dict[str, Any]:
+def problem(
+    rows: int = 7, candidates: int = 19, *, masked: bool = False, queries_masked: bool = False, seed: int = 0
+) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     queries = torch.randn(rows, 3, 6, generator=generator, dtype=torch.float64)
     docs = torch.randn(candidates, 3, 6, generator=generator, dtype=torch.float64)
     target = torch.randint(0, candidates, (rows,), generator=generator)
     found: dict[str, Any] = {"query_steps": queries, "doc_steps": docs, "target": target}
     if masked:
-        mask = torch.rand(rows, candidates, generator=generator) < 0.3
+        mask = torch.rand(rows, candidates + rows * queries_masked, generator=generator) < 0.3
         mask[torch.arange(rows), target] = False
         found["mask"] = mask
     return found
@@ -63,8 +65,8 @@ def test_every_option_against_the_plain_formula(
     elif masked:  # pieces of at most 5 candidates
         monkeypatch.setattr(info_nce_op, "VECTOR_BYTES", 5 * 6 * itemsize)
     arguments = {
-        **problem(masked=masked), "include_queries": include_queries, "symmetric": symmetric, "pooling": pooling,
-        "temperature": 0.3,
+        **problem(masked=masked, queries_masked=include_queries), "include_queries": include_queries,
+        "symmetric": symmetric, "pooling": pooling, "temperature": 0.3,
     }  # fmt: skip
     upstream = torch.randn(3, dtype=torch.float64)
     exact = with_gradients(info_nce_reference, arguments, upstream)
@@ -88,7 +90,8 @@ def test_pieces_are_the_whole(
     backend: str, masked: bool, include_queries: bool, symmetric: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One step and a few candidates at a time, in a dtype whose gradients must not be carried in it."""
-    arguments = {k: v.bfloat16() if k.endswith("steps") else v for k, v in problem(masked=masked).items()}
+    tensors = problem(masked=masked, queries_masked=include_queries)
+    arguments = {k: v.bfloat16() if k.endswith("steps") else v for k, v in tensors.items()}
     arguments |= {"include_queries": include_queries, "symmetric": symmetric, "pooling": "weighted", "backend": backend}
     upstream = torch.randn(3)
     whole = with_gradients(stepwise_info_nce, {**arguments, "return_stats": True}, upstream)
@@ -112,6 +115,25 @@ def test_a_transposed_mask(backend: str) -> None:
 
 
 @BACKENDS
+def test_a_query_that_is_masked_is_no_candidate(backend: str) -> None:
+    """Copies of one query lie on it, and are all that is similar: log of their number without the mask, 0 with it. A
+    mask of the documents alone leaves the queries as they are."""
+    torch.manual_seed(0)
+    row = torch.randn(1, 1, 16)
+    steps = row.expand(4, 1, 16)
+    options: dict[str, Any] = {"target": torch.zeros(4, dtype=torch.int64), "include_queries": True, "backend": backend}
+    torch.testing.assert_close(stepwise_info_nce(steps, row, **options), torch.tensor([4.0]).log())
+    documents = torch.zeros(4, 1, dtype=torch.bool)
+    torch.testing.assert_close(stepwise_info_nce(steps, row, mask=documents, **options), torch.tensor([4.0]).log())
+    both = torch.cat([documents, torch.ones(4, 4, dtype=torch.bool)], 1)
+    assert stepwise_info_nce(steps, row, mask=both, **options).tolist() == [0.0]
+    with pytest.raises(ValueError, match=r"mask: got shape \(4, 5\), expected \(4, 1\)$"):
+        stepwise_info_nce(steps, row, **{**options, "mask": both, "include_queries": False})
+    with pytest.raises(ValueError, match=r"mask: got shape \(4, 3\), expected \(4, 1\) or \(4, 5\)$"):
+        stepwise_info_nce(steps, row, mask=both[:, :3], **options)
+
+
+@BACKENDS
 def test_half_precision_steps(backend: str) -> None:
     arguments = {k: v.bfloat16() if k.endswith("steps") else v for k, v in problem().items()}
     upstream = torch.randn(3)
@@ -126,7 +148,7 @@ def test_half_precision_steps(backend: str) -> None:
 
 
 def test_gradcheck() -> None:
-    arguments = problem(4, 7, masked=True)
+    arguments = problem(4, 7, masked=True, queries_masked=True)
     options = {k: v for k, v in arguments.items() if not k.endswith("steps")}
 
     def function(queries: Tensor, docs: Tensor) -> Tensor:
@@ -208,7 +230,7 @@ def across(rank: int, sizes: tuple[tuple[int, int], ...], backend: str, budget: 
     )
     rows, docs = sum(s[0] for s in sizes), sum(s[1] for s in sizes)
     for masked, include_queries, symmetric in FLAGS:
-        whole = problem(rows, docs, masked=masked, seed=5)
+        whole = problem(rows, docs, masked=masked, queries_masked=include_queries, seed=5)
         owner = [r for r, s in enumerate(sizes) for _ in range(s[0])]
         # every row's positive is among its own rank's documents
         local = torch.tensor([i % sizes[r][1] for i, r in enumerate(owner)])

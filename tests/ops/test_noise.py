@@ -119,3 +119,37 @@ def test_backward_replays_the_noise(backend: str) -> None:
     exact = torch.autograd.grad(reference, list(tensors.values()), upstream)
     for got, want in zip(ours, exact, strict=True):
         torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-5)
+
+
+def test_values_of_rows_without_dimensions_of_size_one() -> None:
+    """[B] fits hidden [B, 1, D] and [1, B, D], for every argument with a value for each row."""
+    hidden, head = torch.randn(3, 8), torch.randn(37, 8)
+    values: dict[str, torch.Tensor] = {
+        "gumbel_seed": torch.arange(3),
+        "gumbel_temperature": torch.tensor([0.5, 0.7, 0.9]),
+        "top_k": torch.tensor([5, 0, 9]),
+        "top_p": torch.tensor([0.9, 1.0, 0.8]),
+        "min_p": torch.tensor([0.0, 0.01, 0.02]),
+        "hard": torch.tensor([True, False, False]),
+    }
+    expected = soft_embed(hidden, head, **values)  # type: ignore[arg-type]
+    for shape in ((3, 1), (1, 3), (1, 3, 1)):
+        found = soft_embed(hidden.reshape(*shape, 8), head, **values)  # type: ignore[arg-type]
+        assert torch.equal(found, expected.reshape(*shape, 8))  # type: ignore[union-attr, arg-type]
+    warm = soft_embed(hidden[:, None], head, temperature=values["gumbel_temperature"])
+    assert torch.equal(warm, soft_embed(hidden, head, temperature=values["gumbel_temperature"])[:, None])  # type: ignore[arg-type, index]
+    with pytest.raises(ValueError, match=r"gumbel_seed: got shape \(3,\), expected one broadcastable to \(3, 2\)"):
+        soft_embed(torch.randn(3, 2, 8), head, gumbel_seed=values["gumbel_seed"])
+
+
+def test_free_logits_as_a_head() -> None:
+    """Logits [n, V] without hidden states: the identity and transposed logits give softmax(logits) @ E."""
+    tensors = random_inputs((6,), 37, 6, 8)
+    logits, embed = (tensors["hidden"] @ tensors["head_weight"].T).requires_grad_(), tensors["embed_weight"]
+    seeds, noise = torch.arange(6), gumbel(torch.arange(6), 0, 37).double()
+    ours = soft_embed(torch.eye(6).double(), logits.T, embed, temperature=0.5, gumbel_seed=seeds)
+    plain = ((logits + noise) / 0.5).softmax(-1) @ embed
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-13)
+    upstream = torch.randn(6, 8, dtype=torch.float64)
+    grads = [torch.autograd.grad(out, logits, upstream)[0] for out in (ours, plain)]  # type: ignore[arg-type]
+    torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-13)

@@ -167,6 +167,17 @@ def test_entries_that_a_bias_removed_stay_removed() -> None:
         torch.testing.assert_close(ours[name], truth[name])
 
 
+def test_top_k_of_zero_is_no_limit() -> None:
+    """As in transformers' generation; for single rows too."""
+    tensors = random_inputs()
+    plain = soft_embed(**tensors)  # type: ignore[arg-type]
+    assert torch.equal(soft_embed(**tensors, top_k=0), plain)  # type: ignore[arg-type]
+    k = torch.tensor([0, 3] * 5 + [0])
+    mixed = soft_embed(**tensors, top_k=k)  # type: ignore[arg-type]
+    assert torch.equal(mixed[k == 0], plain[k == 0])  # type: ignore[index]
+    assert torch.equal(mixed[k == 3], soft_embed(**tensors, top_k=3)[k == 3])  # type: ignore[arg-type, index]
+
+
 @BACKENDS
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter's numpy
@@ -265,10 +276,10 @@ def test_memory_no_tensor_of_rows_times_vocabulary(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"top_k": 0}, ValueError, r"top_k: got 0, expected at least 1"),
+        ({"top_k": -1}, ValueError, r"top_k: got -1, expected at least 1, or 0 for no limit"),
         ({"top_k": 2.0}, TypeError, r"top_k: got float, expected an int or an integer tensor"),
         ({"top_k": True}, TypeError, r"top_k: got bool"),
-        ({"top_k": torch.tensor([1, 0, 2])}, ValueError, r"top_k: got 0, expected at least 1"),
+        ({"top_k": torch.tensor([1, -3, 2])}, ValueError, r"top_k: got -3, expected at least 1, or 0 for no limit"),
         ({"top_k": torch.ones(3)}, TypeError, r"top_k: got dtype torch.float32, expected an integer one"),
         ({"top_k": torch.ones(2, dtype=torch.int64)}, ValueError, r"top_k: got shape \(2,\), expected one broadcast"),
         ({"top_p": 0.0}, ValueError, r"top_p: got 0.0, expected above 0 and at most 1"),

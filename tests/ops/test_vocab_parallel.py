@@ -83,6 +83,12 @@ def test_equals_the_unsharded_op(size: int, bounds: tuple[int, ...], backend: st
     in_processes(size, compare, tmp_path, bounds, backend, dtype)
 
 
+def second(hidden: torch.Tensor, head: torch.Tensor, shard: VocabShard) -> None:
+    leaf = hidden.clone().requires_grad_()
+    out = soft_embed(leaf, head, vocab_parallel=shard)
+    torch.autograd.grad(torch.autograd.grad(out.square().sum(), leaf, create_graph=True)[0].sum(), leaf)  # type: ignore[union-attr]
+
+
 def special_cases(rank: int) -> None:
     size = dist.get_world_size()
     # shards that hold none of the probability, a tie across shards, a bad row, no rows, a group of one
@@ -102,6 +108,13 @@ def special_cases(rank: int) -> None:
     groups = [dist.new_group([i]) for i in range(size)]
     alone = soft_embed(torch.ones(3, 4), head, vocab_parallel=VocabShard(0, 8, groups[rank]))
     torch.testing.assert_close(alone, soft_embed(torch.ones(3, 4), head))
+    with pytest.raises(RuntimeError, match="vocab_parallel: got a derivative of the gradient"):
+        second(hidden.nan_to_num(), head[mine], shard)
+    tokens = [
+        (torch.compile(f, fullgraph=True, backend="aot_eager") if i else f)(hidden.nan_to_num(), head[mine])
+        for i, f in enumerate([lambda h, w: soft_embed(h, w, vocab_parallel=shard, hard=True, top_k=5)] * 2)
+    ]
+    assert torch.equal(*tokens)
     compiled = torch.compile(lambda h, w: soft_embed(h, w, vocab_parallel=shard), fullgraph=True, backend="aot_eager")
     leaf = torch.randn(3, 4, requires_grad=True)
     (one,) = torch.autograd.grad(compiled(leaf, head[mine]).square().sum(), leaf)

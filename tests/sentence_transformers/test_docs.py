@@ -17,7 +17,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "sentence_transformers.md"
 @pytest.mark.usefixtures("add_adapter")
 def test_the_page_runs(base_folder, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names = {"path": str(base_folder), "output": str(tmp_path / "saved")}
     for number, block in enumerate(blocks):
         exec(compile(block, f"{PAGE.name}, block {number + 1}", "exec"), names)

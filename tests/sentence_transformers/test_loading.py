@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("sentence_transformers")
 from peft import LoraConfig, PeftModel, get_peft_model
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Normalize
+from sentence_transformers.base.modules import Normalize, Router
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from transformers import AutoModelForCausalLM
 
 import gircse
@@ -128,6 +131,70 @@ def test_an_adapter_must_name_its_base(base_folder, tmp_path):
     with pytest.raises(ValueError, match="is the base model's own folder"):
         st.save_pretrained(str(base_folder))
     assert not (base_folder / "adapter_config.json").exists()
+
+
+@pytest.mark.usefixtures("add_adapter")
+def test_modules_in_a_router(base_folder, tmp_path, monkeypatch):
+    """Two of ours, one with an adapter; by both readers, and what the plain one saves again."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    adapted = gircse.load(base_folder, num_steps=3, device="cpu")
+    adapted.add_adapter(LORA)
+    other = GIRCSEModule(GIRCSE(tiny_model("llama", seed=1), tiny_tokenizer(), GircseConfig(num_steps=2)).eval())
+    router = Router.for_query_document([adapted[0]], [other, Normalize()])
+    st = SentenceTransformer(modules=[router, Normalize()], prompts={"query": "q: "}, device="cpu")
+
+    def check(again, atol):
+        for encode in ("encode_query", "encode_document"):
+            ours, expected = (getattr(model, encode)(TEXTS, return_steps=True) for model in (again, st))
+            np.testing.assert_allclose(ours, expected, atol=atol, rtol=0)
+
+    st.save_pretrained(str(tmp_path / "saved"))
+    for again in (gircse.load(tmp_path / "saved"), gircse.load(tmp_path / "saved", merge_adapter=True)):
+        assert isinstance(again[0].sub_modules["query"][0], GIRCSEModule)
+        check(again, 1e-5)
+    plain = SentenceTransformer(str(tmp_path / "saved"), trust_remote_code=True, device="cpu")
+    check(plain, 1e-5)
+    plain.save_pretrained(str(tmp_path / "twice"))
+    check(SentenceTransformer(str(tmp_path / "twice"), trust_remote_code=True, device="cpu"), 1e-5)
+    check(gircse.load(tmp_path / "twice"), 1e-5)
+    longer = gircse.load(tmp_path / "saved", num_steps=4, max_seq_length=90, instruction="Find it", dtype="float64")
+    assert longer.encode_query(TEXTS, return_steps=True).shape == (3, 4, 32)
+    assert (longer.max_seq_length, longer.prompts["query"]) == (90, "Instruct: Find it\nQuery:")
+    assert {p.dtype for p in longer[0].sub_modules["document"].parameters()} == {torch.float64}
+    trained = gircse.load(tmp_path / "saved", is_trainable=True)[0].sub_modules["query"]
+    assert {name.split(".")[-3] for name, p in trained.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    with pytest.raises(ValueError, match="starts with .*Router, expected a GIRCSEModule"):
+        gircse.load(tmp_path / "saved", adapter=tmp_path / "saved")
+    SentenceTransformer(modules=[Router({"query": [StaticEmbedding(tiny_tokenizer(), embedding_dim=8)]})]).save(
+        str(tmp_path / "stock")
+    )
+    with pytest.raises(ValueError, match="Router, expected a GIRCSEModule on one of its routes"):
+        gircse.load(tmp_path / "stock")
+
+
+@pytest.mark.parametrize("instruction", [None, "Find it"])  # the cards of a symmetric model and of a search model
+def test_the_cards_lines_work(base_folder, tmp_path, monkeypatch, instruction):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    st = gircse.load(base_folder, instruction=instruction, device="cpu")
+    names: dict = {"gircse": gircse}
+    st.save_pretrained(str(tmp_path / "saved"))
+    for folder in (tmp_path / "saved", tmp_path / "again"):
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        (block,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+        block = block.replace("sentence_transformers_model_id", str(folder))
+        (ours,) = re.findall(r"^# (model = gircse\.load\(.*\))$", block, flags=re.MULTILINE)
+        for lines in (block, re.sub(r"^model = .*$", ours, block, flags=re.MULTILINE)):
+            exec(lines, names)
+            if instruction is None:
+                np.testing.assert_allclose(names["embeddings"], st.encode(names["sentences"]), atol=1e-5, rtol=0)
+            else:
+                expected = st.encode_query(names["queries"])
+                np.testing.assert_allclose(names["query_embeddings"], expected, atol=1e-5, rtol=0)
+            assert isinstance(names["model"][0], GIRCSEModule) == (lines is not block)
+        if folder.name == "saved":  # a card made by the plain file is the same
+            SentenceTransformer(str(folder), trust_remote_code=True, device="cpu").save_pretrained(
+                str(tmp_path / "again")
+            )
 
 
 def test_what_is_refused(base_folder, tmp_path):

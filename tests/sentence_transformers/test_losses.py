@@ -11,6 +11,7 @@ from sentence_transformers.base.modules import Dense
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
 from gircse import GIRCSE, GircseConfig
+from gircse.ops.reference import info_nce_reference
 from gircse.sentence_transformers import CachedGIRCSELoss, GIRCSELoss, GIRCSEModule
 from gircse.sentence_transformers.losses import embed_steps, minibatch
 from tests.plain import plain_losses, plain_objective, plain_rollout
@@ -127,6 +128,63 @@ def test_gradient_checkpointing(no_downcast):
             assert (found[name] - gradient).abs().max() < 1e-10, name
     with pytest.raises(ValueError, match="use_reentrant=True"):
         st.gradient_checkpointing_enable({"use_reentrant": True})
+
+
+KINDS = [(GIRCSELoss, {}), (CachedGIRCSELoss, {"mini_batch_size": 2})]
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_right_answers_are_no_negatives(no_downcast, kind, options):
+    """Row 1 has the anchor of row 0, row 2 the positive of row 0, row 3 a positive that is a negative and the anchor of
+    others; the mask is written out by hand."""
+    anchors = ["who", "who", "what", "when was that"]
+    positives = ["she did", "he did", "she did", "who"]
+    negatives = ["no", "she did", "who", "he did"]
+    masked = [(0, 1), (0, 2), (0, 3), (0, 5), (0, 6), (0, 7), (1, 0), (1, 2), (1, 3), (1, 5), (1, 6), (1, 7)]
+    masked += [(2, 0), (2, 5), (3, 6)]
+    mask = torch.zeros(4, 8, dtype=torch.bool)
+    mask[tuple(torch.tensor(masked).T)] = True
+    st = build()
+    columns = [st.preprocess(texts) for texts in (anchors, positives, negatives)]
+    with torch.no_grad():
+        steps = [embed_steps(st, column) for column in columns]
+        options_of_op = {"temperature": 0.02, "pooling": "last"}
+        target = torch.arange(4)
+        right, all_count = (
+            plain_objective(info_nce_reference(steps[0], torch.cat(steps[1:]), target, mask=m, **options_of_op))
+            for m in (mask, None)
+        )
+    assert abs(float(kind(st, **options)(columns) - right)) < 1e-10
+    assert abs(float(kind(st, filter_false_negatives=False, **options)(columns) - all_count)) < 1e-10
+    assert float(all_count - right) > 0.1
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_copies_of_a_row_have_no_negatives(no_downcast, kind, options):
+    st = build()
+    columns = [st.preprocess([text] * 4) for text in ("who", "she did")]
+    assert float(kind(st, **options)(columns)) == pytest.approx(0.0, abs=1e-12)
+    copies = torch.log(torch.tensor(4.0))
+    assert float(kind(st, filter_false_negatives=False, **options)(columns)) == pytest.approx(float(copies), abs=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_matryoshka_keeps_the_mask(no_downcast, kind, options):
+    st = build()
+    columns = [st.preprocess([text] * 4) for text in ("who", "she did")]
+    assert float(MatryoshkaLoss(st, kind(st, **options), [32, 5])(columns, None)) == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_labels_and_frozen_weights_are_refused(kind, options):
+    st = build()
+    with pytest.raises(ValueError, match=r"labels: got 5 of them, expected none.* remove the column \(label"):
+        kind(st, **options)(features(st), torch.ones(5))
+    st.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"model: got frozen weights only.* is_trainable=True"):
+        kind(st, **options)(features(st))
+    with torch.no_grad():
+        assert kind(st, **options)(features(st)) > 0  # what an evaluation asks for
 
 
 def test_what_is_refused():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -12,8 +15,12 @@ import pytest
 import torch
 
 pytest.importorskip("sentence_transformers")
+from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
+from transformers import AutoModelForCausalLM
 
+import gircse
 from gircse import GIRCSE, GircseConfig
 from gircse.sentence_transformers import GIRCSEModule, modeling_gircse
 from tests.tiny_models import CONFIGS, definition, tiny_model, tiny_tokenizer
@@ -83,9 +90,115 @@ def test_checkpointing_is_refused():
         module(module.preprocess(TEXTS))
 
 
+TARGETS = ["q_proj", "v_proj"]
+ADAPTERS = {
+    "dora": LoraConfig(r=4, target_modules=TARGETS, use_dora=True),
+    "rslora": LoraConfig(r=4, lora_alpha=16, target_modules=TARGETS, use_rslora=True, lora_bias=True),
+    "tokens": LoraConfig(r=4, target_modules=TARGETS, trainable_token_indices=[40, 71]),
+    "ia3": IA3Config(target_modules=TARGETS, feedforward_modules=[]),
+    "loha": LoHaConfig(r=4, target_modules=TARGETS),
+    "oft": OFTConfig(r=0, oft_block_size=4, target_modules=TARGETS),
+}
+
+
+@pytest.mark.usefixtures("add_adapter")
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_every_kind_of_adapter_is_loaded_whole(base_folder, tmp_path, kind):
+    st = gircse.load(base_folder, num_steps=3, device="cpu")
+    bare = st.encode(TEXTS)
+    st.add_adapter(copy.deepcopy(ADAPTERS[kind]))
+    with torch.no_grad():
+        for parameter in (p for p in st.parameters() if p.requires_grad):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    expected = st.encode(TEXTS)
+    assert np.abs(expected - bare).max() > 1e-2
+    st.save_pretrained(str(tmp_path / "saved"))
+    plain = modeling_gircse.GIRCSEModule.load(str(tmp_path / "saved"))
+    again = SentenceTransformer(modules=[plain], device="cpu")
+    np.testing.assert_allclose(again.encode(TEXTS), expected, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(gircse.load(tmp_path / "saved").encode(TEXTS), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.usefixtures("add_adapter")
+def test_an_adapter_on_the_vocabulary_reaches_the_soft_tokens(base_folder, tmp_path):
+    """The plain file and a model with the adapter folded in by peft are the same."""
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head", "embed_tokens"], init_lora_weights=False)
+    adapted = get_peft_model(base, config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    tiny_tokenizer().save_pretrained(tmp_path / "adapter")
+    plain = modeling_gircse.GIRCSEModule.load(str(tmp_path / "adapter"))
+    folded = modeling_gircse.GIRCSEModule(adapted.merge_and_unload(), tiny_tokenizer()).eval()
+    ours, expected = (SentenceTransformer(modules=[module], device="cpu").encode(TEXTS) for module in (plain, folded))
+    np.testing.assert_allclose(ours, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("add_adapter")
+def test_a_base_inside_the_adapters_folder_and_one_that_is_gone(base_folder, tmp_path):
+    st = gircse.load(base_folder, num_steps=3, device="cpu")
+    st.add_adapter(LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False))
+    folder = tmp_path / "saved"
+    st.save_pretrained(str(folder))
+    shutil.copytree(base_folder, folder / "base")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base_folder)  # from wherever it is loaded
+    for base, is_there in (("./base", True), ("./gone", False)):
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
+        if is_there:
+            plain = SentenceTransformer(modules=[modeling_gircse.GIRCSEModule.load(str(folder))], device="cpu")
+            np.testing.assert_allclose(plain.encode(TEXTS), st.encode(TEXTS), atol=1e-5, rtol=0)
+        else:
+            with pytest.raises(FileNotFoundError, match=r"base model: \./gone does not exist"):
+                modeling_gircse.GIRCSEModule.load(str(folder))
+
+
+@pytest.mark.usefixtures("add_adapter")
+def test_saved_after_the_adapter_was_deleted(base_folder, tmp_path):
+    plain = modeling_gircse.GIRCSEModule.load(str(base_folder)).eval()
+    st = SentenceTransformer(modules=[plain], device="cpu")
+    expected = st.encode(TEXTS)
+    st.add_adapter(LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False))
+    st.delete_adapter("default")
+    st.save_pretrained(str(tmp_path / "saved"))
+    again = SentenceTransformer(modules=[modeling_gircse.GIRCSEModule.load(str(tmp_path / "saved"))], device="cpu")
+    np.testing.assert_allclose(again.encode(TEXTS), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.usefixtures("add_adapter")
+def test_what_is_missing_is_refused(base_folder, tmp_path):
+    st = gircse.load(base_folder, device="cpu")
+    st.add_adapter(copy.deepcopy(ADAPTERS["dora"]))
+    folder = tmp_path / "saved"
+    st.save_pretrained(str(folder))
+    weights = load_file(folder / "adapter_model.safetensors")
+    gone = next(name for name in weights if "magnitude" in name)
+    save_file({name: w for name, w in weights.items() if name != gone}, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=rf"does not fit LlamaForCausalLM: 1 weights missing, 0 .*{re.escape(gone)}"):
+        modeling_gircse.GIRCSEModule.load(str(folder))
+    save_file({**weights, gone + "x": weights[gone].clone()}, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=rf"0 weights missing, 1 unexpected.*{re.escape(gone)}x"):
+        modeling_gircse.GIRCSEModule.load(str(folder))
+
+    whole = tmp_path / "whole"
+    gircse.load(base_folder, device="cpu").save_pretrained(str(whole))
+    weights = load_file(whole / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, whole / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks 1 weights of LlamaForCausalLM, for example model.norm.weight"):
+        modeling_gircse.GIRCSEModule.load(str(whole))
+
+    prompt = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base_folder),
+        PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    )
+    prompt.save_pretrained(tmp_path / "prompt")
+    tiny_tokenizer().save_pretrained(tmp_path / "prompt")
+    with pytest.raises(ValueError, match="got an adapter of type PROMPT_TUNING, expected layers in the decoder"):
+        modeling_gircse.GIRCSEModule.load(str(tmp_path / "prompt"))
+
+
 @pytest.mark.smollm2
 def test_a_real_model():
-    import gircse
     from gircse.demo.smollm2 import smollm2_path
 
     path = str(smollm2_path())
@@ -109,7 +222,7 @@ folders, texts, prompt, output = json.loads(sys.argv[1])
 found = {}
 for name, folder in folders.items():
     model = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
-    assert type(model[0]).__module__.startswith("transformers_modules."), type(model[0]).__module__
+    assert type(model[0]).load.__module__.startswith("transformers_modules."), type(model[0]).load.__module__
     found[name] = model.encode(texts, prompt=prompt)
     found[name + "-steps"] = model.encode(texts, num_steps=2, return_steps=True, normalize_embeddings=True)
     found[name + "-query"] = model.encode_query(texts)
@@ -123,10 +236,6 @@ np.savez(output, **found)
 
 @pytest.mark.usefixtures("add_adapter")
 def test_a_folder_without_the_package(tmp_path, base_folder):
-    from peft import LoraConfig
-
-    import gircse
-
     adapted = gircse.load(base_folder, num_steps=3, instruction="Find it", device="cpu")
     adapted.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     gemma = GIRCSE(tiny_model("gemma2"), tiny_tokenizer(), GircseConfig(num_steps=3, pooling="last")).eval()

@@ -11,12 +11,14 @@ import torch
 
 pytest.importorskip("sentence_transformers")
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense, Normalize
 
 from gircse import GIRCSE, GircseConfig
-from gircse.sentence_transformers import GIRCSEModule
+from gircse.sentence_transformers import GIRCSEModule, modeling_gircse
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 TEXTS = ["a text", "another, longer text", "", "x", "Instruct: {instruction} {text}", "word " * 9]
+KEYS = ("sentence_embedding", "step_embeddings")
 TASK = "Given a question, retrieve passages that answer it"
 
 
@@ -67,8 +69,40 @@ def test_all_steps_from_one_call(model, st):
         st.encode(TEXTS, num_steps=4, return_steps=True, truncate_dim=7, normalize_embeddings=True),
         model.encode(TEXTS, num_steps=4, return_steps=True, truncate_dim=7),
     )
+    dense = Dense(32, 8, bias=False, activation_function=torch.nn.Identity())
+    behind = np.einsum("nkd,ed->nke", expected, dense.linear.weight.detach().numpy())
+    for module, raw in ((Normalize(), expected), (dense, behind)):
+        longer = SentenceTransformer(modules=[*st, module], device="cpu")
+        unit = raw / np.linalg.norm(raw, axis=-1, keepdims=True)
+        close(longer.encode(TEXTS, num_steps=4, return_steps=True), raw)
+        close(longer.encode(TEXTS, num_steps=4, return_steps=True, normalize_embeddings=True), unit)
+        with torch.no_grad():
+            close(longer(longer.preprocess(TEXTS), num_steps=4, return_steps=True)["sentence_embedding"].numpy(), raw)
     rows = st.encode(TEXTS, num_steps=4, output_value=None)
     close(np.stack([row["step_embeddings"] for row in rows]), expected)
+
+
+def test_plain_tensors_leave(st):
+    """Every way out: the type, and the value after `F.normalize` over the steps, which a subclass would turn around."""
+    options = {"num_steps": 4, "return_steps": True}
+    expected = torch.from_numpy(st.encode(TEXTS, **options))
+    features = st.preprocess(TEXTS)
+    ways = {
+        "convert_to_tensor": st.encode(TEXTS, convert_to_tensor=True, **options),
+        "a list": torch.stack(st.encode(TEXTS, convert_to_numpy=False, **options)),
+    }
+    every = [*st.encode(TEXTS, convert_to_numpy=False, **options), *ways["a list"]]
+    every += [row[name] for row in st.encode(TEXTS, output_value=None, **options) for name in KEYS]
+    every += [st.encode("x", convert_to_tensor=True, **options), ways["a list"][:, -1], ways["convert_to_tensor"][0]]
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            ways[str(context)] = st(features, **options)["sentence_embedding"]
+            every += [st(features)[name] for name in KEYS]
+    every.append(st.similarity(ways["a list"][0], ways["convert_to_tensor"][1]))
+    for name, way in ways.items():
+        close(way.numpy(), expected.numpy())
+        assert torch.equal(torch.nn.functional.normalize(way, dim=1).norm(dim=1).round(), torch.ones(6, 32)), name
+    assert {type(tensor) for tensor in [*every, *ways.values()]} == {torch.Tensor}
 
 
 def test_prompts_are_the_template_tokens(model, st):
@@ -101,6 +135,73 @@ def test_long_texts_are_cut_where_ours_are(model, st):
         assert st.preprocess(["y" * 300])["input_ids"].shape == (1, 253)
     with pytest.raises(ValueError, match="256 positions"):
         st.encode(["x"], num_steps=256)
+
+
+@pytest.mark.parametrize("precision", ["int8", "uint8", "binary", "ubinary"])
+@pytest.mark.parametrize(
+    "module", [lambda t: plain_module(t), lambda t: GIRCSEModule(engine(t))], ids=["plain", "engine"]
+)
+def test_every_step_is_quantised_by_itself(module, precision):
+    """Exactly as `encode` quantises that many steps."""
+    st = SentenceTransformer(modules=[module(tiny_tokenizer())], device="cpu")
+    texts = [f"text {i}" for i in range(40)]
+    options = {"precision": precision, "return_steps": True, "num_steps": 4}
+    found = st.encode(texts, **options)
+    assert found.dtype == (np.uint8 if precision.startswith("u") else np.int8)
+    for k in range(4):
+        expected = st.encode(texts, precision=precision, num_steps=k + 1)
+        if precision.endswith("int8"):  # one unit where rounding decides
+            assert np.abs(found[:, k].astype(int) - expected).max() <= 1
+            exact = st.encode(texts, num_steps=k + 1)
+            columns = zip(found[:, k].T, exact.T, strict=True)
+            assert min(np.corrcoef(ours, theirs)[0, 1] for ours, theirs in columns) > 0.999
+        else:
+            np.testing.assert_array_equal(found[:, k], expected)
+    assert type(st.encode(texts, convert_to_tensor=True, **options)) is torch.Tensor
+    rows = st.encode(texts, convert_to_numpy=False, **options)
+    assert {(type(row), tuple(row.shape)) for row in rows} == {(torch.Tensor, found.shape[1:])}
+    np.testing.assert_array_equal(st.encode_document(texts, **options), found)
+    for other in (copy.deepcopy(st), pickle.loads(pickle.dumps(st))):
+        np.testing.assert_array_equal(other.encode(texts, **options), found)
+        assert other.encode.args[0] is other
+    positional = st.encode(texts, None, None, 32, None, "sentence_embedding", precision, return_steps=True, num_steps=4)
+    np.testing.assert_array_equal(positional, found)
+    assert st.encode([], **options).shape == (0,)
+    if precision.endswith("int8"):
+        with pytest.raises(ValueError, match="from a single embedding"):
+            st.encode("one", **options)
+    else:
+        assert st.encode("one", **options).shape == found.shape[1:]
+
+
+def plain_module(tokenizer):
+    """The one of a saved folder, without the package."""
+    return modeling_gircse.GIRCSEModule(tiny_model("qwen2"), tokenizer, num_steps=3).eval()
+
+
+@pytest.mark.parametrize("module", [plain_module, lambda tokenizer: GIRCSEModule(engine(tokenizer))])
+def test_a_tokenizer_that_truncates_on_the_left_keeps_the_end(module):
+    tokenizer = tiny_tokenizer()
+    tokenizer.truncation_side = "left"
+    st = SentenceTransformer(modules=[module(tokenizer)], device="cpu")
+    st.max_seq_length = 5
+    with pytest.warns(UserWarning, match="longer than 5 tokens are cut at the beginning"):
+        close(st.encode(["0123456789", "ab"]), engine(tiny_tokenizer()).encode(["56789", "ab"]))
+
+
+@pytest.mark.parametrize("module", [plain_module, lambda tokenizer: GIRCSEModule(engine(tokenizer))])
+def test_tokens_without_an_embedding_are_named(module):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<{i}>" for i in range(40)])
+    st = SentenceTransformer(modules=[module(tokenizer)], device="cpu")
+    with pytest.raises(
+        ValueError, match="input_ids: got .* to 159, expected token ids from 0 to 130: the tokenizer has"
+    ):
+        st.encode(["a", "b <39>"])
+
+
+def engine(tokenizer):
+    return GIRCSE(tiny_model("qwen2"), tokenizer, GircseConfig(num_steps=3)).eval()
 
 
 def test_a_chat_template_does_not_wrap_plain_text(model, st):
@@ -151,6 +252,23 @@ def test_bad_arguments(model, st):
         st.encode(TEXTS, num_steps="auto")
     with pytest.raises(TypeError, match=r"inputs\[1\]: got int, expected str"):
         st[0].preprocess(["a", 3])
+    for texts, words in (
+        (["a", 3], r"\[1\]: got int, expected str; it is 3\. .* remove others, such as ids"),
+        (
+            (text for text in TEXTS),
+            r"\[0\]: got generator, expected str: encode takes it for one text, hand over a list",
+        ),
+    ):
+        with pytest.raises(TypeError, match=words):
+            st.encode(texts)
+    with pytest.raises(ValueError, match=r"\[1\]: got '\\ud800' at character 1 of 'b\\ud800'"):
+        st.encode(["a longer text", "b\ud800"])
+    with pytest.raises(ValueError, match=r"prompt: got '\\udcff' at character 0 of"):
+        st.encode(TEXTS, prompt="\udcff: ")
+    with pytest.raises(
+        ValueError, match="output_value: got 'token_embeddings', expected 'sentence_embedding', or None"
+    ):
+        st.encode(TEXTS, output_value="token_embeddings")
     with pytest.raises(ValueError, match="processing_kwargs: not supported"):
         st.encode(TEXTS, processing_kwargs={"text": {"max_length": 8}})
     with pytest.raises(ValueError, match="additional keyword arguments"):
@@ -173,5 +291,9 @@ def test_a_multi_process_pool(model, st):
         close(st.encode_query(TEXTS, pool=pool), model.encode(TEXTS, instruction=TASK))
         options = {"num_steps": 2, "return_steps": True}
         close(st.encode(TEXTS, pool=pool, chunk_size=2, **options), model.encode(TEXTS, **options))
+        for more in ({}, {"normalize_embeddings": True}):
+            found = st.encode(TEXTS, pool=pool, convert_to_tensor=True, **more, **options)
+            assert type(found) is torch.Tensor
+            close(found.numpy(), model.encode(TEXTS, **options))
     finally:
         st.stop_multi_process_pool(pool)

@@ -1,0 +1,29 @@
+"""Autocast, as the ops meet it: its dtype, and a region without it."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Asked once: `torch.compile` cannot trace the question in every version of PyTorch.
+_DEVICES = frozenset(name for name in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(name))
+_NOTHING = nullcontext()
+
+
+def autocast_dtype(tensor: object) -> torch.dtype | None:
+    """The dtype to which autocast casts, if it is on for the device of this tensor."""
+    if isinstance(tensor, Tensor):
+        device = tensor.device.type
+        if device in _DEVICES and torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+    return None
+
+
+def no_autocast(device: str) -> Any:
+    """A context in which products keep their dtypes; entering one costs, so only where there is something to leave."""
+    if device in _DEVICES and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return _NOTHING

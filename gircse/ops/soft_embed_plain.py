@@ -1,0 +1,55 @@
+"""``soft_embed`` by PyTorch's own differentiable operators, with [T, V] tensors: for derivatives beyond the first."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .noise import gumbel
+from .soft_embed_torch import Inputs, Options
+from .tiles_torch import accumulation_dtype
+
+# Bytes of one [rows, V] tensor, of which a second derivative holds a few dozen.
+PLAIN_BYTES = 8 << 20
+
+
+def plain_rows(inputs: Inputs) -> int:
+    """Rows whose plain scores fit the budget."""
+    return max(1, PLAIN_BYTES // (inputs.head.shape[0] * accumulation_dtype(inputs.hidden.dtype).itemsize))
+
+
+def plain(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """Soft tokens in hidden's dtype, log-sum-exp and entropy in the accumulation dtype.
+
+    Noise and floor are constants. A removed entry takes part in nothing: its score, often -inf, is replaced before it
+    can meet a zero.
+    """
+    dtype = accumulation_dtype(inputs.hidden.dtype)
+    hidden, head, embed, bias, temperature = (None if t is None else t.to(dtype) for t in inputs[:5])
+    logits = hidden @ head.T  # type: ignore[operator, union-attr]
+    if bias is not None:
+        logits = logits + bias
+    removed = logits == -torch.inf
+    if options.softcap is not None:
+        capped = options.softcap * torch.tanh(logits * (options.logit_scale / options.softcap))
+        removed = torch.zeros_like(removed)
+    else:
+        capped = logits.masked_fill(removed, 0.0) * options.logit_scale
+    factor: float | Tensor = 1.0 / options.temperature
+    if temperature is not None:
+        factor = factor / temperature[:, None]
+    scores = capped * (factor / options.logit_temperature)
+    if inputs.floor is not None:
+        removed = removed | (scores.detach() < inputs.floor[:, None])
+    seeds = inputs.seeds
+    if options.seed is not None:
+        seeds = torch.tensor([options.seed], device=scores.device)
+    if seeds is not None:
+        start = options.vocab_start
+        scores = scores + gumbel(seeds, start, start + scores.shape[1]).to(dtype) * factor
+    scores = scores.masked_fill(removed, -torch.inf)
+    log_probs, lse = scores.log_softmax(1), scores.logsumexp(1)
+    probs = log_probs.exp()
+    entropy = -(probs * log_probs.masked_fill(removed, 0.0)).sum(1)
+    out = options.embed_scale * (probs @ (head if embed is None else embed))  # type: ignore[operator]
+    return out.to(inputs.hidden.dtype), lse, entropy
