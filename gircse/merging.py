@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -22,11 +23,18 @@ class MergedAdapter:
     def merge(cls, base: Any) -> MergedAdapter:
         """
         Raises:
-            ValueError: the adapter was merged by somebody else, or cannot be merged.
+            ValueError: the adapter was merged by somebody else, or cannot be merged (one on a tied matrix, or with
+                numbers that are not finite).
         """
-        layers = _adapted_layers(base)
+        layers = adapted_layers(base)
         if any(layer.merged for layer in layers):
             raise ValueError("base: its adapter is merged already; call base.unmerge_adapter() first")
+        holders = Counter(id(p) for module in base.modules() for p in module._parameters.values())
+        if any(holders[id(p)] > 1 for layer in layers for p in layer.get_base_layer().parameters()):
+            raise ValueError(
+                "base: its adapter cannot be merged: it changes one of two layers that share a matrix (tied head and "
+                "table), and folded in it would change both"
+            )
         originals = [
             (parameter, parameter.detach().to("cpu", copy=True))
             for layer in layers
@@ -51,13 +59,13 @@ class MergedAdapter:
         if hasattr(self._base, "unmerge_adapter"):
             self._base.unmerge_adapter()
         else:
-            for layer in _adapted_layers(self._base):
+            for layer in adapted_layers(self._base):
                 layer.unmerge()
         for parameter, original in self._originals:
             parameter.copy_(original)
 
 
-def _adapted_layers(base: Any) -> list[Any]:
+def adapted_layers(base: Any) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [module for module in base.modules() if isinstance(module, BaseTunerLayer)]

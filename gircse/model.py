@@ -16,6 +16,7 @@ from gircse.architecture import CausalLM
 from gircse.config import GircseConfig
 from gircse.engine import Engine, EngineConfig
 from gircse.merging import MergedAdapter
+from gircse.ops.head_facts import below_peft
 from gircse.ops.pooling import pool_steps
 from gircse.rollout import RolloutObserver, rollout
 
@@ -109,11 +110,16 @@ class GIRCSE(nn.Module):
         return model
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Saves the LoRA adapter (or, without one, the whole model), the tokenizer and `gircse_config.json`.
+        """Saves the active LoRA adapter (or, without one, the whole model), the tokenizer and `gircse_config.json`.
 
-        Every file is written aside first and then moved into place; other files in `path` stay.
+        Every file is written aside first and then moved into place; other files in `path` stay. Loaded again, the
+        adapter is called "default", whatever its name is here; its base is known again by some of its numbers
+        (`gircse.base_fingerprint`).
+
+        Raises:
+            ValueError: several adapters are active, or none of those there are; nothing is written.
         """
-        from gircse.loading import save_pretrained
+        from gircse.saving import save_pretrained
 
         save_pretrained(self, path)
 
@@ -394,12 +400,16 @@ class GIRCSE(nn.Module):
             raise ValueError(
                 f"base: got a PEFT model of type {', '.join(kinds)}, expected LoRA-like layers in the decoder"
             )
-        return base.get_base_model() if hasattr(base, "get_base_model") else base
+        return below_peft(base)
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Values are only looked at where that costs no device synchronisation and no break in a compiled graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _check_ids(input_ids: Tensor, vocabulary: int) -> None:
-    """Only looked at where that costs no device synchronisation."""
-    if input_ids.device.type == "cpu" and bool(((input_ids < 0) | (input_ids >= vocabulary)).any()):
+    if _readable(input_ids) and bool(((input_ids < 0) | (input_ids >= vocabulary)).any()):
         low, high = input_ids.min().item(), input_ids.max().item()
         raise ValueError(f"input_ids: got {low} to {high}, expected token ids from 0 to {vocabulary - 1}")
 
@@ -420,9 +430,8 @@ def _check_prompt(input_ids: Tensor, attention_mask: Tensor, max_positions: int 
     if max_positions is not None and input_ids.shape[1] + num_steps > max_positions:
         raise ValueError(
             f"input_ids: got {input_ids.shape[1]} tokens and num_steps={num_steps}, expected at most {max_positions} "
-            "positions together (max_position_embeddings)"
+            "positions together (max_position_embeddings, or the length from which on rotary frequencies change)"
         )
-    # values are only looked at where that costs no device synchronisation
-    if attention_mask.device.type == "cpu" and not attention_mask.bool().any(dim=1).all():
+    if _readable(attention_mask) and not attention_mask.bool().any(dim=1).all():
         rows = (~attention_mask.bool().any(dim=1)).nonzero().flatten().tolist()
         raise ValueError(f"attention_mask: rows {rows[:8]} have no token, expected at least one in every row")
