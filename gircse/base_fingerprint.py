@@ -25,7 +25,7 @@ _SMALLEST = 1e-7  # float16 has nothing between it and 0
 
 def write_base(model: nn.Module, folder: Path) -> None:
     """Writes what is needed to know `model`, the base with its adapter on it, again."""
-    matrices = _base_matrices(model)
+    matrices = {name: matrix for name, matrix in _base_matrices(model).items() if not matrix.requires_grad}
     names = sorted(matrices)[:: max(1, len(matrices) // _MATRICES)]
     content = {
         "model_type": getattr(getattr(model, "config", None), "model_type", None),
@@ -60,12 +60,12 @@ def check_base(base: nn.Module, name: str | Path, adapter: str | Path) -> None:
 
 
 def _base_matrices(model: nn.Module) -> dict[str, Tensor]:
-    """The matrices of the base that nothing has changed, under the names they have without an adapter."""
+    """The matrices of the base that no adapter is folded into, under the names they have without an adapter."""
     merged = {id(p) for layer in adapted_layers(model) if layer.merged for p in layer.get_base_layer().parameters()}
     found = {}
     for name, parameter in model.named_parameters():
         plain = type(parameter) is nn.Parameter and parameter.is_floating_point() and not parameter.is_meta
-        if not plain or parameter.dim() < 2 or parameter.requires_grad or id(parameter) in merged:
+        if not plain or parameter.dim() < 2 or id(parameter) in merged:
             continue
         if any(part in name for part in (".lora_", ".modules_to_save.", ".token_adapter.")):
             continue
