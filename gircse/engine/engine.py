@@ -140,6 +140,11 @@ class Engine:
         for index, row in enumerate(rows):
             if not len(row):
                 raise ValueError(f"rows[{index}]: got no token, expected at least one")
+            if self.lm.max_positions is not None and len(row) + num_steps > self.lm.max_positions:
+                raise ValueError(
+                    f"rows[{index}]: got {len(row)} tokens and num_steps={num_steps}, expected at most "
+                    f"{self.lm.max_positions} positions together"
+                )
         kept = kept or KeptPrefix()
         # sorted where the prefix does not count: it is the same for all
         order, lengths = by_length([len(row) for row in rows]), [len(row) for row in rows]

@@ -103,6 +103,11 @@ class GIRCSEModule(InputModule):
     def processor(self) -> Any:
         return self.tokenizer
 
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens and steps of a text together, at most."""
+        return position_limit(self.causal_lm.config)
+
     def get_embedding_dimension(self) -> int:
         return self.causal_lm.get_output_embeddings().weight.shape[1]
 
@@ -260,7 +265,7 @@ class GIRCSEModule(InputModule):
     def _token_limit(self, max_length: int | None, num_steps: int) -> int | None:
         """Tokens of a prompt: the positions must hold the steps as well."""
         limit = self.max_seq_length if max_length is None else max_length
-        positions = getattr(self.causal_lm.config, "max_position_embeddings", None)
+        positions = self.max_positions
         if positions is None:
             return limit
         if num_steps >= positions:
@@ -280,8 +285,25 @@ def soft_token(lm: Any, hidden: Tensor, temperature: float) -> Tensor:
     if softcap is not None:  # Gemma 2
         logits = softcap * torch.tanh(logits / softcap)
     weights = torch.softmax(logits / temperature, dim=-1).to(hidden.dtype)
+    if hasattr(embedding, "base_layer"):  # an adapter on the table: its weight is not the whole of it
+        return weights @ embedding(torch.arange(weights.shape[-1], device=hidden.device)).to(hidden.dtype)
     scale = torch.as_tensor(getattr(embedding, "embed_scale", 1.0)).to(hidden.dtype)  # Gemma
     return float(scale) * (weights @ embedding.weight)
+
+
+def position_limit(config: Any) -> int | None:
+    """`max_position_embeddings`, or less where rotary frequencies change beyond some length: transformers chooses them
+    for a whole batch by its longest row, so rows would change each other."""
+    whole = getattr(config, "max_position_embeddings", None)
+    limits, parameters = [whole], getattr(config, "rope_parameters", None) or {}
+    for kind in [parameters, *parameters.values()]:
+        name = kind.get("rope_type", "") if isinstance(kind, dict) else ""
+        if name == "longrope":
+            original = kind.get("original_max_position_embeddings")
+            limits.append(original or getattr(config, "original_max_position_embeddings", None))
+        if "dynamic" in name and whole is not None:
+            limits.append(whole - 1)
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def pool_steps(states: Tensor, pooling: str) -> Tensor:
@@ -316,6 +338,8 @@ def name_base_model(lm: Any, output_path: str) -> None:
     for config in getattr(lm, "peft_config", {}).values():
         config.base_model_name_or_path = config.base_model_name_or_path or lm.name_or_path
         name = config.base_model_name_or_path
+        if name and Path(name).is_dir():  # which resolves from elsewhere, too
+            name = config.base_model_name_or_path = str(Path(name).resolve())
         if not name:
             raise ValueError(
                 "base model: it was built in memory and has no name or path, so the saved adapter could not be loaded "
