@@ -62,7 +62,7 @@ def check_base(base: nn.Module, name: str | Path, adapter: str | Path) -> None:
 def _base_matrices(model: nn.Module) -> dict[str, Tensor]:
     """The matrices of the base that no adapter is folded into, under the names they have without an adapter."""
     merged = {id(p) for layer in adapted_layers(model) if layer.merged for p in layer.get_base_layer().parameters()}
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         plain = type(parameter) is nn.Parameter and parameter.is_floating_point() and not parameter.is_meta
         if not plain or parameter.dim() < 2 or id(parameter) in merged:

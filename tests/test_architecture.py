@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -279,3 +285,19 @@ def test_the_forward_compiles_into_one_graph():
     model.compile(backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(model(ids, torch.ones_like(ids)), expected)
     assert np.array_equal(model.encode(["a text"]), embeddings)
+
+
+def test_the_text_model_of_a_model_of_text_and_images():
+    """The same as that text model alone, windows and scales included."""
+    text = {**_COMMON, "head_dim": 8, "sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    whole = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision)).eval()
+    alone = AutoModelForCausalLM.from_config(whole.config.text_config).eval()
+    alone.model.load_state_dict(whole.model.language_model.state_dict())
+    ours, expected = (GIRCSE(model, tiny_tokenizer()).eval() for model in (whole, alone))
+    assert np.array_equal(ours.encode(["a text", "b"]), expected.encode(["a text", "b"]))
+    whole.model.language_model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="got the attention implementation 'sdpa'"):
+        ours.encode("b")
