@@ -72,6 +72,11 @@ class CausalLM:
         return cast(Tensor, base_layer(vocabulary_layers(self.model)[0]).weight).shape[1]
 
     @property
+    def vocabulary(self) -> int:
+        """Token ids that there are."""
+        return len(self._table)
+
+    @property
     def _table(self) -> Tensor:
         """The weight of the embedding layer, without what an adapter adds."""
         return cast(Tensor, base_layer(vocabulary_layers(self.model)[1]).weight)

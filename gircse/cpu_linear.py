@@ -62,7 +62,7 @@ def _is_compiled(body: nn.Module) -> bool:
     """The compiler chooses products of its own, and would have to look into the mode."""
     return (
         torch.compiler.is_compiling()
-        or isinstance(body, torch._dynamo.OptimizedModule)
+        or hasattr(body, "_orig_mod")  # what `torch.compile(body)` gives
         or body._compiled_call_impl is not None
     )
 

@@ -166,7 +166,7 @@ class GIRCSE(nn.Module):
         steps = self.config.num_steps if num_steps is None else num_steps
         GircseConfig(num_steps=steps)  # the same check and message as everywhere
         _check_prompt(input_ids, attention_mask, self.causal_lm.max_positions, steps)
-        _check_ids(input_ids, self.causal_lm.embed_weight.shape[0])
+        _check_ids(input_ids, self.causal_lm.vocabulary)
         with_prompt = self.config.include_prompt_state or not steps
         states = rollout(
             self.causal_lm,
