@@ -107,6 +107,13 @@ def test_a_model_without_attention_interface_is_refused():
         GIRCSE(AutoModelForCausalLM.from_config(config).eval(), tiny_tokenizer())
 
 
+def test_a_head_and_a_table_of_different_vocabularies_are_refused():
+    model = tiny_model("llama")
+    model.set_input_embeddings(torch.nn.Embedding(140, 32))
+    with pytest.raises(UnsupportedModelError, match="output head of 131 rows and an input embedding of 140"):
+        GIRCSE(model, tiny_tokenizer())
+
+
 def test_a_model_without_head_is_refused():
     with pytest.raises(UnsupportedModelError, match="head"):
         GIRCSE(tiny_model("llama").model, tiny_tokenizer())
@@ -213,13 +220,15 @@ def rotary_model(kind):
 
 
 def test_every_rotary_type_of_transformers_is_looked_at():
-    assert set(ROTARY) - {"default"} == set(ROPE_INIT_FUNCTIONS)
+    assert set(ROPE_INIT_FUNCTIONS) <= set(ROTARY)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ROTARY)
 def test_rows_do_not_change_each_other_through_rotary_frequencies(kind):
     """Up to the last position that is allowed, and after a longer call of somebody else's: the row alone, uncached."""
+    if kind not in ROPE_INIT_FUNCTIONS and kind != "default":
+        pytest.skip(f"this version of transformers has no {kind!r}")
     stock, model = rotary_model(kind), GIRCSE(rotary_model(kind), tiny_tokenizer()).eval()
     limit, steps = model.causal_lm.max_positions, 3
     assert limit == {"longrope": 16, "dynamic": 31}.get(kind, 32)
