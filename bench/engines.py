@@ -17,10 +17,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gircse.architecture import CausalLM
-from gircse.cpu_linear import OneDNNLinear
 from gircse.rollout import rollout
 
 if TYPE_CHECKING:
@@ -171,17 +170,12 @@ class Engine:
         if not self.stock:
             yield self.run
             return
-        ours: list[nn.Module] = [module for module in lm.model.modules() if type(module) is OneDNNLinear]
         attention = lm.config._attn_implementation
         lm.model.set_attn_implementation("sdpa")
-        for module in ours:
-            module.__class__ = nn.Linear
         try:
             yield self.run
         finally:
             lm.model.set_attn_implementation(attention)
-            for module in ours:
-                module.__class__ = OneDNNLinear
 
 
 def fresh(name: str) -> Engine:
@@ -234,7 +228,7 @@ def _last_state(lm: CausalLM, sequence: Tensor, attention_mask: Tensor) -> Tenso
 
 def _soft_token(lm: CausalLM, logits: Tensor) -> Tensor:
     """[B, V] -> [B, D], as eager PyTorch does it, in the model's dtype."""
-    return lm.embed_scale * (torch.softmax(logits, dim=-1) @ lm.embed_weight)
+    return lm.facts().embed_scale * (torch.softmax(logits, dim=-1) @ lm.embed_weight)
 
 
 def _append(sequence: Tensor, attention_mask: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What a rollout must know of a causal LM: its body, head, embedding table, scales, soft-cap. All of it in this file.
+"""What a rollout must know of a causal LM: its body, head, embedding table, scales, soft-cap, positions.
 
 A fact that is wrong (a forgotten embedding scale, a layer between the last hidden state and the head) does not crash,
 it quietly gives bad embeddings. So `CausalLM.from_model` checks every fact against the model itself on a few tokens and
@@ -7,8 +7,8 @@ refuses the model when one does not hold.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,13 @@ from transformers import PreTrainedModel
 
 from gircse import ops
 from gircse.attention import ATTENTION_NAME, AttentionPass, RolloutKV, no_mask
-from gircse.cpu_linear import use_onednn
+from gircse.cpu_linear import onednn_linears
 from gircse.device import without_autocast
-from gircse.ops.module import PROBE_TOLERANCE, HeadFacts
+from gircse.ops.head_facts import HeadFacts, base_layer, text_config, vocabulary_layers
+from gircse.ops.module import PROBE_TOLERANCE
 
 _PROBE_TOKENS = 6
+_FAR = 1 << 17  # a position beyond every length that models are made for, where the config names none
 
 
 class UnsupportedModelError(ValueError):
@@ -31,42 +33,33 @@ class UnsupportedModelError(ValueError):
 class CausalLM:
     """A causal LM taken apart.
 
+    Head and table are looked at in every call: an adapter that is put on them, taken off or trained, a table that is
+    replaced or resized count from the next call on (see `gircse.ops.head_facts`).
+
     Attributes:
         model: the whole `PreTrainedModel` (with LoRA layers in place, if any).
         body: its decoder without the head; returns the last hidden state after the final norm.
-        embed_scale: what the embedding *layer* multiplies its rows by (Gemma: sqrt(D) in the table's dtype; else 1).
-        logit_scale: factor on the head's output (Cohere `logit_scale`, Granite 1 / `logits_scaling`; else 1).
-        softcap: `final_logit_softcapping` (Gemma 2) or None.
+        max_positions: tokens and soft tokens of a text together, at most; None: no limit is known.
+        attention_calls: of the rollout's attention function in a pass: one for each layer.
     """
 
     model: PreTrainedModel
     body: nn.Module
-    embed_scale: float = 1.0
-    logit_scale: float = 1.0
-    softcap: float | None = None
+    max_positions: int | None = None
+    attention_calls: int = 1
 
     @classmethod
     def from_model(cls, model: PreTrainedModel) -> CausalLM:
-        """Reads the facts from `model`, probes them, and switches the model to the rollout's attention function (and,
-        for float32 on the CPU, to oneDNN's products).
+        """Reads the facts from `model`, probes them, and switches the model to the rollout's attention function.
 
         Ordinary calls of the model keep working (they run SDPA).
 
         Raises:
             UnsupportedModelError: no body, head or embedding can be found, or a probe fails.
         """
-        facts = _facts(model)
-        lm = cls(
-            model=model,
-            body=_body(model),
-            embed_scale=facts.embed_scale,
-            logit_scale=facts.logit_scale,
-            softcap=facts.softcap,
-        )
-        use_onednn(model)
+        lm = cls(model=model, body=_body(model), max_positions=position_limit(text_config(model)))
         with without_autocast(lm.device):
-            lm._probe()
-        return lm
+            return replace(lm, attention_calls=lm._probe())
 
     @property
     def config(self):
@@ -74,64 +67,95 @@ class CausalLM:
 
     @property
     def device(self) -> torch.device:
-        return self.embed_weight.device
+        return self._table.device
 
     @property
     def hidden_size(self) -> int:
-        return self.head_weight.shape[1]
+        return cast(Tensor, base_layer(vocabulary_layers(self.model)[0]).weight).shape[1]
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids that there are."""
+        return len(self._table)
+
+    @property
+    def _table(self) -> Tensor:
+        """The weight of the embedding layer, without what an adapter adds."""
+        return cast(Tensor, base_layer(vocabulary_layers(self.model)[1]).weight)
+
+    def facts(self) -> HeadFacts:
+        """What logits and embeddings are made of now.
+
+        Raises:
+            UnsupportedModelError: no head or table, or an adapter changes one of them in a way that no weight says.
+        """
+        try:
+            return HeadFacts.of(self.model)
+        except ValueError as error:
+            raise UnsupportedModelError(str(error)) from None
 
     @property
     def head_weight(self) -> Tensor:
         """[V, D]."""
-        return self.model.get_output_embeddings().weight
+        return self.facts().head_weight
 
     @property
     def embed_weight(self) -> Tensor:
         """[V, E]; the same tensor object as `head_weight` when the model ties them."""
-        return cast(Tensor, self.model.get_input_embeddings().weight)
-
-    @property
-    def max_positions(self) -> int | None:
-        return getattr(self.config, "max_position_embeddings", None)
+        return self.facts().embed_weight
 
     def head_options(self, temperature: float | Tensor = 1.0) -> dict:
         """Keyword arguments of `ops.soft_embed` and `ops.top_tokens` that give this model's logits / temperature."""
-        bias = getattr(self.model.get_output_embeddings(), "bias", None)
-        return {"bias": bias, "softcap": self.softcap, "logit_scale": self.logit_scale, "temperature": temperature}
+        return {**self.facts().score_options(), "temperature": temperature}
 
-    def soft_embed(self, hidden: Tensor, *, temperature: float | Tensor = 1.0, return_stats: bool = False):
-        """Soft token of each hidden state: [..., D] -> [..., E], what the embedding layer would give (SPEC 1.2)."""
-        head, embed = self.head_weight, self.embed_weight
+    def soft_embed(
+        self,
+        hidden: Tensor,
+        *,
+        temperature: float | Tensor = 1.0,
+        return_stats: bool = False,
+        facts: HeadFacts | None = None,
+    ):
+        """Soft token of each hidden state: [..., D] -> [..., E], what the embedding layer would give (SPEC 1.2).
+
+        Args:
+            facts: `facts()`, for a caller of many steps: with an adapter on head or table they are matrices of their
+                own, which otherwise are made, and kept for backward, in every step.
+        """
+        facts = facts or self.facts()
         return ops.soft_embed(
             hidden,
-            head,
-            None if embed is head else embed,
-            embed_scale=self.embed_scale,
+            facts.head_weight,
+            facts.tied_or_table,
+            embed_scale=facts.embed_scale,
             return_stats=return_stats,
-            **self.head_options(temperature),
+            temperature=temperature,
+            **facts.score_options(),
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V], plainly; for probes and explanations, never for the rollout."""
-        logits = self.logit_scale * self.model.get_output_embeddings()(hidden)
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        return self.facts().logits(hidden)
 
-    def _probe(self) -> None:
-        vocab, was_training = self.embed_weight.shape[0], self.model.training
+    def _probe(self) -> int:
+        """-> `attention_calls`."""
+        facts, was_training = self.facts(), self.model.training
         attention = self.config._attn_implementation
         self.model.eval()
         try:
             with torch.no_grad():
-                ids = torch.linspace(0, vocab - 1, _PROBE_TOKENS, device=self.device).long()[None]
-                self._probe_embedding(ids)
+                ids = torch.linspace(0, len(facts.embed_weight) - 1, _PROBE_TOKENS, device=self.device).long()[None]
+                self._probe_embedding(ids, facts)
                 # eager is every model's own definition; older SDPA integrations drop Gemma 2's soft-cap without a word
                 self.model.set_attn_implementation("eager")
                 expected = self.body(input_ids=ids, use_cache=False).last_hidden_state
                 theirs = self.model(input_ids=ids, use_cache=False).logits
-                self._check("head_weight and its scale, bias and soft-cap", self.logits(expected), theirs)
+                self._check("head_weight and its scale, bias and soft-cap", facts.logits(expected), theirs)
                 self.model.set_attn_implementation(ATTENTION_NAME)
-                self._probe_rollout(ids, expected)
+                calls = self._probe_rollout(ids, expected)
+                self._probe_neighbour(ids, expected)
                 attention = ATTENTION_NAME
+                return calls
         except (UnsupportedModelError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a body raises that was not made for this
@@ -142,26 +166,35 @@ class CausalLM:
             self.model.set_attn_implementation(attention)  # a refused model keeps what it came with
             self.model.train(was_training)
 
-    def _probe_embedding(self, ids: Tensor) -> None:
-        one_hot = torch.nn.functional.one_hot(ids, self.embed_weight.shape[0]).to(self.embed_weight.dtype)
+    def _probe_embedding(self, ids: Tensor, facts: HeadFacts) -> None:
+        one_hot = torch.nn.functional.one_hot(ids, len(facts.embed_weight)).to(facts.embed_weight.dtype)
         self._check(
             "embed_scale (one_hot @ embedding matrix)",
-            self.embed_scale * (one_hot @ self.embed_weight),
+            facts.embed_scale * (one_hot @ facts.embed_weight),
             self.model.get_input_embeddings()(ids),
         )
 
-    def _probe_rollout(self, ids: Tensor, expected: Tensor) -> None:
+    def _probe_rollout(self, ids: Tensor, expected: Tensor) -> int:
         """Two prompt tokens, then the rest one by one through the step pass, against the stock body's hidden states."""
         prompt = 2
         kv = RolloutKV(torch.full((1,), prompt, device=ids.device))
         states = [self.run_prompt(kv, ids[:, :prompt])]
         embeds = self.model.get_input_embeddings()(ids)
         states += [self.run_step(kv, t, embeds[:, prompt + t])[:, None] for t in range(ids.shape[1] - prompt)]
-        if not kv.prompt:
-            raise UnsupportedModelError(
-                f"{self._name} does not call transformers' attention interface, which the cached rollout needs"
-            )
         self._check("the cached rollout (attention, positions)", torch.cat(states, dim=1), expected)
+        return len(kv.prompt)
+
+    def _probe_neighbour(self, ids: Tensor, expected: Tensor) -> None:
+        """The same text beside another one at the last positions there are: rotary frequencies that follow the longest
+        row of a batch would change it."""
+        count = ids.shape[1]
+        last = _FAR if self.max_positions is None else self.max_positions
+        if last < count:
+            return
+        positions = torch.stack([torch.arange(count), torch.arange(last - count, last)]).to(ids.device)
+        kv = RolloutKV(torch.full((2,), count, device=ids.device))
+        states = self.run_body(kv.prompt_pass(), positions, input_ids=ids.expand(2, -1))
+        self._check("a text beside a long one (positions)", states[:1], expected)
 
     def run_prompt(self, kv: RolloutKV, input_ids: Tensor) -> Tensor:
         """The prompt pass of the decoder body: token ids [B, N] -> last hidden states [B, N, D]."""
@@ -176,8 +209,20 @@ class CausalLM:
     def run_body(self, kv_pass: AttentionPass, position_ids: Tensor, **inputs: Tensor) -> Tensor:
         """Any pass of the decoder body: `input_ids` [B, Q] or `inputs_embeds` [B, Q, D] at `position_ids` [B or 1, Q]
         -> last hidden states [B, Q, D]."""
+        attention = text_config(self.model)._attn_implementation
+        if attention != ATTENTION_NAME:
+            raise _wrong_attention(attention)
         mask = no_mask(position_ids)
-        output = self.body(attention_mask=mask, position_ids=position_ids, use_cache=False, kv=kv_pass, **inputs)
+        kv_pass.calls = 0
+        with onednn_linears(self.body, next(iter(inputs.values()))):
+            output = self.body(
+                attention_mask=mask, position_ids=position_ids, use_cache=False, return_dict=True, kv=kv_pass, **inputs
+            )
+        if kv_pass.calls < self.attention_calls:
+            raise UnsupportedModelError(
+                f"{self._name}: {kv_pass.calls} of {self.attention_calls} layers called the attention function "
+                f"{ATTENTION_NAME!r} that is registered with transformers; the rollout needs it in all"
+            )
         return output.last_hidden_state
 
     @property
@@ -199,11 +244,31 @@ class CausalLM:
             )
 
 
-def _facts(model: PreTrainedModel) -> HeadFacts:
-    try:
-        return HeadFacts.of(model)
-    except ValueError as error:
-        raise UnsupportedModelError(str(error)) from None
+def _wrong_attention(got: str) -> ValueError:
+    return ValueError(
+        f"base: got the attention implementation {got!r}, expected {ATTENTION_NAME!r}, which carries the rollout's "
+        f"keys and values (SDPA underneath): call set_attn_implementation({ATTENTION_NAME!r}) on it"
+    )
+
+
+def position_limit(config: Any) -> int | None:
+    """`max_position_embeddings`, or less where the rotary frequencies change for texts beyond some length.
+
+    Under "longrope" and "dynamic" they are one set for a whole call, chosen by its longest row, and chosen anew while a
+    row grows: rows would change each other, and keys that are kept would belong to another set. Up to the original
+    length there is one set for all; "linear", "yarn", "llama3" and "proportional" have one set anyhow.
+    """
+    whole = getattr(config, "max_position_embeddings", None)
+    limits = [whole]
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for kind in [parameters, *parameters.values()]:  # some models have one for each type of layer
+        name = kind.get("rope_type", "") if isinstance(kind, dict) else ""
+        if name == "longrope":
+            original = kind.get("original_max_position_embeddings")
+            limits.append(original or getattr(config, "original_max_position_embeddings", None))
+        if "dynamic" in name and whole is not None:
+            limits.append(whole - 1)  # what somebody's longer call left behind is put right below that
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _body(model: PreTrainedModel) -> nn.Module:

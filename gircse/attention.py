@@ -56,9 +56,11 @@ class AttentionPass:
 
     Attributes:
         differentiable: whether a backward pass will follow; then layers must not run without autograd.
+        calls: of the attention function so far; who runs the body sets it to 0 and reads it afterwards.
     """
 
     differentiable = False
+    calls = 0
 
     def attend(
         self,
@@ -227,6 +229,7 @@ def _attention_function(
             "activation checkpointing with use_reentrant=True cuts the gradient through the rollout's keys and values; "
             "call gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
         )
+    kv.calls += 1
     out = kv.attend(
         cast(int, module.layer_idx),
         query,

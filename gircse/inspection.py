@@ -82,7 +82,7 @@ def inspect(
     top_n = check_integer("top_n", top_n, least=1)
     length = model.config.max_length(instruction, max_length)
     ids = tokenize(model, texts, instruction=instruction, max_length=length, num_steps=num_steps)
-    check_rows(ids, model.causal_lm.embed_weight.shape[0])
+    check_rows(ids, model.causal_lm.vocabulary, num_steps, positions=model.causal_lm.max_positions)
     inspections: list[TextInspection] = []
     with model.inference():  # for the eval mode, without autocast, and for the other threads that it keeps out
         for start in range(0, len(ids), _ROWS):

@@ -193,7 +193,7 @@ class _StandIn(CausalLM):
         self.kept.append(sum(t.nbytes for pair in kv.prompt.values() for t in pair))
         return states
 
-    def soft_embed(self, hidden: Tensor, *, temperature: float | Tensor = 1.0, return_stats: bool = False):
+    def soft_embed(self, hidden: Tensor, **options):
         return _SoftEmbed.apply(hidden, self)
 
     def workspaces(self, hidden: Tensor) -> tuple[int, int]:

@@ -1,28 +1,23 @@
-"""From a name or folder to a base model, tokenizer and config, and back.
+"""From a name or folder to a base model, tokenizer and config. The way back is `gircse.saving`.
 
 A folder is a causal LM, a PEFT LoRA adapter (its config names the base), or one of these with our `gircse_config.json`.
 """
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from gircse.atomic import into_folder
 from gircse.attention import ATTENTION_NAME
-from gircse.config import CONFIG_NAME, GircseConfig
+from gircse.base_fingerprint import check_base
+from gircse.config import GircseConfig
 from gircse.device import to_device
 from gircse.quiet import quiet_peft
-
-if TYPE_CHECKING:
-    from gircse.model import GIRCSE
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -52,6 +47,8 @@ def load_pretrained(
     base_name, adapter = _base_and_adapter(name_or_path, adapter)
     _check_exists("adapter", adapter)
     _check_exists("name_or_path", base_name)
+    if Path(base_name).is_dir():
+        base_name = Path(base_name).resolve()  # what is saved later names it, wherever that happens
 
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "low_cpu_mem_usage": True}
     if quantization is not None:
@@ -64,6 +61,7 @@ def load_pretrained(
     if quantization is None:
         base = base.to(device)
     if adapter is not None:
+        check_base(base, base_name, adapter)
         base = with_adapter(base, adapter, is_trainable=is_trainable)
     config = (adapter is not None and GircseConfig.load(adapter)) or GircseConfig.load(base_name) or GircseConfig()
     return base, load_tokenizer(base_name, adapter, trust_remote_code), config
@@ -112,18 +110,6 @@ def load_tokenizer(
     return tokenizer
 
 
-def save_pretrained(model: GIRCSE, path: str | Path) -> None:
-    """See `GIRCSE.save_pretrained`."""
-    with into_folder(Path(path)) as folder:
-        try:
-            cast(Any, model.base).save_pretrained(folder)
-        except SafetensorError as error:  # its writer's own class, also for a disk that is full
-            raise OSError(errno.EIO, f"{path} could not be written: {error}") from error
-        model.tokenizer.save_pretrained(folder)
-        (folder / CONFIG_NAME).write_text(model.config.to_json(), encoding="utf-8")
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card says nothing
-
-
 def _base_and_adapter(name_or_path: str | Path, adapter: str | Path | None) -> tuple[str | Path, str | Path | None]:
     """A folder (or hub repository) with an adapter_config.json is an adapter, and names its base."""
     if not _is_adapter(name_or_path):
@@ -141,6 +127,8 @@ def _base_and_adapter(name_or_path: str | Path, adapter: str | Path | None) -> t
             f"name_or_path: {name_or_path}/{ADAPTER_CONFIG} names no base model; "
             f"load it with from_pretrained(base, adapter={str(name_or_path)!r})"
         )
+    if base.startswith(".") and (Path(name_or_path) / base).is_dir():  # it lies inside the adapter's folder
+        base = str(Path(name_or_path) / base)
     if (Path(base).is_absolute() or base.startswith(".")) and not Path(base).is_dir():
         raise FileNotFoundError(
             f"name_or_path: the base model of {name_or_path} is {base}, which does not exist here; "
@@ -182,15 +170,16 @@ def with_adapter(base: Any, adapter: str | Path, *, is_trainable: bool) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
 
     with _readable("adapter", adapter):
+        stored = _stored_shapes(adapter)
+        _resize(base, stored or {})
         try:
             with quiet_peft():
                 model = PeftModel.from_pretrained(base, str(adapter), is_trainable=is_trainable)
         except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(f"adapter: {adapter} does not fit {type(base).__name__}: {error}") from error
-        stored = _stored_keys(adapter)
     if stored is not None:
         expected = set(get_peft_model_state_dict(model))
-        missing, unexpected = sorted(expected - stored), sorted(stored - expected)
+        missing, unexpected = sorted(expected - set(stored)), sorted(set(stored) - expected)
         if missing or unexpected:
             raise ValueError(
                 f"adapter: {adapter} does not fit {type(base).__name__}: {len(missing)} weights missing, "
@@ -199,14 +188,23 @@ def with_adapter(base: Any, adapter: str | Path, *, is_trainable: bool) -> Any:
     return model
 
 
-def _stored_keys(adapter: str | Path) -> set[str] | None:
+def _resize(base: Any, stored: dict[str, list[int]]) -> None:
+    """A table of another size, which PEFT saves with the adapter, was resized for the training."""
+    table = base.get_input_embeddings().weight
+    name = next((name for name, parameter in base.named_parameters() if parameter is table), None)
+    shape = stored.get(f"base_model.model.{name}")
+    if shape is not None and shape[0] != len(table):
+        base.resize_token_embeddings(shape[0], mean_resizing=False)
+
+
+def _stored_shapes(adapter: str | Path) -> dict[str, list[int]] | None:
     path = Path(adapter) / "adapter_model.safetensors"
     if not path.is_file():  # a hub name, or the older .bin layout, which PEFT reads by itself
         return None
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        return set(file.keys())
+        return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:

@@ -18,6 +18,7 @@ from gircse.device import without_autocast
 from gircse.engine import Engine, EngineConfig
 from gircse.forking import compute_on_one_thread_in_child, is_lost, rewriting_weights, tell_after_fork
 from gircse.merging import MergedAdapter
+from gircse.ops.head_facts import below_peft
 from gircse.ops.pooling import pool_steps
 from gircse.rollout import RolloutObserver, rollout
 from gircse.token_ids import check_prompt
@@ -131,11 +132,16 @@ class GIRCSE(nn.Module):
         return model
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Saves the LoRA adapter (or, without one, the whole model), the tokenizer and `gircse_config.json`.
+        """Saves the active LoRA adapter (or, without one, the whole model), the tokenizer and `gircse_config.json`.
 
-        Every file is written aside first and then moved into place; other files in `path` stay.
+        Every file is written aside first and then moved into place; other files in `path` stay. Loaded again, the
+        adapter is called "default", whatever its name is here; its base is known again by some of its numbers
+        (`gircse.base_fingerprint`).
+
+        Raises:
+            ValueError: several adapters are active, or none of those there are; nothing is written.
         """
-        from gircse.loading import save_pretrained
+        from gircse.saving import save_pretrained
 
         save_pretrained(self, path)
 
@@ -185,7 +191,7 @@ class GIRCSE(nn.Module):
         steps = self.config.num_steps if num_steps is None else num_steps
         steps = GircseConfig(num_steps=steps).num_steps  # the same check and message as everywhere
         lm = self.causal_lm
-        check_prompt(input_ids, attention_mask, steps, positions=lm.max_positions, vocabulary=lm.embed_weight.shape[0])
+        check_prompt(input_ids, attention_mask, steps, positions=lm.max_positions, vocabulary=lm.vocabulary)
         with_prompt = self.config.include_prompt_state or not steps
         states = rollout(
             lm,
@@ -436,4 +442,4 @@ class GIRCSE(nn.Module):
             raise ValueError(
                 f"base: got a PEFT model of type {', '.join(kinds)}, expected LoRA-like layers in the decoder"
             )
-        return base.get_base_model() if hasattr(base, "get_base_model") else base
+        return below_peft(base)

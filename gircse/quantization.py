@@ -29,7 +29,5 @@ def quantize_weights(model: GIRCSE, kind: str) -> None:
     quantization: Any = importlib.import_module("torchao.quantization")
     config = quantization.Int8WeightOnlyConfig() if kind == "int8" else quantization.Float8WeightOnlyConfig()
     layers = {module for module in model.causal_lm.body.modules() if isinstance(module, nn.Linear)}
-    for module in layers:
-        module.__class__ = nn.Linear  # a plain one: the layer's own products cannot read 8-bit weights
     with torch.no_grad():
         quantization.quantize_(model.causal_lm.model, config, filter_fn=lambda module, _: module in layers)

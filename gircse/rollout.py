@@ -74,15 +74,15 @@ def rollout(
     kv = RolloutKV(lengths)
     states = lm.run_prompt(kv, input_ids)
     prompt = hidden = states[torch.arange(len(lengths), device=lengths.device), lengths - 1]
-    steps = []
+    steps, facts = [], lm.facts()
     if observer is not None:
         observer.enter("steps")
     with _no_checkpointing(lm.body):
         for t in range(num_steps):
             if observer is None or not torch.is_grad_enabled():
-                token = lm.soft_embed(hidden, temperature=temperature)
+                token = lm.soft_embed(hidden, temperature=temperature, facts=facts)
             else:
-                token, stats = lm.soft_embed(hidden, temperature=temperature, return_stats=True)
+                token, stats = lm.soft_embed(hidden, temperature=temperature, return_stats=True, facts=facts)
                 observer.soft_token(t, stats.entropy.detach())
             hidden = lm.run_step(kv, t, token)
             steps.append(hidden)

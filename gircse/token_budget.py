@@ -90,6 +90,6 @@ def _by_trying(model: GIRCSE, num_steps: int, length: int) -> int:
 
 
 def _texts(model: GIRCSE, rows: int, length: int) -> tuple[Tensor, Tensor]:
-    vocab = model.causal_lm.embed_weight.shape[0]
+    vocab = model.causal_lm.vocabulary
     ids = torch.arange(rows * length).reshape(rows, length) % vocab
     return ids, torch.ones_like(ids)

@@ -8,14 +8,21 @@ import torch
 from torch import Tensor
 
 
-def check_rows(rows: Sequence[Sequence[int]], vocabulary: int) -> None:
+def check_rows(
+    rows: Sequence[Sequence[int]], vocabulary: int, num_steps: int = 0, *, positions: int | None = None
+) -> None:
     """
     Raises:
-        ValueError: a row without a token, or a token id that the embedding table has no row for.
+        ValueError: a row without a token or with too many, or a token id that the embedding table has no row for.
     """
     for index, row in enumerate(rows):
         if not len(row):
             raise ValueError(f"rows[{index}]: got no token, expected at least one")
+        if positions is not None and len(row) + num_steps > positions:
+            raise ValueError(
+                f"rows[{index}]: got {len(row)} tokens and num_steps={num_steps}, expected at most {positions} "
+                "positions together"
+            )
     if len(rows):
         check_ids(min(map(min, rows)), max(map(max, rows)), vocabulary)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gircse.base_fingerprint import check_base
 from gircse.config import GircseConfig
 from gircse.distributed import Ranks
 from gircse.loading import load_pretrained, with_adapter
@@ -60,6 +61,7 @@ def trainable_model(config: TrainConfig, model: GIRCSE | None = None, *, ranks: 
                 f"{DEFAULT_TEMPLATE!r}, which training writes"
             )
         if not adapted:
+            check_base(base, type(base).__name__, config.adapter)
             base = with_adapter(base, config.adapter, is_trainable=True)
     trained = GIRCSE(base, tokenizer, config.gircse_config())
     if config.gradient_checkpointing:

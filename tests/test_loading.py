@@ -155,12 +155,6 @@ def test_prompt_tuning_is_refused(base):
         GIRCSE(tuned, tiny_tokenizer())
 
 
-def test_an_adapter_on_the_head_is_refused():
-    model = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
-    with pytest.raises(ValueError, match="output head"):
-        GIRCSE(model, tiny_tokenizer())
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [

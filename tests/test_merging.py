@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 
 from gircse import GIRCSE
 from tests.test_rollout import with_lora
@@ -221,3 +222,25 @@ def test_an_adapter_that_peft_unloaded_stays_in_the_weights():
     model.train()
     model.eval()
     np.testing.assert_array_equal(model.encode(TEXTS), expected)
+
+
+def test_an_adapter_on_one_of_two_tied_layers_is_refused():
+    """Folded in it would change the other layer as well."""
+    tied = tiny_model("llama-tied")
+    tied.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["lm_head"]))
+    model = GIRCSE(tied, tiny_tokenizer()).eval()
+    before, expected = weights(model), model.encode(TEXTS)
+    with pytest.raises(ValueError, match="two layers that share a matrix"):
+        model.merge_adapter()
+    assert_same(weights(model), before)
+    np.testing.assert_array_equal(model.encode(TEXTS), expected)
+
+
+def test_an_adapter_on_head_and_table_is_merged():
+    model = GIRCSE(tiny_model("llama"), tiny_tokenizer()).eval()
+    model.base.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["lm_head", "embed_tokens"]))
+    expected, before = model.encode(TEXTS), weights(model)
+    model.merge_adapter()
+    np.testing.assert_allclose(model.encode(TEXTS), expected, atol=1e-5)
+    model.unmerge_adapter()
+    assert_same(weights(model), before)

@@ -146,7 +146,7 @@ class Engine:
             settled: asked after every step from the second on; rows it is True for leave the batch. None: all run to K.
             max_rows: rows of a batch at most, besides the engine's own limit.
         """
-        check_rows(rows, self.lm.embed_weight.shape[0])
+        check_rows(rows, self.lm.vocabulary, num_steps, positions=self.lm.max_positions)
         compute_on_one_thread_in_child()
         # sorted where the prefix does not count: it is the same for all
         order, lengths = by_length([len(row) for row in rows]), [len(row) for row in rows]

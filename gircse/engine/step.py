@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from gircse.architecture import CausalLM
 from gircse.engine.kv import DecodePass, KVPool
 from gircse.merging import adapters_at_work
+from gircse.ops.head_facts import HeadFacts
 
 # Beyond these all graphs are dropped and captured again as they are needed: their memory stays bounded.
 MAX_GRAPHS = 48
@@ -67,9 +68,11 @@ class DecodeState:
         return sum(tensor.nbytes for tensor in (self.hidden, self.position, self.step, self.states))
 
 
-def decode_step(lm: CausalLM, kv: DecodePass, state: DecodeState, temperature: float) -> None:
+def decode_step(
+    lm: CausalLM, kv: DecodePass, state: DecodeState, temperature: float, facts: HeadFacts | None = None
+) -> None:
     """One soft token for every row, in place. Safe to capture: static shapes, no host synchronisation."""
-    token = lm.soft_embed(state.hidden, temperature=temperature)
+    token = lm.soft_embed(state.hidden, temperature=temperature, facts=facts)
     kv.begin()
     hidden = lm.run_body(kv, state.position[:, None], inputs_embeds=token[:, None])[:, 0]
     state.hidden.copy_(hidden)
@@ -131,8 +134,10 @@ class StepRunner:
                 self._passes.clear()
             kv = self._passes[rows, slots] = DecodePass(pool, rows, slots, state.position, self._kernel)
 
+        facts = None if self.captures else self._lm.facts()  # a graph lives longer: it reads them in every step
+
         def step() -> None:
-            decode_step(self._lm, kv, state, temperature)
+            decode_step(self._lm, kv, state, temperature, facts)
 
         if not self.captures:
             return step

@@ -1,16 +1,13 @@
-"""`SoftEmbedding`: the soft tokens of a given model, which knows the facts about its head and embedding layer.
-
-The facts are read from the model's own layers and config by name, so that nothing here needs to know the library or
-the class that the model is of. `gircse.architecture` reads the same facts here.
-"""
+"""`SoftEmbedding`: the soft tokens of a given model, which knows the facts about its head and embedding layer."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .head_facts import HeadFacts, below_peft, text_config, vocabulary_layers
 from .soft_embed import SoftTokenStats, soft_embed
 from .top_tokens import top_tokens
 
@@ -19,99 +16,54 @@ PROBE_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 6e-
 _PROBE_TOKENS = 6
 
 
-class HeadFacts(NamedTuple):
-    """How a causal LM turns a hidden state into logits, and a token into its embedding.
-
-    ``logits = softcap(logit_scale * head(hidden))``, ``embedding(v) = embed_scale * embed_weight[v]``.
-    """
-
-    head: nn.Module  # its `weight` [V, D], and `bias` [V] where it has one
-    embedding: nn.Module  # its `weight` [V, E]; the same parameter where the model ties them
-    embed_scale: float = 1.0  # Gemma: sqrt(D) in the table's dtype
-    logit_scale: float = 1.0  # Cohere's `logit_scale`, Granite's 1 / `logits_scaling`
-    softcap: float | None = None  # Gemma 2's `final_logit_softcapping`
-
-    @classmethod
-    def of(cls, model: Any) -> HeadFacts:
-        """The facts of a causal LM (`get_input_embeddings`, `get_output_embeddings`, `config`), unchecked.
-
-        Raises:
-            ValueError: there is no head or embedding with a weight, or an adapter changes one of them.
-        """
-        name = type(model).__name__
-        head, embedding = (
-            layer() if callable(layer) else None
-            for layer in (getattr(model, f"get_{kind}_embeddings", None) for kind in ("output", "input"))
-        )
-        if head is None or getattr(head, "weight", None) is None or embedding is None:
-            raise ValueError(f"{name} has no language-model head with a weight: load a causal LM")
-        for kind, layer in (("output head", head), ("input embedding", embedding)):
-            if hasattr(layer, "base_layer") or hasattr(layer, "modules_to_save"):
-                raise ValueError(
-                    f"an adapter changes the {kind} of {name}; merge it first (merge_and_unload), "
-                    "or leave the head and embedding out of the adapter's target modules"
-                )
-        config = model.config
-        softcap = getattr(config, "final_logit_softcapping", None)
-        return cls(head, embedding, _embed_scale(embedding), _logit_scale(config), softcap)
-
-    @property
-    def head_weight(self) -> Tensor:
-        """[V, D]."""
-        return self.head.weight  # type: ignore[return-value]
-
-    @property
-    def embed_weight(self) -> Tensor:
-        """[V, E]; the same tensor object as `head_weight` when the model ties them."""
-        return self.embedding.weight  # type: ignore[return-value]
-
-    def score_options(self) -> dict[str, Any]:
-        """Keyword arguments of `soft_embed` and `top_tokens` that give this model's logits."""
-        bias = getattr(self.head, "bias", None)
-        return {"bias": bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., V], plainly; for probes and explanations."""
-        logits = self.logit_scale * self.head(hidden)
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-
 class SoftEmbedding(nn.Module):
     """Hidden states of a model to soft tokens for the same model, what its embedding layer would give.
 
-    Holds the model's head and embedding layer without owning them: no parameters of its own, an empty `state_dict`,
-    tied weights stay tied, and gradients arrive at the model's parameters. It follows the model to another device or
-    dtype. Works under autograd and `torch.compile`.
+    Looks at the model's head and embedding layer in every call without owning them: no parameters of its own, an empty
+    `state_dict`, tied weights stay tied, and gradients arrive at the model's parameters. It follows the model to
+    another device or dtype, under a LoRA adapter on head or table (`HeadFacts.of`), and to a table of another size.
+    Works under autograd and `torch.compile`.
     """
 
-    def __init__(self, facts: HeadFacts) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self._facts = facts  # a tuple: layers in it do not become submodules
+        self._model = (model,)  # a tuple: a module in it does not become a submodule
 
     @property
     def facts(self) -> HeadFacts:
-        return self._facts
+        return HeadFacts.of(self._model[0])
 
-    def forward(self, hidden: Tensor, **options: Any) -> Tensor | tuple[Tensor, SoftTokenStats]:
+    def forward(
+        self, hidden: Tensor, *, bias: Tensor | None = None, **options: Any
+    ) -> Tensor | tuple[Tensor, SoftTokenStats]:
         """Soft tokens [..., E] of hidden [..., D], in its dtype.
 
         Args:
             hidden: last hidden states, after the model's final norm.
+            bias: [V], added to the model's own logits before its scale and soft-cap. An entry of -inf bans its token.
             options: the arguments of `soft_embed` that belong to no model: temperature, top_k, top_p, min_p,
                 gumbel_seed, gumbel_temperature, hard, return_stats, backend.
+
+        Raises:
+            ValueError: an adapter changes head or table in a way that no weight says; a ban by -inf where the model's
+                soft-cap would lift it.
         """
-        facts = self._facts
-        head, embed = facts.head_weight, facts.embed_weight
-        tied = None if embed is head else embed
-        return soft_embed(hidden, head, tied, embed_scale=facts.embed_scale, **facts.score_options(), **options)
+        facts = self.facts
+        scores = facts.score_options()
+        if bias is not None:
+            scores["bias"] = _with_bias(facts, bias)
+        return soft_embed(
+            hidden, facts.head_weight, facts.tied_or_table, embed_scale=facts.embed_scale, **scores, **options
+        )
 
     def top_tokens(self, hidden: Tensor, n: int, **options: Any) -> tuple[Tensor, Tensor]:
         """Ids and probabilities [..., n] of the most probable tokens; options: temperature, backend."""
-        return top_tokens(hidden, self._facts.head_weight, n, **self._facts.score_options(), **options)
+        facts = self.facts
+        return top_tokens(hidden, facts.head_weight, n, **facts.score_options(), **options)
 
     def extra_repr(self) -> str:
-        facts = self._facts
-        (vocab, width), tied = facts.head_weight.shape, facts.embed_weight is facts.head_weight
+        facts = self.facts
+        (vocab, width), tied = facts.head_weight.shape, facts.tied_or_table is None
         return (
             f"vocab={vocab}, hidden={width}, embedding={facts.embed_weight.shape[1]}, tied={tied}, "
             f"embed_scale={facts.embed_scale:g}, logit_scale={facts.logit_scale:g}, softcap={facts.softcap}"
@@ -119,38 +71,85 @@ class SoftEmbedding(nn.Module):
 
 
 def from_model(model: Any, *, probe: bool = True) -> SoftEmbedding:
-    """The soft tokens of a causal LM of transformers, also under a PEFT adapter.
+    """The soft tokens of a language model of transformers, also under a PEFT adapter; of an encoder-decoder those of
+    its decoder.
 
     Args:
-        model: a `PreTrainedModel` with a language-model head, or a `peft.PeftModel` around one whose adapter leaves
-            head and embedding alone. It is not changed.
+        model: a `PreTrainedModel` with a language-model head, or a `peft.PeftModel` around one. It is not changed. What
+            is done to it later (an adapter, another table) counts from the next call on.
         probe: run a few tokens through the model and compare its own logits and embeddings with the facts that were
             found. A forgotten scale does not crash, it quietly gives wrong soft tokens.
 
     Raises:
-        ValueError: no head or embedding, an adapter on one of them, or a fact that does not hold.
+        ValueError: no head or embedding, an adapter on one of them that is no plain LoRA, or a fact that does not hold.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    facts = HeadFacts.of(inner)
+    inner = below_peft(model)
+    soft = SoftEmbedding(inner)
+    facts = soft.facts
     if probe:
         _probe(inner, facts)
-    return SoftEmbedding(facts)
+    return soft
 
 
 @torch.no_grad()
 def _probe(model: Any, facts: HeadFacts) -> None:
     weight, was_training = facts.embed_weight, model.training
     ids = torch.linspace(0, weight.shape[0] - 1, _PROBE_TOKENS, device=weight.device).long()[None]
-    body = model.base_model
+    padding = getattr(text_config(model), "pad_token_id", None)
+    if padding is not None:  # to which some models give no position
+        ids = torch.where(ids == padding, (ids + 1) % weight.shape[0], ids)
+    table = facts.embed_scale * weight[ids]
     model.eval()
     try:
-        _check(model, "embed_scale", facts.embed_scale * weight[ids], facts.embedding(ids))
-        if body is not model:
-            states = body(input_ids=ids, use_cache=False).last_hidden_state
+        _, embedding = vocabulary_layers(model)
+        found = [("embed_scale", table, embedding(ids))]
+        if getattr(model.config, "is_encoder_decoder", False):
+            states, theirs = _decode(model, decoder_input_ids=ids)
+            found.append(("embed_scale in the decoder", _decode(model, decoder_inputs_embeds=table)[1], theirs))
+        elif model.base_model is model:
+            output = model(input_ids=ids, output_hidden_states=True, use_cache=False)
+            states, theirs = output.hidden_states[-1], output.logits
+        else:
+            states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             theirs = model(input_ids=ids, use_cache=False).logits
-            _check(model, "the head's weight, bias, logit_scale and softcap", facts.logits(states), theirs)
+        found.append(("the head's weight, bias, logit_scale and softcap", facts.logits(states), theirs))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model raises that does not take a few token ids
+        raise ValueError(
+            f"model: {type(model).__name__} cannot be probed: {type(error).__name__}: {error}; expected a language "
+            "model over token ids (probe=False goes without)"
+        ) from error
     finally:
         model.train(was_training)
+    for fact, ours, theirs in found:
+        _check(model, fact, ours, theirs)
+
+
+def _decode(model: Any, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Last hidden states and logits of an encoder-decoder, which is asked about what it decodes only: an encoder of
+    token ids reads one token, any other is left out."""
+    if model.main_input_name == "input_ids":
+        (tokens,) = inputs.values()
+        read: dict[str, Any] = {"input_ids": torch.ones(1, 1, dtype=torch.long, device=tokens.device)}
+    else:
+        weight = model.get_output_embeddings().weight
+        read = {"encoder_outputs": (weight.new_zeros(1, 1, model.config.hidden_size),)}
+    output = model(**read, **inputs, output_hidden_states=True, use_cache=False)
+    return output.decoder_hidden_states[-1], output.logits
+
+
+def _with_bias(facts: HeadFacts, bias: Tensor) -> Tensor:
+    if facts.softcap is not None:
+        banned, reason = torch.isneginf(bias).any(), f"which the model's soft-cap of {facts.softcap} would lift"
+        if torch.compiler.is_compiling():
+            torch._assert_async(banned.logical_not(), f"bias: got -inf, {reason}")
+        elif banned:
+            raise ValueError(
+                f"bias: got -inf, {reason}; expected finite numbers (ban by leaving rows out: `soft_embed` on the rows "
+                "of facts.head_weight, facts.embed_weight and facts.bias that stay)"
+            )
+    return bias if facts.bias is None else facts.bias + bias
 
 
 def _check(model: Any, fact: str, ours: Tensor, theirs: Tensor) -> None:
@@ -161,15 +160,3 @@ def _check(model: Any, fact: str, ours: Tensor, theirs: Tensor) -> None:
             f"model: the probe of {fact} failed on {type(model).__name__}: relative difference {error:.2e} to its own "
             f"output, expected <= {tolerance:.0e}"
         )
-
-
-def _embed_scale(embedding: nn.Module) -> float:
-    scale = getattr(embedding, "embed_scale", 1.0)
-    # Gemma multiplies by the scale rounded to the table's dtype (55.4256 becomes 55.5 in bfloat16)
-    return float(torch.as_tensor(scale).to(embedding.weight.dtype))  # type: ignore[arg-type]
-
-
-def _logit_scale(config: Any) -> float:
-    if getattr(config, "logits_scaling", None) is not None:  # Granite divides
-        return 1.0 / float(config.logits_scaling)
-    return float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies

@@ -168,6 +168,11 @@ class GIRCSEModule(InputModule):
     def processor(self) -> Any:
         return self.tokenizer
 
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens and steps of a text together, at most."""
+        return position_limit(self.causal_lm.config)
+
     def get_embedding_dimension(self) -> int:
         return self.causal_lm.get_output_embeddings().weight.shape[1]
 
@@ -365,7 +370,7 @@ class GIRCSEModule(InputModule):
 
     def _token_limit(self, max_length: int, num_steps: int) -> int:
         """Tokens of a prompt: the positions must hold the steps as well."""
-        positions = getattr(self.causal_lm.config, "max_position_embeddings", None)
+        positions = self.max_positions
         if positions is None:
             return max_length
         if num_steps >= positions:
@@ -458,9 +463,24 @@ def soft_token(lm: Any, hidden: Tensor, temperature: float) -> Tensor:
         logits = softcap * torch.tanh(logits / softcap)
     weights = torch.softmax(logits / temperature, dim=-1).to(hidden.dtype)
     if type(embedding).__module__.startswith("peft."):  # what an adapter does to a row, only its forward pass knows
-        return weights @ embedding(torch.arange(weights.shape[-1], device=weights.device))
+        return weights @ embedding(torch.arange(weights.shape[-1], device=weights.device)).to(hidden.dtype)
     scale = torch.as_tensor(getattr(embedding, "embed_scale", 1.0)).to(hidden.dtype)  # Gemma
     return float(scale) * (weights @ embedding.weight)
+
+
+def position_limit(config: Any) -> int | None:
+    """`max_position_embeddings`, or less where rotary frequencies change beyond some length: transformers chooses them
+    for a whole batch by its longest row, so rows would change each other."""
+    whole = getattr(config, "max_position_embeddings", None)
+    limits, parameters = [whole], getattr(config, "rope_parameters", None) or {}
+    for kind in [parameters, *parameters.values()]:
+        name = kind.get("rope_type", "") if isinstance(kind, dict) else ""
+        if name == "longrope":
+            original = kind.get("original_max_position_embeddings")
+            limits.append(original or getattr(config, "original_max_position_embeddings", None))
+        if "dynamic" in name and whole is not None:
+            limits.append(whole - 1)
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def pool_steps(states: Tensor, pooling: str) -> Tensor:

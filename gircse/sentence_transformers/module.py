@@ -74,6 +74,10 @@ class GIRCSEModule(modeling_gircse.GIRCSEModule):
         return self.model.causal_lm.model
 
     @property
+    def max_positions(self) -> int | None:
+        return self.model.causal_lm.max_positions
+
+    @property
     def tokenizer(self) -> Any:
         return self.model.tokenizer
 

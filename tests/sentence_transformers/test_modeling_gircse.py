@@ -22,7 +22,9 @@ from transformers import AutoModelForCausalLM
 
 import gircse
 from gircse import GIRCSE, GircseConfig
+from gircse.architecture import position_limit
 from gircse.sentence_transformers import GIRCSEModule, modeling_gircse
+from tests.test_architecture import ROTARY, rotary_model
 from tests.tiny_models import CONFIGS, definition, tiny_model, tiny_tokenizer
 
 TEXTS = ["a text", "another, longer text", "", "x", "word " * 9]
@@ -256,3 +258,24 @@ def test_a_folder_without_the_package(tmp_path, base_folder):
         np.testing.assert_allclose(found[f"{name}-query"], st.encode_query(TEXTS), atol=1e-5, rtol=0)
         again = GIRCSE.from_pretrained(folders[name] + "-again")  # what the plain file saved, the package reads
         np.testing.assert_allclose(again.encode(TEXTS), st.encode(TEXTS), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"]])
+def test_an_adapter_on_head_or_table_is_spoken_with(targets):
+    """In the plain file as in the package."""
+    base = tiny_model("gemma3")
+    ours = GIRCSE(tiny_model("gemma3"), tiny_tokenizer()).eval()
+    for model in (base, ours.base):
+        torch.manual_seed(3)
+        model.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=targets))
+    plain = modeling_gircse.GIRCSEModule(base, tiny_tokenizer()).eval()
+    features = plain.preprocess(["a text"])
+    with torch.no_grad():
+        got = plain(features)["sentence_embedding"].numpy()
+    np.testing.assert_allclose(got, ours.encode(["a text"]), atol=1e-5)
+
+
+def test_positions_are_those_of_the_package():
+    for kind in ROTARY:
+        config = rotary_model(kind).config
+        assert modeling_gircse.position_limit(config) == position_limit(config)
