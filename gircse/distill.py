@@ -156,7 +156,11 @@ def _distill(
     run = Path(config.output)
     if (run / LOG_NAME).exists():
         raise FileExistsError(f"output: {run} holds a run already; name another folder")
-    rows = list(rows) if rows is not None else [row for source in config.data for row in load_rows(source)]
+    rows = (
+        list(rows)
+        if rows is not None
+        else [row for source in config.data for row in load_rows(source, instruction=config.instruction)]
+    )
     if len(rows) < config.batch_size:
         raise ValueError(f"batch_size: got {config.batch_size}, expected at most the number of rows, {len(rows)}")
     if teacher is None:

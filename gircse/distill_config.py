@@ -16,6 +16,10 @@ class DistillConfig(Knobs):
 
     teacher: str = _knob("", "GIRCSE folder or hub name of the teacher")
     data: tuple[str, ...] = _knob((), "training rows: JSONL files or saved `datasets` folders")
+    instruction: str | None = _knob(
+        None,
+        'stands in for rows without "prompt", those of the evaluation too, "" for none; default: they are an error',
+    )
     output: str = _knob("runs/distill", "folder of the run")
     init: str = _knob("fresh", "LoRA of the student: 'fresh', or go on from the 'teacher's own")
     num_steps: int | None = _knob(None, "K of the teacher's embeddings; default: the teacher's own")

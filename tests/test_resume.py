@@ -66,6 +66,20 @@ def test_the_run_folder_alone_goes_on(home):
     assert TrainConfig.from_json(run / "train_config.json").num_steps == 2
 
 
+def test_rows_without_a_prompt_are_distilled_and_evaluated_as_they_were_trained(home, capsys):
+    model, rows = str(home / "run" / "model"), str(home / "rows.jsonl")
+    distilled = ["distill", "--teacher", model, "--data", rows, "--eval-data", rows, "--output", str(home / "student")]
+    distilled += ["--batch-size", "4", "--max-steps", "1", "--no-progress"]
+    evaluated = ["evaluate", "--model", model, "--data", rows, "--steps", "2", "--output", str(home / "metrics.json")]
+    for arguments in (distilled, evaluated):
+        assert main(arguments) == 2
+        assert 'rows.jsonl:1: the field "prompt" is missing' in capsys.readouterr().err
+        assert main([*arguments, "--instruction", "echo"]) == 0
+    assert json.loads((home / "metrics.json").read_text())["2"] == pytest.approx(
+        log(home / "run")[-1]["evaluation"]["2"]
+    )
+
+
 def test_a_finished_run_can_be_extended(home, capsys):
     run = home / "run"
     before = numbers(run)

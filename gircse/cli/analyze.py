@@ -29,6 +29,7 @@ def add(commands: Any) -> None:
         "--steps", type=int, nargs="+", default=[1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100], help="numbers of steps K"
     )
     parser.add_argument("--sample", type=int, default=64, help="texts whose soft tokens are taken apart")
+    parser.add_argument("--instruction", help='stands in for rows without "prompt", "" for none')
     parser.add_argument("--max-rows", type=int, help="only the first rows of the data")
     parser.add_argument("--output", default="runs/analysis", help="folder of analysis.json and the plots")
 
@@ -46,7 +47,7 @@ def _analyze(arguments: argparse.Namespace) -> None:
     if arguments.max_rows is not None and arguments.max_rows < 1:
         raise ValueError(f"max_rows: got {arguments.max_rows}, expected an integer >= 1")
     # bad files are reported before a model is loaded
-    task = RetrievalTask.from_rows(load_rows(arguments.data)[: arguments.max_rows])
+    task = RetrievalTask.from_rows(load_rows(arguments.data, instruction=arguments.instruction)[: arguments.max_rows])
     clusters = (
         LabelledTexts.read(arguments.labels, instruction=arguments.labels_instruction) if arguments.labels else None
     )

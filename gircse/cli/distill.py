@@ -43,8 +43,10 @@ def _distill(arguments: argparse.Namespace) -> None:
 
     values: dict[str, Any] = {field.name: getattr(arguments, field.name) for field in fields(DistillConfig)}
     values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    task = RetrievalTask.from_rows(load_rows(arguments.eval_data)) if arguments.eval_data else None
-    result = distill(DistillConfig(**values), task=task)
+    config, task = DistillConfig(**values), None
+    if arguments.eval_data:
+        task = RetrievalTask.from_rows(load_rows(arguments.eval_data, instruction=config.instruction))
+    result = distill(config, task=task)
     if task is not None:
         print(result.table())
     before, after = result.agreement["before"], result.agreement["after"]

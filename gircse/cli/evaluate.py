@@ -36,6 +36,7 @@ def add(commands: Any) -> None:
         help="--data, --instruction-following: write the metrics to this JSON file. --benchmark, --tasks: folder of "
         "results, table and plot, where finished tasks are kept and not computed again (default: runs/evaluation)",
     )
+    parser.add_argument("--instruction", help='--data: stands in for rows without "prompt", "" for none')
     parser.add_argument("--name", help="organisation/name of the model in mteb's results (default: by the checkpoint)")
     parser.add_argument("--overwrite", action="store_true", help="--benchmark, --tasks: compute finished tasks again")
 
@@ -54,7 +55,7 @@ def _evaluate_rows(arguments: argparse.Namespace) -> None:
     from gircse.evaluate import RetrievalTask, evaluate_retrieval
     from gircse.report import metrics_table
 
-    task = RetrievalTask.from_rows(load_rows(arguments.data))
+    task = RetrievalTask.from_rows(load_rows(arguments.data, instruction=arguments.instruction))
     metrics = evaluate_retrieval(
         load_model(arguments, merge_adapter=True),
         task,
