@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import NamedTuple
 
 import torch
@@ -231,11 +232,12 @@ def _check_seed(seed: object, hidden: Tensor) -> tuple[int | None, Tensor | None
         if seed.dtype != torch.int64:
             raise TypeError(f"gumbel_seed: got dtype {seed.dtype}, expected torch.int64")
         return None, row_values("gumbel_seed", seed, hidden)
-    if not isinstance(seed, int) or isinstance(seed, bool):
+    if not isinstance(seed, numbers.Integral) or isinstance(seed, bool):
         raise TypeError(f"gumbel_seed: got {type(seed).__name__}, expected an int or an int64 tensor")
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"gumbel_seed: got {seed}, expected a number of 64 bits, -2**63 to 2**63 - 1")
-    return seed, None
+    number = int(seed)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"gumbel_seed: got {number}, expected a number of 64 bits, -2**63 to 2**63 - 1")
+    return number, None
 
 
 def _relax(

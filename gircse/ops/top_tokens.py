@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,9 +52,9 @@ def top_tokens(
     check_backend(backend)
     if hidden.device.type == "meta":
         raise ValueError("hidden: got device meta, expected one with values")
-    if not isinstance(n, int) or isinstance(n, bool):
+    if not isinstance(n, numbers.Integral) or isinstance(n, bool):
         raise TypeError(f"n: got {type(n).__name__}, expected an int")
-    num_vocab = head_weight.shape[0]
+    n, num_vocab = int(n), head_weight.shape[0]
     if not 1 <= n <= num_vocab:
         raise ValueError(f"n: got {n}, expected 1 to {num_vocab}, the V of head_weight")
     leading = hidden.shape[:-1]

@@ -7,6 +7,7 @@ of the temperatures, each the sum of the ranks' shares. Matrices never move.
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ class VocabShard:
 
     def __post_init__(self) -> None:
         for name, value in (("start", self.start), ("stop", self.stop)):
-            if not isinstance(value, int) or isinstance(value, bool):
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool):
                 raise TypeError(f"VocabShard.{name}: got {type(value).__name__}, expected an int")
         if not 0 <= self.start < self.stop:
             raise ValueError(f"VocabShard: got start {self.start} and stop {self.stop}, expected 0 <= start < stop")
