@@ -339,24 +339,27 @@ def _function(name: str, forward: Any, setup: Any, backward: Any, jvp: Any, vmap
     """An eager entrance: the way to call an autograd function made of these."""
     made: Any
     members = {
-        "forward": staticmethod(_signed(forward)),
-        "setup_context": staticmethod(setup),
-        "backward": staticmethod(backward),
-        "jvp": staticmethod(jvp),
+        "forward": _plain_function(forward),
+        "setup_context": _plain_function(setup),
+        "backward": _plain_function(backward),
+        "jvp": _plain_function(jvp),
         "vmap": staticmethod(lambda info, in_dims, *arguments: vmap(made.apply, info, in_dims, *arguments)),
     }
     made = type(name, (torch.autograd.Function,), members)
     return made.apply
 
 
-def _signed(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that knows its signature: PyTorch asks at each call, and looking for it takes longer than the rest."""
+def _plain_function(method: Callable[..., Any]) -> staticmethod:
+    """What compiled autograd can trace, a function and no method, and a function that knows its signature.
+
+    PyTorch asks for the signature at each call, and looking for it takes longer than everything else of the call.
+    """
 
     def function(*arguments: Any) -> Any:
         return method(*arguments)
 
     function.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
-    return function
+    return staticmethod(function)
 
 
 def pull_back(

@@ -161,7 +161,9 @@ def soft_embed(
         inputs, options = inputs._replace(seeds=seeds), options._replace(seed=seed)
     if top_k is not None or top_p is not None or min_p is not None:
         rules = check_truncation(hidden, top_k, top_p, min_p)
-        inputs = inputs._replace(floor=row_floors(inputs, options, rules, group=group, cast=cast, backend=backend))
+        if any(rule is not None for rule in rules):  # not for top_k=0 alone
+            floor = row_floors(inputs, options, rules, group=group, cast=cast, backend=backend)
+            inputs = inputs._replace(floor=floor)
     if gumbel_temperature is not None:
         inputs, options = _relax(inputs, options, hidden, gumbel_temperature)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)

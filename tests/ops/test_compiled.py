@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import gircse
-from gircse.ops import HeadFacts, SoftEmbedding, soft_embed, stepwise_info_nce, top_tokens
+from gircse.ops import HeadFacts, SoftEmbedding, info_nce_op, soft_embed, stepwise_info_nce, top_tokens
 
 HIDDEN, HEAD = torch.randn(5, 8), torch.randn(37, 8)
 SEEDS = torch.arange(5)
@@ -115,6 +115,45 @@ def test_export_with_a_dynamic_batch(options: dict[str, Any]) -> None:
     exported = torch.export.export(Module(), (torch.randn(3, 2, 8), HEAD), dynamic_shapes=shapes).module()
     hidden = torch.randn(6, 2, 8)
     torch.testing.assert_close(exported(hidden, HEAD), Module()(hidden, HEAD))
+
+
+@pytest.mark.parametrize("all_options", [False, True])
+def test_opcheck(all_options: bool) -> None:
+    """Schemas, fakes and autograd registration of the ops that others do not check; the tests above trace them."""
+    checks = {"test_utils": ("test_schema", "test_faketensor", "test_autograd_registration")}
+    queries, docs = torch.randn(3, 2, 8, requires_grad=True), torch.randn(6, 2, 8, requires_grad=True)
+    mask = torch.arange(18).reshape(3, 6) % 7 == 3 if all_options else None
+    scalars = (0.1, "weighted" if all_options else "mean", all_options, all_options, None, "torch")
+    tensors = (queries, docs, torch.arange(3) * 2, mask)
+    torch.library.opcheck(torch.ops.gircse.stepwise_info_nce.default, (*tensors, *scalars), **checks)
+    saved = [result.detach() for result in info_nce_op.OP.op(*tensors, *scalars)[4:]]
+    for needs in ([True, True], [False, True]):
+        torch.library.opcheck(
+            torch.ops.gircse.stepwise_info_nce_backward.default,
+            (torch.rand(2), *tensors, *saved, *scalars, needs),
+            **checks,
+        )
+    bias, temperature = (torch.randn(37), torch.rand(5) + 0.5) if all_options else (None, None)
+    torch.library.opcheck(
+        torch.ops.gircse.top_tokens.default, (HIDDEN, HEAD, bias, temperature, 3, 1.0, None, 1.0, "torch"), **checks
+    )
+
+
+def test_compiled_autograd() -> None:
+    """The backward of an eager forward as one graph: the eager gradients."""
+    queries, docs = torch.randn(4, 2, 8, requires_grad=True), torch.randn(8, 2, 8)
+    hidden, head = HIDDEN.clone().requires_grad_(), HEAD.clone().requires_grad_()
+    leaves = [queries, hidden, head]
+
+    def loss() -> Tensor:
+        return stepwise_info_nce(queries, docs).sum() + soft_embed(hidden, head, top_k=9).square().sum()  # type: ignore[union-attr]
+
+    expected = torch.autograd.grad(loss(), leaves)
+    total = loss()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(fullgraph=True, backend="aot_eager")):
+        total.backward()
+    for leaf, exact in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad, exact)
 
 
 def traced_code(function: Callable[..., Any], *arguments: Any) -> list[CodeType]:

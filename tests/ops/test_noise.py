@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from gircse.ops import soft_embed, tiles_torch
+from gircse.ops import VocabShard, soft_embed, tiles_torch, top_tokens
 from gircse.ops.noise import _philox, gumbel
 from gircse.ops.reference import soft_embed_reference
 from tests.ops.accuracy import noise_of, random_inputs
@@ -153,3 +154,13 @@ def test_free_logits_as_a_head() -> None:
     upstream = torch.randn(6, 8, dtype=torch.float64)
     grads = [torch.autograd.grad(out, logits, upstream)[0] for out in (ours, plain)]  # type: ignore[arg-type]
     torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-13)
+
+
+def test_integers_of_numpy() -> None:
+    hidden, head = torch.randn(3, 8), torch.randn(37, 8)
+    numpy, python = (
+        soft_embed(hidden, head, gumbel_seed=kind(5), top_k=kind(9), top_p=np.float32(0.5)) for kind in (np.int64, int)
+    )
+    assert torch.equal(numpy, python)  # type: ignore[arg-type]
+    assert torch.equal(top_tokens(hidden, head, np.int64(3))[0], top_tokens(hidden, head, 3)[0])  # type: ignore[arg-type]
+    assert VocabShard(np.int64(2), np.int64(5)) == VocabShard(2, 5)  # type: ignore[arg-type]
