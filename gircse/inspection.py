@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from gircse import ops
-from gircse.encode import check_texts, pad, tokenize
+from gircse.encode import check_text, check_texts, pad, tokenize
 from gircse.rollout import rollout
 from gircse.signatures import Finding, diagnose
 from gircse.token_ids import check_rows
@@ -80,6 +80,8 @@ def inspect(
         raise ValueError(f"num_steps: got {num_steps}, expected >= 1: there is no soft token to look at")
     if isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 1:
         raise ValueError(f"top_n: got {top_n!r}, expected an integer >= 1")
+    if instruction is not None:
+        check_text("instruction", instruction, "str or None")
     length = model.config.max_length(instruction, max_length)
     ids = tokenize(model, texts, instruction=instruction, max_length=length, num_steps=num_steps)
     check_rows(ids, model.causal_lm.embed_weight.shape[0])
