@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from gircse import ops
-from gircse.encode import check_texts, pad, tokenize
+from gircse.encode import check_text, check_texts, pad, tokenize
 from gircse.integers import check_integer
 from gircse.rollout import rollout
 from gircse.signatures import Finding, diagnose
@@ -80,6 +80,8 @@ def inspect(
     if num_steps < 1:
         raise ValueError(f"num_steps: got {num_steps}, expected >= 1: there is no soft token to look at")
     top_n = check_integer("top_n", top_n, least=1)
+    if instruction is not None:
+        check_text("instruction", instruction, "str or None")
     length = model.config.max_length(instruction, max_length)
     ids = tokenize(model, texts, instruction=instruction, max_length=length, num_steps=num_steps)
     check_rows(ids, model.causal_lm.vocabulary, num_steps, positions=model.causal_lm.max_positions)

@@ -97,6 +97,7 @@ class Engine:
             limits=self._limits,
         )
 
+    @torch.compiler.disable
     def states(
         self,
         rows: Sequence[Sequence[int]],
@@ -126,6 +127,7 @@ class Engine:
         self.run(rows, num_steps, keep, temperature=temperature, include_prompt=include_prompt)
         return found
 
+    @torch.compiler.disable  # a compiled model around it would compile every batch's shape anew
     def run(
         self,
         rows: Sequence[Sequence[int]],

@@ -88,6 +88,10 @@ class GIRCSEModule(modeling_gircse.GIRCSEModule):
     def generate(self, input_ids: Tensor, attention_mask: Tensor, num_steps: int) -> Tensor:
         if self.training or torch.is_grad_enabled():
             return self.model.rollout(input_ids, attention_mask, num_steps)
+        return self._generate_on_engine(input_ids, attention_mask, num_steps)
+
+    @torch.compiler.disable
+    def _generate_on_engine(self, input_ids: Tensor, attention_mask: Tensor, num_steps: int) -> Tensor:
         real = attention_mask.bool().cpu()
         rows = [ids[mask].tolist() for ids, mask in zip(input_ids.cpu(), real, strict=True)]
         with self.model.inference() as engine:

@@ -140,3 +140,15 @@ def test_out_of_memory_halves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.warns(UserWarning, match="batches are halved"):
         states = engine.states(rows, 3)
     assert relative_error(states, expected) <= 1e-5
+
+
+def test_autocast_around_it_changes_nothing() -> None:
+    """Captured under autocast or replayed under it: half precision would be off by 1e-3 and more."""
+    rows = rows_of((3, 9, 1), prefix=6)
+    expected = engine_on_gpu("llama").states(rows, 4)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        engine = engine_on_gpu("llama", EngineConfig(capture="always"))
+        inside = engine.states(rows, 4)
+    for found in (inside, engine.states(rows, 4)):
+        assert found.dtype == torch.float32
+        assert relative_error(found, expected) <= 1e-5

@@ -236,6 +236,22 @@ def test_what_runs_underneath(model, st, monkeypatch):
         assert torch.allclose(st(features)["sentence_embedding"], torch.from_numpy(model.encode(["a text"])), atol=1e-5)
 
 
+def test_a_compiled_model_leaves_the_engine_alone(st):
+    """`compile()` compiles what is around it: traced, every number of rows and tokens would be another graph."""
+    texts = [["y" * (i + 1)] * (i % 3 + 1) for i in range(10)]
+    expected = [st.encode(rows) for rows in texts]
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    st.compile(backend=backend)
+    for rows, embeddings in zip(texts, expected, strict=True):
+        np.testing.assert_array_equal(st.encode(rows), embeddings)
+    assert 0 < len(graphs) < 8
+
+
 def test_left_padded_features(st):
     ours = st.preprocess(["a text", "x"])
     left = {name: value.flip(1) for name, value in ours.items()}
