@@ -123,7 +123,10 @@ def time_file(session: Session, path: Path) -> None:
         if left <= 0:
             session.skipped += [f"candidates of {late.case.name}" for late in entries[number:]]
             break
-        with session.surviving(f"candidates-{entry.case.name}"):
+        name = f"candidates-{entry.case.name}"
+        if not session.fits(name, 0.0):
+            continue
+        with session.surviving(name):
             rows += _raced(session, entry, min(3.0, left / (len(entries) - number)))
     say("\n" + table(_COLUMNS, rows))
     session.save("candidates", {"benchmark": "candidates", "file": path.name, "rows": rows})

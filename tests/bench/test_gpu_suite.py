@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -180,6 +181,25 @@ def test_the_profile_says_where_the_time_goes(everything):
         assert "ncalls" in page
     decode = next(page for name, page in pages.items() if name.startswith("profile-decode"))
     assert "a step of 2: wall" in decode
+
+
+def test_a_profile_costs_no_figure_and_is_made_later(suite, monkeypatch):
+    """Where it fails; and where it is asked for when everything has been measured."""
+    monkeypatch.setattr(models.train_check, "check", lambda *_: [])
+    assert suite("--only", "training") == 0
+
+    def broken(what, *_, **__):
+        raise RuntimeError("no CUPTI")
+
+    monkeypatch.setattr(models, "profile", broken)
+    assert suite("--only", "training", "--profile") == 1
+    assert suite.record("summary")["problems"] == [f"profile-{MODELS[1]}: RuntimeError: no CUPTI"]
+    assert suite.record(MODELS[1])["agreement"]["verdict"] == "ok"
+    monkeypatch.setattr(models, "profile", lambda what, *_, **__: what)
+    assert suite("--only", "training", "--profile") == 0
+    assert (suite.records / f"profile-{MODELS[1]}.txt").exists()
+    monkeypatch.setattr(models, "_train", lambda *_, **__: pytest.fail("measured again"))
+    assert suite("--only", "training", "--profile") == 0
 
 
 def test_a_second_call_goes_on(everything, monkeypatch):
@@ -390,6 +410,21 @@ def test_the_table_fits_on_one_screen():
     text = table(summary.COLUMNS, lines).splitlines()
     assert len(text) <= 52
     assert max(map(len, text)) <= 120
+
+
+@pytest.mark.parametrize(("name", "index"), [("cuda", []), ("cuda:1", [1])])
+def test_a_gpu_is_chosen_where_it_has_a_number(suite, monkeypatch, name, index):
+    """PyTorch's `set_device` refuses "cuda" without a number, which is the default."""
+    chosen = []
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    monkeypatch.setattr(ops, "run", lambda _: None)
+    assert suite("--only", "ops", "--device", name) == 0
+    assert chosen == index
+    assert (suite.out / "some-gpu" / "summary.json").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
