@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -83,7 +84,10 @@ def _sections(session: Session, options: argparse.Namespace) -> None:
 
 
 def _finish(session: Session, run: Callable[[], None]) -> int:
-    run()
+    try:
+        run()
+    except KeyboardInterrupt:  # the table of what was finished
+        session.problem("interrupted")
     summary.finish(session, time.perf_counter() - session.started)
     return 1 if session.problems else 0
 
@@ -152,6 +156,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         return options
     if options.out is None:
         parser.error("the following arguments are required: --out")
+    try:  # now, not when minutes have been spent
+        options.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=options.out).close()
+    except OSError as error:
+        parser.error(f"--out: {error}")
     options.device = options.device or ("cpu" if options.smoke else "cuda")
     kind = options.device.split(":")[0]
     if kind == "cuda" and not torch.cuda.is_available():

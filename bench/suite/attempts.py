@@ -33,10 +33,11 @@ def attend(command: Sequence[str], *, poll: float = 0.25) -> int:
             process = subprocess.Popen(command, env={**os.environ, STATE: str(path)})
             try:
                 why = _watched(process, path, poll)
-            except BaseException:  # Ctrl-C reaches both
+            except KeyboardInterrupt:  # it reaches both
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(10)
                 process.kill()
-                process.wait()
-                raise
+                return 130
             if why is None:
                 return process.returncode
             state = read(path)

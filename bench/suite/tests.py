@@ -34,6 +34,8 @@ def run(session: Session, processes: int) -> None:
     if before is not None and before["passed"] and before["tests"] == digest:
         say(f"tests: passed before, {before['summary']}")
         return
+    if not session.fits("tests", 1.0):
+        return
     command = [sys.executable, "-m", "pytest", str(FOLDER), "-q", "-p", "no:cacheprovider"]
     processes = min(processes, _MOST)
     if importlib.util.find_spec("xdist") is not None and processes > 1:
@@ -72,6 +74,10 @@ def run_command(command: list[str], seconds: float) -> tuple[int, str]:
         os.killpg(process.pid, signal.SIGKILL)  # the workers too: nothing else may run when the clocks start
         output, _ = process.communicate()
         return TIMED_OUT, f"{output}\nstopped after {seconds:.0f} s"
+    except BaseException:  # Ctrl-C, which does not reach a session of its own
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
     return process.returncode, output
 
 

@@ -275,6 +275,16 @@ def test_a_case_that_raises_costs_no_other(suite, monkeypatch):
     assert "in broken" in (suite.records / f"{OPS[1]}-error.txt").read_text()
 
 
+def test_the_table_is_there_after_an_interruption(suite, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loss, "run", interrupted)
+    assert suite("--only", "ops,loss") == 1
+    assert list(suite.lines()) == OPS
+    assert suite.record("summary")["problems"] == ["interrupted"]
+
+
 def test_a_section_that_raises_costs_no_other(suite, monkeypatch):
     monkeypatch.setattr(loss, "run", lambda *_: 1 / 0)
     assert suite("--only", "loss,plan,ops") == 1
@@ -360,13 +370,13 @@ def test_a_plan_that_was_off_is_a_problem_every_time(suite, monkeypatch):
 
 
 def test_what_does_not_fit_is_named_and_a_second_call_goes_on(suite, capsys):
-    assert suite("--minutes", "0.0001", "--only", "ops,engine,training,loss,plan") == 0
+    assert suite("--minutes", "0.0001") == 0
     assert suite.measured == []
     skipped = suite.record("summary")["skipped"]
-    assert skipped == [*OPS, *MODELS, LOSS, *(f"plan {case.shape}" for case in plan.plan_check.SMOKE_CASES)]
+    assert skipped == ["tests", *OPS, *MODELS, LOSS, *(f"plan {case.shape}" for case in plan.plan_check.SMOKE_CASES)]
     printed = capsys.readouterr().out
     assert f"skipped: {OPS[0]} takes about" in printed
-    assert f"no time for: {OPS[0]}" in printed
+    assert f"no time for: tests, {OPS[0]}" in printed
     assert suite("--only", "ops") == 0
     assert suite.measured == OPS
 
@@ -438,6 +448,7 @@ def test_a_gpu_is_chosen_where_it_has_a_number(suite, monkeypatch, name, index):
         (["--out", "x", "--smoke", "--only", "ops,speed"], "--only: got 'speed', expected some of ops, engine"),
         (["--out", "x", "--smoke", "--candidates", "none.json"], "--candidates: none.json"),
         (["--smoke"], "--out"),
+        (["--out", f"{__file__}/x", "--smoke"], "--out: [Errno 20] Not a directory"),
     ],
 )
 def test_bad_options(arguments, message, capsys):
