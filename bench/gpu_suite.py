@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.candidates:
         if not session.goes_on:
             _compile(session, options)
-        return _finish(session, lambda: candidates.time_file(session, options.candidates))
+        return _finish(session, lambda: candidates.time_file(session, options.candidates), "summary-candidates")
     if not session.goes_on:
         _compile(session, options)
     if "tests" in options.only and not session.goes_on:
@@ -83,12 +83,12 @@ def _sections(session: Session, options: argparse.Namespace) -> None:
                 run()
 
 
-def _finish(session: Session, run: Callable[[], None]) -> int:
+def _finish(session: Session, run: Callable[[], None], name: str = "summary") -> int:
     try:
         run()
     except KeyboardInterrupt:  # the table of what was finished
         session.problem("interrupted")
-    summary.finish(session, time.perf_counter() - session.started)
+    summary.finish(session, time.perf_counter() - session.started, name)
     return 1 if session.problems else 0
 
 

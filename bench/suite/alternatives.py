@@ -31,11 +31,10 @@ def check(name: str, alternative: Alternative) -> None:
             unknown = [constant for constant in entry if not constant.isupper() or not hasattr(plan, constant)]
             if unknown:
                 raise ValueError(f"{name}: got plan constant {unknown[0]!r}, expected one of gircse_kernels.plan")
-            wrong = [c for c, value in entry.items() if type(value) is not type(getattr(plan, c))]
-            if wrong:
-                raise ValueError(
-                    f"{name}: got {wrong[0]} {entry[wrong[0]]!r}, expected one like {getattr(plan, wrong[0])!r}"
-                )
+            for constant, value in entry.items():
+                now = getattr(plan, constant)
+                if type(value) is not type(now):
+                    raise ValueError(f"{name}: got {constant} {value!r}, expected one like {now!r}")
         elif kernel not in plan.SAFE:
             raise ValueError(f"{name}: got kernel {kernel!r}, expected plan or one of {', '.join(plan.SAFE)}")
         elif not {"blocks", "num_warps", "num_stages"} <= entry.keys() or entry["blocks"].keys() != _blocks(kernel):
