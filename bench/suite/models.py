@@ -101,11 +101,15 @@ def _encode_all(session: Session, weights: _Weights, cases: list[Encoding], *, p
     if not waiting:
         return
     checks, why = [], None
+    name = f"checks-{cases[0].shape}"
     try:
+        if name in session.left_out:
+            raise RuntimeError("the comparison was lost in an earlier attempt")
         engines, most = [OFFICIAL_EVAL, GRAPH], max(max(case.targets) for case, _, _ in waiting)
         length = min(_CHECKED_LENGTH, max(case.length for case, _, _ in waiting))
         lm = weights.encoder(cases[0])
-        checks = encode_check.check(lm, engines, most, length, seed=0, timed=[timed for _, _, timed in waiting])
+        with session.watched(name, sum(case.seconds for case, _, _ in waiting)):
+            checks = encode_check.check(lm, engines, most, length, seed=0, timed=[timed for _, _, timed in waiting])
     except Exception as error:  # no memory for the float32 copy, say: the figures stay, marked
         why = reason(error)
     names = {timed.name for _, _, timed in waiting}

@@ -8,7 +8,7 @@ import re
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -133,27 +133,33 @@ class Session:
     def surviving(self, name: str) -> Iterator[None]:
         """What is raised inside becomes a problem and costs no other case its turn. A case that `fits` was asked for
         has a minute and twice its estimate, if somebody attends to this process."""
-        if name in self._seconds:
-            self._tell(name, time.time() + _ALLOWED + 2 * self._seconds[name])
         try:
-            yield
+            with self.watched(name, self._seconds[name]) if name in self._seconds else nullcontext():
+                yield
         except Exception as error:
             self.problem(f"{name}: {first_line(error)}")
             self.left_out.append(name)
-            self.write(f"{name}-error.txt", traceback.format_exc())
-            if self._state is not None and self._is_lost():
-                self._tell(name, None)
-                os._exit(attempts.DEVICE_LOST)  # an orderly end would wait for the device
-        if name in self._seconds:
             self._tell(None, None)
+            self.write(f"{name}-error.txt", traceback.format_exc())
+            self._end_if_lost(name)
 
-    def _is_lost(self) -> bool:
-        """After an illegal access every later call on the device fails."""
+    @contextmanager
+    def watched(self, name: str, seconds: float) -> Iterator[None]:
+        """Whoever attends to this process ends it, and leaves `name` out, if this takes far longer than `seconds`."""
+        self._tell(name, time.time() + _ALLOWED + 2 * seconds)
+        yield
+        self._end_if_lost(name)  # what went wrong may have been caught inside
+        self._tell(None, None)
+
+    def _end_if_lost(self, name: str) -> None:
+        """After an illegal access every later call on the device fails, whatever it computes."""
+        if self._state is None:
+            return
         try:
             synchronize(self.device)
         except RuntimeError:
-            return True
-        return False
+            self._tell(name, None)
+            os._exit(attempts.DEVICE_LOST)  # an orderly end would wait for the device
 
 
 def say(line: str) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from bench.cases import CASES, SMOKE_CASES
 from bench.engines import Generation
 from bench.op_engines import eager
 from bench.provenance import ROOT
-from bench.suite import loss, models, ops, plan, precompile, session, summary, tests
+from bench.suite import attempts, loss, models, ops, plan, precompile, session, summary, tests
 from bench.suite.model_cases import ENCODINGS, SMOKE_ENCODINGS, SMOKE_TRAINING, TRAINING
 from bench.tables import table
 from gircse.floors import Ceilings
@@ -152,6 +153,20 @@ def test_a_model_that_could_not_be_checked_is_marked(suite, monkeypatch):
     assert suite("--only", "engine") == 1
     assert suite.record("summary")["problems"] == [f"{MODELS[0]}: UNCHECKED: out of memory"]
     assert suite.record(MODELS[0])["points"][0]["seconds"] > 0
+
+
+def test_a_comparison_that_was_lost_is_left_out(suite, monkeypatch, tmp_path):
+    """It hung, and the suite was started again: the figures stay, marked."""
+    state = {"problems": [], "left_out": [f"checks-{SMOKE_ENCODINGS[0].shape}"], "deadline": time.time() + 60}
+    attempts.write(tmp_path / "state.json", state)
+    monkeypatch.setenv(attempts.STATE, str(tmp_path / "state.json"))
+    monkeypatch.setattr(models.encode_check, "check", lambda *_, **__: pytest.fail("compared"))
+    monkeypatch.setattr(attempts, "die_with_parent", lambda: None)
+    assert suite("--only", "engine,tests") == 1
+    assert suite.measured == suite.compiled == []
+    (problem,) = suite.record("summary")["problems"]
+    assert problem == f"{MODELS[0]}: UNCHECKED: RuntimeError: the comparison was lost in an earlier attempt"
+    assert suite.lines()[f"{MODELS[0]}, K = 2"]["ours"] > 0
 
 
 def test_an_engine_that_fails_costs_the_baseline_nothing(suite, monkeypatch):

@@ -94,6 +94,7 @@ def test_every_section_is_compiled_beforehand():
     assert Call("info_nce", (8, 16, 5, width), "bfloat16", backward=True) in found
     assert Call("info_nce", (8, 16, 1, width), "bfloat16", backward=True) in found  # K = 0
     assert Call("info_nce", (4096, 8192, 5, 3584), "float32", backward=True) in found
+    assert Call("info_nce", (96, 288, 3, 3584), "float32", backward=True) in found  # the loss is compared on it
     assert precompile.calls(["plan", "tests"]) == []
 
 
