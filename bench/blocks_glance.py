@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from bench.agreement import OK
 from bench.cases import CASES, PASSES
 from bench.documents import NO_RECORD, Record, Results, block
 from bench.engines import GRAPH, OFFICIAL_EVAL, REFERENCE
@@ -21,7 +22,8 @@ _OPS = [
 def _milliseconds(key: str) -> Column:
     def value(row: dict[str, Any]) -> str:
         found = row.get(key)
-        return "-" if found is None else f"{found:,.0f}" if found >= 1000 else f"{found:.3g}"
+        text = "-" if found is None else f"{found:,.0f}" if found >= 1000 else f"{found:.3g}"
+        return text if key != "ours" or row["verdict"] == OK else f"{text} {row['verdict']}"
 
     return f"{key} ms", value
 
@@ -51,7 +53,8 @@ def at_a_glance(results: Results) -> str:
         if read is None:
             continue
         common = {"where": record["provenance"]["device"], "record": f"`{name}`{results.mark(record)}"}
-        rows += [{**common, **row} for row in read(record)]
+        verdict = (record.get("agreement") or {}).get("verdict", OK)  # of the suite; `run.py` has one for each row
+        rows += [{"verdict": verdict, **common, **row} for row in read(record)]
     order = list(_READ)
     rows.sort(key=lambda row: (order.index(row["benchmark"]), row["where"]))  # stable: records by name
     on_gpu = any(record["provenance"]["driver"] for record in results.records.values() if "benchmark" in record)
@@ -87,7 +90,7 @@ def _info_nce(record: Record) -> Iterator[dict[str, Any]]:
 
 def _run(record: Record) -> Iterator[dict[str, Any]]:
     """A record of `bench/run.py`, at its largest K."""
-    steps = max(row["num_steps"] for row in record["points"])
+    steps = max((row["num_steps"] for row in record["points"]), default=0)  # none where every engine failed
     rows = {row["engine"]: row for row in record["points"] if row["num_steps"] == steps}
     ours = rows.get(GRAPH) or rows.get("cached")
     if ours is None:
@@ -104,6 +107,7 @@ def _run(record: Record) -> Iterator[dict[str, Any]]:
         "what": f"{job}, {model}, {record['model']['dtype']}, K = {steps}",
         "floor": ours["floor_seconds"] * 1e3,
         "ours": ours["seconds"] * 1e3,
+        **({"verdict": ours["verdict"]} if ours.get("verdict", OK) != OK else {}),
         **{name: row["seconds"] * 1e3 for name, row in others.items() if row is not None},
     }
 

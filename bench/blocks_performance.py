@@ -10,9 +10,10 @@ from bench.cases import BOTH, CASES, H100, MODELS, Case
 from bench.documents import NO_RECORD, Record, Results, block
 from bench.op_plots import plot_op_floors, plot_op_rows
 from bench.plots import draw as drawn_by
-from bench.records import describe
+from bench.records import describe, problems
 from bench.suite.summary import COLUMNS, lines_of
 from bench.tables import OPS, REPLAY, Column, columns_of, markdown
+from bench.verdict import is_good
 
 _FLOOR_ROWS = (1, 64, 256, 1024)
 _FLOOR_MODELS = ("smollm2-135m", "qwen2.5-0.5b", "qwen3-0.6b", "llama-3.2-1b", "qwen3-4b", "mistral-7b", "qwen2.5-7b")
@@ -113,8 +114,9 @@ def _device(results: Results, device: str, records: list[Record]) -> list[str]:
     asked = [record for record in records if record["met"] is not None]
     stale = next(filter(None, map(results.mark, asked)), "")
     slug = "-".join(device.lower().split())
+    met = sum(record["met"] and is_good(record) for record in asked)
     parts = [
-        f"**{device}**: {versions(records)}. {sum(r['met'] for r in asked)} of {len(asked)} targets met{stale}.",
+        f"**{device}**: {versions(records)}. {met} of {len(asked)} targets met{stale}.",
         markdown(OPS, marked),
         results.figure(f"soft_embed-{slug}", f"time over floor on {device}", records, plot_op_floors),
     ]
@@ -217,11 +219,12 @@ def _runs(results: Results, benchmark: str, command: str, *, cuda: bool) -> str:
     for name, record in results.records.items():
         if record.get("benchmark") == benchmark and record["model"]["device"].startswith("cuda") == cuda:
             model, batch = describe(record)
-            alt = f"{benchmark}: {model}, {batch}"
-            figure = results.figure(name.replace("/", "-"), alt, record, drawn_by(record))
-            caption = _caption(results, name, record, f"{model}; {batch}.")
-            parts += [caption, markdown(columns_of(record), record["points"])]
-            parts.append(figure)
+            parts.append(_caption(results, name, record, f"{model}; {batch}."))
+            if record["points"]:  # none where every engine failed
+                alt = f"{benchmark}: {model}, {batch}"
+                figure = results.figure(name.replace("/", "-"), alt, record, drawn_by(record))
+                parts += [markdown(columns_of(record), record["points"]), figure]
+            parts += problems(record)
     return "\n\n".join(parts) or f"no record yet: `{command}`"
 
 

@@ -6,7 +6,8 @@
 First, on all cores: every kernel that will be timed is compiled, and `tests/gpu` runs. Then, alone on the GPU, what is
 worth most comes first. Each finished case is a file of its own in DIR/<device>/, written at once; the same command
 again goes on where this one stopped, and measures again what was measured with other sources. A case that fails, or
-whose result is wrong, costs no other case its figures: it is printed and marked, and makes the exit code 1.
+whose result is wrong, costs no other case its figures: it is printed and marked, and makes the exit code 1. So does one
+that never ends or takes the device down: the suite runs in a process that is then started again without that case.
 
 `--profile` writes where the time of a decode step, a prefill and a training step goes. `--candidates FILE` times
 alternatives of kernels against the committed table. `--compile-only` needs no GPU. `--smoke` is everything with tiny
@@ -17,14 +18,19 @@ tests run in parallel. `python bench/report.py` renders the records.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.suite import attempts
+
+if __name__ == "__main__" and attempts.state_file() is None:  # before anything heavy is imported
+    sys.exit(attempts.attend([sys.executable, *sys.argv]))
 
 import torch
 from gircse_kernels.plan import Device
@@ -42,17 +48,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.compile_only:
         return _compile_only(options)
     device = torch.device(options.device)
+    attempts.die_with_parent()
     session = Session(options.out, device, options.minutes, smoke=options.smoke)
     origin = session.origin
     say(f"{origin['device']}, driver {origin['driver']}; torch {origin['torch']}, triton {origin['triton']}")
     say(f"sources {origin['sources']}; records: {session.folder}")
     if options.candidates:
+        if not session.goes_on:
+            _compile(session, options)
+        return _finish(session, lambda: candidates.time_file(session, options.candidates), "summary-candidates")
+    if not session.goes_on:
         _compile(session, options)
-        return _finish(session, lambda: candidates.time_file(session, options.candidates))
-    _compile(session, options)
-    if "tests" in options.only:
+    if "tests" in options.only and not session.goes_on:
         tests.run(session, 1 if options.smoke else options.jobs)
-    if device.type == "cuda":
+    if device.index is not None and device.type == "cuda":  # PyTorch refuses to set "cuda" without a number
         torch.cuda.set_device(device)  # only now: what runs before shares the GPU with other processes
     with precompile.compilations() as late:
         code = _finish(session, lambda: _sections(session, options))
@@ -74,9 +83,12 @@ def _sections(session: Session, options: argparse.Namespace) -> None:
                 run()
 
 
-def _finish(session: Session, run: Callable[[], None]) -> int:
-    run()
-    summary.finish(session, time.perf_counter() - session.started)
+def _finish(session: Session, run: Callable[[], None], name: str = "summary") -> int:
+    try:
+        run()
+    except KeyboardInterrupt:  # the table of what was finished
+        session.problem("interrupted")
+    summary.finish(session, time.perf_counter() - session.started, name)
     return 1 if session.problems else 0
 
 
@@ -120,7 +132,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, metavar="DIR", help="where the records go")
     add("--minutes", type=float, default=8.0, help="what no longer fits is named and left out (default 8)")
     add("--only", default=",".join(SECTIONS), metavar="SECTIONS", help="comma-separated (default: all, %(default)s)")
-    add("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile and test (default: the cores)")
+    add("--jobs", type=int, default=tests.cores(), help="processes that compile and test (default: the cores)")
     add("--profile", action="store_true", help="write where the time of the model cases goes, as text files")
     add("--candidates", type=Path, metavar="FILE", help="time these alternatives of kernels, and nothing else")
     add("--compile-only", action="store_true", help="compile what would be timed, and stop; needs no GPU")
@@ -144,6 +156,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         return options
     if options.out is None:
         parser.error("the following arguments are required: --out")
+    try:  # now, not when minutes have been spent
+        options.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=options.out).close()
+    except OSError as error:
+        parser.error(f"--out: {error}")
     options.device = options.device or ("cpu" if options.smoke else "cuda")
     kind = options.device.split(":")[0]
     if kind == "cuda" and not torch.cuda.is_available():

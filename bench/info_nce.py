@@ -154,13 +154,18 @@ def measure(
     }
 
 
+def checked(width: int) -> Size:
+    """What `check` compares."""
+    return Size(96, 288, 3, width)
+
+
 def check(device: torch.device, dtype: torch.dtype, width: int) -> float:
     """Worst relative error of losses and gradients against float64, on a size that float64 can hold.
 
     Raises:
         WrongResultError: it is more than rounding explains.
     """
-    queries, docs = steps(Size(96, 288, 3, width), device, dtype)
+    queries, docs = steps(checked(width), device, dtype)
     wide = [t.detach().double().requires_grad_() for t in (queries, docs)]
     exact = info_nce_reference(*wide)
     losses = stepwise_info_nce(queries, docs)

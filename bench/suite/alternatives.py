@@ -22,11 +22,19 @@ Alternative = Mapping[str, Any]
 
 def check(name: str, alternative: Alternative) -> None:
     """Raises ValueError for what the plan does not know."""
+    if not isinstance(alternative, Mapping):
+        raise ValueError(f"{name}: got {alternative!r}, expected an object: kernels and their entries, plan")
     for kernel, entry in alternative.items():
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("blocks", {}), Mapping):
+            raise ValueError(f"{name}: got {entry!r} for {kernel}, expected an object")
         if kernel == "plan":
             unknown = [constant for constant in entry if not constant.isupper() or not hasattr(plan, constant)]
             if unknown:
                 raise ValueError(f"{name}: got plan constant {unknown[0]!r}, expected one of gircse_kernels.plan")
+            for constant, value in entry.items():
+                now = getattr(plan, constant)
+                if type(value) is not type(now):
+                    raise ValueError(f"{name}: got {constant} {value!r}, expected one like {now!r}")
         elif kernel not in plan.SAFE:
             raise ValueError(f"{name}: got kernel {kernel!r}, expected plan or one of {', '.join(plan.SAFE)}")
         elif not {"blocks", "num_warps", "num_stages"} <= entry.keys() or entry["blocks"].keys() != _blocks(kernel):

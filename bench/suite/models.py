@@ -14,7 +14,7 @@ from typing import Any
 
 from bench import encode_check, throughput, train_check, training
 from bench.agreement import OK, UNCHECKED, WRONG, Difference, reason
-from bench.batches import FIXED, random_batch
+from bench.batches import FIXED, Batch, random_batch
 from bench.cases import Target
 from bench.engines import CACHED, ENGINES, GRAPH, OFFICIAL_EVAL, REFERENCE, forget
 from bench.memory import give_back
@@ -42,7 +42,7 @@ def run(session: Session, sections: Sequence[str], *, profiled: bool) -> None:
             _encode_all(session, weights, [case for case in encodings if case.shape == shape], profiled=profiled)
         weights.end_of_encoding()
         for case in (case for case in steps if case.shape == shape):
-            if not _finished(session, case) and session.fits(case.name, case.seconds):
+            if not _finished(session, case, profiled=profiled) and session.fits(case.name, case.seconds):
                 with session.surviving(case.name):
                     _train(session, weights, case, profiled=profiled)
         del weights
@@ -75,8 +75,11 @@ class _Weights:
         give_back(self._session.device)
 
 
-def _finished(session: Session, case: Encoding | TrainStep) -> bool:
+def _finished(session: Session, case: Encoding | TrainStep, *, profiled: bool) -> bool:
+    """A case whose profile is asked for and not there is measured again."""
     found = session.finished(case.name)
+    if profiled and not list(session.folder.glob(f"profile-*{case.name}.txt")):
+        found = None
     if found is not None:
         session.records.append(found)
     return found is not None
@@ -85,22 +88,28 @@ def _finished(session: Session, case: Encoding | TrainStep) -> bool:
 def _encode_all(session: Session, weights: _Weights, cases: list[Encoding], *, profiled: bool) -> None:
     waiting: list[tuple[Encoding, Record, encode_check.Timed]] = []
     for case in cases:
-        if _finished(session, case) or not session.fits(case.name, case.seconds):
+        if _finished(session, case, profiled=profiled) or not session.fits(case.name, case.seconds):
             continue
         started = time.perf_counter()
         with session.surviving(case.name):
-            record, timed = _encoding(session, weights.encoder(case), case, profiled=profiled)
+            record, timed = _encoding(session, weights.encoder(case), case)
             session.save(case.name, _with_lines(case, record, [], _NOT_YET, GRAPH, OFFICIAL_EVAL))
             waiting.append((case, record, timed))
+            if profiled:
+                _profile_encoding(session, weights.encoder(case), case, timed.batch)
             say(f"timed: {case.name} ({time.perf_counter() - started:.1f} s)")
     if not waiting:
         return
     checks, why = [], None
+    name = f"checks-{cases[0].shape}"
     try:
+        if name in session.left_out:
+            raise RuntimeError("the comparison was lost in an earlier attempt")
         engines, most = [OFFICIAL_EVAL, GRAPH], max(max(case.targets) for case, _, _ in waiting)
         length = min(_CHECKED_LENGTH, max(case.length for case, _, _ in waiting))
         lm = weights.encoder(cases[0])
-        checks = encode_check.check(lm, engines, most, length, seed=0, timed=[timed for _, _, timed in waiting])
+        with session.watched(name, sum(case.seconds for case, _, _ in waiting)):
+            checks = encode_check.check(lm, engines, most, length, seed=0, timed=[timed for _, _, timed in waiting])
     except Exception as error:  # no memory for the float32 copy, say: the figures stay, marked
         why = reason(error)
     names = {timed.name for _, _, timed in waiting}
@@ -110,7 +119,7 @@ def _encode_all(session: Session, weights: _Weights, cases: list[Encoding], *, p
         _keep(session, case, _with_lines(case, record, own, why, GRAPH, OFFICIAL_EVAL))
 
 
-def _encoding(session: Session, lm: CausalLM, case: Encoding, *, profiled: bool) -> tuple[Record, encode_check.Timed]:
+def _encoding(session: Session, lm: CausalLM, case: Encoding) -> tuple[Record, encode_check.Timed]:
     vocab, facts = lm.embed_weight.shape[0], ModelFacts.of(lm.model)
     batch = random_batch(vocab, [case.length] * case.batch, seed=0, device=session.device)
     engines = [*([OFFICIAL_EVAL] if case.baseline else []), GRAPH]
@@ -120,16 +129,6 @@ def _encoding(session: Session, lm: CausalLM, case: Encoding, *, profiled: bool)
             lm, facts, ceilings, batch, engines, steps, _REPEATS, interleave=False, most_seconds=_SECONDS
         )
     )
-    if profiled:
-        for what, k in (("prefill", 0), ("decode", steps[-1])):
-            with ENGINES[GRAPH].attached(lm) as engine:
-                text = profile(
-                    f"{case.name}: {what}, K = {k}",
-                    lambda engine=engine, k=k: throughput.embed(engine, lm, batch, k),
-                    session.device,
-                    steps=k or 1,
-                )
-            session.write(f"profile-{what}-{case.name}.txt", text)
     record = {
         "benchmark": "throughput",
         "case": case.name,
@@ -141,6 +140,18 @@ def _encoding(session: Session, lm: CausalLM, case: Encoding, *, profiled: bool)
     }
     record["batch"]["shared_prefix"] = 0
     return record, encode_check.Timed(case.name, batch, points)
+
+
+def _profile_encoding(session: Session, lm: CausalLM, case: Encoding, batch: Batch) -> None:
+    for what, k in (("prefill", 0), ("decode", max(case.targets))):
+        with session.surviving(f"profile-{what}-{case.name}"), ENGINES[GRAPH].attached(lm) as engine:
+            text = profile(
+                f"{case.name}: {what}, K = {k}",
+                lambda engine=engine, k=k: throughput.embed(engine, lm, batch, k),
+                session.device,
+                steps=k or 1,
+            )
+            session.write(f"profile-{what}-{case.name}.txt", text)
 
 
 def _train(session: Session, weights: _Weights, case: TrainStep, *, profiled: bool) -> None:
@@ -163,10 +174,6 @@ def _train(session: Session, weights: _Weights, case: TrainStep, *, profiled: bo
     lm, facts = training.trainable(job, base), ModelFacts.of(base)
     runners, ceilings = training.here(lm, job, engines), session.ceilings(case.dtype)
     rows = list(training.measure(runners, job, facts, ceilings, steps, _REPEATS, most_seconds=_SECONDS))
-    if profiled:
-        ours = runners[engines.index(CACHED)]
-        text = profile(f"{case.name}: a training step, K = {steps[-1]}", lambda: ours.step(steps[-1]), session.device)
-        session.write(f"profile-{case.name}.txt", text)
     record = {
         "benchmark": "training",
         "case": case.name,
@@ -177,6 +184,13 @@ def _train(session: Session, weights: _Weights, case: TrainStep, *, profiled: bo
     }
     record["batch"] |= {"queries": job.queries, "negatives": job.negatives}
     session.save(case.name, _with_lines(case, record, [], _NOT_YET, CACHED, REFERENCE))
+    if profiled:
+        ours = runners[engines.index(CACHED)]
+        with session.surviving(f"profile-{case.name}"):
+            text = profile(
+                f"{case.name}: a training step, K = {steps[-1]}", lambda: ours.step(steps[-1]), session.device
+            )
+            session.write(f"profile-{case.name}.txt", text)
     checks, why = [], None
     try:
         checks = train_check.check(job, engines, lm, runners)

@@ -17,7 +17,7 @@ def run(session: Session) -> None:
     points = []
     for case in plan_check.SMOKE_CASES if smoke else plan_check.CASES:
         if session.fits(f"{name} {case.shape}", 3 if smoke else 12):
-            with session.surviving(f"{name}-{case.shape}"):
+            with session.surviving(f"{name} {case.shape}"):
                 points.append(plan_check.check(case, session.device))
                 say(f"plan: {case.shape}, error {points[-1]['error']:+.1%}")
     if not points:

@@ -31,6 +31,7 @@ from gircse_kernels.plan import Device
 from triton.backends.compiler import GPUTarget
 
 from bench.cases import BOTH, CASES, SMOKE_CASES, Case
+from bench.info_nce import checked
 from bench.provenance import ROOT
 from bench.shapes import SHAPES
 from bench.suite.alternatives import using
@@ -75,7 +76,9 @@ def calls(sections: Sequence[str], *, smoke: bool = False) -> list[Call]:
                 found.append(Call("info_nce", sizes, step.dtype, backward=True))
     if "loss" in sections and not smoke:
         found += [
-            Call("info_nce", (s.rows, s.candidates, s.num_steps, s.width), "float32", backward=True) for s in SIZES
+            Call("info_nce", size[:4], "float32", backward=True)
+            for timed in SIZES
+            for size in (timed, checked(timed.width))
         ]
     return list(dict.fromkeys(found))
 

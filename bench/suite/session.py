@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ from bench.floors import measure_ceilings
 from bench.op_measure import first_line
 from bench.provenance import device_name, provenance
 from bench.records import save
+from bench.suite import attempts
+from bench.timing import synchronize
 from bench.verdict import is_good
 from gircse.floors import Ceilings
 
 Record = dict[str, Any]
+_ALLOWED = 60.0
 
 
 class Session:
@@ -35,6 +39,8 @@ class Session:
         records: finished cases, in order: those of this run and those that were there.
         problems: lines on what went wrong; any makes the exit code 1.
         skipped: names of what there was no time for.
+        left_out: names of cases that raised, or that an earlier attempt of the same call was lost in.
+        goes_on: an earlier attempt of the same call was lost (`bench.suite.attempts`).
     """
 
     def __init__(self, out: Path, device: torch.device, minutes: float, *, smoke: bool = False) -> None:
@@ -46,7 +52,23 @@ class Session:
         self.records: list[Record] = []
         self.problems: list[str] = []
         self.skipped: list[str] = []
+        self.left_out: list[str] = []
         self._ceilings: dict[str, Ceilings] = {}
+        self._seconds: dict[str, float] = {}
+        self._state = attempts.state_file()
+        before = attempts.read(self._state) if self._state is not None else None
+        self.goes_on = before is not None
+        if before is not None:
+            self.problems, self.left_out = before["problems"], before["left_out"]
+            self.deadline = self.started + before["deadline"] - time.time()
+        self._tell(None, None)
+
+    def _tell(self, case: str | None, until: float | None) -> None:
+        """Whoever attends to this process learns what it does, and until when (`time.time`)."""
+        if self._state is not None:
+            now = time.time()
+            state = {"case": case, "until": until, "started": now, "deadline": now + self.left()}
+            attempts.write(self._state, {**state, "problems": self.problems, "left_out": self.left_out})
 
     def left(self) -> float:
         """Seconds until everything must be done."""
@@ -55,7 +77,10 @@ class Session:
     def fits(self, name: str, seconds: float) -> bool:
         """Whether there is time for a case that takes about `seconds`; the case is named where there is not."""
         left = max(self.left(), 0.0)
+        if name in self.left_out:
+            return False
         if seconds <= left:
+            self._seconds[name] = seconds
             return True
         say(f"skipped: {name} takes about {seconds:.0f} s, {left:.0f} s are left")
         self.skipped.append(name)
@@ -106,12 +131,35 @@ class Session:
 
     @contextmanager
     def surviving(self, name: str) -> Iterator[None]:
-        """What is raised inside becomes a problem and costs no other case its turn."""
+        """What is raised inside becomes a problem and costs no other case its turn. A case that `fits` was asked for
+        has a minute and twice its estimate, if somebody attends to this process."""
         try:
-            yield
+            with self.watched(name, self._seconds[name]) if name in self._seconds else nullcontext():
+                yield
         except Exception as error:
             self.problem(f"{name}: {first_line(error)}")
+            self.left_out.append(name)
+            self._tell(None, None)
             self.write(f"{name}-error.txt", traceback.format_exc())
+            self._end_if_lost(name)
+
+    @contextmanager
+    def watched(self, name: str, seconds: float) -> Iterator[None]:
+        """Whoever attends to this process ends it, and leaves `name` out, if this takes far longer than `seconds`."""
+        self._tell(name, time.time() + _ALLOWED + 2 * seconds)
+        yield
+        self._end_if_lost(name)  # what went wrong may have been caught inside
+        self._tell(None, None)
+
+    def _end_if_lost(self, name: str) -> None:
+        """After an illegal access every later call on the device fails, whatever it computes."""
+        if self._state is None:
+            return
+        try:
+            synchronize(self.device)
+        except RuntimeError:
+            self._tell(name, None)
+            os._exit(attempts.DEVICE_LOST)  # an orderly end would wait for the device
 
 
 def say(line: str) -> None:

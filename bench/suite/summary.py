@@ -57,8 +57,8 @@ def shown(record: Record) -> str:
     )
 
 
-def finish(session: Session, seconds: float) -> Record:
-    """Prints the table and what is missing from it, and saves both."""
+def finish(session: Session, seconds: float, name: str = "summary") -> Record:
+    """Prints the table and what is missing from it, and saves both under that name."""
     lines = lines_of(session.records)
     print()
     if lines:
@@ -82,4 +82,4 @@ def finish(session: Session, seconds: float) -> Record:
         "skipped": session.skipped,
         "problems": session.problems,
     }
-    return session.save("summary", summary)
+    return session.save(name, summary)

@@ -12,12 +12,19 @@ import time
 from pathlib import Path
 
 from bench.provenance import ROOT
+from bench.suite import attempts
 from bench.suite.session import Session, say
 
 FOLDER = ROOT / "tests" / "gpu"
 TIMED_OUT = 124
 _NO_TESTS = 5  # pytest's exit code where everything is skipped or nothing is there
 _SECONDS = 150.0  # at most: figures are worth more than the last test
+_MOST = 16  # processes: each has a CUDA context of half a gigabyte, and some tests take several
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run(session: Session, processes: int) -> None:
@@ -27,7 +34,10 @@ def run(session: Session, processes: int) -> None:
     if before is not None and before["passed"] and before["tests"] == digest:
         say(f"tests: passed before, {before['summary']}")
         return
+    if not session.fits("tests", 1.0):
+        return
     command = [sys.executable, "-m", "pytest", str(FOLDER), "-q", "-p", "no:cacheprovider"]
+    processes = min(processes, _MOST)
     if importlib.util.find_spec("xdist") is not None and processes > 1:
         command += ["--numprocesses", str(processes), "--dist", "loadgroup"]
     say(f"tests: {' '.join(command[1:])}")
@@ -52,6 +62,8 @@ def run_command(command: list[str], seconds: float) -> tuple[int, str]:
     """-> exit code (124: it was stopped after `seconds`), output and errors together."""
     path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "200"}  # pytest cuts its lines to that
+    environment.pop(attempts.STATE, None)  # the suite that tests start, if any, is not this one
+    environment.setdefault("OMP_NUM_THREADS", "1")  # or each of many processes has a thread for every core
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
@@ -62,6 +74,10 @@ def run_command(command: list[str], seconds: float) -> tuple[int, str]:
         os.killpg(process.pid, signal.SIGKILL)  # the workers too: nothing else may run when the clocks start
         output, _ = process.communicate()
         return TIMED_OUT, f"{output}\nstopped after {seconds:.0f} s"
+    except BaseException:  # Ctrl-C, which does not reach a session of its own
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
     return process.returncode, output
 
 

@@ -52,6 +52,16 @@ def test_runs_at_their_largest_k(table):
     assert rows[1][2:] == ["250", "500", "2.00", "-", "-", "-", "`training`"]
 
 
+def test_what_is_wrong_is_marked_and_what_failed_costs_nothing(table):
+    wrong = _run("throughput", (GRAPH, 5, 2.0, 1.0), (OFFICIAL_EVAL, 5, 4.0, 1.0))
+    rows = table(
+        a=wrong | {"agreement": {"verdict": "UNCHECKED", "why": "no memory"}},
+        b=wrong | {"points": [wrong["points"][0] | {"verdict": "WRONG"}]},
+        c=_run("training"),
+    )
+    assert [row[3] for row in rows] == ["2,000 UNCHECKED", "2,000 WRONG"]
+
+
 def test_ops_and_their_floors(table):
     def point(rows: int, **more: float) -> dict:
         return {"rows": rows, "pass": "forward", "milliseconds": {"ours": 2.0, "eager": 6.0, **more}}

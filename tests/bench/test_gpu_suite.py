@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from bench.cases import CASES, SMOKE_CASES
 from bench.engines import Generation
 from bench.op_engines import eager
 from bench.provenance import ROOT
-from bench.suite import loss, models, ops, plan, precompile, session, summary, tests
+from bench.suite import attempts, loss, models, ops, plan, precompile, session, summary, tests
 from bench.suite.model_cases import ENCODINGS, SMOKE_ENCODINGS, SMOKE_TRAINING, TRAINING
 from bench.tables import table
 from gircse.floors import Ceilings
@@ -153,6 +155,20 @@ def test_a_model_that_could_not_be_checked_is_marked(suite, monkeypatch):
     assert suite.record(MODELS[0])["points"][0]["seconds"] > 0
 
 
+def test_a_comparison_that_was_lost_is_left_out(suite, monkeypatch, tmp_path):
+    """It hung, and the suite was started again: the figures stay, marked."""
+    state = {"problems": [], "left_out": [f"checks-{SMOKE_ENCODINGS[0].shape}"], "deadline": time.time() + 60}
+    attempts.write(tmp_path / "state.json", state)
+    monkeypatch.setenv(attempts.STATE, str(tmp_path / "state.json"))
+    monkeypatch.setattr(models.encode_check, "check", lambda *_, **__: pytest.fail("compared"))
+    monkeypatch.setattr(attempts, "die_with_parent", lambda: None)
+    assert suite("--only", "engine,tests") == 1
+    assert suite.measured == suite.compiled == []
+    (problem,) = suite.record("summary")["problems"]
+    assert problem == f"{MODELS[0]}: UNCHECKED: RuntimeError: the comparison was lost in an earlier attempt"
+    assert suite.lines()[f"{MODELS[0]}, K = 2"]["ours"] > 0
+
+
 def test_an_engine_that_fails_costs_the_baseline_nothing(suite, monkeypatch):
     def broken(self, *_):
         raise RuntimeError("cannot be captured")
@@ -180,6 +196,25 @@ def test_the_profile_says_where_the_time_goes(everything):
         assert "ncalls" in page
     decode = next(page for name, page in pages.items() if name.startswith("profile-decode"))
     assert "a step of 2: wall" in decode
+
+
+def test_a_profile_costs_no_figure_and_is_made_later(suite, monkeypatch):
+    """Where it fails; and where it is asked for when everything has been measured."""
+    monkeypatch.setattr(models.train_check, "check", lambda *_: [])
+    assert suite("--only", "training") == 0
+
+    def broken(what, *_, **__):
+        raise RuntimeError("no CUPTI")
+
+    monkeypatch.setattr(models, "profile", broken)
+    assert suite("--only", "training", "--profile") == 1
+    assert suite.record("summary")["problems"] == [f"profile-{MODELS[1]}: RuntimeError: no CUPTI"]
+    assert suite.record(MODELS[1])["agreement"]["verdict"] == "ok"
+    monkeypatch.setattr(models, "profile", lambda what, *_, **__: what)
+    assert suite("--only", "training", "--profile") == 0
+    assert (suite.records / f"profile-{MODELS[1]}.txt").exists()
+    monkeypatch.setattr(models, "_train", lambda *_, **__: pytest.fail("measured again"))
+    assert suite("--only", "training", "--profile") == 0
 
 
 def test_a_second_call_goes_on(everything, monkeypatch):
@@ -253,6 +288,16 @@ def test_a_case_that_raises_costs_no_other(suite, monkeypatch):
     assert list(suite.lines()) == [OPS[0], OPS[2], LOSS]
     assert suite.record("summary")["problems"] == [f"{OPS[1]}: RuntimeError: an illegal instruction was encountered"]
     assert "in broken" in (suite.records / f"{OPS[1]}-error.txt").read_text()
+
+
+def test_the_table_is_there_after_an_interruption(suite, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loss, "run", interrupted)
+    assert suite("--only", "ops,loss") == 1
+    assert list(suite.lines()) == OPS
+    assert suite.record("summary")["problems"] == ["interrupted"]
 
 
 def test_a_section_that_raises_costs_no_other(suite, monkeypatch):
@@ -340,13 +385,13 @@ def test_a_plan_that_was_off_is_a_problem_every_time(suite, monkeypatch):
 
 
 def test_what_does_not_fit_is_named_and_a_second_call_goes_on(suite, capsys):
-    assert suite("--minutes", "0.0001", "--only", "ops,engine,training,loss,plan") == 0
+    assert suite("--minutes", "0.0001") == 0
     assert suite.measured == []
     skipped = suite.record("summary")["skipped"]
-    assert skipped == [*OPS, *MODELS, LOSS, *(f"plan {case.shape}" for case in plan.plan_check.SMOKE_CASES)]
+    assert skipped == ["tests", *OPS, *MODELS, LOSS, *(f"plan {case.shape}" for case in plan.plan_check.SMOKE_CASES)]
     printed = capsys.readouterr().out
     assert f"skipped: {OPS[0]} takes about" in printed
-    assert f"no time for: {OPS[0]}" in printed
+    assert f"no time for: tests, {OPS[0]}" in printed
     assert suite("--only", "ops") == 0
     assert suite.measured == OPS
 
@@ -392,6 +437,21 @@ def test_the_table_fits_on_one_screen():
     assert max(map(len, text)) <= 120
 
 
+@pytest.mark.parametrize(("name", "index"), [("cuda", []), ("cuda:1", [1])])
+def test_a_gpu_is_chosen_where_it_has_a_number(suite, monkeypatch, name, index):
+    """PyTorch's `set_device` refuses "cuda" without a number, which is the default."""
+    chosen = []
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    monkeypatch.setattr(ops, "run", lambda _: None)
+    assert suite("--only", "ops", "--device", name) == 0
+    assert chosen == index
+    assert (suite.out / "some-gpu" / "summary.json").exists()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -403,6 +463,7 @@ def test_the_table_fits_on_one_screen():
         (["--out", "x", "--smoke", "--only", "ops,speed"], "--only: got 'speed', expected some of ops, engine"),
         (["--out", "x", "--smoke", "--candidates", "none.json"], "--candidates: none.json"),
         (["--smoke"], "--out"),
+        (["--out", f"{__file__}/x", "--smoke"], "--out: [Errno 20] Not a directory"),
     ],
 )
 def test_bad_options(arguments, message, capsys):

@@ -258,3 +258,22 @@ def test_the_docs_of_this_repository_are_rendered(tmp_path):
     page = docs / "performance.md"
     page.write_text(page.read_text().replace("| forward | 16 |", "| forward | 17 |"))
     assert report.main(["--check", "--docs", str(docs)]) == 1
+
+
+def test_a_wrong_result_meets_no_target(folders):
+    for number, factor in enumerate((1.0, 1.0)):
+        record = _op_record(CASES[number], factor)
+        wrong = {"agreement": {"verdict": "WRONG", "why": "off"}} if number else {}
+        folders.put(f"gpu/{CASES[number].name}", {**record, **wrong})
+    assert folders() == 0
+    assert " 1 of 2 targets met" in folders.text
+    assert "WRONG" in folders.text
+
+
+def test_a_run_in_which_every_engine_failed_is_named(folders):
+    folders.page.write_text("<!-- table:throughput-cpu -->\n<!-- end:throughput-cpu -->\n")
+    record = json.loads((ROOT / "bench/results/throughput-cpu.json").read_text())
+    failed = [{"engine": "graph", "num_steps": 0, "failed": "out of memory"}]
+    folders.put("throughput-cpu", {**record, "points": [], "failures": failed})
+    assert folders() == 0
+    assert "FAILED: graph from K = 0 on: out of memory" in folders.text

@@ -94,6 +94,7 @@ def test_every_section_is_compiled_beforehand():
     assert Call("info_nce", (8, 16, 5, width), "bfloat16", backward=True) in found
     assert Call("info_nce", (8, 16, 1, width), "bfloat16", backward=True) in found  # K = 0
     assert Call("info_nce", (4096, 8192, 5, 3584), "float32", backward=True) in found
+    assert Call("info_nce", (96, 288, 3, 3584), "float32", backward=True) in found  # the loss is compared on it
     assert precompile.calls(["plan", "tests"]) == []
 
 
@@ -137,6 +138,12 @@ def test_a_file_of_candidates(tmp_path):
         ),
         ({"case": CASES[0].name, "alternatives": {"a": {"plan": {"L3_BYTES": 1}}}}, "a: got plan constant 'L3_BYTES'"),
         ({"case": CASES[0].name, "alternatives": {"a": {"one_pass": {"blocks": {}}}}}, "a: got the entry .* BLOCK_T"),
+        ({"case": ["x"], "alternatives": {}}, r"\[0\]: got case \['x'\], expected one of qwen"),
+        ({"case": CASES[0].name, "alternatives": [1]}, r"\[0\]: got alternatives \[1\], expected an object"),
+        ({"case": CASES[0].name, "alternatives": {"table": TWO_PASSES}}, "expected an object of names, none 'table'"),
+        ({"case": CASES[0].name, "alternatives": {"a": 4}}, "a: got 4, expected an object"),
+        ({"case": CASES[0].name, "alternatives": {"a": {"one_pass": 4}}}, "a: got 4 for one_pass, expected an object"),
+        ({"case": CASES[0].name, "alternatives": {"a": {"plan": {"L2_BYTES": "1"}}}}, "a: got L2_BYTES '1', expected"),
     ],
 )
 def test_bad_files_of_candidates(tmp_path, entry, message):
@@ -200,9 +207,12 @@ def test_a_candidate_that_computes_something_else_is_named(tmp_path, monkeypatch
     monkeypatch.setattr(candidates, "ours", two_passes_are_wrong)
     session = Session(tmp_path / "out", torch.device("cpu"), 1.0, smoke=True)
     path = _file(tmp_path, {"case": SMOKE_CASES[0].name, "alternatives": {"two": TWO_PASSES, "same": {}}})
+    times = {"table": 2e-3, "two": 1e-3, "same": 3e-3}  # what is wrong wins nothing, however fast it is
+    monkeypatch.setattr(candidates, "race", lambda *_: candidates.Race(times, {}))
     candidates.time_file(session, path)
     rows = json.loads((tmp_path / "out" / "cpu" / "candidates.json").read_text())["rows"]
     assert [bool(row["why"] and row["why"].startswith("WRONG: values off by")) for row in rows] == [False, True, False]
+    assert [row["wins"] for row in rows] == [True, False, False]
 
 
 def test_unknown_names_are_refused():
