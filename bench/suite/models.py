@@ -20,7 +20,15 @@ from bench.engines import CACHED, ENGINES, GRAPH, OFFICIAL_EVAL, REFERENCE, forg
 from bench.memory import give_back
 from bench.records import judged, problems, settings
 from bench.shapes import SHAPES, random_model
-from bench.suite.model_cases import ENCODINGS, SMOKE_ENCODINGS, SMOKE_TRAINING, TRAINING, Encoding, TrainStep
+from bench.suite.model_cases import (
+    ENCODINGS,
+    SMOKE_ENCODINGS,
+    SMOKE_TRAINING,
+    TRAINING,
+    Encoding,
+    ModelCase,
+    TrainStep,
+)
 from bench.suite.profile import profile
 from bench.suite.session import Record, Session, say
 from bench.suite.summary import shown
@@ -57,7 +65,7 @@ class _Weights:
         self._base: Any = None
         self.lm: CausalLM | None = None
 
-    def base(self, case: Encoding | TrainStep) -> Any:
+    def base(self, case: ModelCase) -> Any:
         if self._base is None:
             config = SHAPES[case.shape].config(case.layers)
             self._base = random_model(config, dtype=case.torch_dtype, device=self._session.device)
@@ -75,7 +83,7 @@ class _Weights:
         give_back(self._session.device)
 
 
-def _finished(session: Session, case: Encoding | TrainStep, *, profiled: bool) -> bool:
+def _finished(session: Session, case: ModelCase, *, profiled: bool) -> bool:
     """A case whose profile is asked for and not there is measured again."""
     found = session.finished(case.name)
     if profiled and not list(session.folder.glob(f"profile-*{case.name}.txt")):
@@ -199,14 +207,14 @@ def _train(session: Session, weights: _Weights, case: TrainStep, *, profiled: bo
     _keep(session, case, _with_lines(case, record, checks, why, CACHED, REFERENCE))
 
 
-def _keep(session: Session, case: Encoding | TrainStep, record: Record) -> None:
+def _keep(session: Session, case: ModelCase, record: Record) -> None:
     session.keep(case.name, record)
     for line in problems({**record, "agreement": {"checks": []}}):  # points that could not be timed
         session.problem(f"{case.name}: {line}")
     say(shown(record))
 
 
-def _options(session: Session, case: Encoding | TrainStep, engines: list[str], batch: int) -> Namespace:
+def _options(session: Session, case: ModelCase, engines: list[str], batch: int) -> Namespace:
     """As `bench/run.py` would have them."""
     return Namespace(
         name=case.shape,
@@ -225,7 +233,7 @@ def _options(session: Session, case: Encoding | TrainStep, engines: list[str], b
 
 
 def _with_lines(
-    case: Encoding | TrainStep,
+    case: ModelCase,
     record: Record,
     checks: Sequence[Difference],
     why: str | None,

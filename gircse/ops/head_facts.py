@@ -97,6 +97,9 @@ def below_peft(model: Any) -> Any:
 
 def base_layer(layer: Any) -> Any:
     """The layer itself: below an adapter's layers, or the trained copy that stands in its place."""
+    tokens = _token_adapter(layer)
+    if tokens is not None:
+        return base_layer(tokens.base_layer)
     copies = getattr(layer, "modules_to_save", None)
     if copies is not None:
         active = [name for name in getattr(layer, "active_adapters", []) if name in copies]
@@ -112,10 +115,12 @@ def text_config(model: Any) -> Any:
 
 
 def _weight(layer: Any, what: str) -> Tensor:
-    """The weight that a layer computes with; W + scale * B A under LoRA."""
+    """The weight that a layer computes with: W + scale * B A under LoRA, with the rows of trained tokens put in."""
+    tokens = _token_adapter(layer)
+    if tokens is not None:  # some rows of the table, trained by themselves
+        apart = tokens.disable_adapters or tokens.merged
+        return tokens.base_layer.weight if apart else tokens.get_merged_weights(tokens.active_adapters)
     weight = base_layer(layer).weight
-    if hasattr(layer, "token_adapter"):
-        raise _refusal(what, "trainable tokens")
     if not hasattr(layer, "base_layer") or layer.disable_adapters or layer.merged:
         return weight
     tables = (getattr(layer, "lora_A", {}), getattr(layer, "lora_embedding_A", {}))
@@ -130,6 +135,11 @@ def _weight(layer: Any, what: str) -> Tensor:
             raise _refusal(what, "LoRA with a bias of its own")
         weight = weight + layer.get_delta_weight(name).to(weight.dtype)
     return weight
+
+
+def _token_adapter(layer: Any) -> Any:
+    """PEFT's layer of trained tokens: inside a wrapper beside LoRA, or the layer itself; None where there is none."""
+    return getattr(layer, "token_adapter", layer if hasattr(layer, "trainable_tokens_delta") else None)
 
 
 def _refusal(what: str, kind: str) -> ValueError:

@@ -7,7 +7,7 @@ import inspect
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from types import CodeType
+from types import CodeType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import gircse
-from gircse.ops import HeadFacts, SoftEmbedding, info_nce_op, soft_embed, stepwise_info_nce, top_tokens
+from gircse.ops import SoftEmbedding, info_nce_op, soft_embed, stepwise_info_nce, top_tokens
 
 HIDDEN, HEAD = torch.randn(5, 8), torch.randn(37, 8)
 SEEDS = torch.arange(5)
@@ -88,9 +88,24 @@ def test_contrastive_loss(autocast: bool, all_options: bool) -> None:
     assert counter.frame_count == 2
 
 
+class _LanguageModel(nn.Module):
+    """What a soft embedding asks a model for."""
+
+    def __init__(self, embed_scale: float = 1.0, softcap: float | None = None) -> None:
+        super().__init__()
+        self.head, self.table = nn.Linear(8, 37), nn.Embedding(37, 8)
+        self.table.embed_scale = embed_scale  # type: ignore[assignment]
+        self.config = SimpleNamespace(final_logit_softcapping=softcap)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.table
+
+
 def test_module_and_top_tokens() -> None:
-    embedding, head = nn.Embedding(37, 8), nn.Linear(8, 37)
-    soft = SoftEmbedding(HeadFacts(head, embedding, embed_scale=2.0, softcap=5.0))
+    soft = SoftEmbedding(_LanguageModel(embed_scale=2.0, softcap=5.0))
 
     def function(hidden: Tensor) -> Any:
         return soft(hidden, temperature=0.7, return_stats=True), soft.top_tokens(hidden, 3)
@@ -189,7 +204,7 @@ def test_no_private_name_of_torch_is_traced() -> None:
     package = Path(gircse.__file__).parent
     queries, docs = torch.randn(4, 2, 8, requires_grad=True), torch.randn(8, 2, 8)
     mask = torch.zeros(4, 8, dtype=torch.bool)
-    soft = SoftEmbedding(HeadFacts(nn.Linear(8, 37), nn.Embedding(37, 8)))
+    soft = SoftEmbedding(_LanguageModel())
     every = {
         "temperature": 0.7, "softcap": 3.0, "embed_scale": 2.0, "top_k": 9, "top_p": 0.9, "min_p": 0.01,
         "gumbel_seed": SEEDS, "gumbel_temperature": torch.ones(5), "hard": torch.ones(5, dtype=torch.bool),

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, TrainableTokensConfig, get_peft_model
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -138,18 +138,33 @@ def test_a_trained_copy_of_the_head_counts():
     assert soft.facts.head_weight is copy.weight
 
 
-@pytest.mark.parametrize(
-    ("options", "kind"),
-    [
-        ({"target_modules": ["lm_head"], "use_dora": True}, "output head of .*DoraLinearVariant"),
-        ({"target_modules": ["q_proj"], "trainable_token_indices": [3, 4]}, "table of .*trainable tokens"),
-    ],
-)
-def test_what_no_weight_says_is_refused_at_the_next_call(options, kind):
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "beside LoRA"])
+def test_trained_tokens_count_with_their_gradients(name, alone):
+    model, hidden = tiny_model(name, dtype=torch.float64), torch.randn(5, 32, dtype=torch.float64)
+    soft = from_model(model)
+    before = soft(hidden)
+    if alone:
+        peft = get_peft_model(model, TrainableTokensConfig(token_indices=[3, 40]))
+    else:
+        peft = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[3, 40]))
+    trained = [parameter for key, parameter in model.named_parameters() if "trainable_tokens_delta" in key]
+    with torch.no_grad():
+        trained[0].normal_()
+    got, expected = soft(hidden), expected_token(model, hidden)
+    assert (before - expected).norm() > 1e-3 * expected.norm()
+    torch.testing.assert_close(got, expected)
+    upstream = torch.randn_like(got)
+    torch.testing.assert_close(*(torch.autograd.grad(result, trained[0], upstream) for result in (got, expected)))
+    with peft.disable_adapter():
+        torch.testing.assert_close(soft(hidden), before)
+
+
+def test_what_no_weight_says_is_refused_at_the_next_call():
     model, hidden = tiny_model("llama"), torch.randn(5, 32)
     soft = from_model(model)
-    adapted(model, **options)
-    with pytest.raises(ValueError, match=f"model: an adapter changes the {kind}"):
+    adapted(model, target_modules=["lm_head"], use_dora=True)
+    with pytest.raises(ValueError, match=r"model: an adapter changes the output head of .*DoraLinearVariant"):
         soft(hidden)
 
 

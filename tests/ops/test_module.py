@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +128,18 @@ def test_facts_cannot_be_given_twice() -> None:
         soft(torch.randn(2, 32), softcap=3.0)
 
 
+def _imports(file: Path) -> list[str]:
+    return re.findall(r"^\s*(?:from|import) ([\w.]+)", file.read_text(), re.MULTILINE)
+
+
 def test_the_ops_know_nothing_above_them() -> None:
-    for file in Path(gircse.ops.__file__).parent.glob("*.py"):
-        for name in re.findall(r"^\s*(?:from|import) ([\w.]+)", file.read_text(), re.MULTILINE):
-            assert name.split(".")[0] not in ("transformers", "peft", "gircse", "triton"), (file.name, name)
+    """Of the package they take what counts as an integer, which itself takes nothing but the standard library."""
+    package = Path(gircse.__file__).parent
+    for file in (package / "ops").glob("*.py"):
+        for name in _imports(file):
+            above = name.split(".")[0] in ("transformers", "peft", "gircse", "triton")
+            assert not above or name == "gircse.integers", (file.name, name)
+    assert {name.split(".")[0] for name in _imports(package / "integers.py")} <= sys.stdlib_module_names
 
 
 def test_plain_tensors_give_the_same() -> None:
