@@ -134,12 +134,20 @@ def _encoding(session: Session, lm: CausalLM, case: Encoding) -> tuple[Record, e
         "case": case.name,
         **settings(_options(session, case, engines, case.batch), lm.config, facts, batch.lengths),
         "latency_runs": 0,
-        "generation": throughput.generation_reports(lm, engines),
+        "generation": _generation(lm, engines),
         "ceilings": vars(ceilings),
         "rows": [point.row for point in points],
     }
     record["batch"]["shared_prefix"] = 0
     return record, encode_check.Timed(case.name, batch, points)
+
+
+def _generation(lm: CausalLM, engines: list[str]) -> Record:
+    """Nothing where the engine cannot even be made: its points say why, and the baseline's stay."""
+    try:
+        return throughput.generation_reports(lm, engines)
+    except Exception:
+        return {}
 
 
 def _profile_encoding(session: Session, lm: CausalLM, case: Encoding, batch: Batch) -> None:
@@ -203,6 +211,9 @@ def _keep(session: Session, case: Encoding | TrainStep, record: Record) -> None:
     session.keep(case.name, record)
     for line in problems({**record, "agreement": {"checks": []}}):  # points that could not be timed
         session.problem(f"{case.name}: {line}")
+    for name, kept in record.get("generation", {}).items():
+        if kept["not_captured"] is not None:
+            session.problem(f"{case.name}: {name} ran its step eagerly: {kept['not_captured']}")
     say(shown(record))
 
 
