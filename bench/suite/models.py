@@ -152,6 +152,8 @@ def _generation(lm: CausalLM, engines: list[str]) -> Record:
 
 def _profile_encoding(session: Session, lm: CausalLM, case: Encoding, batch: Batch) -> None:
     for what, k in (("prefill", 0), ("decode", max(case.targets))):
+        if not session.fits(f"profile-{what}-{case.name}", 1.0):
+            continue
         with session.surviving(f"profile-{what}-{case.name}"), ENGINES[GRAPH].attached(lm) as engine:
             text = profile(
                 f"{case.name}: {what}, K = {k}",
@@ -192,7 +194,7 @@ def _train(session: Session, weights: _Weights, case: TrainStep, *, profiled: bo
     }
     record["batch"] |= {"queries": job.queries, "negatives": job.negatives}
     session.save(case.name, _with_lines(case, record, [], _NOT_YET, CACHED, REFERENCE))
-    if profiled:
+    if profiled and session.fits(f"profile-{case.name}", 1.0):
         ours = runners[engines.index(CACHED)]
         with session.surviving(f"profile-{case.name}"):
             text = profile(
