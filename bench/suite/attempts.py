@@ -51,7 +51,7 @@ def attend(command: Sequence[str], *, poll: float = 0.25) -> int:
                 state["deadline"] = 0.0  # no more cases, but the table of what was finished
             if case is not None:
                 state["left_out"].append(case)
-            write(path, {**state, "until": None})
+            write(path, {**state, "until": None, "started": time.time()})
         return 1
 
 

@@ -61,12 +61,13 @@ class Session:
         if before is not None:
             self.problems, self.left_out = before["problems"], before["left_out"]
             self.deadline = self.started + before["deadline"] - time.time()
-        self._tell(None, None)
+        self._watching: tuple[str | None, float | None] = None, None
+        self._tell()
 
-    def _tell(self, case: str | None, until: float | None) -> None:
+    def _tell(self) -> None:
         """Whoever attends to this process learns what it does, and until when (`time.time`)."""
         if self._state is not None:
-            now = time.time()
+            now, (case, until) = time.time(), self._watching
             state = {"case": case, "until": until, "started": now, "deadline": now + self.left()}
             attempts.write(self._state, {**state, "problems": self.problems, "left_out": self.left_out})
 
@@ -139,17 +140,21 @@ class Session:
         except Exception as error:
             self.problem(f"{name}: {first_line(error)}")
             self.left_out.append(name)
-            self._tell(None, None)
+            self._tell()
             self.write(f"{name}-error.txt", traceback.format_exc())
             self._end_if_lost(name)
 
     @contextmanager
     def watched(self, name: str, seconds: float) -> Iterator[None]:
         """Whoever attends to this process ends it, and leaves `name` out, if this takes far longer than `seconds`."""
-        self._tell(name, time.time() + _ALLOWED + 2 * seconds)
-        yield
-        self._end_if_lost(name)  # what went wrong may have been caught inside
-        self._tell(None, None)
+        before, self._watching = self._watching, (name, time.time() + _ALLOWED + 2 * seconds)
+        self._tell()
+        try:
+            yield
+            self._end_if_lost(name)  # what went wrong may have been caught inside
+        finally:
+            self._watching = before
+            self._tell()
 
     def _end_if_lost(self, name: str) -> None:
         """After an illegal access every later call on the device fails, whatever it computes."""
@@ -158,7 +163,8 @@ class Session:
         try:
             synchronize(self.device)
         except RuntimeError:
-            self._tell(name, None)
+            self._watching = name, None
+            self._tell()
             os._exit(attempts.DEVICE_LOST)  # an orderly end would wait for the device
 
 

@@ -53,6 +53,16 @@ def test_one_case_is_lost_and_no_other(capfd, does, why):
     assert json.loads(printed[-1]) == [why]
 
 
+def test_a_suite_that_goes_on_has_time_to_begin(capfd):
+    """Its predecessor's last word is old, and its time is up."""
+    begin = "time.sleep(0.5 if path.exists() else 0)\nstate = attempts.read"
+    suite = _SUITE.replace("state = attempts.read", begin).replace('"started": time.time()', '"started": 0')
+    suite = suite.replace("time.time() + 60", "time.time() - 300")
+    assert attempts.attend([sys.executable, "-c", suite % "time.sleep(60)"], poll=0.02) == 1
+    printed = capfd.readouterr().out.splitlines()
+    assert printed[2:-1] == ["good", "late"] or printed[2:-1] == ["good", "late", "no time"]
+
+
 def test_an_exit_code_is_passed_on(capfd):
     for code in (0, 1, 2):
         assert attempts.attend([sys.executable, "-c", f"raise SystemExit({code})"], poll=0.02) == code
@@ -73,6 +83,9 @@ def test_a_session_says_what_it_does_and_goes_on(tmp_path, attended):
         state = attempts.read(attended)
         assert state["case"] == "slow"
         assert 65 < state["until"] - time.time() <= 70
+        with session.watched("within", 0):
+            assert attempts.read(attended)["case"] == "within"
+        assert attempts.read(attended)["case"] == "slow"
         raise ValueError("bad")
     state = attempts.read(attended)
     assert (state["case"], state["problems"], state["left_out"]) == (None, ["slow: ValueError: bad"], ["slow"])
@@ -89,10 +102,13 @@ def test_a_session_says_what_it_does_and_goes_on(tmp_path, attended):
 
 @pytest.mark.parametrize("caught", [False, True])
 def test_a_lost_device_ends_the_process(tmp_path, attended, monkeypatch, caught):
+    said = []
+
     def lost(_):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     def leave(code):
+        said.append(attempts.read(attended)["case"])
         raise SystemExit(code)
 
     monkeypatch.setattr(sessions, "synchronize", lost)
@@ -102,4 +118,4 @@ def test_a_lost_device_ends_the_process(tmp_path, attended, monkeypatch, caught)
     with pytest.raises(SystemExit) as exit, session.surviving("bad"), suppress(RuntimeError if caught else ()):
         lost(0)
     assert exit.value.code == attempts.DEVICE_LOST
-    assert attempts.read(attended)["case"] == "bad"
+    assert said == ["bad"]

@@ -155,6 +155,14 @@ def test_a_model_that_could_not_be_checked_is_marked(suite, monkeypatch):
     assert suite.record(MODELS[0])["points"][0]["seconds"] > 0
 
 
+def test_a_step_that_was_not_captured_is_named(suite, monkeypatch):
+    monkeypatch.setattr(models.encode_check, "check", lambda *_, **__: [])
+    monkeypatch.setattr(Generation, "report", lambda *_: {"not_captured": "RuntimeError: a synchronisation"})
+    assert suite("--only", "engine") == 1
+    (problem,) = suite.record("summary")["problems"]
+    assert problem == f"{MODELS[0]}: graph ran its step eagerly: RuntimeError: a synchronisation"
+
+
 def test_a_comparison_that_was_lost_is_left_out(suite, monkeypatch, tmp_path):
     """It hung, and the suite was started again: the figures stay, marked."""
     state = {"problems": [], "left_out": [f"checks-{SMOKE_ENCODINGS[0].shape}"], "deadline": time.time() + 60}
@@ -174,6 +182,7 @@ def test_an_engine_that_fails_costs_the_baseline_nothing(suite, monkeypatch):
         raise RuntimeError("cannot be captured")
 
     monkeypatch.setattr(Generation, "__call__", broken)
+    monkeypatch.setattr(Generation, "report", broken)
     assert suite("--only", "engine") == 1
     problems = suite.record("summary")["problems"]
     assert any("FAILED: graph from K = 0 on: RuntimeError: cannot be captured" in line for line in problems)
@@ -266,6 +275,11 @@ def test_changed_tests_run_again(suite):
     assert suite("--only", "tests") == 0
     assert suite.measured == []
     suite.write_test("assert 1")
+    assert suite("--only", "tests") == 0
+    assert suite.measured == ["tests"]
+
+    record = suite.record("tests")  # of another version of the suite
+    (suite.records / "tests.json").write_text(json.dumps({"provenance": record["provenance"]}))
     assert suite("--only", "tests") == 0
     assert suite.measured == ["tests"]
 
