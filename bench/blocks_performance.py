@@ -81,7 +81,7 @@ def suite_gpu(results: Results) -> str:
     """Every line of the GPU suite, a table for each device."""
     devices: dict[str, list[Record]] = {}
     for record in results.records.values():
-        if record.get("lines") and record["provenance"]["driver"]:
+        if record.get("lines") and record["provenance"].get("cuda"):
             devices.setdefault(record["provenance"]["device"], []).append(record)
     parts = []
     for device, records in sorted(devices.items()):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import documents, report
+from bench import blocks_performance, documents, report
 from bench.cases import CASES, H100
 from bench.documents import STALE, block
 from bench.op_measure import judge
@@ -66,7 +66,14 @@ def _op_record(case, factor: float, **changes) -> dict:
     def engine(times: float) -> dict:
         return {"milliseconds": floor * times, "spread": 0.01, "peak_extra_bytes": 1 << 20}
 
-    origin = {"device": "NVIDIA H100", "driver": "570", "torch": "2.11", "triton": "3.6", "date": "2026-01-02T03:04"}
+    origin = {
+        "device": "NVIDIA H100",
+        "driver": "570",
+        "torch": "2.11",
+        "triton": "3.6",
+        "date": "2026-01-02T03:04",
+        "cuda": "13.0",
+    }
     record = {
         "benchmark": "op",
         "case": case.name,
@@ -176,6 +183,7 @@ def test_records_of_a_gpu(folders):
     tests = {"benchmark": "tests", "summary": "=== 12 passed in 3 s ===", "provenance": without["provenance"]}
     folders.put("nvidia-h100/tests", tests)
     smoke = {**_op_record(good, 9.9), "device": "cpu"}
+    smoke["provenance"] |= {"cuda": None}
     folders.put("cpu/dry-run", smoke)
     assert folders() == 0
     lines = folders.text.splitlines()
@@ -191,6 +199,9 @@ def test_records_of_a_gpu(folders):
     assert (folders.docs / "figures" / "soft_embed-nvidia-h100.png").is_file()
     assert "9.9" not in folders.text
     assert folders("--check") == 0
+    everything = blocks_performance.suite_gpu(documents.Results(folders.results))
+    assert f"| {bad.name}{STALE} |" in everything
+    assert everything.count("\n| ") == 3 + 1  # and the header
 
 
 def test_a_block_from_elsewhere(folders, monkeypatch):
