@@ -189,7 +189,8 @@ def _train(session: Session, weights: _Weights, case: TrainStep, *, profiled: bo
         checkpointing=(REFERENCE,),
     )
     base = weights.base(case)
-    lm, facts = training.trainable(job, base), ModelFacts.of(base)
+    facts = ModelFacts.of(base)  # of the model as it is published, before LoRA is put into it
+    lm = training.trainable(job, base)
     runners, ceilings = training.here(lm, job, engines), session.ceilings(case.dtype)
     rows = list(training.measure(runners, job, facts, ceilings, steps, _REPEATS, most_seconds=_SECONDS))
     record = {
