@@ -182,7 +182,7 @@ def test_records_of_a_gpu(folders):
     folders.put(f"nvidia-h100/{big.name}", without)
     tests = {"benchmark": "tests", "summary": "=== 12 passed in 3 s ===", "provenance": without["provenance"]}
     folders.put("nvidia-h100/tests", tests)
-    smoke = {**_op_record(good, 9.9), "device": "cpu"}
+    smoke = {**_op_record(good, 987.65), "device": "cpu"}
     smoke["provenance"] |= {"cuda": None}
     folders.put("cpu/dry-run", smoke)
     assert folders() == 0
@@ -197,7 +197,7 @@ def test_records_of_a_gpu(folders):
     assert any(line == "Before that, `tests/gpu`: 12 passed in 3 s" for line in lines)
     assert any(line.startswith("No record yet of: ") and CASES[2].name in line for line in lines)
     assert (folders.docs / "figures" / "soft_embed-nvidia-h100.png").is_file()
-    assert "9.9" not in folders.text
+    assert "987.65" not in folders.text
     assert folders("--check") == 0
     everything = blocks_performance.suite_gpu(documents.Results(folders.results))
     assert f"| {bad.name}{STALE} |" in everything
