@@ -35,11 +35,11 @@ from torch import Tensor
 from bench.floors import measure_ceilings
 from bench.info_nce_ring import ring_info_nce
 from bench.memory import give_back, peak_extra_bytes
-from bench.op_engines import WrongResultError
 from bench.provenance import provenance
 from bench.records import save, to_json
 from bench.tables import Column, table
 from bench.timing import interleaved
+from bench.verdict import WrongResultError
 from gircse.floors import Work
 from gircse.ops import info_nce_parallel, pool_steps, stepwise_info_nce
 from gircse.ops.reference import info_nce_reference

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bench.agreement import relative_error
 from bench.cases import FORWARD, Matrices
+from bench.verdict import WrongResultError
 from gircse.ops import soft_embed
 from gircse.ops.reference import soft_embed_reference
 
@@ -93,10 +94,6 @@ class Problem(NamedTuple):
             self.upstream[rows].to(dtype),
             self.what,
         )
-
-
-class WrongResultError(RuntimeError):
-    """Ours is further from float64 than rounding explains: its speed means nothing."""
 
 
 def check(problem: Problem, op: Op = ours, *, sample: int = 8) -> dict[str, Any]:

@@ -12,16 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.agreement import UNCHECKED, WRONG
 from bench.cases import Case
 from bench.memory import give_back, peak_extra_bytes
-from bench.op_engines import ENGINE_NAMES, Op, Problem, WrongResultError, check, compiled, eager, ours
-from bench.timing import Timing, enqueue_seconds, interleaved, seconds
-from bench.verdict import agreed, not_agreed
+from bench.op_engines import ENGINE_NAMES, Op, Problem, check, compiled, eager, ours
+from bench.timing import Timing, captured, enqueue_seconds, for_about
+from bench.verdict import first_line, verdict_of
 from gircse.floors import Ceilings
 
 _OUT_OF_MEMORY = "out of memory"
-_FEWEST, _MOST = 3, 50
+_FEWEST = 3
 _REPLAYED = ("eager", "ours")
 # Rows above which no graph is captured: launches cost nothing beside the rest, and a graph holds its memory twice.
 _LAUNCHES_MATTER = 4096
@@ -63,9 +62,8 @@ def measure(
         host = {name: enqueue_seconds(run, device, 10) * 1e6 for name, run in runs.items()}
         graphs, kept, why = _captured(runs, device)
     timed = {**runs, **{f"{name} replayed": run for name, run in graphs.items()}}
-    once = sum(seconds(run, device) for run in timed.values())
-    repeats = max(_FEWEST, min(_MOST, int(budget / max(once, 1e-6))))
-    timings = interleaved(timed, device, repeats)
+    timings = for_about(timed, device, budget, fewest=_FEWEST)
+    repeats = len(timings["ours"].runs)
     replayed = {name: timings.pop(f"{name} replayed") for name in graphs}
     for keeper in (timed, graphs, kept):  # the comparison needs their memory
         keeper.clear()
@@ -89,7 +87,7 @@ def measure(
         }
         if device.type == "cuda"
         else None,
-        "agreement": _agreement(problem),
+        "agreement": verdict_of(lambda: check(problem)),
         "compile_backend": compile_backend,
         "ceilings": vars(ceilings),
     }
@@ -137,15 +135,6 @@ def _comparisons(
     }
 
 
-def _agreement(problem: Problem) -> dict[str, Any]:
-    try:
-        return agreed(**check(problem))
-    except WrongResultError as error:
-        return not_agreed(WRONG, str(error))
-    except Exception as error:  # the check itself needs memory that may not be there
-        return not_agreed(UNCHECKED, first_line(error))
-
-
 def _warm_up(run: Callable[[], Any], name: str, device: torch.device) -> str | None:
     """Three runs. -> why there is nothing to measure: another engine's lack of memory, a failed compilation. What goes
     wrong with ours is raised, after one more try with all memory that PyTorch keeps for later."""
@@ -172,12 +161,6 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def first_line(error: BaseException) -> str:
-    """Type and first line of the message, for a table's cell."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
-
-
 def _captured(
     runs: dict[str, Callable[[], Any]], device: torch.device
 ) -> tuple[dict[str, Callable[[], Any]], list[Any], dict[str, str]]:
@@ -190,17 +173,9 @@ def _captured(
         if name not in runs:
             continue
         try:
-            graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-            side.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(side):  # capture wants its libraries warm on a stream that is not the default one
-                runs[name]()
-            torch.cuda.current_stream(device).wait_stream(side)
-            with torch.cuda.graph(graph):
-                result = runs[name]()
-            graph.replay()
+            replays[name], alive = captured(runs[name], device)
         except RuntimeError as error:  # not capturable, or no memory for it: a finding, not the end of the case
             why[name] = first_line(error)
         else:
-            replays[name] = graph.replay
-            kept += [graph, result]
+            kept.append(alive)
     return replays, kept, why

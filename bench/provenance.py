@@ -41,6 +41,12 @@ def provenance(device: str | torch.device) -> dict[str, Any]:
     }
 
 
+def checkout_environment(**changes: str) -> dict[str, str]:
+    """This process' environment, for another one that is to import this checkout, whatever is installed."""
+    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, **changes}
+
+
 def engine_hash() -> str:
     """`sources_hash` of the generation engine: its records are as old as it is, not only as the kernels are."""
     return sources_hash(["gircse.engine"])

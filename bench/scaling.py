@@ -32,13 +32,13 @@ from bench.agreement import Disagreement
 from bench.floors import measure_ceilings
 from bench.memory import give_back
 from bench.op_engines import WrongResultError
-from bench.op_measure import first_line
 from bench.provenance import ROOT, device_name, provenance
 from bench.records import save
 from bench.scaling_curves import CPU, CUDA, ENCODE, QUICK, SOFT_EMBED, TRAIN, Curve, Scale
 from bench.scaling_slopes import judge
 from bench.scaling_tables import POINTS, SLOPES, rows_of
 from bench.tables import table
+from bench.verdict import first_line
 from gircse.floors import Ceilings
 
 MEASURES: dict[str, Callable[[Curve, Scale, torch.device, Ceilings], dict[str, Any]]] = {

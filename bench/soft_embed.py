@@ -27,12 +27,12 @@ from bench.cases import BOTH, MODELS, PASSES
 from bench.floors import measure_ceilings
 from bench.memory import peak, reset_peak
 from bench.op_engines import Op, Problem, WrongResultError, check, compiled, draw_matrices, eager, ours
-from bench.op_measure import first_line
 from bench.provenance import provenance
 from bench.records import save, to_json
 from bench.scaling_soft_embed import Sizes, floor
 from bench.tables import table
 from bench.timing import interleaved
+from bench.verdict import first_line
 
 OPS: dict[str, Op] = {"eager": eager, "ours": ours}
 

@@ -73,6 +73,32 @@ def interleaved(runs: Mapping[str, Callable[[], Any]], device: torch.device, rep
     return {name: Timing.of(found) for name, found in times.items()}
 
 
+def for_about(
+    runs: Mapping[str, Callable[[], Any]], device: torch.device, budget: float, *, fewest: int, most: int = 50
+) -> dict[str, Timing]:
+    """`interleaved`, so often that all runs together take about `budget` seconds."""
+    once = sum(seconds(run, device) for run in runs.values())
+    return interleaved(runs, device, max(fewest, min(most, int(budget / max(once, 1e-6)))))
+
+
+def captured(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+    """The run as a CUDA graph. -> its replay, and what must be kept alive as long as it is replayed.
+
+    Raises:
+        RuntimeError: it cannot be captured, or there is no memory for it.
+    """
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):  # capture wants its libraries warm on a stream that is not the default one
+        run()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    graph.replay()
+    return graph.replay, (graph, result)
+
+
 def cache_buffer(device: torch.device) -> torch.Tensor:
     """Writing this evicts everything else from the L2 cache: 256 MiB, or twice the cache where that is more."""
     properties: Any = torch.cuda.get_device_properties(device)

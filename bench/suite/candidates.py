@@ -21,15 +21,15 @@ import torch
 from bench.agreement import relative_error
 from bench.cases import CASES, MODELS, SMOKE_CASES, Case
 from bench.op_engines import TOLERANCE, Problem, draw_matrices, ours
-from bench.op_measure import first_line
 from bench.suite.alternatives import Alternative, check, using
 from bench.suite.session import Session, say
 from bench.tables import Column, table
-from bench.timing import interleaved, seconds
+from bench.timing import captured, for_about
+from bench.verdict import first_line
 
 TABLE = "table"  # the name of the committed choice
 SECONDS = 90.0
-_FEWEST, _MOST = 5, 50
+_FEWEST = 5
 
 
 class Candidates(NamedTuple):
@@ -87,9 +87,7 @@ def race(run: Callable[[], Any], alternatives: Mapping[str, Alternative], device
             failed[name] = first_line(error)
         else:
             kept.append(graph)
-    once = sum(seconds(prepared, device) for prepared in runs.values())
-    repeats = max(_FEWEST, min(_MOST, int(budget / max(once, 1e-6))))
-    found = {name: timing.seconds for name, timing in interleaved(runs, device, repeats).items()}
+    found = {name: timing.seconds for name, timing in for_about(runs, device, budget, fewest=_FEWEST).items()}
     del kept
     return Race(found, failed)
 
@@ -104,17 +102,8 @@ def _prepared(run: Callable[[], Any], alternative: Alternative, device: torch.de
 
         eager()
         return eager, None
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
     with using(alternative):
-        with torch.cuda.stream(side):
-            run()
-        torch.cuda.current_stream(device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = run()
-    graph.replay()
-    return graph.replay, (graph, result)
+        return captured(run, device)
 
 
 def time_file(session: Session, path: Path) -> None:

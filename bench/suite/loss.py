@@ -6,13 +6,10 @@ from typing import Any
 
 import torch
 
-from bench.agreement import UNCHECKED, WRONG
 from bench.cases import Target
 from bench.info_nce import CUDA, SMOKE, Size, check, floor, measure
-from bench.op_engines import WrongResultError
-from bench.op_measure import first_line
 from bench.suite.session import Session, say
-from bench.verdict import agreed, not_agreed
+from bench.verdict import verdict_of
 
 SIZES = (Size(1024, 2048, 5, 896), CUDA[0])
 SMOKE_SIZES = SMOKE
@@ -55,15 +52,6 @@ def _measured(session: Session, name: str, size: Size) -> dict[str, Any]:
         "repeats": 5,
         "points": [{**point, "floor_milliseconds": least}],
         "ceilings": vars(ceilings),
-        "agreement": _agreement(session.device, size),
+        "agreement": verdict_of(lambda: {"worst_error": check(session.device, torch.float32, size.width)}),
         "lines": [line],
     }
-
-
-def _agreement(device: torch.device, size: Size) -> dict[str, Any]:
-    try:
-        return agreed(worst_error=check(device, torch.float32, size.width))
-    except WrongResultError as error:
-        return not_agreed(WRONG, str(error))
-    except Exception as error:
-        return not_agreed(UNCHECKED, first_line(error))

@@ -32,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 
 from bench.cases import BOTH, CASES, SMOKE_CASES, Case
 from bench.info_nce import checked
-from bench.provenance import ROOT
+from bench.provenance import ROOT, checkout_environment
 from bench.shapes import SHAPES
 from bench.suite.alternatives import using
 from bench.suite.candidates import read
@@ -220,8 +220,7 @@ def run(
     command += ["--multiprocessors", str(device.num_sms), "--sections", ",".join(sections)]
     command += ["--seconds", str(seconds), *(["--smoke"] if smoke else [])]
     command += ["--candidates", str(candidates.resolve())] if candidates else []
-    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    environment = checkout_environment(TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")
     try:
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds + 30, check=False

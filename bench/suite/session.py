@@ -16,12 +16,11 @@ from typing import Any
 import torch
 
 from bench.floors import measure_ceilings
-from bench.op_measure import first_line
 from bench.provenance import device_name, provenance
 from bench.records import save
 from bench.suite import attempts
 from bench.timing import synchronize
-from bench.verdict import is_good
+from bench.verdict import first_line, is_good
 from gircse.floors import Ceilings
 
 Record = dict[str, Any]

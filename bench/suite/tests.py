@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from bench.provenance import ROOT
+from bench.provenance import ROOT, checkout_environment
 from bench.suite import attempts
 from bench.suite.session import Session, say
 
@@ -60,8 +60,7 @@ def run(session: Session, processes: int) -> None:
 
 def run_command(command: list[str], seconds: float) -> tuple[int, str]:
     """-> exit code (124: it was stopped after `seconds`), output and errors together."""
-    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "200"}  # pytest cuts its lines to that
+    environment = checkout_environment(COLUMNS="200")  # pytest cuts its lines to that
     environment.pop(attempts.STATE, None)  # the suite that tests start, if any, is not this one
     environment.setdefault("OMP_NUM_THREADS", "1")  # or each of many processes has a thread for every core
     process = subprocess.Popen(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ from bench.memory import peak_extra_bytes
 from bench.op_engines import Problem, WrongResultError, check, draw_matrices, eager, ours
 from bench.op_measure import judge, measure
 from bench.provenance import ROOT
-from bench.timing import Timing, interleaved
+from bench.timing import Timing, captured, interleaved
 from gircse.floors import Ceilings
 
 CEILINGS = Ceilings(flops_per_s=1e11, bytes_per_s=1e10)
@@ -273,6 +274,41 @@ def test_runs_take_turns():
     found = interleaved({name: lambda name=name: order.append(name) for name in "ab"}, CPU, 3)
     assert order == list("ababab")
     assert [len(timing.runs) for timing in found.values()] == [3, 3]
+
+
+def test_a_capture_warms_up_on_a_stream_of_its_own_and_keeps_what_it_writes_to(monkeypatch):
+    """With stand-ins: there is no GPU here."""
+    log: list[str] = []
+
+    class Stream:
+        def __init__(self, device=None):
+            self.name = "side" if device is not None else "default"
+
+        def wait_stream(self, other):
+            log.append(f"{self.name} waits for {other.name}")
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+
+    @contextmanager
+    def inside(what):
+        log.append(f"into {getattr(what, 'name', 'the graph')}")
+        yield
+        log.append("out")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", inside)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", inside)
+    results = iter(["of the warm-up", "of the capture"])
+    replay, kept = captured(lambda: log.append("run") or next(results), torch.device("cuda"))
+    first = ["side waits for default", "into side", "run", "out", "default waits for side"]
+    assert log == [*first, "into the graph", "run", "out", "replay"]
+    assert kept[1] == "of the capture"
+    replay()
+    assert log[-1] == "replay"
 
 
 def _no_compiler(*_):
