@@ -166,7 +166,7 @@ def _record(options: argparse.Namespace, points: list[dict[str, Any]]) -> dict[s
     cached, one_shot = points
     return {
         "benchmark": "big-batch",
-        "provenance": provenance(options.device),
+        "provenance": provenance(options.device, "big-batch"),
         "model": {"name": "smollm2-135m", "layers": options.layers, "dtype": options.dtype, "device": options.device},
         "batch": {"queries": options.rows, "positives": 1, "length": options.length, "dropout": options.dropout},
         "num_steps": options.steps,

@@ -102,7 +102,7 @@ def main() -> int:
         ]
         record = {"benchmark": "info_nce", "dtype": options.dtype, "repeats": options.repeats, "points": points}
         record["ceilings"] = vars(ceilings)
-    record["provenance"] = provenance(device)
+    record["provenance"] = provenance(device, record["benchmark"])
     print(report(record))
     if options.out:
         save(record, options.out)

@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "tolerance": TOLERANCE,
         "points": points,
         "met": all(abs(point["error"]) <= TOLERANCE for point in points),
-        "provenance": provenance(device),
+        "provenance": provenance(device, "plan"),
     }
     print(_table(points))
     print(f"predictions within {TOLERANCE:.0%}: {'yes' if record['met'] else 'NO'}")

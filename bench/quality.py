@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     found = run(
                         ARMS.get(arm), texts[corpus], scale, seed=key[2], base=base, folder=folder, dtype=options.dtype
                     )
-                    found["provenance"] = provenance("cuda" if _cuda() else "cpu")
+                    found["provenance"] = provenance("cuda" if _cuda() else "cpu", "quality")
                     _add(record, found, options.scale, texts[corpus], name, lock=options.work / "lock")
                     print(_line(found), flush=True)
     return 0

@@ -138,15 +138,18 @@ def judged(rows: list[dict[str, Any]], checks: list[Difference]) -> dict[str, An
     }
 
 
-def settings(options: Any, config: PretrainedConfig, facts: ModelFacts, lengths: list[int]) -> dict[str, Any]:
-    """What was asked for, of which model, and where.
+def settings(
+    benchmark: str, options: Any, config: PretrainedConfig, facts: ModelFacts, lengths: list[int]
+) -> dict[str, Any]:
+    """The head of a record: which benchmark, what was asked for, of which model, and where.
 
     Args:
         options: of `bench.options.parse`, or an object with the same names.
         lengths: prompt tokens of every text.
     """
     return {
-        "provenance": provenance(options.device),
+        "benchmark": benchmark,
+        "provenance": provenance(options.device, benchmark),
         "model": {
             "name": options.name,
             "architecture": config.model_type,

@@ -80,10 +80,9 @@ def _throughput(options: argparse.Namespace, config: PretrainedConfig) -> dict[s
         shared_prefix=prefix,
         timed=timed,
     )
-    found = settings(options, config, facts, lengths)
+    found = settings("throughput", options, config, facts, lengths)
     found["batch"] |= {"shared_prefix": prefix}
     return {
-        "benchmark": "throughput",
         **found,
         "latency_runs": options.latency,
         "generation": reports,
@@ -117,7 +116,7 @@ def _corpus(options: argparse.Namespace, config: PretrainedConfig) -> dict[str, 
     model = corpus.load(options.model, dtype, options.device)
     ceilings = measure_ceilings(options.device, dtype)
     checks, rows, prompts = corpus.measure(model, job, facts, ceilings, options.steps, options.repeats)
-    found = settings(options, config, facts, [])
+    found = settings("corpus", options, config, facts, [])
     found["batch"] |= {
         "texts": len(texts),
         "distribution": "corpus",
@@ -126,7 +125,7 @@ def _corpus(options: argparse.Namespace, config: PretrainedConfig) -> dict[str, 
         "official_batch": options.batch,
         **prompts,
     }
-    return {"benchmark": "corpus", **found, "ceilings": vars(ceilings), **judged(rows, checks)}
+    return {**found, "ceilings": vars(ceilings), **judged(rows, checks)}
 
 
 def _train(options: argparse.Namespace, config: PretrainedConfig) -> dict[str, Any]:
@@ -155,10 +154,10 @@ def _train(options: argparse.Namespace, config: PretrainedConfig) -> dict[str, A
         with training.workers(job, options.engines) as runners:
             rows = list(training.measure(runners, job, facts, ceilings, options.steps, options.repeats))
             checks = train_check.check(job, options.engines, runners=runners)
-    found = settings(options, config, facts, job.lengths())
+    found = settings("training", options, config, facts, job.lengths())
     found["batch"] |= {"queries": job.queries, "negatives": job.negatives}
     found["checkpointing"] = list(job.checkpointing)
-    return {"benchmark": "training", **found, "ceilings": vars(ceilings), **judged(rows, checks)}
+    return {**found, "ceilings": vars(ceilings), **judged(rows, checks)}
 
 
 def _plot(record: dict[str, Any], path: Path) -> str:

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.cuda.set_device(device)
     slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-") if device.type == "cuda" else "cpu"
     folder = options.out / f"scaling-{slug}{'-quick' if options.quick else ''}"
-    origin = provenance(device)
+    origin = provenance(device, "scaling")
     print(f"{origin['device']}, {origin['threads']} threads; torch {origin['torch']}; records: {folder}", flush=True)
     found = {curve.name: _finished(folder, curve, scale, origin) for curve in curves}
     ceilings: Ceilings | None = None
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"measured ceilings: {ceilings} ({scale.dtype})", flush=True)
         before = time.perf_counter()
         try:
-            record = {**_record(curve, scale, device, ceilings), "provenance": provenance(device)}
+            record = {**_record(curve, scale, device, ceilings), "provenance": provenance(device, "scaling")}
         except Exception as error:  # one curve must not cost the others their turn on the machine
             wrong = isinstance(error, (Disagreement, WrongResultError))
             problems.append(f"{curve.name}: {error if wrong else first_line(error)}")
@@ -131,7 +131,7 @@ def _finished(folder: Path, curve: Curve, scale: Scale, origin: dict[str, Any]) 
     """The curve's record, if it was measured on this device with the present sources and sizes."""
     try:
         record = json.loads((folder / f"{curve.name}.json").read_text(encoding="utf-8"))
-        same = all(record["provenance"][key] == origin[key] for key in ("device", "sources", "engine_sources"))
+        same = all(record["provenance"][key] == origin[key] for key in ("device", "sources"))
         same = same and all(record[key] == value for key, value in _setting(curve, scale).items())
         return record if same else None
     except (OSError, ValueError, KeyError, TypeError):  # none, or none of ours

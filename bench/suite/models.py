@@ -138,9 +138,8 @@ def _encoding(session: Session, lm: CausalLM, case: Encoding) -> tuple[Record, e
         )
     )
     record = {
-        "benchmark": "throughput",
         "case": case.name,
-        **settings(_options(session, case, engines, case.batch), lm.config, facts, batch.lengths),
+        **settings("throughput", _options(session, case, engines, case.batch), lm.config, facts, batch.lengths),
         "latency_runs": 0,
         "generation": _generation(lm, engines),
         "ceilings": vars(ceilings),
@@ -194,9 +193,8 @@ def _train(session: Session, weights: _Weights, case: TrainStep, *, profiled: bo
     runners, ceilings = training.here(lm, job, engines), session.ceilings(case.dtype)
     rows = list(training.measure(runners, job, facts, ceilings, steps, _REPEATS, most_seconds=_SECONDS))
     record = {
-        "benchmark": "training",
         "case": case.name,
-        **settings(_options(session, case, engines, case.queries), lm.config, facts, job.lengths()),
+        **settings("training", _options(session, case, engines, case.queries), lm.config, facts, job.lengths()),
         "checkpointing": [REFERENCE],
         "ceilings": vars(ceilings),
         "rows": rows,

@@ -15,7 +15,7 @@ from bench import documents, op_engines, report, scaling, scaling_encode, scalin
 from bench.agreement import Disagreement
 from bench.blocks_scaling import COMMAND
 from bench.cases import BOTH, FORWARD, PASSES
-from bench.provenance import engine_hash, sources_hash
+from bench.provenance import sources_hash
 from bench.scaling_curves import CPU, CUDA, QUICK, Curve
 from bench.scaling_slopes import TOLERANCES, judge, log_slope
 from bench.scaling_soft_embed import Sizes, floor, held_bytes
@@ -67,8 +67,7 @@ def test_three_curves_and_nothing_twice(runner, capsys):
         record = runner.record(name)
         assert (record["benchmark"], record["curve"], record["axis"]) == ("scaling", name, axis)
         assert record["quick"] is True
-        assert record["provenance"]["sources"] == sources_hash()
-        assert record["provenance"]["engine_sources"] == engine_hash()
+        assert record["provenance"]["sources"] == sources_hash("scaling")
         assert record["agreement"]["checks"] >= len(record["sizes"])
         assert "profiler" in record["memory_counts"]
         assert [one["pass"] for one in record["series"]] == passes
@@ -94,7 +93,6 @@ def test_three_curves_and_nothing_twice(runner, capsys):
     record = runner.record("soft_embed.V")
     for change in (
         {"provenance": {**record["provenance"], "sources": "older"}},
-        {"provenance": {**record["provenance"], "engine_sources": "older"}},
         {"sizes": [1, 2]},
         {"repeats": 9},
     ):
@@ -212,16 +210,13 @@ class Page:
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(documents, "sources_hash", lambda *_: "present")
-        monkeypatch.setattr(documents, "engine_hash", lambda: "engine")
         self.results, self.docs = root / "results", root / "docs"
         self.results.mkdir()
         self.docs.mkdir()
         self.page = self.docs / "page.md"
         self.page.write_text("".join(f"<!-- table:{b} -->\n<!-- end:{b} -->\n" for b in ("scaling-cpu", "scaling-gpu")))
 
-    def put(
-        self, curve: Curve, sources: str = "present", engine: str = "engine", power: float = 1.0, **changes
-    ) -> None:
+    def put(self, curve: Curve, sources: str = "present", power: float = 1.0, **changes) -> None:
         points = [
             {"size": s, "seconds": 2.0 * s**power, "spread": 0.1, "floor_seconds": 1.0 * s, "peak_extra_bytes": 3 * s}
             for s in curve.sizes
@@ -229,7 +224,7 @@ class Page:
         points = [{**point, "predicted_bytes": 2 * point["size"]} for point in points]
         one = {"pass": curve.kind, "points": points, "time": judge("time", points), "memory": judge("memory", points)}
         origin = dict.fromkeys(("torch", "triton", "commit", "threads", "command", "driver"), None)
-        origin |= {"device": "A processor", "date": "2026-01-02T03", "sources": sources, "engine_sources": engine}
+        origin |= {"device": "A processor", "date": "2026-01-02T03", "sources": sources}
         record = {
             "benchmark": "scaling",
             **scaling._setting(curve, CPU),
@@ -272,13 +267,11 @@ def test_the_page_shows_verdicts_and_what_is_missing(page):
     assert (page.docs / "figures/scaling-encode-a-processor.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_was_measured_with_another_engine_is_stale(page):
+def test_what_was_measured_with_other_sources_is_stale(page):
     curves = {curve.name: curve for curve in CPU.curves}
-    page.put(curves["encode.B"], engine="older")
     page.put(curves["soft_embed.T"], sources="older")
     page.put(curves["train.B"])
     text = page()
-    assert f"| encode.B{documents.STALE} | time" in text
     assert f"| soft_embed.T{documents.STALE} | time" in text
     assert "| train.B | time" in text
 
