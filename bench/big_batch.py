@@ -38,7 +38,7 @@ from bench.timing import seconds
 from gircse.demo.smollm2 import MissingWeights, smollm2_path
 from gircse.model import GIRCSE
 from gircse.train.config import TrainConfig
-from gircse.train.loop import trainable_model
+from gircse.train.lora import trainable_model
 from gircse.train.step import Batch, contrastive_backward
 from gircse.train.step_monitor import StepMonitor
 

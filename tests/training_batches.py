@@ -6,7 +6,7 @@ import torch
 
 from gircse import GIRCSE
 from gircse.train.config import TrainConfig
-from gircse.train.loop import trainable_model
+from gircse.train.lora import trainable_model
 from gircse.train.step import Batch
 from tests.tiny_models import VOCAB, tiny_model, tiny_tokenizer
 

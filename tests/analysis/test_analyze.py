@@ -181,7 +181,8 @@ def test_collapsed_soft_tokens_are_found_in_the_data(model):
 @pytest.mark.parametrize(("share", "fires"), [(0.8, True), (0.2, False), (None, False)])
 def test_repeated_states_are_found_in_the_data(model, monkeypatch, share, fires):
     monkeypatch.setattr(
-        "gircse.analysis.analyze.anatomy", lambda *args, **options: {"near_one_hot_share": 0.0, "redundant_share": share}
+        "gircse.analysis.analyze.anatomy",
+        lambda *args, **options: {"near_one_hot_share": 0.0, "redundant_share": share},
     )
     signs = [w["signature"] for w in analyze(model, TASK, steps=(1, 3), sample=1)["warnings"]]
     assert ("redundant" in signs) is fires

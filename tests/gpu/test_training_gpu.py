@@ -7,7 +7,7 @@ import torch
 
 from gircse import GIRCSE
 from gircse.train.grad_cache import backward, micro_batches
-from gircse.train.loop import trainable_model
+from gircse.train.lora import trainable_model
 from gircse.train.micro_batch_size import probe_budget
 from gircse.train.step import contrastive_backward
 from gircse.train.step_monitor import PHASES, StepMonitor

@@ -11,7 +11,7 @@ from gircse.lm import load as loading
 from gircse.lm import quantized_base
 from gircse.lm.quantized_base import quantization_config
 from gircse.train.config import TrainConfig
-from gircse.train.loop import trainable_model
+from gircse.train.lora import trainable_model
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 
