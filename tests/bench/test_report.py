@@ -209,7 +209,7 @@ def test_a_block_from_elsewhere(folders, monkeypatch):
 
     @block("elsewhere")
     def kernels(results):
-        record = results.named("kernels-compile")
+        record = results.records.get("kernels-compile")
         return "none" if record is None else f"{record['registers']} registers{results.mark(record)}"
 
     with pytest.raises(ValueError, match="'elsewhere' is registered twice"):
