@@ -65,7 +65,7 @@ def _rows_figure(record: Record, matrices: str) -> Figure:
     for what in PASSES:
         points = [point for point in record["points"] if point["pass"] == what]
         rows = [point["rows"] for point in points]
-        notes = [f"{point['speedup']:.1f}x" for point in points]
+        notes = [f"{point['speedup']:.1f}x" if point["speedup"] else "" for point in points]
         lines = [
             Series(
                 label=name,
