@@ -23,13 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from bench.cases import BOTH, MODELS, PASSES
+from bench.cases import BOTH, MODELS, PASSES, Case
 from bench.floors import measure_ceilings
 from bench.memory import peak, reset_peak
 from bench.op_engines import Op, Problem, WrongResultError, check, compiled, draw_matrices, eager, ours
 from bench.provenance import provenance
 from bench.records import save, to_json
-from bench.scaling_soft_embed import Sizes, floor
 from bench.tables import table
 from bench.timing import interleaved
 from bench.verdict import first_line
@@ -74,7 +73,6 @@ def main() -> int:
                     runs["compiled"] = run
                 except Exception as error:  # no C++ compiler, for one
                     failures[f"compiled, T = {rows}, {what}"] = first_line(error)
-            sizes = Sizes(rows, *head.shape, head.shape[1], embed is None, head.itemsize)
             timings = interleaved(runs, device, options.repeats)
             points.append(
                 {
@@ -83,7 +81,7 @@ def main() -> int:
                     "milliseconds": {name: timing.seconds * 1e3 for name, timing in timings.items()},
                     "spread": {name: timing.spread for name, timing in timings.items()},
                     "speedup": timings["eager"].seconds / timings["ours"].seconds,
-                    "floor_milliseconds": ceilings.seconds(floor(sizes, what)) * 1e3,
+                    "floor_milliseconds": Case(options.shape, rows, what, options.dtype).floor(ceilings) * 1e3,
                     "peak_extra_bytes": {name: peak_of(name, what, rows) for name in OPS},
                 }
             )
