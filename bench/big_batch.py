@@ -37,9 +37,10 @@ from bench.tables import table
 from bench.timing import seconds
 from gircse.demo.smollm2 import MissingWeights, smollm2_path
 from gircse.model import GIRCSE
-from gircse.step_monitor import StepMonitor
-from gircse.train import Batch, contrastive_backward, trainable_model
-from gircse.train_config import TrainConfig
+from gircse.train.config import TrainConfig
+from gircse.train.lora import trainable_model
+from gircse.train.step import Batch, contrastive_backward
+from gircse.train.step_monitor import StepMonitor
 
 CACHED, ONE_SHOT = "gradient-caching", "one-shot"
 _TOLERANCE = TOLERANCES[torch.float32].gradient
@@ -123,7 +124,7 @@ def _work(options: argparse.Namespace, mode: str) -> dict[str, Any]:
 
 
 def _model(options: argparse.Namespace, settings: TrainConfig) -> GIRCSE:
-    from gircse.loading import load_tokenizer
+    from gircse.lm.load import load_tokenizer
 
     folder = smollm2_path()
     if options.layers is None:
@@ -166,7 +167,7 @@ def _record(options: argparse.Namespace, points: list[dict[str, Any]]) -> dict[s
     cached, one_shot = points
     return {
         "benchmark": "big-batch",
-        "provenance": provenance(options.device),
+        "provenance": provenance(options.device, "big-batch"),
         "model": {"name": "smollm2-135m", "layers": options.layers, "dtype": options.dtype, "device": options.device},
         "batch": {"queries": options.rows, "positives": 1, "length": options.length, "dropout": options.dropout},
         "num_steps": options.steps,

@@ -16,7 +16,6 @@ os.environ["TRITON_INTERPRET"] = "0"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 from gircse_kernels import compile_report
 
 from bench.provenance import ROOT, provenance
@@ -45,7 +44,8 @@ def main() -> int:
             "floor": {"floor": True},
         }.items()
     }
-    save({"benchmark": "kernels-compile", **variants, "provenance": provenance(torch.device("cpu"))}, options.out)
+    origin = provenance("cpu", "kernels-compile")
+    save({"benchmark": "kernels-compile", **variants, "provenance": origin}, options.out)
     for name, entries in variants.items():
         bad = [entry for entry in entries if not compile_report.is_good(entry)]
         print(f"{name}: {len(entries)} kernels compiled, {len(bad)} spill or do not fit")

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import bench
-from bench.provenance import engine_hash, sources_hash
-from gircse.atomic import new_file
+from bench.sources import MEASURED_BY, sources_hash
+from gircse.files.atomic import new_file
 
 Record = dict[str, Any]
 
@@ -38,6 +38,7 @@ NO_RECORD = "no record yet: `python bench/gpu_suite.py --out bench/results`"
 
 _BLOCK = re.compile(r"<!-- table:(?P<name>\S+) -->\n(?P<body>.*?)<!-- end:(?P=name) -->", re.DOTALL)
 _OPENING = re.compile(r"<!-- table:\S+ -->")
+_NAMED = re.compile(rf"`(?P<name>[\w/.-]+)\.json`(?:{re.escape(STALE)})?")
 _DIGEST = b"gircse-digest"
 
 
@@ -61,14 +62,10 @@ class Results:
 
     Attributes:
         records: in the order of their names.
-        sources: hash of the present kernels; a record with another one is stale.
-        engine_sources: of the present generation engine, which what ran on it was measured with.
         figures: what the blocks rendered so far show, by name.
     """
 
-    def __init__(self, folder: Path, sources: str | None = None) -> None:
-        self.sources = sources_hash() if sources is None else sources
-        self.engine_sources = engine_hash()
+    def __init__(self, folder: Path) -> None:
         self.records: dict[str, Record] = {}
         self.figures: dict[str, Figure] = {}
         for path in sorted(folder.rglob("*.json")):
@@ -84,23 +81,14 @@ class Results:
         return [record for record in self.records.values() if record.get("benchmark") == benchmark]
 
     def mark(self, record: Record) -> str:
-        """`STALE` where it was measured with other sources, or nobody knows with which; else nothing."""
-        origin = record.get("provenance", {})
-        # older records do not say which engine they had
-        engine = origin.get("engine_sources", self.engine_sources) if _ran_the_engine(record) else self.engine_sources
-        return "" if origin.get("sources") == self.sources and engine == self.engine_sources else STALE
+        """`STALE` where it was measured with other sources than the present ones, or does not say with which."""
+        kind, sources = record.get("benchmark"), record.get("provenance", {}).get("sources")
+        return "" if kind in MEASURED_BY and sources == sources_hash(kind) else STALE
 
     def figure(self, name: str, alt: str, data: Any, draw: Callable[[Any, Path], object]) -> str:
         """Has figures/NAME.png drawn from `data`, which JSON can hold. -> the line that shows it."""
         self.figures[name] = Figure(data, draw)
         return f"![{alt}](figures/{name}.png)"
-
-
-def _ran_the_engine(record: Record) -> bool:
-    """Encoding, as against an op or a training step."""
-    if record.get("benchmark") == "scaling":
-        return record["curve"].startswith("encode.")
-    return record.get("benchmark") in ("throughput", "corpus")
 
 
 Renderer = Callable[[Results], str]
@@ -127,7 +115,7 @@ def load_blocks() -> None:
 
 
 def render(path: Path, results: Results) -> str:
-    """The document's text with all its blocks rendered.
+    """The document's text with all its blocks rendered, and the stale records that it names elsewhere marked.
 
     Raises:
         DocumentError: an unknown block, or one without its end.
@@ -147,7 +135,11 @@ def render(path: Path, results: Results) -> str:
         name = match["name"]
         return f"<!-- table:{name} -->\n\n{_BLOCKS[name](results).strip()}\n\n<!-- end:{name} -->"
 
-    return _BLOCK.sub(replace, text)
+    def mark(match: re.Match[str]) -> str:
+        record = results.named(match["name"])
+        return match[0] if record is None else f"`{match['name']}.json`{results.mark(record)}"
+
+    return _BLOCK.sub(replace, _NAMED.sub(mark, text))
 
 
 def same(ours: str, theirs: str) -> bool:

@@ -38,9 +38,9 @@ from bench.records import save, to_json
 from bench.tables import Column, table
 from bench.timing import interleaved, seconds
 from bench.verdict import WrongResultError
-from gircse.floors import Work
 from gircse.ops import info_nce_parallel, pool_steps, stepwise_info_nce
 from gircse.ops.reference import info_nce_reference
+from gircse.roofline import Work
 
 
 class Size(NamedTuple):
@@ -100,7 +100,7 @@ def main() -> int:
         ]
         record = {"benchmark": "info_nce", "dtype": options.dtype, "repeats": options.repeats, "points": points}
         record["ceilings"] = vars(ceilings)
-    record["provenance"] = provenance(device)
+    record["provenance"] = provenance(device, record["benchmark"])
     print(report(record))
     if options.out:
         save(record, options.out)

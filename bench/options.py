@@ -14,7 +14,7 @@ from bench.engines import ENGINES, GRAPH, NO_REUSE, OFFICIAL_EVAL, REFERENCE, SI
 from bench.provenance import ROOT
 from bench.shapes import SHAPES, pretrained_config
 from bench.sweep import KINDS, NAMES
-from gircse.loading import is_local
+from gircse.lm.load import is_local
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 OFFICIAL = "recompute-official"

@@ -13,7 +13,7 @@ from bench.agreement import reason
 from bench.engines import OFFICIAL_EVAL, REFERENCE, SINGLE_PASS
 from bench.memory import give_back
 from bench.timing import Timing
-from gircse.floors import Ceilings, Work
+from gircse.roofline import Ceilings, Work
 
 
 @dataclass(frozen=True)

@@ -1,28 +1,25 @@
-"""Where a number comes from: machine, versions, date, commit, and a hash of the sources that it depends on."""
+"""Where a number comes from: machine, versions, date, commit, and the hash of the sources that it depends on."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-_SOURCES = (".py", ".json")
+from bench.sources import ROOT, sources_hash
+
 _PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
 
 
-def provenance(device: str | torch.device) -> dict[str, Any]:
-    """A JSON object for every record; what is not there (no GPU, no git) is None."""
+def provenance(device: str | torch.device, benchmark: str) -> dict[str, Any]:
+    """A JSON object for a record of this kind; what is not there (no GPU, no git) is None."""
     device = torch.device(device)
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -35,8 +32,7 @@ def provenance(device: str | torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
         "commit": commit(),
-        "sources": sources_hash(),
-        "engine_sources": engine_hash(),
+        "sources": sources_hash(benchmark),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
@@ -45,27 +41,6 @@ def checkout_environment(**changes: str) -> dict[str, str]:
     """This process' environment, for another one that is to import this checkout, whatever is installed."""
     path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": path, **changes}
-
-
-def engine_hash() -> str:
-    """`sources_hash` of the generation engine: its records are as old as it is, not only as the kernels are."""
-    return sources_hash(["gircse.engine"])
-
-
-def sources_hash(packages: Sequence[str] = ("gircse.ops", "gircse_kernels")) -> str:
-    """16 hex digits over every Python and JSON file (config tables) of these packages as they would be imported: names
-    and contents.
-
-    A record whose hash differs from the present one was measured with other kernels.
-    """
-    digest = hashlib.sha256()
-    for package in packages:
-        spec = importlib.util.find_spec(package)
-        for folder in sorted(spec.submodule_search_locations or ()) if spec else ():
-            for file in sorted(path for path in Path(folder).rglob("*") if path.suffix in _SOURCES):
-                digest.update(f"{package}/{file.relative_to(folder).as_posix()}\0".encode())
-                digest.update(file.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
 
 
 def device_name(device: str | torch.device) -> str:

@@ -28,7 +28,7 @@ from bench.quality_arms import ARMS, SCALES, UNTRAINED
 from bench.quality_corpora import BUILDERS, StudyCorpus, build
 from bench.quality_run import Run, run
 from bench.records import save
-from gircse.folder_lock import try_lock
+from gircse.files.lock import try_lock
 
 Key = tuple[str, str, int]
 
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     found = run(
                         ARMS.get(arm), texts[corpus], scale, seed=key[2], base=base, folder=folder, dtype=options.dtype
                     )
-                    found["provenance"] = provenance("cuda" if _cuda() else "cpu")
+                    found["provenance"] = provenance("cuda" if _cuda() else "cpu", "quality")
                     _add(record, found, options.scale, texts[corpus], name, lock=options.work / "lock")
                     print(_line(found), flush=True)
     return 0

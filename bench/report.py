@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     documents.load_blocks()
     results = documents.Results(options.results)
     try:
-        texts = {path: documents.render(path, results) for path in sorted(options.docs.rglob("*.md"))}
+        pages = [*sorted(options.docs.rglob("*.md")), *([ROOT / "README.md"] if options.docs == ROOT / "docs" else [])]
+        texts = {path: documents.render(path, results) for path in pages}
     except documents.DocumentError as error:
         parser.error(str(error))
     figures = {options.docs / "figures" / f"{name}.png": figure for name, figure in results.figures.items()}

@@ -23,8 +23,8 @@ from bench.options import parse
 from bench.plots import draw
 from bench.records import judged, problems, report, save, settings, to_json
 from bench.shapes import meta_model, pretrained_model, random_model
-from gircse.architecture import CausalLM, UnsupportedModelError
-from gircse.floors import ModelFacts
+from gircse.lm.causal_lm import CausalLM, UnsupportedModelError
+from gircse.roofline import ModelFacts
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,10 +80,9 @@ def _throughput(options: argparse.Namespace, config: PretrainedConfig) -> dict[s
         shared_prefix=prefix,
         timed=timed,
     )
-    record = settings(options, config, facts, lengths)
+    record = settings("throughput", options, config, facts, lengths)
     record["batch"] |= {"shared_prefix": prefix}
     return {
-        "benchmark": "throughput",
         **record,
         "latency_runs": options.latency,
         "generation": reports,
@@ -117,7 +116,7 @@ def _corpus(options: argparse.Namespace, config: PretrainedConfig) -> dict[str, 
     model = corpus.load(options.model, dtype, options.device)
     ceilings = measure_ceilings(options.device, dtype)
     checks, rows, prompts = corpus.measure(model, job, facts, ceilings, options.steps, options.repeats)
-    record = settings(options, config, facts, [])
+    record = settings("corpus", options, config, facts, [])
     record["batch"] |= {
         "texts": len(texts),
         "distribution": "corpus",
@@ -126,7 +125,7 @@ def _corpus(options: argparse.Namespace, config: PretrainedConfig) -> dict[str, 
         "official_batch": options.batch,
         **prompts,
     }
-    return {"benchmark": "corpus", **record, "ceilings": vars(ceilings), **judged(rows, checks)}
+    return {**record, "ceilings": vars(ceilings), **judged(rows, checks)}
 
 
 def _train(options: argparse.Namespace, config: PretrainedConfig) -> dict[str, Any]:
@@ -148,10 +147,10 @@ def _train(options: argparse.Namespace, config: PretrainedConfig) -> dict[str, A
     runners = training.here(lm, job, options.engines)
     rows = list(training.measure(runners, job, facts, ceilings, options.steps, options.repeats))
     checks = train_check.check(job, options.engines, lm, runners)
-    record = settings(options, config, facts, job.lengths())
+    record = settings("training", options, config, facts, job.lengths())
     record["batch"] |= {"queries": job.queries, "negatives": job.negatives}
     record["checkpointing"] = list(job.checkpointing)
-    return {"benchmark": "training", **record, "ceilings": vars(ceilings), **judged(rows, checks)}
+    return {**record, "ceilings": vars(ceilings), **judged(rows, checks)}
 
 
 def _plot(record: dict[str, Any], path: Path) -> str:

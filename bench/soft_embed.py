@@ -97,7 +97,7 @@ def main() -> int:
         "failures": failures,
         "worst_error_over_eager": worst,
         "points": points,
-        "provenance": provenance(device),
+        "provenance": provenance(device, "soft_embed"),
     }
     print(report(record))
     if options.out:

@@ -31,9 +31,9 @@ from bench.records import UNSTEADY, save
 from bench.sweep_jobs import Encode, Job, Sizes, SoftEmbed, Train
 from bench.tables import Column, table
 from bench.timing import interleaved
-from gircse.floors import Ceilings
-from gircse.free_memory import free_bytes
-from gircse.train_plan import USABLE
+from gircse.engine.free_memory import free_bytes
+from gircse.roofline import Ceilings
+from gircse.train.plan.predict import USABLE
 
 SOFT_EMBED, ENCODE, TRAIN = KINDS = ("soft_embed", "encode", "train")
 MEMORY_COUNTS = {
@@ -157,7 +157,7 @@ def _record(curve: Curve, options: argparse.Namespace, config: PretrainedConfig,
         "memory_counts": MEMORY_COUNTS[device.type],
         "ceilings": vars(ceilings),
         **measure(curve, job, ceilings, device, options.repeats),
-        "provenance": provenance(device),
+        "provenance": provenance(device, "scaling"),
     }
 
 

@@ -25,16 +25,16 @@ from bench.points import Point
 from bench.shapes import meta_model, random_model
 from bench.throughput import Measured, embed, generation_reports
 from bench.training import TrainJob, step, trainable
-from gircse.architecture import CausalLM
 from gircse.engine import Engine, EngineConfig
 from gircse.engine.config import STEPS_BUCKET
-from gircse.engine.plan import next_batch
-from gircse.floors import ModelFacts, Work
-from gircse.live_memory import Batch as LiveBatch
+from gircse.engine.schedule import next_batch
+from gircse.lm.causal_lm import CausalLM
 from gircse.ops.tiles_torch import tiling
-from gircse.traced_model import TracedModel
-from gircse.train_config import TrainConfig
-from gircse.train_plan import info_nce_bytes
+from gircse.roofline import ModelFacts, Work
+from gircse.train.config import TrainConfig
+from gircse.train.plan.extrapolate import TracedModel
+from gircse.train.plan.meta_step import Batch as LiveBatch
+from gircse.train.plan.predict import info_nce_bytes
 
 Sizes = dict[str, int]  # by name: T, V, D or K, N, B
 Run = Callable[[], Any]

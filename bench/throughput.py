@@ -18,9 +18,9 @@ from bench.engines import ENGINES, SINGLE_PASS, Generation, Run
 from bench.memory import peak_extra_bytes
 from bench.points import Point, Trial, point_row, take_turns
 from bench.timing import Timing, seconds
-from gircse.architecture import CausalLM
-from gircse.floors import Ceilings, ModelFacts
+from gircse.lm.causal_lm import CausalLM
 from gircse.ops import l2_normalize, pool_steps
+from gircse.roofline import Ceilings, ModelFacts
 
 
 def points(engines: list[str], steps: list[int]) -> list[Point]:

@@ -20,7 +20,7 @@ from bench.engines import ENGINES, REFERENCE
 from bench.points import Point
 from bench.throughput import Measured, embed
 from bench.training import Runner, TrainJob, checkpointed, results, step
-from gircse.architecture import CausalLM
+from gircse.lm.causal_lm import CausalLM
 
 _LENGTH, _HALF_LENGTH = 24, 64
 

@@ -32,8 +32,8 @@ from bench.suite.model_cases import (
 from bench.suite.profile import profile
 from bench.suite.session import Record, Session, say
 from bench.suite.summary import shown
-from gircse.architecture import CausalLM
-from gircse.floors import ModelFacts
+from gircse.lm.causal_lm import CausalLM
+from gircse.roofline import ModelFacts
 
 _REPEATS, _SECONDS = 7, 2.0  # a point is run so often, or until it has taken so long
 _CHECKED_LENGTH = 48  # tokens of the rows on which engines are compared
@@ -138,9 +138,8 @@ def _encoding(session: Session, lm: CausalLM, case: Encoding) -> tuple[Record, e
         )
     )
     record = {
-        "benchmark": "throughput",
         "case": case.name,
-        **settings(_options(session, case, engines, case.batch), lm.config, facts, batch.lengths),
+        **settings("throughput", _options(session, case, engines, case.batch), lm.config, facts, batch.lengths),
         "latency_runs": 0,
         "generation": _generation(lm, engines),
         "ceilings": vars(ceilings),
@@ -191,9 +190,8 @@ def _train(session: Session, weights: _Weights, case: TrainStep, *, profiled: bo
     runners, ceilings = training.here(lm, job, engines), session.ceilings(case.dtype)
     rows = list(training.measure(runners, job, facts, ceilings, steps, _REPEATS, most_seconds=_SECONDS))
     record = {
-        "benchmark": "training",
         "case": case.name,
-        **settings(_options(session, case, engines, case.queries), lm.config, facts, job.lengths()),
+        **settings("training", _options(session, case, engines, case.queries), lm.config, facts, job.lengths()),
         "checkpointing": [REFERENCE],
         "ceilings": vars(ceilings),
         "rows": rows,

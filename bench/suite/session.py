@@ -18,10 +18,11 @@ import torch
 from bench.floors import measure_ceilings
 from bench.provenance import device_name, provenance
 from bench.records import save
+from bench.sources import sources_hash
 from bench.suite import attempts
 from bench.timing import synchronize
 from bench.verdict import first_line, is_good
-from gircse.floors import Ceilings
+from gircse.roofline import Ceilings
 
 Record = dict[str, Any]
 _ALLOWED = 60.0
@@ -47,7 +48,7 @@ class Session:
         self.deadline = self.started + 60 * minutes
         self.device, self.smoke = device, smoke
         self.folder = out / _slug(device_name(device) if device.type == "cuda" else "cpu")
-        self.origin = provenance(device)
+        self.origin = provenance(device, "op")  # each record gets the hash of its own kind
         self.records: list[Record] = []
         self.problems: list[str] = []
         self.skipped: list[str] = []
@@ -98,8 +99,7 @@ class Session:
         """Its record, if it was measured with the present sources and its numbers were right."""
         try:
             record = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
-            origin = record["provenance"]
-            same = all(origin[key] == self.origin[key] for key in ("sources", "engine_sources"))
+            same = record["provenance"]["sources"] == sources_hash(record["benchmark"])
             return record if same and is_good(record) else None
         except (OSError, ValueError, KeyError, TypeError):  # none, or none of ours
             return None
@@ -107,7 +107,8 @@ class Session:
     def save(self, name: str, record: Record) -> Record:
         """Writes the record at once, with its provenance."""
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        record = {**record, "provenance": {**self.origin, "date": date}}
+        origin = {**self.origin, "sources": sources_hash(record["benchmark"]), "date": date}
+        record = {**record, "provenance": origin}
         save(record, self.folder / f"{name}.json")
         return record
 

@@ -12,19 +12,19 @@ from bench.blocks_glance import at_a_glance
 from bench.documents import NO_RECORD, STALE, Results
 from bench.engines import GRAPH, OFFICIAL_EVAL, REFERENCE
 
-ORIGIN = {"device": "A processor", "driver": None, "sources": "present", "engine_sources": "engine"}
+ORIGIN = {"device": "A processor", "driver": None, "sources": "present"}
 MODEL = {"name": "a model", "dtype": "float32", "device": "cpu"}
 
 
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch):
     """Records by name -> the rendered block, as lists of cells."""
-    monkeypatch.setattr(documents, "engine_hash", lambda: "engine")
+    monkeypatch.setattr(documents, "sources_hash", lambda _: "present")
 
     def render(**records: dict) -> list[list[str]]:
         for name, record in records.items():
             (tmp_path / f"{name}.json").write_text(json.dumps({"provenance": ORIGIN, **record}))
-        text = at_a_glance(Results(tmp_path, "present"))
+        text = at_a_glance(Results(tmp_path))
         return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")][2:]
 
     return render
@@ -78,7 +78,7 @@ def test_ops_and_their_floors(table):
 
 
 def test_what_is_missing_is_said(tmp_path):
-    assert f"On a GPU: {NO_RECORD}" in at_a_glance(Results(tmp_path, "present"))
+    assert f"On a GPU: {NO_RECORD}" in at_a_glance(Results(tmp_path))
     record = {"benchmark": "op", "device": "cuda", "case": "none of these", "provenance": {**ORIGIN, "driver": "570"}}
     (tmp_path / "a.json").write_text(json.dumps(record))
-    assert NO_RECORD not in at_a_glance(Results(tmp_path, "present"))
+    assert NO_RECORD not in at_a_glance(Results(tmp_path))

@@ -56,7 +56,7 @@ class Folders:
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch) -> Folders:
-    monkeypatch.setattr(documents, "sources_hash", lambda: SOURCES)
+    monkeypatch.setattr(documents, "sources_hash", lambda _: SOURCES)
     return Folders(tmp_path)
 
 
@@ -161,12 +161,12 @@ def test_check_sees_a_new_record(folders, capsys):
 
 def test_stale_records_are_marked_and_no_reason_to_fail(folders, monkeypatch):
     folders()
-    monkeypatch.setattr(documents, "sources_hash", lambda: "newer ones")
+    monkeypatch.setattr(documents, "sources_hash", lambda _: "newer ones")
     assert folders("--check") == 0
     assert folders() == 0
     assert f"`soft_embed-cpu.json`{STALE}: qwen2.5-0.5b" in folders.text
     assert folders("--check") == 0
-    monkeypatch.setattr(documents, "sources_hash", lambda: SOURCES)
+    monkeypatch.setattr(documents, "sources_hash", lambda _: SOURCES)
     assert folders("--check") == 0
     assert folders() == 0
     assert STALE not in folders.text

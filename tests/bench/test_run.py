@@ -17,11 +17,11 @@ from bench.agreement import OK, UNCHECKED, WRONG
 from bench.batches import check_lengths, draw_lengths, random_batch
 from bench.engines import ENGINES, cached
 from bench.floors import measure_ceilings
-from bench.provenance import ROOT, sources_hash
+from bench.provenance import ROOT
 from bench.shapes import SHAPES, meta_model, pretrained_model, random_model
-from gircse.architecture import CausalLM
-from gircse.attention import ATTENTION_NAME
-from gircse.floors import Ceilings, ModelFacts
+from gircse.lm.attention import ATTENTION_NAME
+from gircse.lm.causal_lm import CausalLM
+from gircse.roofline import Ceilings, ModelFacts
 from tests.tiny_models import CONFIGS, tiny_model
 
 CEILINGS = Ceilings(flops_per_s=1e11, bytes_per_s=1e10)
@@ -106,7 +106,7 @@ def _one_step_short(lm, ids, mask, steps):
 
 
 def _warmer(lm, ids, mask, steps):
-    from gircse.rollout import rollout
+    from gircse.lm.rollout import rollout
 
     return rollout(lm, ids, mask, steps, temperature=1.1).steps if steps else cached(lm, ids, mask, 0)
 
@@ -398,23 +398,6 @@ def test_batches(distribution):
     batch = random_batch(131, check_lengths(6), seed=0, device="cpu")
     assert batch.lengths == [6, 6, 3, 1]
     assert batch.attention_mask[:, -1].all()  # padded on the left
-
-
-@pytest.mark.parametrize("name", ["a.py", "configs.json", "deeper/b.py"])
-def test_sources_hash_sees_a_changed_file(tmp_path, monkeypatch, name):
-    package = tmp_path / "some_kernels"
-    (package / "deeper").mkdir(parents=True)
-    (package / "__init__.py").write_text("")
-    (package / "notes.txt").write_text("no source")
-    monkeypatch.syspath_prepend(tmp_path)
-    before = sources_hash(["some_kernels"])
-    (package / "notes.txt").write_text("still none")
-    assert before == sources_hash(["some_kernels"])
-    (package / name).write_text("1\n")
-    after = sources_hash(["some_kernels"])
-    assert before != after
-    assert after == sources_hash(["some_kernels"])
-    assert len(sources_hash()) == 16
 
 
 def _job(**changes) -> training.TrainJob:

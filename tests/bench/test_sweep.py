@@ -16,7 +16,7 @@ from bench.cases import BOTH, FORWARD, PASSES
 from bench.engines import ENGINES, GRAPH
 from bench.sweep import CURVES, NAMES, TOLERANCES, Curve, curves_of, judge, log_slope, slopes_of
 from bench.sweep_jobs import SoftEmbed, soft_embed_held
-from gircse.floors import Ceilings
+from gircse.roofline import Ceilings
 
 
 @pytest.fixture
