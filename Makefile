@@ -53,7 +53,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.base  ## throughput versus K (3 minutes on two cores)
+bench: $(VENV)/.base  ## throughput versus K (3 minutes on two cores; `python bench/run.py --quick` takes 20 seconds)
 	$(BIN)/python bench/run.py
 
 clean:  ## remove the virtual environment and all results

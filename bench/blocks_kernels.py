@@ -158,8 +158,5 @@ def info_nce(results: Results) -> str:
             continue
         share = record["exchange_seconds"] / record["seconds"]
         size = Size(*(record[name] for name in Size._fields))
-        parts.append(
-            f"{where}: {record['ranks']} processes, each {size}: exchange is {share:.0%} of a step; "
-            f"with a ring a step takes {record['ring_seconds'] / record['seconds']:.2f} times as long"
-        )
+        parts.append(f"{where}: {record['ranks']} processes, each {size}: exchange is {share:.0%} of a step")
     return "\n\n".join(parts)

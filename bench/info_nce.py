@@ -1,15 +1,15 @@
 #!/usr/bin/env python
 """`stepwise_info_nce` against eager PyTorch and K separate losses: time and peak extra memory, forward and backward.
 
-    python bench/info_nce.py                     # CPU: small, two minutes
+    python bench/info_nce.py                     # on a CPU: two minutes
     python bench/info_nce.py --device cuda       # the sizes of a GPU
-    python bench/info_nce.py --ranks 2           # 2 gloo processes: the share of their exchange; a ring instead
+    python bench/info_nce.py --ranks 2           # two gloo processes: the share of a step that their exchange takes
 
-`separate` calls the loss once for each number of steps on vectors pooled by plain PyTorch, as a memory-efficient loss
-without steps would be used (K flash losses, as Inf-CL's). Extra memory is what is allocated at the peak beyond inputs
-and gradients. float32 products of the baselines are exact, no TF32. Nothing is recorded unless losses and gradients
-agree with float64 first. The floor counts what any implementation must compute, 6 K B M D FLOPs (similarities, and the
-gradients of both sides), and must move, vectors and gradients once, at the float32 ceilings of the same run.
+`separate` calls the loss once for each step on vectors that plain PyTorch has pooled, as one would use a
+memory-efficient loss that knows no steps. Extra memory is what is allocated at the peak beyond inputs and gradients.
+Losses and gradients are compared with float64 before any clock is read. The floor counts what any implementation must
+compute, 6 K B M D FLOPs (similarities, and the gradients of both sides), and must move, vectors and gradients once, at
+the float32 ceilings of the same run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,12 +32,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bench.floors import measure_ceilings
-from bench.info_nce_ring import ring_info_nce
 from bench.memory import give_back, peak_extra_bytes
 from bench.provenance import provenance
 from bench.records import save, to_json
 from bench.tables import Column, table
-from bench.timing import interleaved
+from bench.timing import interleaved, seconds
 from bench.verdict import WrongResultError
 from gircse.ops import info_nce_parallel, pool_steps, stepwise_info_nce
 from gircse.ops.reference import info_nce_reference
@@ -178,7 +176,7 @@ def check(device: torch.device, dtype: torch.dtype, width: int) -> float:
 
 
 def measure_ranks(options: argparse.Namespace) -> dict[str, Any]:
-    """Median seconds of a loss and its gradients on one rank: with an all-gather, of that the exchange, with a ring."""
+    """Median seconds of a loss and its gradients on one of several ranks, and of the exchange in it."""
     size = Size(32, 64, 3, 24) if options.smoke else Size(256, 1024, 5, 1024)
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(
@@ -192,29 +190,26 @@ def _rank(rank: int, ranks: int, size: Size, folder: str, repeats: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     queries, docs = steps(size, torch.device("cpu"), torch.float32, seed=rank)
-    losses = {"seconds": partial(stepwise_info_nce, group=dist.group.WORLD), "ring_seconds": ring_info_nce}
-    found = {}
-    for name, loss in losses.items():
-        value = loss(queries, docs)
-        found[name] = torch.cat([g.flatten() for g in (value, *torch.autograd.grad(value.sum(), (queries, docs)))])
-    torch.testing.assert_close(found["seconds"], found["ring_seconds"], rtol=1e-3, atol=1e-6)
-    times: dict[str, list[float]] = {"seconds": [], "ring_seconds": [], "exchange_seconds": []}
+
+    def run() -> None:
+        losses = stepwise_info_nce(queries, docs, group=dist.group.WORLD)
+        torch.autograd.grad(losses.sum(), (queries, docs))
+
+    times: dict[str, list[float]] = {"seconds": [], "exchange_seconds": []}
+    run()
     for _ in range(repeats):
-        for name, loss in losses.items():
-            dist.barrier()
-            before = time.perf_counter()
-            torch.autograd.grad(loss(queries, docs).sum(), (queries, docs))
-            times[name].append(time.perf_counter() - before)
+        dist.barrier()
+        times["seconds"].append(seconds(run, queries.device))
         with _timed_exchange(times["exchange_seconds"]):
-            torch.autograd.grad(losses["seconds"](queries, docs).sum(), (queries, docs))
+            run()
     if rank == 0:
-        torch.save({name: statistics.median(all_runs) for name, all_runs in times.items()}, Path(folder) / "times.pt")
+        torch.save({name: statistics.median(found) for name, found in times.items()}, Path(folder) / "times.pt")
     dist.destroy_process_group()
 
 
 @contextmanager
 def _timed_exchange(runs: list[float]) -> Iterator[None]:
-    """Appends what the exchange between ranks takes inside; waiting for a slower rank is not the exchange."""
+    """Appends the seconds that the exchange between ranks takes inside, without the wait for a slower rank."""
     from gircse.ops import info_nce_op
 
     exchanged = 0.0
@@ -248,8 +243,7 @@ def report(record: dict[str, Any]) -> str:
         share = record["exchange_seconds"] / record["seconds"]
         size = Size(*(record[name] for name in Size._fields))
         return (
-            f"{where}\n{record['ranks']} processes, each {size}: {record['seconds']:.3f} s, "
-            f"{share:.0%} of it exchange; with a ring {record['ring_seconds'] / record['seconds']:.2f} times as long"
+            f"{where}\n{record['ranks']} processes, each {size}: {record['seconds']:.3f} s, {share:.0%} of it exchange"
         )
     lines = [where, "", table(COLUMNS, record["points"]), "", "forward and backward, both sides; medians"]
     return "\n".join(lines + [against_eager(point) for point in record["points"] if "eager" in point["milliseconds"]])

@@ -159,7 +159,7 @@ def _captured(
     replays: dict[str, Callable[[], Any]] = {}
     kept: list[Any] = []
     why: dict[str, str] = {}
-    for name in runs.keys() & set(_REPLAYED):
+    for name in [name for name in _REPLAYED if name in runs]:
         try:
             replays[name], alive = captured(runs[name], device)
         except RuntimeError as error:  # noqa: PERF203, not capturable or no memory: the case goes on with plain calls

@@ -13,6 +13,7 @@ from bench.batches import DISTRIBUTIONS, FIXED, LOGNORMAL, draw_lengths
 from bench.engines import ENGINES, GRAPH, NO_REUSE, OFFICIAL_EVAL, REFERENCE, SINGLE_PASS
 from bench.provenance import ROOT
 from bench.shapes import SHAPES, pretrained_config
+from bench.sweep import KINDS, NAMES
 from gircse.lm.load import is_local
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -24,7 +25,8 @@ _DESCRIPTION = """\
 Encoding throughput and latency against K, engine against engine; with --train the time and peak memory of one training
 step instead, with --corpus the texts of a file through a real tokenizer. Afterwards the engines are held against the
 reference algorithm (with --corpus against each other, on every text); one that disagrees is marked WRONG, one that
-could not be compared UNCHECKED (exit code 1). The last line on stdout is the record as JSON."""
+could not be compared UNCHECKED (exit code 1). The last line on stdout is the record as JSON. --sweep measures scaling
+curves instead, of encoding, the training step and soft_embed, and leaves a record for each of them."""
 
 
 _BATCH = "texts in a batch (default 4), with --train queries, with --corpus of official-eval (default 32)"
@@ -72,6 +74,8 @@ def _parser() -> Parser:
     add("--layers", type=int, metavar="N", help="keep the first N decoder layers only: a quick look, recorded as such")
     add("--train", action="store_true", help="one training step instead: time and peak memory")
     add("--corpus", type=Path, metavar="FILE", help="real texts instead (.txt one a line, .jsonl), with --model PATH")
+    add("--sweep", nargs="*", metavar="CURVE", help="scaling curves instead: encode.K train ..; all if none is named")
+    add("--quick", action="store_true", help="a look in 20 seconds: few layers and steps, one run; recorded as such")
     add("--field", metavar="NAME", help="--corpus: the texts' field in .jsonl (default text)")
     add("--instruction", metavar="STR", help="--corpus: what the embeddings are for (default: none, bare texts)")
     add("--limit", type=int, metavar="N", help="--corpus: the first N texts (default: all)")
@@ -100,7 +104,7 @@ def _parser() -> Parser:
     )
     add("--latency", type=int, metavar="RUNS", help=_LATENCY)
     add("--seed", type=int, default=0, help="of weights, tokens and lengths (default 0)")
-    add("--out", type=Path, metavar="FILE", help="the record as JSON (default: runs/bench/ in the checkout)")
+    add("--out", type=Path, metavar="FILE", help="the record as JSON (default: in runs/bench/); --sweep: a folder")
     add("--plot", type=Path, metavar="FILE", help="PNG (default: beside --out)")
     return parser
 
@@ -109,14 +113,22 @@ def _fill(options: argparse.Namespace) -> None:
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     cuda = options.device.startswith("cuda")
     options.dtype = options.dtype or ("bfloat16" if cuda else "float32")
-    if options.model is None:
-        options.shape = options.shape or "smollm2-135m"
     mode = "train" if options.train else "corpus" if options.corpus is not None else "throughput"
+    options.mode = mode = "sweep" if options.sweep is not None else mode
+    if options.model is None:
+        options.shape = options.shape or ("qwen2.5-0.5b" if cuda and mode == "sweep" else "smollm2-135m")
+    if options.quick:
+        _default(options, "layers", 1 if mode == "sweep" else 6)
+        _default(options, "repeats", 1)
+        _default(options, "batch", 2)
+        if mode == "throughput":
+            _default(options, "steps", [0, 5])
+            _default(options, "latency", 0)
     _default(options, "steps", {"train": [5], "corpus": [0, 20]}.get(mode, [0, 1, 2, 5, 10]))
     _default(options, "batch", 32 if mode == "corpus" else 4)
     _default(options, "length", 512 if mode == "corpus" else 64)
     _default(options, "distribution", FIXED)
-    _default(options, "repeats", 1 if mode == "corpus" else 10 if cuda else 3)
+    _default(options, "repeats", 1 if mode == "corpus" else 3 if not cuda else 7 if mode == "sweep" else 10)
     _default(options, "field", "text")
     if mode == "throughput":
         _default(options, "prefix_reuse", 0)
@@ -127,7 +139,10 @@ def _fill(options: argparse.Namespace) -> None:
     options.name = options.shape or Path(options.model).name
     if options.out is None:
         folder = options.plot.parent if options.plot is not None else ROOT / "runs" / "bench"
-        options.out = folder / f"{mode}-{options.name}-{options.dtype}-{options.device.replace(':', '')}.json"
+        if mode == "sweep":
+            options.out = folder / f"scaling{'-quick' if options.quick else ''}-{options.device.replace(':', '')}"
+        else:
+            options.out = folder / f"{mode}-{options.name}-{options.dtype}-{options.device.replace(':', '')}.json"
     if options.plot is None:
         options.plot = options.out.with_suffix(".png")
 
@@ -156,12 +171,12 @@ def _check(options: argparse.Namespace) -> PretrainedConfig:
     _check_mode(options)
     if options.corpus is not None:
         _check_corpus(options)
-    elif not options.train:
+    elif options.mode == "throughput":
         _check_prefix(options)
     _check_engines(options)
     _check_device(options.device)
     for name in ("out", "plot"):
-        if getattr(options, name).is_dir():
+        if getattr(options, name).is_dir() and options.sweep is None:
             raise ValueError(f"--{name}: {getattr(options, name)} is a folder, expected a file")
     if options.plot == options.out:
         raise ValueError(f"--plot: got the same file as --out, {options.out}")
@@ -181,8 +196,26 @@ def _check(options: argparse.Namespace) -> PretrainedConfig:
 
 def _check_given(options: argparse.Namespace) -> None:
     """Options that belong to another mode, and --corpus without its model; before defaults are filled in."""
+    if options.sweep is not None:
+        others = ("model", "train", "corpus", "engines", "official_waste", "distribution", "prefix_reuse", "latency")
+        for name in (*others, "batch", "length", "steps", "plot"):
+            if getattr(options, name) not in (None, False):
+                raise ValueError(f"--{name.replace('_', '-')} does not go with --sweep")
+        for name in options.sweep:
+            if name not in (*KINDS, *NAMES):
+                raise ValueError(f"--sweep: got {name!r}, expected some of {', '.join((*KINDS, *NAMES))}")
     if options.corpus is not None:
-        others = ("shape", "layers", "train", "engines", "official_waste", "distribution", "prefix_reuse", "latency")
+        others = (
+            "shape",
+            "layers",
+            "train",
+            "quick",
+            "engines",
+            "official_waste",
+            "distribution",
+            "prefix_reuse",
+            "latency",
+        )
         for name in others:
             if getattr(options, name) not in (None, False):
                 raise ValueError(f"--{name.replace('_', '-')} does not go with --corpus")

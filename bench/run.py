@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Throughput and latency against K, a corpus, the training step: `python bench/run.py --help`."""
+"""Throughput and latency against K, a corpus, the training step, scaling curves: `python bench/run.py --help`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
-from bench import corpus, encode_check, throughput, train_check, training
+from bench import corpus, encode_check, sweep, throughput, train_check, training
 from bench.batches import draw_lengths, random_batch
 from bench.floors import measure_ceilings
 from bench.options import parse
@@ -30,12 +30,11 @@ from gircse.roofline import ModelFacts
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0, 1 an engine is wrong, was not checked or failed, 2 bad options."""
     options, config = parse(argv)
+    if options.sweep is not None:
+        return sweep.main(options, config)
     mode = _train if options.train else _corpus if options.corpus is not None else _throughput
     try:
         record = mode(options, config)
-    except training.WorkerError as error:
-        print(f"bench/run.py: {error}", file=sys.stderr)
-        return 1
     except (UnsupportedModelError, corpus.CorpusError, OSError) as error:  # what an option names cannot be used
         print(f"bench/run.py: error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         return 2
@@ -50,18 +49,19 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if found else 0
 
 
-def _throughput(options: argparse.Namespace, config: PretrainedConfig) -> dict[str, Any]:
+def _model(options: argparse.Namespace, config: PretrainedConfig) -> PreTrainedModel:
     dtype, device = getattr(torch, options.dtype), options.device
-    facts = ModelFacts.of(meta_model(config, dtype))
     if options.model is not None:
-        model = pretrained_model(options.model, dtype=dtype, device=device, layers=options.layers)
-    else:
-        model = random_model(config, dtype=dtype, device=device, seed=options.seed)
-    lm = CausalLM.from_model(model)
-    prefix = options.prefix_reuse
-    ceilings = measure_ceilings(device, dtype)
+        return pretrained_model(options.model, dtype=dtype, device=device, layers=options.layers)
+    return random_model(config, dtype=dtype, device=device, seed=options.seed)
+
+
+def _throughput(options: argparse.Namespace, config: PretrainedConfig) -> dict[str, Any]:
+    model, prefix = _model(options, config), options.prefix_reuse
+    facts, lm = ModelFacts.of(model), CausalLM.from_model(model)
+    ceilings = measure_ceilings(options.device, getattr(torch, options.dtype))
     lengths = draw_lengths(options.batch, options.length, distribution=options.distribution, seed=options.seed)
-    batch = random_batch(config.vocab_size, lengths, seed=options.seed, device=device, shared_prefix=prefix)
+    batch = random_batch(config.vocab_size, lengths, seed=options.seed, device=options.device, shared_prefix=prefix)
     points = list(
         throughput.measure(
             lm, facts, ceilings, batch, options.engines, options.steps, options.repeats, shared_prefix=prefix
@@ -80,10 +80,10 @@ def _throughput(options: argparse.Namespace, config: PretrainedConfig) -> dict[s
         shared_prefix=prefix,
         timed=timed,
     )
-    found = settings("throughput", options, config, facts, lengths)
-    found["batch"] |= {"shared_prefix": prefix}
+    record = settings("throughput", options, config, facts, lengths)
+    record["batch"] |= {"shared_prefix": prefix}
     return {
-        **found,
+        **record,
         "latency_runs": options.latency,
         "generation": reports,
         "ceilings": vars(ceilings),
@@ -116,8 +116,8 @@ def _corpus(options: argparse.Namespace, config: PretrainedConfig) -> dict[str, 
     model = corpus.load(options.model, dtype, options.device)
     ceilings = measure_ceilings(options.device, dtype)
     checks, rows, prompts = corpus.measure(model, job, facts, ceilings, options.steps, options.repeats)
-    found = settings("corpus", options, config, facts, [])
-    found["batch"] |= {
+    record = settings("corpus", options, config, facts, [])
+    record["batch"] |= {
         "texts": len(texts),
         "distribution": "corpus",
         "corpus": options.corpus.name,
@@ -125,14 +125,11 @@ def _corpus(options: argparse.Namespace, config: PretrainedConfig) -> dict[str, 
         "official_batch": options.batch,
         **prompts,
     }
-    return {**found, "ceilings": vars(ceilings), **judged(rows, checks)}
+    return {**record, "ceilings": vars(ceilings), **judged(rows, checks)}
 
 
 def _train(options: argparse.Namespace, config: PretrainedConfig) -> dict[str, Any]:
     job = training.TrainJob(
-        shape=options.shape,
-        model=options.model,
-        layers=options.layers,
         queries=options.batch,
         negatives=options.negatives,
         length=options.length,
@@ -143,21 +140,17 @@ def _train(options: argparse.Namespace, config: PretrainedConfig) -> dict[str, A
         seed=options.seed,
         checkpointing=tuple(options.checkpointing or ()),
     )
-    facts = ModelFacts.of(meta_model(config, job.torch_dtype))
+    base = _model(options, config)
+    facts = ModelFacts.of(base)  # of the published model, before LoRA is put into it
     ceilings = measure_ceilings(job.device, job.torch_dtype)
-    if torch.device(job.device).type == "cuda":
-        lm = training.trainable(job)
-        runners = training.here(lm, job, options.engines)
-        rows = list(training.measure(runners, job, facts, ceilings, options.steps, options.repeats))
-        checks = train_check.check(job, options.engines, lm, runners)
-    else:
-        with training.workers(job, options.engines) as runners:
-            rows = list(training.measure(runners, job, facts, ceilings, options.steps, options.repeats))
-            checks = train_check.check(job, options.engines, runners=runners)
-    found = settings("training", options, config, facts, job.lengths())
-    found["batch"] |= {"queries": job.queries, "negatives": job.negatives}
-    found["checkpointing"] = list(job.checkpointing)
-    return {**found, "ceilings": vars(ceilings), **judged(rows, checks)}
+    lm = training.trainable(job, base)
+    runners = training.here(lm, job, options.engines)
+    rows = list(training.measure(runners, job, facts, ceilings, options.steps, options.repeats))
+    checks = train_check.check(job, options.engines, lm, runners)
+    record = settings("training", options, config, facts, job.lengths())
+    record["batch"] |= {"queries": job.queries, "negatives": job.negatives}
+    record["checkpointing"] = list(job.checkpointing)
+    return {**record, "ceilings": vars(ceilings), **judged(rows, checks)}
 
 
 def _plot(record: dict[str, Any], path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,99 +40,49 @@ class Shape:
         return AutoConfig.for_model(self.architecture, **settings)
 
 
-def _rope(theta: float, **scaling: Any) -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": theta, **scaling}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
+def _shape(architecture: str, parameters: int, sizes: Sequence[int], eps: float, tied: bool, **more: Any) -> Shape:
+    """`sizes`: V, D, I of the MLP, layers, heads, heads of keys and values, positions, base of the rotary angles."""
+    rope = {"rope_type": "default", "rope_theta": float(sizes[-1]), **more.pop("rope_parameters", {})}
+    settings = dict(zip(_SIZES, sizes, strict=False))
+    return Shape(
+        architecture, {**settings, "rms_norm_eps": eps, "rope_parameters": rope, "tie_word_embeddings": tied, **more},
+        parameters,
+    )  # fmt: skip
+
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
 SHAPES = {
-    "smollm2-135m": Shape(
+    "smollm2-135m": _shape("llama", 134_515_008, (49152, 576, 1536, 30, 9, 3, 8192, 100_000), 1e-5, True),
+    "qwen2.5-0.5b": _shape("qwen2", 494_032_768, (151936, 896, 4864, 24, 14, 2, 32768, 1_000_000), 1e-6, True),
+    "qwen2.5-7b": _shape("qwen2", 7_615_616_512, (152064, 3584, 18944, 28, 28, 4, 131072, 1_000_000), 1e-6, False),
+    "mistral-7b": _shape(
+        "mistral", 7_241_732_096, (32000, 4096, 14336, 32, 32, 8, 32768, 10_000), 1e-5, False, sliding_window=4096
+    ),
+    "llama-3.2-1b": _shape(
         "llama",
-        {
-            "vocab_size": 49152,
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "max_position_embeddings": 8192,
-            "rms_norm_eps": 1e-5,
-            "rope_parameters": _rope(100_000.0),
-            "tie_word_embeddings": True,
-        },
-        134_515_008,
-    ),
-    "qwen2.5-0.5b": Shape(
-        "qwen2",
-        {
-            "vocab_size": 151936,
-            "hidden_size": 896,
-            "intermediate_size": 4864,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 14,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 32768,
-            "rms_norm_eps": 1e-6,
-            "rope_parameters": _rope(1_000_000.0),
-            "tie_word_embeddings": True,
-        },
-        494_032_768,
-    ),
-    "qwen2.5-7b": Shape(
-        "qwen2",
-        {
-            "vocab_size": 152064,
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-6,
-            "rope_parameters": _rope(1_000_000.0),
-            "tie_word_embeddings": False,
-        },
-        7_615_616_512,
-    ),
-    "mistral-7b": Shape(
-        "mistral",
-        {
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 32768,
-            "rms_norm_eps": 1e-5,
-            "rope_parameters": _rope(10_000.0),
-            "sliding_window": 4096,
-            "tie_word_embeddings": False,
-        },
-        7_241_732_096,
-    ),
-    "llama-3.2-1b": Shape(
-        "llama",
-        {
-            "vocab_size": 128256,
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_hidden_layers": 16,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 64,
-            "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-5,
-            "rope_parameters": _rope(
-                500_000.0,
-                rope_type="llama3",
-                factor=32.0,
-                low_freq_factor=1.0,
-                high_freq_factor=4.0,
-                original_max_position_embeddings=8192,
-            ),
-            "tie_word_embeddings": True,
-        },
         1_235_814_400,
+        (128256, 2048, 8192, 16, 32, 8, 131072, 500_000),
+        1e-5,
+        True,
+        head_dim=64,
+        rope_parameters=_LLAMA3_ROPE,
     ),
 }
 

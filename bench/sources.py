@@ -31,7 +31,7 @@ MEASURED_BY: dict[str, tuple[str, ...]] = {
     "op": ("bench.op_measure",),
     "plan": ("bench.plan_check",),
     "quality": ("bench.quality",),
-    "scaling": ("bench.scaling_encode", "bench.scaling_soft_embed", "bench.scaling_train"),
+    "scaling": ("bench.sweep",),
     "summary": ("bench.suite",),
     "soft_embed": ("bench.soft_embed",),
     "tests": ("tests.gpu",),

@@ -1,9 +1,9 @@
-"""Whether training engines compute the same losses and gradients: after they have been timed, and nothing of it in what
-is timed.
+"""Whether training engines compute the same losses and gradients. The comparison comes after the clocks.
 
-Float32 and float64: a step of every engine against the reference algorithm's, on a small batch and, where the timed
-gradients were kept, on the timed one. Half precision: the small batch on a float32 copy of the model; then the error of
-losses and gradients against float32, beside the reference's own; and the states of the timed batch, as in encoding.
+In float32 and float64 a step of every engine is compared with the reference algorithm's, on a small batch and, where
+the timed gradients were kept, on the timed one. In half precision the small batch is compared on a float32 copy of the
+model; then the errors of losses and gradients against float32 with the reference's own; then the states of the timed
+batch, as in encoding.
 """
 
 from __future__ import annotations
@@ -15,37 +15,43 @@ from torch import Tensor
 
 from bench.agreement import Difference, compare_each, training_difference, training_rounding, unchecked
 from bench.batches import Batch, check_lengths, random_batch
-from bench.encode_check import Timed, timed_rows
+from bench.encode_check import Timed, is_half, timed_rows, twin
 from bench.engines import ENGINES, REFERENCE
-from bench.throughput import Measured, Point, embed
-from bench.training import Runner, TrainJob, checkpointed, results, step, trainable
-from bench.twin import is_half, twin
+from bench.points import Point
+from bench.throughput import Measured, embed
+from bench.training import Runner, TrainJob, checkpointed, results, step
 from gircse.lm.causal_lm import CausalLM
 
 _LENGTH, _HALF_LENGTH = 24, 64
 
 
 def check(
-    job: TrainJob, engines: Sequence[str], lm: CausalLM | None = None, runners: Sequence[Runner] = ()
+    job: TrainJob,
+    engines: Sequence[str],
+    lm: CausalLM,
+    runners: Sequence[Runner] = (),
+    states_of: Sequence[TrainJob] = (),
 ) -> list[Difference]:
-    """Everything that is compared, whatever it says; a comparison that raises is `UNCHECKED`.
+    """All comparisons, good or bad; one that raises is `UNCHECKED`.
 
     Args:
-        lm: of `trainable`, the job's; made here where it is not given.
-        runners: that have been timed on the job, with the results of their first step (not in half precision).
+        lm: of `trainable`.
+        runners: that have been timed on the job, with the results of a step (not in half precision).
+        states_of: jobs on whose batches the states are compared; by default the job in half precision.
     """
     names = [name for name in dict.fromkeys(engines) if name != REFERENCE]
     if not names:
         return []
-    lm = trainable(job) if lm is None else lm
     lm.model.zero_grad(set_to_none=True)
     if not is_half(lm):
-        return strict(lm, job, names) + _timed_steps(job, runners)
+        states = [difference for one in states_of for difference in timed_states(lm, None, one, names)]
+        return strict(lm, job, names) + _timed_steps(job, runners) + states
     try:
         exact = twin(lm)
     except Exception as error:  # too large for this machine's memory
         return [unchecked(name, "a float32 copy of the model", error) for name in names]
-    return [*strict(exact, job, names), *_rounding(lm, exact, job, names), *timed_states(lm, exact, job, names)]
+    states = [difference for one in states_of or [job] for difference in timed_states(lm, exact, one, names)]
+    return [*strict(exact, job, names), *_rounding(lm, exact, job, names), *states]
 
 
 def strict(lm: CausalLM, job: TrainJob, names: Sequence[str]) -> list[Difference]:

@@ -1,4 +1,4 @@
-"""What a check of results found. A speed is shown whatever it found, and marked where the numbers are not right."""
+"""What a check of an op's results found. A speed is shown in any case, and marked where the results are wrong."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bench.agreement import OK, UNCHECKED, WRONG
+from bench.agreement import reason as first_line
 
 
 class WrongResultError(RuntimeError):
@@ -26,9 +27,3 @@ def verdict_of(check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def is_good(record: dict[str, Any]) -> bool:
     """Whether a record's results were found right, or nothing was to be compared."""
     return (record.get("agreement") or {}).get("verdict", OK) == OK
-
-
-def first_line(error: BaseException) -> str:
-    """Type and first line of the message, for a table's cell."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__

@@ -174,9 +174,6 @@ def _profile_encoding(session: Session, lm: CausalLM, case: Encoding, batch: Bat
 def _train(session: Session, weights: _Weights, case: TrainStep, *, profiled: bool) -> None:
     steps, engines = sorted(case.targets), [REFERENCE, CACHED]
     job = training.TrainJob(
-        shape=case.shape,
-        model=None,
-        layers=case.layers,
         queries=case.queries,
         negatives=1,
         length=case.length,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from bench.batches import check_lengths, draw_lengths, random_batch
 from bench.engines import ENGINES, cached
 from bench.floors import measure_ceilings
 from bench.provenance import ROOT
-from bench.shapes import SHAPES, meta_model, random_model
+from bench.shapes import SHAPES, meta_model, pretrained_model, random_model
 from gircse.lm.attention import ATTENTION_NAME
 from gircse.lm.causal_lm import CausalLM
 from gircse.roofline import Ceilings, ModelFacts
@@ -401,15 +400,19 @@ def test_batches(distribution):
     assert batch.attention_mask[:, -1].all()  # padded on the left
 
 
-def _job(folder: Path, **changes) -> training.TrainJob:
-    job = training.TrainJob(None, str(folder), None, 2, 1, 12, "fixed", 3, "float32", "cpu", 0)
-    return replace(job, **changes)
+def _job(**changes) -> training.TrainJob:
+    return replace(training.TrainJob(2, 1, 12, "fixed", 3, "float32", "cpu", 0), **changes)
+
+
+def _trainable(folder: Path, job: training.TrainJob) -> CausalLM:
+    return training.trainable(job, pretrained_model(str(folder), dtype=job.torch_dtype, device="cpu"))
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
 def test_training_engines_agree(folder, dtype):
     engines = ["recompute", "cached", "recompute-official"]
-    differences = train_check.check(_job(folder, dtype=dtype), engines)
+    job = _job(dtype=dtype)
+    differences = train_check.check(job, engines, _trainable(folder, job))
     assert {d.engine for d in differences} == set(engines[1:])
     assert {d.verdict for d in differences} == {OK}
     if dtype == "float64":
@@ -422,7 +425,7 @@ def test_training_engines_agree(folder, dtype):
     ids=["llama", "smollm2-135m"],
 )
 def test_rounding_in_half_precision_is_no_mistake_in_training(config, num_steps):
-    job = training.TrainJob(None, "given", None, 2, 1, 24, "uniform", num_steps, "bfloat16", "cpu", 0)
+    job = _job(length=24, distribution="uniform", num_steps=num_steps, dtype="bfloat16")
     lm = training.trainable(job, random_model(config, dtype=torch.bfloat16, device="cpu"))
     differences = train_check.check(job, ["recompute", "cached"], lm)
     assert {d.verdict for d in differences} == {OK}, differences
@@ -447,15 +450,16 @@ def _cut_gradient(lm, ids, mask, steps):
 )
 def test_a_wrong_training_step_is_found(folder, monkeypatch, wrong, dtype):
     monkeypatch.setitem(ENGINES, "cached", replace(ENGINES["cached"], run=wrong))
-    differences = train_check.check(_job(folder, dtype=dtype, queries=5), ["cached", "recompute-ours"])
+    job = _job(dtype=dtype, queries=5)
+    differences = train_check.check(job, ["cached", "recompute-ours"], _trainable(folder, job))
     assert WRONG in {d.verdict for d in differences if d.engine == "cached"}
     assert {d.verdict for d in differences if d.engine != "cached"} == {OK}
 
 
-def test_training_in_this_process(folder):
-    """As on a GPU: engines that take turns on one model; only the one that is to be checkpointed is."""
-    job = _job(folder, checkpointing=("recompute",))
-    lm = training.trainable(job)
+def test_training_engines_take_turns_on_one_model(folder):
+    """Only the one that is to be checkpointed is."""
+    job = _job(checkpointing=("recompute",))
+    lm = _trainable(folder, job)
     runners = training.here(lm, job, ["recompute", "cached"])
     facts = ModelFacts.of(meta_model(lm.config, torch.float32))
     found = training.measure(runners, job, facts, CEILINGS, [0, 3], 2, interleave=False)
@@ -477,19 +481,19 @@ def test_a_training_step_that_fails_costs_the_others_nothing(folder, monkeypatch
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
     monkeypatch.setitem(ENGINES, "recompute-ours", replace(ENGINES["recompute-ours"], run=fails))
-    job = _job(folder)
-    lm = training.trainable(job)
+    job = _job()
+    lm = _trainable(folder, job)
     runners = training.here(lm, job, ["recompute-ours", "cached"])
     facts = ModelFacts.of(meta_model(lm.config, torch.float32))
     rows = list(training.measure(runners, job, facts, CEILINGS, [3], 1))
-    assert [("failed" in row, row["engine"]) for row in rows] == [(False, "cached"), (True, "recompute-ours")]
+    assert [("failed" in row, row["engine"]) for row in rows] == [(True, "recompute-ours"), (False, "cached")]
     assert {d.engine: d.verdict for d in train_check.check(job, ["recompute-ours", "cached"], lm, runners)} == {
         "recompute-ours": UNCHECKED, "cached": OK,
     }  # fmt: skip
 
 
 def test_train_mode_from_a_shell_elsewhere(folder, tmp_path):
-    """The real thing: its own processes, its own ceilings, another working directory."""
+    """A process of its own, its own ceilings, another working directory."""
     command = [sys.executable, str(ROOT / "bench" / "run.py"), "--train", "--model", str(folder), "--device", "cpu"]
     command += ["--batch", "2", "--length", "10", "--steps", "0", "2", "--repeats", "2", "--mixed", "--out", "t.json"]
     command += ["--checkpointing", "recompute"]
@@ -504,13 +508,7 @@ def test_train_mode_from_a_shell_elsewhere(folder, tmp_path):
     assert record["checkpointing"] == ["recompute"]
     assert all(p["time_over_zero"] > 0 for p in record["points"])
     for point in record["points"]:
-        assert point["peak_bytes"] > point["loaded_bytes"] > 1 << 26
-        assert point["peak_extra_bytes"] == pytest.approx(point["peak_bytes"] - point["loaded_bytes"], rel=1e-3)
+        assert point["peak_extra_bytes"] == point["peak_bytes"] - point["loaded_bytes"] > 0
+        assert point["loaded_bytes"] > 4 * record["model"]["parameters"]
         assert len(point["runs"]) == 2
     assert {c["what"].split(",")[0][-11:] for c in record["agreement"]["checks"]} >= {"timed batch"}
-
-
-def test_a_worker_that_dies_is_reported(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    with pytest.raises(training.WorkerError, match="engine cached ended early \\(exit code 1\\)"):
-        training.Worker(_job(folder), "cached", tmp_path / "r.pt")
