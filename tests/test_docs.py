@@ -121,5 +121,25 @@ def test_commands_were_found():
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
-    if page.parent.name == "docs" and page.name != "README.md":
+    if page.parent == ROOT / "docs" and page.name != "README.md":
         assert f"({page.name})" in (ROOT / "docs/README.md").read_text(encoding="utf-8"), "not in the index"
+
+
+CITATION = re.compile(r"docs/method\.md §(\d+)(?:-(\d+))?")
+
+
+def test_every_citation_of_the_method_names_a_section_of_it():
+    sections = re.findall(r"^## (\d+)\. ", (ROOT / "docs/method.md").read_text(encoding="utf-8"), re.M)
+    assert sections == [str(number) for number in range(1, len(sections) + 1)]
+    cited: dict[str, list[str]] = {}
+    for folder in ("gircse", "kernels", "bench", "tests", "docs", "examples"):
+        for path in [*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.md")]:
+            text = path.read_text(encoding="utf-8")
+            where = str(path.relative_to(ROOT))
+            assert not re.search(r"\bSPEC \d", text), f"{where}: cites a document that is not in the repository"
+            for first, last in CITATION.findall(text):
+                cited.setdefault(first, []).append(where)
+                cited.setdefault(last or first, []).append(where)
+    unknown = {number: places for number, places in cited.items() if number not in sections}
+    assert not unknown
+    assert len(cited) >= 9, "the pattern finds no citations"
