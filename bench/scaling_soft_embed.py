@@ -22,8 +22,8 @@ from bench.op_engines import Problem, check, draw_matrices, eager, ours
 from bench.op_measure import is_out_of_memory
 from bench.scaling_curves import Curve, Scale
 from bench.timing import interleaved
-from gircse.floors import Ceilings, Work
 from gircse.ops.tiles_torch import tiling
+from gircse.roofline import Ceilings, Work
 
 
 def measure(curve: Curve, scale: Scale, device: torch.device, ceilings: Ceilings) -> dict[str, Any]:

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gircse.train import train
-from gircse.train_config import TrainConfig
+from gircse.train.config import TrainConfig
 
 PAIRS = {"hot": "cold", "big": "small", "early": "late", "wet": "dry"}
 

@@ -1,7 +1,7 @@
 """The instruction of each task of MTEB(eng, v2), and which side of the task carries it (docs/method.md §2).
 
 The wording decides more than it seems to: an instruction that says "retrieve" and not "semantic" leaves the documents
-bare (`gircse.prompts.is_symmetric`), as in training. Retrieval and reranking say it, all others do not or say
+bare (`gircse.lm.prompts.is_symmetric`), as in training. Retrieval and reranking say it, all others do not or say
 "semantic".
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from gircse.prompts import is_symmetric
+from gircse.lm.prompts import is_symmetric
 
 if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata
