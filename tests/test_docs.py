@@ -5,6 +5,7 @@ docs/soft_embed.md and docs/sentence_transformers.md have tests of their own bes
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import shlex
 from pathlib import Path
@@ -123,6 +124,27 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), target
     if page.parent == ROOT / "docs" and page.name != "README.md":
         assert f"({page.name})" in (ROOT / "docs/README.md").read_text(encoding="utf-8"), "not in the index"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_names_of_the_code_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for path in re.findall(r"(?<![\w/.-])(?:gircse|kernels|bench|tests|examples|recipes)/[\w./-]*\w", text):
+        assert "NAME" in path or (ROOT / path).exists(), path
+    for name in re.findall(r"(?<![\w/.-])gircse(?:\.\w+)+", text):
+        assert pkgutil.resolve_name(name) is not None, name
+
+
+def test_the_tree_of_the_readme_is_the_tree():
+    """The table names no path that does not exist, and every part of `gircse/`."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("## How it is built") : text.index("## Install")]
+    rows = re.findall(r"^\| (`.+?) \|", table, re.M)
+    paths = {path.rstrip("/") for row in rows for path in re.findall(r"`([^`]+)`", row)}
+    assert {path for path in paths if not (ROOT / path).exists()} == set()
+    unnamed = {"__init__.py", "__main__.py", "_version.py", "integers.py", "train_config.py", "py.typed", "__pycache__"}
+    parts = {path.name for path in (ROOT / "gircse").iterdir()} - unnamed
+    assert {f"gircse/{part}" for part in parts} <= paths
 
 
 CITATION = re.compile(r"docs/method\.md §(\d+)(?:-(\d+))?")
