@@ -79,7 +79,7 @@ def signature(tree: ast.AST, name: str) -> str:
 
 
 def summary(tree: ast.AST, name: str) -> str:
-    text = ast.get_docstring(definition(tree, name))  # type: ignore[arg-type]
+    text = ast.get_docstring(definition(tree, name))
     assert text, f"{name} has no docstring"
     return text.split("\n\n")[0].removesuffix("::")
 
