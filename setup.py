@@ -1,4 +1,4 @@
-"""The one setting that pyproject.toml cannot hold: `gircse_kernels` lies in the folder `kernels`, which is no package."""
+"""The one setting that pyproject.toml cannot hold: `gircse_kernels` lies in a folder that must not be a package."""
 
 from setuptools import setup
 
