@@ -8,17 +8,8 @@ from pathlib import Path
 import pytest
 
 from examples import encode, train
-from tests.tiny_models import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    folder = tmp_path / "base"
-    tiny_model("llama").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def test_what_train_leaves_can_be_encoded_with(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
