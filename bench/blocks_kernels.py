@@ -90,7 +90,7 @@ def traffic_kernels(_: Results) -> str:
 @block("kernels")
 def kernels(results: Results) -> str:
     """One line for each kernel, tiles and architecture; its variants (statistics, tied, gradients) at their worst."""
-    record = results.named("kernels-compile")
+    record = results.records.get("kernels-compile")
     if record is None:
         return "no record yet: `python bench/compile_kernels.py`"
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}

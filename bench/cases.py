@@ -1,4 +1,4 @@
-"""The cases of the op benchmarks: one list for `pytest bench/`, the GPU suite and the tables of the docs.
+"""The cases of the op benchmarks: one list for the GPU suite and the tables of the docs.
 
 A case is `soft_embed` on the vocabulary matrices of one model: T rows, one pass, one dtype, and what is expected of it
 on an H100. Its floor is the least time that the arithmetic and the traffic allow (V, D = vocabulary, width)::
@@ -191,15 +191,6 @@ CASES: list[Case] = [
 _TO_COMPILE = {("qwen2.5-0.5b", 1, FORWARD), ("qwen2.5-0.5b", 64, FORWARD), ("mistral-7b", 64, FORWARD)}
 _TO_COMPILE |= {("qwen2.5-0.5b", 1024, BOTH)}
 COMPILED = {case.name for case in CASES if (case.model, case.rows, case.what) in _TO_COMPILE}
-
-# `pytest bench/` without a GPU: real code paths on sizes that two cores manage.
-CPU_CASES: list[Case] = [
-    Case("smollm2-135m", 1, dtype="float32"),
-    Case("smollm2-135m", 16, dtype="float32"),
-    Case("smollm2-135m", 64, BOTH, dtype="float32"),
-    Case("small-untied", 48, dtype="float32"),
-    Case("small-untied", 48, BOTH, dtype="float32"),
-]
 
 # The suite's dry run. The bounds are made up so that tables show every kind of target, met and missed.
 SMOKE_CASES: list[Case] = [

@@ -1,39 +1,40 @@
-"""Documents whose tables and figures are rendered from JSON records: markers, blocks, stale marks, figures.
+"""Pages whose tables and figures are rendered from JSON records: markers, blocks, stale marks, figures.
 
-Text between ``<!-- table:NAME -->`` and ``<!-- end:NAME -->`` belongs to the renderer that is registered as NAME::
+Text between ``<!-- table:NAME -->`` and ``<!-- end:NAME -->`` belongs to the function that is registered as NAME::
 
-    # bench/blocks_something.py: every module of that form is found by `load_blocks`
+    # bench/blocks_something.py: `load_blocks` imports every module of that form
     @block("something")
     def something(results: Results) -> str:
-        record = results.named("something-cpu")
+        record = results.records.get("something-cpu")
         return NO_RECORD if record is None else markdown(COLUMNS, record["points"]) + results.mark(record)
 
-Everything follows from files: the same records and sources give the same document on any day and any machine. A figure
-carries a digest of its data and of the code that drew it, so that it is drawn again only when it would change: the
-bytes of a PNG differ between versions of matplotlib.
+The same records and sources give the same page on any day and any machine. A figure carries a digest of its data and of
+the code that draws it, so that it is drawn again only when it would change: the bytes of a PNG differ between versions
+of matplotlib.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
-import inspect
 import json
 import pkgutil
 import re
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import bench
+from bench import plots
 from bench.sources import MEASURED_BY, sources_hash
 from gircse.files.atomic import new_file
 
 Record = dict[str, Any]
 
-STALE = " *(stale)*"  # what `same` leaves out of a comparison, so it must occur nowhere else
+STALE = " *(stale)*"  # `same` leaves it out of the comparison, so pages must not contain it for another reason
 NO_RECORD = "no record yet: `python bench/gpu_suite.py --out bench/results`"
 
 _BLOCK = re.compile(r"<!-- table:(?P<name>\S+) -->\n(?P<body>.*?)<!-- end:(?P=name) -->", re.DOTALL)
@@ -43,51 +44,45 @@ _DIGEST = b"gircse-digest"
 
 
 class DocumentError(ValueError):
-    """A document that cannot be rendered; the message names file and line."""
-
-
-class Figure(NamedTuple):
-    """A plot that a document shows: `draw(data, path)` writes it."""
-
-    data: Any
-    draw: Callable[[Any, Path], object]
-
-    def digest(self) -> str:
-        data = json.dumps(self.data, sort_keys=True, default=str)
-        return hashlib.sha256(f"{inspect.getsource(self.draw)}\0{data}".encode()).hexdigest()[:32]
+    """A page that cannot be rendered; the message names file and line."""
 
 
 class Results:
-    """All JSON records below a folder, by their path in it without ".json".
+    """All JSON records below a folder.
 
     Attributes:
-        records: in the order of their names.
-        figures: what the blocks rendered so far show, by name.
+        records: path in the folder without ".json" -> record, in the order of the paths.
+        figures: what the blocks rendered so far show: file name without ".png" -> figure.
     """
 
     def __init__(self, folder: Path) -> None:
         self.records: dict[str, Record] = {}
-        self.figures: dict[str, Figure] = {}
+        self.figures: dict[str, plots.Figure] = {}
         for path in sorted(folder.rglob("*.json")):
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(found, dict):
-                self.records[path.relative_to(folder).with_suffix("").as_posix()] = found
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(record, dict):
+                self.records[path.relative_to(folder).with_suffix("").as_posix()] = record
 
-    def named(self, name: str) -> Record | None:
-        return self.records.get(name)
+    def of(self, *benchmarks: str) -> dict[str, Record]:
+        """The records of these kinds, by name."""
+        return {name: record for name, record in self.records.items() if record.get("benchmark") in benchmarks}
 
-    def of(self, benchmark: str) -> list[Record]:
-        """The records of one kind of benchmark."""
-        return [record for record in self.records.values() if record.get("benchmark") == benchmark]
+    def by_device(self, *benchmarks: str, cuda: bool) -> dict[str, list[Record]]:
+        """The records of these kinds that were measured on GPUs, or on CPUs, by the name of the device."""
+        devices: dict[str, list[Record]] = {}
+        for record in self.of(*benchmarks).values():
+            if bool(record["provenance"].get("cuda")) == cuda:
+                devices.setdefault(record["provenance"]["device"], []).append(record)
+        return dict(sorted(devices.items()))
 
     def mark(self, record: Record) -> str:
         """`STALE` where it was measured with other sources than the present ones, or does not say with which."""
         kind, sources = record.get("benchmark"), record.get("provenance", {}).get("sources")
         return "" if kind in MEASURED_BY and sources == sources_hash(kind) else STALE
 
-    def figure(self, name: str, alt: str, data: Any, draw: Callable[[Any, Path], object]) -> str:
-        """Has figures/NAME.png drawn from `data`, which JSON can hold. -> the line that shows it."""
-        self.figures[name] = Figure(data, draw)
+    def figure(self, name: str, alt: str, figure: plots.Figure) -> str:
+        """Has figures/NAME.png drawn. -> the line that shows it."""
+        self.figures[name] = figure
         return f"![{alt}](figures/{name}.png)"
 
 
@@ -115,7 +110,7 @@ def load_blocks() -> None:
 
 
 def render(path: Path, results: Results) -> str:
-    """The document's text with all its blocks rendered, and the stale records that it names elsewhere marked.
+    """The page's text with all its blocks rendered; where it names a record that is stale elsewhere, a mark follows.
 
     Raises:
         DocumentError: an unknown block, or one without its end.
@@ -136,7 +131,7 @@ def render(path: Path, results: Results) -> str:
         return f"<!-- table:{name} -->\n\n{_BLOCKS[name](results).strip()}\n\n<!-- end:{name} -->"
 
     def mark(match: re.Match[str]) -> str:
-        record = results.named(match["name"])
+        record = results.records.get(match["name"].removeprefix("bench/results/"))
         return match[0] if record is None else f"`{match['name']}.json`{results.mark(record)}"
 
     return _BLOCK.sub(replace, _NAMED.sub(mark, text))
@@ -152,20 +147,22 @@ def write(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def is_drawn(path: Path, figure: Figure) -> bool:
-    """Whether the file there shows this."""
-    return path.is_file() and _text_chunk(figure) in path.read_bytes()[:512]
+def is_drawn(path: Path, figure: plots.Figure) -> bool:
+    """Whether the file there shows this figure."""
+    return path.is_file() and _comment(figure) in path.read_bytes()[:512]
 
 
-def draw(path: Path, figure: Figure) -> None:
+def draw(path: Path, figure: plots.Figure) -> None:
     with new_file(path) as temporary:
-        figure.draw(figure.data, temporary)
+        plots.draw(figure, temporary)
         png = temporary.read_bytes()
         header = 8 + 25  # signature and IHDR
-        temporary.write_bytes(png[:header] + _text_chunk(figure) + png[header:])
+        temporary.write_bytes(png[:header] + _comment(figure) + png[header:])
 
 
-def _text_chunk(figure: Figure) -> bytes:
-    """A PNG comment: length, type, keyword and text, checksum."""
-    body = b"tEXt" + _DIGEST + b"\0" + figure.digest().encode()
+def _comment(figure: plots.Figure) -> bytes:
+    """A PNG comment with the figure's digest: length, type, keyword and text, checksum."""
+    data = json.dumps(asdict(figure), sort_keys=True, default=list)
+    digest = hashlib.sha256(Path(plots.__file__).read_bytes() + data.encode()).hexdigest()[:32]
+    body = b"tEXt" + _DIGEST + b"\0" + digest.encode()
     return struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))

@@ -22,7 +22,7 @@ from gircse.roofline import Ceilings
 _OUT_OF_MEMORY = "out of memory"
 _FEWEST = 3
 _REPLAYED = ("eager", "ours")
-# Rows above which no graph is captured: launches cost nothing beside the rest, and a graph holds its memory twice.
+# Above so many rows no graph is captured: launching is nothing beside the rest, and a graph holds its memory twice.
 _LAUNCHES_MATTER = 4096
 
 
@@ -35,26 +35,22 @@ def measure(
     compile_backend: str | None = "inductor",
     budget: float = 1.0,
 ) -> dict[str, Any]:
-    """All engines interleaved, for about `budget` seconds (at least 3 runs of each); on CUDA also eager and ours as
-    CUDA graphs, which the comparisons then take: a graph costs one launch, so the host has no part in it.
+    """All engines interleaved, for about `budget` seconds (at least 3 runs of each). On CUDA eager and ours run as CUDA
+    graphs too, and the comparisons take these: a graph costs one launch, so that the host has no part in it.
 
     Args:
         compile_backend: of `torch.compile`; None leaves that engine out.
 
     Eager is null in the record where it runs out of memory, `torch.compile` also where it fails otherwise.
     """
-    device = head.device
-    problem = Problem.draw(case.rows, case.what, head, embed)
+    device, problem = head.device, Problem.draw(case.rows, case.what, head, embed)
     ops: dict[str, Op] = {"eager": eager, "ours": ours}
     if compile_backend is not None:
         ops["compiled"] = compiled(compile_backend)
     runs = {name: problem.call(ops[name]) for name in ENGINE_NAMES if name in ops}
-    failures: dict[str, str] = {}
-    for name in list(runs):
-        failure = _warm_up(runs[name], name, device)
-        if failure is not None:
-            failures[name] = failure
-            del runs[name]
+    reasons = {name: _warm_up(run, name, device) for name, run in runs.items()}
+    failures = {name: why for name, why in reasons.items() if why is not None}
+    runs = {name: run for name, run in runs.items() if name not in failures}
     peaks = {name: peak_extra_bytes(run, device) for name, run in runs.items()}
     host: dict[str, float] = {}
     graphs, kept, why = {}, [], {}
@@ -63,10 +59,14 @@ def measure(
         graphs, kept, why = _captured(runs, device)
     timed = {**runs, **{f"{name} replayed": run for name, run in graphs.items()}}
     timings = for_about(timed, device, budget, fewest=_FEWEST)
-    repeats = len(timings["ours"].runs)
     replayed = {name: timings.pop(f"{name} replayed") for name in graphs}
     for keeper in (timed, graphs, kept):  # the comparison needs their memory
         keeper.clear()
+    replay = {
+        "milliseconds": {name: timing.seconds * 1e3 for name, timing in replayed.items()},
+        "why": why,
+        "host_microseconds": host,
+    }
     return {
         "benchmark": "op",
         "case": case.name,
@@ -76,19 +76,12 @@ def measure(
         "pass": case.what,
         "dtype": case.dtype,
         "device": device.type,
-        "repeats": repeats,
+        "repeats": len(timings["ours"].runs),
         "engines": {name: _engine(timings[name], peaks[name]) if name in runs else None for name in ENGINE_NAMES},
         "failures": failures,
         **_comparisons(timings, replayed, peaks, case.floor(ceilings)),
-        "replay": {
-            "milliseconds": {name: timing.seconds * 1e3 for name, timing in replayed.items()},
-            "why": why,
-            "host_microseconds": host,
-        }
-        if device.type == "cuda"
-        else None,
+        "replay": replay if device.type == "cuda" else None,
         "agreement": verdict_of(lambda: check(problem)),
-        "compile_backend": compile_backend,
         "ceilings": vars(ceilings),
     }
 
@@ -120,38 +113,35 @@ def _comparisons(
     plain = {name: timing.seconds for name, timing in timings.items()}
     pair = {name: timing.seconds for name, timing in replayed.items()}
     if "ours" not in pair or ("eager" in plain and "eager" not in pair):
-        pair = {name: plain[name] for name in _REPLAYED if name in plain}
-    mine = pair["ours"]
+        pair = plain
+    mine, theirs = pair["ours"], pair.get("eager")
     return {
         "milliseconds": mine * 1e3,
-        "eager_milliseconds": pair["eager"] * 1e3 if "eager" in pair else None,
+        "eager_milliseconds": theirs and theirs * 1e3,
         "floor_milliseconds": floor * 1e3,
         "over_floor": mine / floor,
-        "speedup": pair["eager"] / mine if "eager" in pair else None,
+        "speedup": theirs and theirs / mine,
         "plain_speedup": plain["eager"] / plain["ours"] if "eager" in plain else None,
-        "speedup_over_compiled": plain["compiled"] / mine if "compiled" in plain else None,
         "extra_bytes": peaks["ours"],
         "memory_ratio": peaks["ours"] / peaks["eager"] if peaks.get("eager") else None,
     }
 
 
 def _warm_up(run: Callable[[], Any], name: str, device: torch.device) -> str | None:
-    """Three runs. -> why there is nothing to measure: another engine's lack of memory, a failed compilation. What goes
-    wrong with ours is raised, after one more try with all memory that PyTorch keeps for later."""
+    """Three runs. -> why there is nothing to measure: another engine's lack of memory, a failed compilation. An error
+    of ours is raised, after one more try with all the memory that PyTorch keeps for later."""
     for last in (False, True):
         try:
             for _ in range(3):
                 run()
             return None
         except Exception as error:
-            if is_out_of_memory(error):
-                if last and name != "ours":
-                    return _OUT_OF_MEMORY
-            elif name == "compiled":
+            full = is_out_of_memory(error)
+            if name == "compiled" and not full:
                 return first_line(error)
-            else:
-                raise
-            if last:
+            if full and last and name != "ours":
+                return _OUT_OF_MEMORY
+            if last or not full:
                 raise
         give_back(device)  # outside `except`: the traceback would keep tensors alive
     return None
@@ -164,17 +154,15 @@ def is_out_of_memory(error: Exception) -> bool:
 def _captured(
     runs: dict[str, Callable[[], Any]], device: torch.device
 ) -> tuple[dict[str, Callable[[], Any]], list[Any], dict[str, str]]:
-    """-> replays of eager and ours as CUDA graphs, the results that they write to (to be kept alive while they are
-    replayed), and why one of them could not be captured."""
+    """-> replays of eager and ours as CUDA graphs, what must be kept alive while they are replayed, and why one of
+    them could not be captured."""
     replays: dict[str, Callable[[], Any]] = {}
     kept: list[Any] = []
     why: dict[str, str] = {}
-    for name in _REPLAYED:
-        if name not in runs:
-            continue
+    for name in [name for name in _REPLAYED if name in runs]:
         try:
             replays[name], alive = captured(runs[name], device)
-        except RuntimeError as error:  # not capturable, or no memory for it: a finding, not the end of the case
+        except RuntimeError as error:  # noqa: PERF203, not capturable or no memory: the case goes on with plain calls
             why[name] = first_line(error)
         else:
             kept.append(alive)

@@ -1,273 +1,150 @@
-"""Plots of the records. Colours of Okabe and Ito, and a marker and a dash of its own for each line, so that they can be
-told apart in print."""
+"""The one way from numbers to a picture: a `Figure` says what is shown, `draw` makes a PNG of it.
+
+Colours are those of Okabe and Ito. Each colour has a marker and a dash of its own, so that lines can be told apart in
+print.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.engines import GRAPH, NO_REUSE, OFFICIAL_EVAL, REFERENCE, SINGLE_PASS
-
-_STYLES: list[dict[str, Any]] = [
-    {"color": "#0072B2", "marker": "o", "linestyle": "-"},
-    {"color": "#D55E00", "marker": "s", "linestyle": "--"},
-    {"color": "#009E73", "marker": "^", "linestyle": "-."},
-    {"color": "#CC79A7", "marker": "D", "linestyle": (0, (3, 1, 1, 1))},
-    {"color": "#E69F00", "marker": "v", "linestyle": (0, (5, 1))},
-    {"color": "#56B4E9", "marker": "P", "linestyle": (0, (1, 1))},
-    {"color": "#8C6D31", "marker": "X", "linestyle": (0, (3, 1, 1, 1, 1, 1))},
-]
-_FIRST = ("cached", REFERENCE, OFFICIAL_EVAL, GRAPH, NO_REUSE)  # keep their style whatever else is in the plot
-_GREY, _BLACK = "#777777", "#222222"
+GREY, BLACK = -1, -2
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#222222", "#777777")
+_MARKERS = "osD^vPX*"
+_DASHES: tuple[Any, ...] = ("-", "--", "-.", (0, (3, 1, 1, 1)), (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1, 1, 1)), "-")
+_SMALL: dict[str, Any] = {"fontsize": 9, "color": "#444444"}
 
 
-def draw(record: dict[str, Any]) -> Callable[[dict[str, Any], Path], None]:
-    """The function that draws a record of `bench/run.py`."""
-    if record["benchmark"] == "training":
-        return plot_training
-    official = any(row.get("speedup_over_official") is not None for row in record["points"])
-    return plot_engines if official or "generation" in record else plot_throughput
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """Points of one colour.
 
-
-def plot_engines(record: dict[str, Any], path: Path) -> None:
-    """Left: texts per second against K, one line per engine, the single pass as a level, the floor as a dotted line.
-    Right: how the time grows with K, each engine's time(K) / time(0) beside the floor's."""
-    plt = pyplot()
-    rows, texts = record["points"], record["batch"]["texts"]
-    names = [name for name in dict.fromkeys(row["engine"] for row in rows) if name != SINGLE_PASS]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12.4, 5.2), layout="constrained", width_ratios=(1.5, 1))
-    floor = {row["num_steps"]: row for row in rows}
-    steps = sorted(floor)
-    dotted = {"color": _GREY, "linestyle": ":", "linewidth": 1.6, "label": "floor of the job"}
-    left.plot(steps, [texts / floor[k]["floor_seconds"] for k in steps], **dotted)
-    right.plot(steps, [floor[k]["floor_over_zero"] for k in steps], **dotted)
-    for row in rows:
-        if row["engine"] == SINGLE_PASS:
-            left.axhline(row["texts_per_second"], color=_BLACK, linewidth=0.8, zorder=1)
-            left.plot([0], [row["texts_per_second"]], "*", color=_BLACK, markersize=11, label="single pass (K = 0)")
-    for name in names:
-        line = [row for row in rows if row["engine"] == name]
-        style = {"linewidth": 2, "markersize": 6, "label": name, **_style(name, names)}
-        rates = [row["texts_per_second"] for row in line]
-        # records hold six digits: of a single run the ends may lie beside the middle
-        low = [max(0.0, rate - texts / max(row["runs"])) for rate, row in zip(rates, line, strict=True)]
-        high = [max(0.0, texts / min(row["runs"]) - rate) for rate, row in zip(rates, line, strict=True)]
-        left.errorbar([row["num_steps"] for row in line], rates, yerr=[low, high], capsize=3, **style)
-        grown = [row for row in line if row["time_over_zero"] is not None]
-        right.plot([row["num_steps"] for row in grown], [row["time_over_zero"] for row in grown], **style)
-    left.set_ylabel("texts per second")
-    right.set_ylabel("time at K / time at K = 0")
-    for axes in (left, right):
-        axes.set_yscale("log")
-        plain_log_ticks(axes)
-        axes.set_xticks(steps)
-        axes.set_xlabel("K, generated soft tokens per text")
-        axes.grid(True, which="both", alpha=0.25, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False, loc="best", fontsize=9)
-    _title(figure, left, record, f"Encoding speed against K (labels: times as fast as {OFFICIAL_EVAL})")
-    labelled = [row for row in rows if row["engine"] in names and row["engine"] != OFFICIAL_EVAL]
-    _label_points(left, labelled, "speedup_over_official", {name: _style(name, names)["color"] for name in names})
-    save_figure(plt, figure, path)
-
-
-_LABEL_HEIGHT, _ABOVE = 10.5, 8.0  # points
-
-
-def stacked(heights: list[float]) -> list[float]:
-    """Heights of points, in points -> of the lower edges of their labels: above the point, and where another point's
-    marker or label would be there, above all of these, in the order of the points."""
-    found = [0.0] * len(heights)
-    order = sorted(range(len(heights)), key=heights.__getitem__)
-    while order:
-        group = [order.pop(0)]
-        # whoever is lower than the top of the labels that the group would have
-        while order and heights[order[0]] < heights[group[-1]] + _ABOVE + _LABEL_HEIGHT * len(group):
-            group.append(order.pop(0))
-        for place, index in enumerate(group):
-            found[index] = heights[group[-1]] + _ABOVE + _LABEL_HEIGHT * place
-    return found
-
-
-def _label_points(axes: Any, rows: list[dict[str, Any]], key: str, colors: dict[str, str]) -> None:
-    """`row[key]` as "1.5x" above each point with K > 0, in its engine's colour.
-
-    Where points of one K lie close together their labels are stacked above all of them, in the points' order. The axes
-    must have their scale and the figure its size.
+    Attributes:
+        color: a number from 0, or `GREY` or `BLACK`.
+        style: "line"; "dotted", for what was predicted; "dots" without a line; "bar", horizontal, of length x at y.
+        notes: a text beside each point, "" for none.
+        ends: lowest and highest y of each point, shown as a whisker.
     """
-    from matplotlib.patheffects import withStroke
 
-    axes.figure.draw_without_rendering()
-    points = 72 / axes.figure.dpi
-    for steps in sorted({row["num_steps"] for row in rows} - {0}):
-        labelled = [row for row in rows if row["num_steps"] == steps and row[key] is not None]
-        heights = [axes.transData.transform((steps, row["texts_per_second"]))[1] * points for row in labelled]
-        labels = stacked(heights)
-        for row, height, label in zip(labelled, heights, labels, strict=True):
-            axes.annotate(
-                f"{row[key]:.1f}x",
-                (steps, row["texts_per_second"]),
-                textcoords="offset points",
-                xytext=(0, label - height),
-                ha="center",
-                fontsize=9,
-                color=colors[row["engine"]],
-                path_effects=[withStroke(linewidth=2, foreground="white")],
-            )
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    color: int
+    style: str = "line"
+    notes: Sequence[str] = ()
+    ends: Sequence[tuple[float, float]] = ()
 
 
-# For records from before official-eval was among the engines. The docs' figures of these carry a digest of this source:
-# an edit has them drawn again.
-def plot_throughput(record: dict[str, Any], path: Path) -> None:
-    """Texts per second against K, one line per engine, the single pass as a level, the floor as a dotted line."""
-    plt = pyplot()
-    rows = record["points"]
-    names = [name for name in dict.fromkeys(row["engine"] for row in rows) if name != SINGLE_PASS]
-    figure, axes = plt.subplots(figsize=(8.2, 5.0), layout="constrained")
-    texts = record["batch"]["texts"]
-    floor = {row["num_steps"]: texts / row["floor_seconds"] for row in rows}
-    axes.plot(
-        sorted(floor),
-        [floor[k] for k in sorted(floor)],
-        color=_GREY,
-        linestyle=":",
-        linewidth=1.6,
-        label="floor of the job",
-    )
-    for row in rows:
-        if row["engine"] == SINGLE_PASS:
-            axes.axhline(row["texts_per_second"], color=_BLACK, linewidth=0.8, zorder=1)
-            axes.plot([0], [row["texts_per_second"]], "*", color=_BLACK, markersize=11, label="single pass (K = 0)")
-    for name in names:
-        line = [row for row in rows if row["engine"] == name]
-        steps = [row["num_steps"] for row in line]
-        low = [row["texts_per_second"] - texts / max(row["runs"]) for row in line]
-        high = [texts / min(row["runs"]) - row["texts_per_second"] for row in line]
-        rates = [row["texts_per_second"] for row in line]
-        axes.errorbar(
-            steps, rates, yerr=[low, high], capsize=3, linewidth=2, markersize=6, label=name, **_style(name, names)
-        )
-    for row in rows:
-        if row["engine"] not in (REFERENCE, SINGLE_PASS) and row["num_steps"] and row["speedup_over_recompute"]:
-            axes.annotate(
-                f"{row['speedup_over_recompute']:.1f}x",
-                (row["num_steps"], row["texts_per_second"]),
-                textcoords="offset points",
-                xytext=(0, 8),
-                ha="center",
-                fontsize=9,
-                color=_style(row["engine"], names)["color"],
-            )
-    axes.set_yscale("log")
-    plain_log_ticks(axes)
-    axes.set_xticks(sorted(floor))
-    axes.set_xlabel("K, generated soft tokens per text")
-    axes.set_ylabel("texts per second")
-    axes.grid(True, which="both", alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="best", fontsize=9)
-    _title(figure, axes, record, f"Encoding speed against K (labels: times as fast as {REFERENCE})")
-    save_figure(plt, figure, path)
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One pair of axes.
+
+    Attributes:
+        x_scale, y_scale: "linear", "log" (base 10), or "log2".
+        x_ticks: where the horizontal axis is labelled; empty: where matplotlib likes.
+        rows: names for y = 0, 1, .., from the top; empty where y is a number.
+        y_from: least value that the vertical axis shows.
+        least_range: the vertical axis' end is at least so many times its beginning, so that what is flat looks flat.
+    """
+
+    series: Sequence[Series]
+    title: str = ""
+    x_label: str = ""
+    y_label: str = ""
+    x_scale: str = "linear"
+    y_scale: str = "linear"
+    x_ticks: Sequence[float] = ()
+    rows: Sequence[str] = ()
+    y_from: float | None = None
+    least_range: float = 1.0
 
 
-def plot_training(record: dict[str, Any], path: Path) -> None:
-    """Two bar charts, seconds and peak memory of one training step per engine, at the largest K."""
-    plt = pyplot()
-    rows = [row for row in record["points"] if row["num_steps"] == max(record["num_steps"])]
-    names = [row["engine"] for row in rows]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.4, 1.9 + 0.55 * len(rows)), layout="constrained", sharey=True)
-    colors = [_style(name, names)["color"] for name in names]
-    seconds = [row["seconds"] for row in rows]
-    bars = left.barh(names, seconds, color=colors, height=0.55)
-    left.bar_label(bars, [f"{s:.3g} s" + _speedup(row) for s, row in zip(seconds, rows, strict=True)], padding=4)
-    left.axvline(rows[0]["floor_seconds"], color=_GREY, linestyle=":", linewidth=1.8)
-    left.annotate(
-        "floor",
-        (rows[0]["floor_seconds"], 1.0),
-        xycoords=("data", "axes fraction"),
-        color=_GREY,
-        ha="center",
-        va="bottom",
-        fontsize=9,
-    )
-    left.set_xlabel("seconds per step")
-    left.set_xlim(0, 1.3 * max(seconds))
-    gib = [(row["loaded_bytes"] / 2**30, row["peak_extra_bytes"] / 2**30) for row in rows]
-    right.barh(names, [base for base, _ in gib], color="#cccccc", height=0.55, label="model loaded")
-    bars = right.barh(
-        names,
-        [extra for _, extra in gib],
-        left=[base for base, _ in gib],
-        color=colors,
-        height=0.55,
-        hatch="//",
-        edgecolor="white",
-    )
-    right.bar_label(bars, [f"{base + extra:.2f} GiB" for base, extra in gib], padding=4)
-    right.set_xlabel("peak memory, GiB (grey: before the step)")
-    right.set_xlim(0, 1.3 * max(base + extra for base, extra in gib))
-    left.invert_yaxis()
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(True, axis="x", alpha=0.25, linewidth=0.6)
-        axes.set_axisbelow(True)
-    _title(figure, None, record, "One training step")
-    save_figure(plt, figure, path)
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """What a picture shows: panels in rows of `columns`, a title above, a caption below; sizes in inches."""
+
+    panels: Sequence[Panel]
+    title: str = ""
+    caption: str = ""
+    columns: int = 1
+    width: float = 8.6
+    height: float = 4.0
 
 
-def _speedup(row: dict[str, Any]) -> str:
-    ratio = row["speedup_over_recompute"]
-    return "" if ratio is None or row["engine"] == REFERENCE else f" ({ratio:.1f}x)"
-
-
-def _style(name: str, names: list[str]) -> dict[str, Any]:
-    order = [*_FIRST, *(other for other in names if other not in _FIRST)]
-    return _STYLES[order.index(name) % len(_STYLES)]
-
-
-def plain_log_ticks(axes: Any) -> None:
-    """1, 2, 5, 10, .. on the vertical axis instead of powers of ten; powers of ten where those would be too many."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0) if high < 2e3 * low else (1.0,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _title(figure: Any, axes: Any, record: dict[str, Any], title: str) -> None:
-    from bench.records import describe
-
-    origin = record["provenance"]
-    model, batch = describe(record)
-    figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
-    small = {"fontsize": 9, "color": "#444444"}
-    text = f"{model}\n{batch}"
-    if axes is None:
-        figure.supxlabel(f"{model}; {batch}\n{_origin(origin)}", fontsize=7.5, color=_GREY, x=0.01, ha="left")
-    else:
-        axes.set_title(text, loc="left", **small)
-        figure.supxlabel(_origin(origin), fontsize=7.5, color=_GREY, x=0.01, ha="left")
-
-
-def _origin(origin: dict[str, Any]) -> str:
-    return (
-        f"{origin['device']}, torch {origin['torch']}, transformers {origin['transformers']}, {origin['date'][:10]}, "
-        f"commit {origin['commit'] or 'none'}, sources {origin['sources']}"
-    )
-
-
-def pyplot() -> Any:
+def draw(figure: Figure, path: Path) -> None:
+    """Writes the PNG. matplotlib is imported here, so that nothing else needs it."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    return plt
-
-
-def save_figure(plt: Any, figure: Any, path: Path) -> None:
+    rows = -(-len(figure.panels) // figure.columns)
+    canvas, grid = plt.subplots(
+        rows, figure.columns, figsize=(figure.width, figure.height), layout="constrained", squeeze=False
+    )
+    explained: list[list[str]] = []
+    for axes, panel in zip(grid.flat, figure.panels, strict=True):
+        _panel(axes, panel)
+        labels = axes.get_legend_handles_labels()[1]
+        if labels not in explained:  # a legend for each set of lines
+            axes.legend(framealpha=0.8, edgecolor="none", fontsize=8, loc="best")
+            explained.append(labels)
+    canvas.suptitle(figure.title, fontsize=12, fontweight="bold", x=0.01, ha="left")
+    canvas.supxlabel(figure.caption, fontsize=7.5, color=_COLORS[GREY], x=0.01, ha="left")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    canvas.savefig(path, dpi=150, format="png")
+    plt.close(canvas)
+
+
+def _panel(axes: Any, panel: Panel) -> None:
+    for series in panel.series:
+        _series(axes, series)
+    for axis, scale, name in ((axes.xaxis, panel.x_scale, "x"), (axes.yaxis, panel.y_scale, "y")):
+        if scale != "linear":
+            getattr(axes, f"set_{name}scale")("log", base=2 if scale == "log2" else 10)
+            axis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.set_minor_formatter(lambda *_: "")
+    if panel.x_ticks:
+        axes.set_xticks(panel.x_ticks, [f"{tick:g}" for tick in panel.x_ticks])
+        axes.minorticks_off()
+    if panel.rows:
+        axes.set_yticks(range(len(panel.rows)), panel.rows, fontsize=8)
+        axes.set_ylim(len(panel.rows) - 0.4, -0.6)
+        axes.margins(x=0.2)
+    else:
+        low, high = axes.get_ylim()
+        if panel.y_scale == "log" and high < panel.least_range * low:
+            middle, half = (low * high) ** 0.5, panel.least_range**0.5
+            axes.set_ylim(middle / half, middle * half)
+        if panel.y_scale == "log":  # 1, 2, 5, 10, .. unless those would be too many
+            from matplotlib.ticker import LogLocator
+
+            low, high = axes.get_ylim()
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 2e3 * low else (1.0,)))
+        axes.set_ylim(bottom=panel.y_from)
+    axes.set_title(panel.title, loc="left", **_SMALL)
+    axes.set_xlabel(panel.x_label)
+    axes.set_ylabel(panel.y_label)
+    axes.grid(True, alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _series(axes: Any, series: Series) -> None:
+    look: dict[str, Any] = {"color": _COLORS[series.color], "label": series.label}
+    if series.style == "bar":
+        axes.barh(series.y, series.x, height=0.55, **look)
+    elif series.style == "dotted":
+        axes.plot(series.x, series.y, linestyle=":", linewidth=1.6, **look)
+    else:
+        line = _DASHES[series.color] if series.style == "line" else ""
+        look |= {"marker": _MARKERS[series.color], "markersize": 5.5, "linestyle": line, "linewidth": 2}
+        around = [
+            (max(y - low, 0.0), max(high - y, 0.0)) for y, (low, high) in zip(series.y, series.ends, strict=False)
+        ]
+        axes.errorbar(series.x, series.y, yerr=list(zip(*around, strict=True)) or None, capsize=3, **look)
+    for x, y, note in zip(series.x, series.y, series.notes, strict=False):
+        beside = {"xytext": (4, 0), "va": "center"} if series.style == "bar" else {"xytext": (0, 8), "ha": "center"}
+        axes.annotate(note, (x, y), textcoords="offset points", fontsize=8.5, color=look["color"], **beside)

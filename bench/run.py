@@ -21,7 +21,7 @@ from bench.batches import draw_lengths, random_batch
 from bench.floors import measure_ceilings
 from bench.options import parse
 from bench.plots import draw
-from bench.records import judged, problems, report, save, settings, to_json
+from bench.records import figure_of, judged, problems, report, save, settings, to_json
 from bench.shapes import meta_model, pretrained_model, random_model
 from gircse.lm.causal_lm import CausalLM, UnsupportedModelError
 from gircse.roofline import ModelFacts
@@ -158,7 +158,7 @@ def _plot(record: dict[str, Any], path: Path) -> str:
         return "plot: none, a curve would not show which points are wrong"
     if importlib.util.find_spec("matplotlib") is None:
         return "plot: none, matplotlib is not installed"
-    draw(record)(record, path)
+    draw(figure_of(record), path)
     return f"plot: {path}"
 
 

@@ -1,19 +1,17 @@
 #!/usr/bin/env python
 """`soft_embed` against eager PyTorch, `softmax(hidden @ W.T) @ E`, and `torch.compile` of that: time and peak extra
-memory, forward and backward.
+memory, forward and backward, over the number of rows.
 
     python bench/soft_embed.py --out bench/results/soft_embed-cpu.json
 
-Frozen matrices, random hidden states and upstream gradients. Times are medians of interleaved runs in one process; the
-peak of each point is taken in a fresh process (not of the compiled form: its compiler would count). The floor is that
-of the kernels' traffic model at ceilings measured in the same run. Nothing is printed unless values and gradients agree
-with float64 first.
+The matrices are frozen, hidden states and upstream gradients are random. Each point is measured as a case of the GPU
+suite is (`bench/op_measure.py`): the engines take turns, and the results are held against float64. Nothing is recorded
+where they are wrong.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,68 +21,48 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from bench.cases import BOTH, MODELS, PASSES, Case
+from bench.cases import MODELS, PASSES, Case
 from bench.floors import measure_ceilings
-from bench.memory import peak, reset_peak
-from bench.op_engines import Op, Problem, WrongResultError, check, compiled, draw_matrices, eager, ours
+from bench.op_engines import draw_matrices
+from bench.op_measure import measure
 from bench.provenance import provenance
 from bench.records import save, to_json
-from bench.tables import table
-from bench.timing import interleaved
-from bench.verdict import first_line
+from bench.tables import column, table
+from bench.verdict import is_good
 
-OPS: dict[str, Op] = {"eager": eager, "ours": ours}
+_MIB = 2**-20
+_COLUMNS = [
+    column("pass", "pass"),
+    column("T", "rows"),
+    *(column(f"{name} ms", f"milliseconds.{name}", "{:,.1f}") for name in ("eager", "compiled", "ours")),
+    column("floor ms", "floor_milliseconds", "{:,.1f}"),
+    column("x eager", "speedup", "{:.2f}x"),
+    *(column(f"{name} MiB", f"peak_extra_bytes.{name}", "{:,.0f}", _MIB) for name in ("eager", "ours")),
+]
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=MODELS, default="qwen2.5-0.5b", help="model whose matrices are used")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 256], help="numbers of rows T")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=7, help="timed runs of each point")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for the timed runs of each point (default 10)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--out", type=Path, help="write the record to this JSON file")
-    parser.add_argument("--peak-of", nargs=3, metavar=("OP", "PASS", "T"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.peak_of:
-        op, what, rows = options.peak_of
-        print(measure_peak(options, op, what, int(rows)))
-        return 0
-
-    device, points, worst = torch.device(options.device), [], 0.0
-    failures: dict[str, str] = {}
+    options = parser.parse_args(argv)
+    device, origin = torch.device(options.device), provenance(options.device, "soft_embed")
     head, embed = draw_matrices(MODELS[options.shape], getattr(torch, options.dtype), device)
-    ceilings = measure_ceilings(device, head.dtype)
-    for rows in options.rows:
-        try:
-            worst = max(worst, check(Problem.draw(rows, BOTH, head, embed))["worst_ratio"])
-        except WrongResultError as error:
-            raise SystemExit(f"bench/soft_embed.py: {error}") from error
-        for what in PASSES:
-            problem = Problem.draw(rows, what, head, embed)
-            runs = {name: problem.call(op) for name, op in OPS.items()}
-            for run in runs.values():
-                run()
-            if not options.no_compile:
-                run = problem.call(compiled())
-                try:
-                    run()
-                    runs["compiled"] = run
-                except Exception as error:  # no C++ compiler, for one
-                    failures[f"compiled, T = {rows}, {what}"] = first_line(error)
-            timings = interleaved(runs, device, options.repeats)
-            points.append(
-                {
-                    "rows": rows,
-                    "pass": what,
-                    "milliseconds": {name: timing.seconds * 1e3 for name, timing in timings.items()},
-                    "spread": {name: timing.spread for name, timing in timings.items()},
-                    "speedup": timings["eager"].seconds / timings["ours"].seconds,
-                    "floor_milliseconds": Case(options.shape, rows, what, options.dtype).floor(ceilings) * 1e3,
-                    "peak_extra_bytes": {name: peak_of(name, what, rows) for name in OPS},
-                }
-            )
+    ceilings, points, worst = measure_ceilings(device, head.dtype), [], 0.0
+    failures: dict[str, str] = {}
+    backend = None if options.no_compile else "inductor"
+    for case in (Case(options.shape, rows, what, options.dtype) for rows in options.rows for what in PASSES):
+        found = measure(case, head, embed, ceilings, compile_backend=backend, budget=options.seconds)
+        if not is_good(found):
+            raise SystemExit(f"bench/soft_embed.py: {case.name}: {found['agreement']['why']}")
+        worst = max(worst, found["agreement"]["worst_ratio"])
+        failures |= {f"{name}, T = {case.rows}, {case.what}": why for name, why in found["failures"].items()}
+        points.append(_point(found))
     record = {
         "benchmark": "soft_embed",
         "shape": options.shape,
@@ -92,69 +70,31 @@ def main() -> int:
         "hidden": head.shape[1],
         "tied": embed is None,
         "dtype": options.dtype,
-        "repeats": options.repeats,
         "ceilings": vars(ceilings),
         "failures": failures,
         "worst_error_over_eager": worst,
         "points": points,
-        "provenance": provenance(device, "soft_embed"),
+        "provenance": origin,
     }
-    print(report(record))
+    print(f"soft_embed, {options.shape} ({MODELS[options.shape]}), {options.dtype}")
+    print(f"{origin['device']}, {origin['threads']} threads, torch {origin['torch']}, sources {origin['sources']}")
+    print(f"worst error over eager's, against float64: {worst:.2f}\n\n{table(_COLUMNS, points)}\n")
+    print("medians of interleaved runs; MiB: what is allocated at the peak beyond the inputs, the result included")
     if options.out:
         save(record, options.out)
     print(to_json(record))
     return 0
 
 
-def peak_of(name: str, what: str, rows: int) -> int | None:
-    command = [sys.executable, *sys.argv, "--peak-of", name, what, str(rows)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return int(done.stdout) if done.returncode == 0 else None
-
-
-def measure_peak(options: argparse.Namespace, name: str, what: str, rows: int) -> int:
-    """Bytes above what was in use before the call; results count as extra."""
-    device = torch.device(options.device)
-    head, embed = draw_matrices(MODELS[options.shape], getattr(torch, options.dtype), device)
-    small = Problem.draw(1, what, head[:4096], None if embed is None else embed[:4096])
-    small.call(OPS[name])()  # libraries, threads and their scratch are not the op's
-    run = Problem.draw(rows, what, head, embed).call(OPS[name])
-    before = reset_peak(device)
-    run()
-    return peak(device) - before
-
-
-def mebibytes(peak_bytes: int | None) -> str:
-    """A dash where the measuring process failed: that is not zero."""
-    return "-" if peak_bytes is None else f"{peak_bytes / 2**20:.0f}"
-
-
-def report(record: dict[str, Any]) -> str:
-    columns = [
-        ("pass", lambda p: p["pass"]),
-        ("T", lambda p: str(p["rows"])),
-        ("eager ms", lambda p: f"{p['milliseconds']['eager']:.1f}"),
-        ("compiled ms", lambda p: f"{p['milliseconds']['compiled']:.1f}" if "compiled" in p["milliseconds"] else "-"),
-        ("ours ms", lambda p: f"{p['milliseconds']['ours']:.1f}"),
-        ("floor ms", lambda p: f"{p['floor_milliseconds']:.1f}"),
-        ("spread", lambda p: f"{max(p['spread'].values()):.0%}"),
-        ("speed-up", lambda p: f"{p['speedup']:.2f}x"),
-        ("eager MiB", lambda p: mebibytes(p["peak_extra_bytes"]["eager"])),
-        ("ours MiB", lambda p: mebibytes(p["peak_extra_bytes"]["ours"])),
-    ]
-    tied = "tied" if record["tied"] else "untied"
-    origin = record["provenance"]
-    return "\n".join(
-        [
-            f"soft_embed, {record['shape']} ({record['vocab']} x {record['hidden']}, {tied}), {record['dtype']}",
-            f"{origin['device']}, {origin['threads']} threads, torch {origin['torch']}, sources {origin['sources']}",
-            f"worst error over eager's, against float64: {record['worst_error_over_eager']:.2f}",
-            "",
-            table(columns, record["points"]),
-            "",
-            f"medians of {record['repeats']} interleaved runs; MiB: peak above inputs and libraries, result included",
-        ]
-    )
+def _point(found: dict[str, Any]) -> dict[str, Any]:
+    """What this record keeps of a measured case."""
+    engines = {name: engine for name, engine in found["engines"].items() if engine is not None}
+    return {
+        **{key: found[key] for key in ("rows", "pass", "repeats", "floor_milliseconds")},
+        "speedup": found["plain_speedup"],  # of plain calls, as all times here are
+        **{key: {name: engines[name][key] for name in engines} for key in ("milliseconds", "spread")},
+        "peak_extra_bytes": {name: engine["peak_extra_bytes"] for name, engine in engines.items()},
+    }
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import quality, quality_corpora
+from bench import plots, quality, quality_corpora
 from bench.blocks_quality import ablation, negatives, other, poolings, scaling, soft_tokens, steps
 from bench.documents import Results
 from bench.quality_arms import ARMS, SCALES
@@ -121,7 +121,7 @@ def test_a_study_goes_on_and_is_rendered(base, corpus, tmp_path, monkeypatch, ca
     for render in (ablation, steps, scaling, poolings, other, negatives, soft_tokens):
         assert "`gircse`" in render(results) or "negatives a query" in render(results)
     (figure,) = results.figures.values()
-    figure.draw(figure.data, tmp_path / "figure.png")
+    plots.draw(figure, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
     changed = json.loads(record.read_text())

@@ -86,7 +86,6 @@ def _op_record(case, factor: float, **changes) -> dict:
         "eager_milliseconds": floor * 3.0,
         "speedup": 3.0 / factor,
         "plain_speedup": 2.0 / factor,
-        "speedup_over_compiled": 2.5 / factor,
         "extra_bytes": 1 << 20,
         "memory_ratio": 0.25,
         "replay": {
@@ -209,7 +208,7 @@ def test_a_block_from_elsewhere(folders, monkeypatch):
 
     @block("elsewhere")
     def kernels(results):
-        record = results.named("kernels-compile")
+        record = results.records.get("kernels-compile")
         return "none" if record is None else f"{record['registers']} registers{results.mark(record)}"
 
     with pytest.raises(ValueError, match="'elsewhere' is registered twice"):
