@@ -17,7 +17,6 @@ from bench.sweep import KINDS, NAMES
 from gircse.lm.load import is_local
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-OFFICIAL = "recompute-official"
 SUFFIXES = (".txt", ".jsonl")
 CORPUS_ENGINES = [OFFICIAL_EVAL, GRAPH]
 
@@ -87,7 +86,6 @@ def _parser() -> Parser:
     add("--prefix-reuse", type=int, metavar="P", help=_PREFIX)
     add("--steps", type=int, nargs="+", metavar="K", help=_STEPS)
     add("--engines", nargs="+", metavar="NAME", help=_ENGINES)
-    add("--official-waste", action="store_true", help=f"add {OFFICIAL}: with what the reference computes for nothing")
     add(
         "--checkpointing",
         nargs="*",
@@ -134,8 +132,6 @@ def _fill(options: argparse.Namespace) -> None:
         _default(options, "prefix_reuse", 0)
         _default(options, "latency", 20 if cuda else 5)
     _default(options, "engines", _default_engines(mode, options.prefix_reuse))
-    if options.official_waste and OFFICIAL not in options.engines:
-        options.engines = [*options.engines, OFFICIAL]
     options.name = options.shape or Path(options.model).name
     if options.out is None:
         folder = options.plot.parent if options.plot is not None else ROOT / "runs" / "bench"
@@ -197,7 +193,7 @@ def _check(options: argparse.Namespace) -> PretrainedConfig:
 def _check_given(options: argparse.Namespace) -> None:
     """Options that belong to another mode, and --corpus without its model; before defaults are filled in."""
     if options.sweep is not None:
-        others = ("model", "train", "corpus", "engines", "official_waste", "distribution", "prefix_reuse", "latency")
+        others = ("model", "train", "corpus", "engines", "distribution", "prefix_reuse", "latency")
         for name in (*others, "batch", "length", "steps", "plot"):
             if getattr(options, name) not in (None, False):
                 raise ValueError(f"--{name.replace('_', '-')} does not go with --sweep")
@@ -211,7 +207,6 @@ def _check_given(options: argparse.Namespace) -> None:
             "train",
             "quick",
             "engines",
-            "official_waste",
             "distribution",
             "prefix_reuse",
             "latency",
