@@ -35,7 +35,7 @@ if __name__ == "__main__" and attempts.state_file() is None:  # before anything 
 import torch
 from gircse_kernels.plan import Device
 
-from bench.suite import candidates, loss, models, ops, plan, precompile, summary, tests
+from bench.suite import candidates, models, ops, plan, precompile, summary, tests
 from bench.suite.session import Session, say
 
 SECTIONS = ("ops", "engine", "training", "loss", "plan", "tests")
@@ -52,13 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     session = Session(options.out, device, options.minutes, smoke=options.smoke)
     origin = session.origin
     say(f"{origin['device']}, driver {origin['driver']}; torch {origin['torch']}, triton {origin['triton']}")
-    say(f"sources {origin['sources']}; records: {session.folder}")
-    if options.candidates:
-        if not session.goes_on:
-            _compile(session, options)
-        return _finish(session, lambda: candidates.time_file(session, options.candidates), "summary-candidates")
+    say(f"commit {origin['commit']}; records: {session.folder}")
     if not session.goes_on:
         _compile(session, options)
+    if options.candidates:
+        return _finish(session, lambda: candidates.time_file(session, options.candidates), "summary-candidates")
     if "tests" in options.only and not session.goes_on:
         tests.run(session, 1 if options.smoke else options.jobs)
     if device.index is not None and device.type == "cuda":  # PyTorch refuses to set "cuda" without a number
@@ -71,15 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _sections(session: Session, options: argparse.Namespace) -> None:
-    runs: list[tuple[set[str], Callable[[], None]]] = [
-        ({"ops"}, lambda: ops.run(session)),
-        ({"engine", "training"}, lambda: models.run(session, options.only, profiled=options.profile)),
-        ({"loss"}, lambda: loss.run(session)),
-        ({"plan"}, lambda: plan.run(session)),
-    ]
-    for names, run in runs:
-        if names & set(options.only):
-            with session.surviving("-and-".join(sorted(names))):
+    runs: dict[tuple[str, ...], Callable[[], None]] = {
+        ("ops",): lambda: ops.run(session),
+        ("engine", "training"): lambda: models.run(session, options.only, profiled=options.profile),
+        ("loss",): lambda: ops.run_loss(session),
+        ("plan",): lambda: plan.run(session),
+    }
+    for names, run in runs.items():
+        if set(names) & set(options.only):
+            with session.surviving("-and-".join(names)):
                 run()
 
 
@@ -105,19 +103,14 @@ def _compile(session: Session, options: argparse.Namespace) -> None:
         candidates=options.candidates,
         smoke=options.smoke,
     )
-    say(f"compiled for sm_{device.arch}: {_counted(counts)}")
+    if "kernels" in counts:
+        late = f", {counts['unfinished']} not in time" if counts["unfinished"] else ""
+        say(
+            f"compiled for sm_{device.arch}: {counts['kernels']} kernels in {counts['seconds']:.0f} s, "
+            f"{counts['compiled']} anew, {counts['cached']} were there{late}"
+        )
     for line in counts["failed"]:
         session.problem(f"not compiled: {line}")
-
-
-def _counted(counts: dict) -> str:
-    if "kernels" not in counts:
-        return "nothing"
-    left = f", {counts['unfinished']} not in time" if counts["unfinished"] else ""
-    return (
-        f"{counts['kernels']} kernels in {counts['seconds']:.0f} s, {counts['compiled']} anew, {counts['cached']} "
-        f"were there{left}"
-    )
 
 
 def _compile_only(options: argparse.Namespace) -> int:
@@ -147,26 +140,25 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("minutes", "jobs"):
         if getattr(options, name) <= 0:
             parser.error(f"--{name}: got {getattr(options, name):g}, expected more than 0")
-    if options.candidates:
-        try:
-            candidates.read(options.candidates)
-        except ValueError as error:
-            parser.error(f"--candidates: {error}")
-    if options.compile_only:
-        return options
-    if options.out is None:
-        parser.error("the following arguments are required: --out")
     try:  # now, not when minutes have been spent
-        options.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=options.out).close()
+        if options.candidates:
+            candidates.read(options.candidates)
+        if not options.compile_only:
+            if options.out is None:
+                parser.error("the following arguments are required: --out")
+            options.out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=options.out).close()
+    except ValueError as error:
+        parser.error(f"--candidates: {error}")
     except OSError as error:
         parser.error(f"--out: {error}")
     options.device = options.device or ("cpu" if options.smoke else "cuda")
     kind = options.device.split(":")[0]
-    if kind == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--device: got {options.device!r}, but PyTorch sees no GPU; --smoke is a dry run without one")
-    if kind != "cuda" and not (kind == "cpu" and options.smoke):
-        parser.error(f"--device: got {options.device!r}, expected cuda, or cpu with --smoke")
+    if not options.compile_only:
+        if kind == "cuda" and not torch.cuda.is_available():
+            parser.error(f"--device: got {options.device!r}, but PyTorch sees no GPU; --smoke is a dry run without one")
+        if kind != "cuda" and not (kind == "cpu" and options.smoke):
+            parser.error(f"--device: got {options.device!r}, expected cuda, or cpu with --smoke")
     return options
 
 

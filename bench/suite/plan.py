@@ -7,31 +7,21 @@ from bench.suite.session import Session, say
 
 
 def run(session: Session) -> None:
-    """All cases are one record; a prediction that is off is a problem, and is measured again at the next call."""
-    name = "plan"
-    finished = session.finished(name)
-    if finished is not None and finished["met"]:
-        session.records.append(finished)
+    """All cases are one record; where a prediction is off, that is a problem, and the next call measures again."""
+    if session.had("plan", lambda record: record["met"]):
         return
-    smoke = session.smoke
     points = []
-    for case in plan_check.SMOKE_CASES if smoke else plan_check.CASES:
-        if session.fits(f"{name} {case.shape}", 3 if smoke else 12):
-            with session.surviving(f"{name} {case.shape}"):
+    for case in plan_check.SMOKE_CASES if session.smoke else plan_check.CASES:
+        name = f"plan {case.shape}"
+        if session.fits(name, 3 if session.smoke else 12):
+            with session.surviving(name):
                 points.append(plan_check.check(case, session.device))
-                say(f"plan: {case.shape}, error {points[-1]['error']:+.1%}")
+                say(f"{name}, error {points[-1]['error']:+.1%}")
     if not points:
         return
-    worst = max((point["error"] for point in points), key=abs)
-    met = abs(worst) <= plan_check.TOLERANCE
-    line = {
-        "case": f"plan of {len(points)} steps: worst error {worst:+.1%}",
-        "target": f"within {plan_check.TOLERANCE:.0%}",
-        "met": met,
-    }
-    session.keep(
-        name,
-        {"benchmark": "plan", "tolerance": plan_check.TOLERANCE, "points": points, "met": met, "lines": [line]},
-    )
+    worst, tolerance = max((point["error"] for point in points), key=abs), plan_check.TOLERANCE
+    what, met = f"plan of {len(points)} steps: worst error {worst:+.1%}", abs(worst) <= tolerance
+    line = {"case": what, "target": f"within {tolerance:.0%}", "met": met}
+    session.keep("plan", {"benchmark": "plan", "tolerance": tolerance, "points": points, "met": met, "lines": [line]})
     if not met:
-        session.problem(f"plan: the worst prediction is {worst:+.1%} off, {line['target']} is expected")
+        session.problem(f"{what}, expected {line['target']}")

@@ -37,8 +37,8 @@ from bench.shapes import SHAPES
 from bench.suite.alternatives import using
 from bench.suite.candidates import read
 from bench.suite.launches import Call, compile_launch, launches
-from bench.suite.loss import SIZES
-from bench.suite.model_cases import ENCODINGS, TRAINING
+from bench.suite.model_cases import MODEL_CASES
+from bench.suite.ops import SIZES
 
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 
@@ -60,20 +60,17 @@ def calls(sections: Sequence[str], *, smoke: bool = False) -> list[Call]:
     found: list[Call] = []
     if "ops" in sections:
         found += [op_call(case) for case in (SMOKE_CASES if smoke else CASES)]
-    if "engine" in sections and not smoke:
-        for encoding in ENCODINGS:
-            # the engine's buffers hold a power of two rows; then the checks, of 1, 4 and 32 rows and of float32
-            for rows in (1 << (encoding.batch - 1).bit_length(), *_CHECKED_ROWS):
-                found.append(_model_call(encoding.shape, rows, encoding.dtype, False))
-            found += [_model_call(encoding.shape, rows, "float32", False) for rows in _CHECKED_ROWS]
-    if "training" in sections and not smoke:
-        for step in TRAINING:
-            for rows in (step.queries, 2 * step.queries):
-                found.append(_model_call(step.shape, rows, step.dtype, True))
-            found += [_model_call(step.shape, rows, "float32", True) for rows in (2, 4)]  # of the checks
-            for k in step.targets:
-                sizes = (step.queries, 2 * step.queries, max(k, 1), SHAPES[step.shape].settings["hidden_size"])
-                found.append(Call("info_nce", sizes, step.dtype, backward=True))
+    for case in () if smoke else [case for case in MODEL_CASES if case.section in sections]:
+        trains = case.section == "training"
+        # the engine's buffers hold a power of two rows; the checks take few rows, in float32 too
+        timed = (case.rows, 2 * case.rows) if trains else (1 << (case.rows - 1).bit_length(), *_CHECKED_ROWS)
+        for rows, dtype in [(n, case.dtype) for n in timed] + [
+            (n, "float32") for n in ((2, 4) if trains else _CHECKED_ROWS)
+        ]:
+            found.append(_model_call(case.shape, rows, dtype, trains))
+        for k in case.targets if trains else ():
+            sizes = (case.rows, 2 * case.rows, max(k, 1), SHAPES[case.shape].settings["hidden_size"])
+            found.append(Call("info_nce", sizes, case.dtype, backward=True))
     if "loss" in sections and not smoke:
         found += [
             Call("info_nce", size[:4], "float32", backward=True)

@@ -24,10 +24,18 @@ def profile(what: str, run: Callable[[], Any], device: torch.device, *, steps: i
     Args:
         steps: how many steps the call takes; launches and times are shown for each.
     """
-    wall = statistics.median(seconds(run, device) for _ in range(3))
-    rows, busy = _kernels(run, device)
-    launches = sum(count for _, count, _ in rows)
-    kind = "kernels" if device.type == "cuda" else "operators (no GPU: their own time on the CPU)"
+    wall, cuda = statistics.median(seconds(run, device) for _ in range(3)), device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with torch.profiler.profile(activities=activities) as profiler:
+        run()
+        synchronize(device)
+    events: list[Any] = list(profiler.key_averages())
+    wanted = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+    times = "self_device_time_total" if cuda else "self_cpu_time_total"
+    rows = [(getattr(event, times) / 1e6, event.count, event.key) for event in events if event.device_type == wanted]
+    rows.sort(reverse=True)
+    busy, launches = sum(took for took, _, _ in rows), sum(count for _, count, _ in rows)
+    kind = "kernels" if cuda else "operators (no GPU: their own time on the CPU)"
     lines = [
         what,
         f"wall {1e3 * wall:.3f} ms, device busy {1e3 * busy:.3f} ms ({busy / wall:.0%}), {launches} launches",
@@ -41,35 +49,10 @@ def profile(what: str, run: Callable[[], Any], device: torch.device, *, steps: i
         ),
         "",
         "host functions by their own time (under a profiler, which slows all of them)",
-        *_host_functions(run, device),
     ]
-    return "\n".join(lines) + "\n"
-
-
-def _kernels(run: Callable[[], Any], device: torch.device) -> tuple[list[tuple[float, int, str]], float]:
-    """(seconds, launches, name) of each kernel, costliest first, and the seconds of all together."""
-    cuda = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with torch.profiler.profile(activities=activities) as profiler:
-        run()
-        synchronize(device)
-    wanted = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
-    rows = []
-    for event in profiler.key_averages():
-        found: Any = event
-        if found.device_type == wanted:
-            took = found.self_device_time_total if cuda else found.self_cpu_time_total
-            rows.append((took / 1e6, found.count, found.key))
-    rows.sort(reverse=True)
-    return rows, sum(took for took, _, _ in rows)
-
-
-def _host_functions(run: Callable[[], Any], device: torch.device) -> list[str]:
-    profiler, text = cProfile.Profile(), io.StringIO()
-    profiler.enable()
-    run()
-    profiler.disable()
+    host, text = cProfile.Profile(), io.StringIO()
+    host.runcall(run)
     synchronize(device)
-    pstats.Stats(profiler, stream=text).sort_stats("tottime").print_stats(_MOST)
+    pstats.Stats(host, stream=text).sort_stats("tottime").print_stats(_MOST)
     table = text.getvalue().split("Ordered by", 1)[-1].splitlines()[1:]
-    return [line[:_WIDTH] for line in table if line.strip()]
+    return "\n".join([*lines, *(line[:_WIDTH] for line in table if line.strip())]) + "\n"

@@ -7,7 +7,7 @@ import os
 import re
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
@@ -47,8 +47,9 @@ class Session:
         self.started = time.perf_counter()
         self.deadline = self.started + 60 * minutes
         self.device, self.smoke = device, smoke
-        self.folder = out / _slug(device_name(device) if device.type == "cuda" else "cpu")
-        self.origin = provenance(device, "op")  # each record gets the hash of its own kind
+        name = device_name(device) if device.type == "cuda" else "cpu"
+        self.folder = out / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        self.origin = provenance(device, "op")  # `save` puts the hash of the record's own kind in its place
         self.records: list[Record] = []
         self.problems: list[str] = []
         self.skipped: list[str] = []
@@ -65,7 +66,7 @@ class Session:
         self._tell()
 
     def _tell(self) -> None:
-        """Whoever attends to this process learns what it does, and until when (`time.time`)."""
+        """The process that attends to this one learns what it does, and until when (`time.time`)."""
         if self._state is not None:
             now, (case, until) = time.time(), self._watching
             state = {"case": case, "until": until, "started": now, "deadline": now + self.left()}
@@ -90,19 +91,31 @@ class Session:
     def ceilings(self, dtype: str) -> Ceilings:
         """Of this device for that dtype, measured when they are first asked for."""
         if dtype not in self._ceilings:
-            found = measure_ceilings(self.device, getattr(torch, dtype), seconds=0.05 if self.smoke else 0.4)
-            say(f"measured ceilings: {found} ({dtype})")
-            self._ceilings[dtype] = found
+            seconds = 0.05 if self.smoke else 0.4
+            self._ceilings[dtype] = measure_ceilings(self.device, getattr(torch, dtype), seconds=seconds)
+            say(f"measured ceilings: {self._ceilings[dtype]} ({dtype})")
         return self._ceilings[dtype]
 
-    def finished(self, name: str) -> Record | None:
-        """Its record, if it was measured with the present sources and its numbers were right."""
+    def had(self, name: str, good: Callable[[Record], bool] = lambda _: True) -> bool:
+        """Takes the record that is there, if it was measured with the present sources and its results were right."""
         try:
             record = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
             same = record["provenance"]["sources"] == sources_hash(record["benchmark"])
-            return record if same and is_good(record) else None
-        except (OSError, ValueError, KeyError, TypeError):  # none, or none of ours
-            return None
+            if not (same and is_good(record) and good(record)):
+                return False
+        except (OSError, ValueError, KeyError, TypeError):  # there is none, or not one of ours
+            return False
+        self.records.append(record)
+        return True
+
+    def measure(self, name: str, seconds: float, run: Callable[[], Record]) -> None:
+        """One case from beginning to end: `run` gives its record, unless that is there or there is no time for it."""
+        if self.had(name) or not self.fits(name, seconds):
+            return
+        with self.surviving(name):
+            started = time.perf_counter()
+            self.keep(name, run())
+            say(f"measured: {name} ({time.perf_counter() - started:.1f} s)")
 
     def save(self, name: str, record: Record) -> Record:
         """Writes the record at once, with its provenance."""
@@ -133,7 +146,7 @@ class Session:
     @contextmanager
     def surviving(self, name: str) -> Iterator[None]:
         """What is raised inside becomes a problem and costs no other case its turn. A case that `fits` was asked for
-        has a minute and twice its estimate, if somebody attends to this process."""
+        has a minute and twice its estimate, if another process attends to this one."""
         try:
             with self.watched(name, self._seconds[name]) if name in self._seconds else nullcontext():
                 yield
@@ -146,7 +159,8 @@ class Session:
 
     @contextmanager
     def watched(self, name: str, seconds: float) -> Iterator[None]:
-        """Whoever attends to this process ends it, and leaves `name` out, if this takes far longer than `seconds`."""
+        """The process that attends to this one ends it, and leaves `name` out, if this takes far longer than
+        `seconds`."""
         before, self._watching = self._watching, (name, time.time() + _ALLOWED + 2 * seconds)
         self._tell()
         try:
@@ -170,7 +184,3 @@ class Session:
 
 def say(line: str) -> None:
     print(line, flush=True)
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from bench.suite.session import Record, Session, say
-from bench.tables import Column, table
+from bench.tables import Column, column, table
 from bench.verdict import is_good
 
 
@@ -19,16 +19,12 @@ def lines_of(records: Sequence[Record]) -> list[dict[str, Any]]:
     ]
 
 
-def _milliseconds(key: str) -> Callable[[dict[str, Any]], str]:
-    def value(line: dict[str, Any]) -> str:
-        found = line.get(key)
-        return "-" if found is None else f"{found:.3g}" if found < 1000 else f"{found:,.0f}"
+def _milliseconds(name: str, key: str) -> Column:
+    def text(line: dict[str, Any]) -> str:
+        number = line.get(key)
+        return "-" if number is None else f"{number:.3g}" if number < 1000 else f"{number:,.0f}"
 
-    return value
-
-
-def _times(line: dict[str, Any]) -> str:
-    return "-" if line.get("speedup") is None else f"{line['speedup']:.2f}"
+    return name, text
 
 
 def _met(line: dict[str, Any]) -> str:
@@ -38,11 +34,11 @@ def _met(line: dict[str, Any]) -> str:
 
 
 COLUMNS: list[Column] = [
-    ("case", lambda line: line["case"]),
-    ("floor ms", _milliseconds("floor")),
-    ("ours", _milliseconds("ours")),
-    ("baseline", _milliseconds("baseline")),
-    ("x", _times),
+    column("case", "case"),
+    _milliseconds("floor ms", "floor"),
+    _milliseconds("ours", "ours"),
+    _milliseconds("baseline", "baseline"),
+    column("x", "speedup", "{:.2f}"),
     ("target", lambda line: line["target"] or "-"),
     ("met", _met),
 ]
@@ -50,19 +46,14 @@ COLUMNS: list[Column] = [
 
 def shown(record: Record) -> str:
     """A record's lines on one."""
-    return "; ".join(
-        f"{line['case']}: {_milliseconds('ours')(line)} ms, floor {_milliseconds('floor')(line)}, "
-        f"baseline {_milliseconds('baseline')(line)}, {_met(line)}"
-        for line in lines_of([record])
-    )
+    lines = ([f"{name} {text(line)}" for name, text in COLUMNS[1:]] for line in lines_of([record]))
+    return f"{record['case']}: " + "; ".join(", ".join(line) for line in lines)
 
 
 def finish(session: Session, seconds: float, name: str = "summary") -> Record:
     """Prints the table and what is missing from it, and saves both under that name."""
     lines = lines_of(session.records)
-    print()
-    if lines:
-        print(table(COLUMNS, lines))
+    print("\n" + (table(COLUMNS, lines) if lines else ""))
     asked = [line for line in lines if line["met"] is not None]
     met = sum(line["met"] for line in asked)
     if session.skipped:
@@ -73,13 +64,6 @@ def finish(session: Session, seconds: float, name: str = "summary") -> Record:
         f"{met} of {len(asked)} targets met, {len(session.skipped)} skipped, {len(session.problems)} problems, "
         f"{seconds:.0f} s; baseline: eager PyTorch, official-style evaluation, the reference algorithm"
     )
-    summary = {
-        "benchmark": "summary",
-        "seconds": seconds,
-        "met": met,
-        "with_target": len(asked),
-        "lines": lines,
-        "skipped": session.skipped,
-        "problems": session.problems,
-    }
-    return session.save(name, summary)
+    counts = {"seconds": seconds, "met": met, "with_target": len(asked)}
+    left = {"skipped": session.skipped, "problems": session.problems}
+    return session.save(name, {"benchmark": "summary", **counts, "lines": lines, **left})

@@ -22,22 +22,14 @@ from gircse.roofline import Ceilings
 CEILINGS = Ceilings(flops_per_s=1e11, bytes_per_s=1e10)
 CPU = torch.device("cpu")
 
-# microseconds at 3.0 TB/s and 790 TFLOP/s, worked out by hand: T = 1, 64, 256, 1024
-FLOORS = {
-    "smollm2-135m": (19, 19, 37, 147),
-    "qwen2.5-0.5b": (91, 91, 176, 706),
-    "qwen3-0.6b": (104, 104, 202, 807),
-    "llama-3.2-1b": (175, 175, 340, 1362),
-    "qwen3-4b": (259, 259, 504, 2017),
-    "mistral-7b": (175, 175, 176, 680),
-    "qwen2.5-7b": (727, 727, 728, 2826),
-}
 
-
-@pytest.mark.parametrize("model", FLOORS)
-def test_floors_on_an_h100(model):
-    for rows, microseconds in zip((1, 64, 256, 1024), FLOORS[model], strict=True):
-        assert Case(model, rows).floor(H100) * 1e6 == pytest.approx(microseconds, rel=0.01)
+@pytest.mark.parametrize(
+    ("model", "microseconds"), [("qwen2.5-0.5b", (91, 91, 176, 706)), ("qwen2.5-7b", (727, 727, 728, 2826))]
+)
+def test_floors_on_an_h100(model, microseconds):
+    """Worked out by hand for 3.0 TB/s and 790 TFLOP/s, of a tied model and an untied one."""
+    for rows, expected in zip((1, 64, 256, 1024), microseconds, strict=True):
+        assert Case(model, rows).floor(H100) * 1e6 == pytest.approx(expected, rel=0.01)
 
 
 def test_forward_and_backward_are_ten_tvd():
@@ -50,27 +42,11 @@ def test_forward_and_backward_are_ten_tvd():
     assert Case("qwen2.5-0.5b", 1, dtype="float32").floor(H100) == pytest.approx(4 * vocab * width / 3e12)
 
 
-def test_the_list_holds_every_target():
+def test_names_are_unique():
     names = [case.name for case in (*CASES, *SMOKE_CASES)]
     assert len(set(names)) == len(names)
     assert set(names) >= COMPILED
     assert len(COMPILED) == 4
-    targets = {(case.model, case.rows, case.what): case.target for case in CASES}
-    narrow, wide = ("qwen2.5-0.5b", "qwen3-0.6b"), "llama-3.2-1b"
-    for model in narrow:
-        assert targets[model, 1, FORWARD] == Target(2.0, over_floor=1.4, plain_speedup=1.0)
-        assert targets[model, 16, FORWARD] == Target(2.0, over_floor=1.4)
-    assert targets[wide, 1, FORWARD] == targets[wide, 16, FORWARD] == Target(1.3)
-    for rows, speedup in ((32, 1.4), (64, 1.1), (256, 1.0)):
-        assert {targets[model, rows, FORWARD] for model in (narrow[0], wide)} == {Target(speedup)}
-    untied = [case for case in CASES if not case.matrices.tied and case.what == FORWARD]
-    assert {case.rows for case in untied} == {1, 64, 1024, 4096}
-    assert {case.target for case in untied} == {Target(1.0)}
-    assert targets[narrow[0], 64, BOTH] == Target(1.15)
-    assert targets[narrow[0], 1024, BOTH] == Target(0.85, memory_ratio=1 / 12)
-    assert targets[wide, 1024, BOTH] == targets["mistral-7b", 1024, BOTH] == Target(0.78)
-    assert targets["qwen2.5-7b", 1024, BOTH] == Target(0.78, memory_ratio=1 / 12)
-    assert targets[narrow[0], 65536, BOTH] == Target(extra_bytes=1e9)
 
 
 def test_targets():
@@ -95,8 +71,7 @@ def _problem(what: str = BOTH, rows: int = 50, model: str = "tiny-untied") -> Pr
     return Problem.draw(rows, what, *draw_matrices(MODELS[model], torch.float32, CPU))
 
 
-@pytest.mark.parametrize("model", ["tiny-tied", "tiny-untied"])
-@pytest.mark.parametrize("what", [FORWARD, BOTH])
+@pytest.mark.parametrize(("model", "what"), [("tiny-tied", FORWARD), ("tiny-untied", BOTH)])
 def test_check_passes_what_is_right(model, what):
     found = check(_problem(what, model=model), ours)
     assert found["rows"][0] == 0
@@ -184,13 +159,6 @@ def test_graphs_are_compared_where_both_could_be_captured():
     assert compared({}) == (4e3, 1.5, 1.5)
     alone = op_measure._comparisons({"ours": plain["ours"]}, {"ours": graphs["ours"]}, {"ours": 3}, 0.5)
     assert (alone["milliseconds"], alone["speedup"], alone["memory_ratio"]) == (1e3, None, None)
-
-
-def test_without_a_compiled_engine():
-    matrices = draw_matrices(SMOKE_CASES[0].matrices, torch.float32, CPU)
-    record = measure(SMOKE_CASES[0], *matrices, CEILINGS, compile_backend=None, budget=0.02)
-    assert record["engines"]["compiled"] is None
-    assert record["failures"] == {}
 
 
 def test_what_cannot_run_is_null(monkeypatch):

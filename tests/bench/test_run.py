@@ -286,7 +286,7 @@ def test_points_are_finished_one_k_after_the_other():
         (["--steps", "-1"], "--steps: got -1, expected at least 0"),
         (["--train", "--checkpointing", "graph"], "--checkpointing: got 'graph', expected recompute, cached"),
         (["--batch", "0"], "--batch: got 0"),
-        (["--negatives", "2"], "belong to --train"),
+        (["--negatives", "2"], "belongs to --train"),
         (["--length", "9000"], "8192 positions"),
         (["--layers", "31"], "layers: got 31, expected 1 to 30"),
         (["--device", "toaster"], "--device: got 'toaster'"),
