@@ -1,42 +1,42 @@
-"""A corpus through a real tokenizer: `GIRCSE.encode` against official-style evaluation, texts in, embeddings out.
+"""A corpus through a real tokenizer: `GIRCSE.encode` against official-style evaluation, from texts to embeddings.
 
-Both get the same texts and make the same prompts of them; the tokenizer is inside the timed region of both. The
-official side takes batches in the order of the file, padded on the left; ours orders and packs the texts as it likes.
-Every text's two embeddings are compared; where they do not agree the speed is marked WRONG.
+Both make the same prompts of the same texts, and the tokenizer is inside the timed region of both. The official side
+takes batches in the order of the file, padded on the left, while ours orders and packs the texts itself. The two
+embeddings of every text are compared; where they disagree the speed is marked WRONG.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from bench.agreement import FACTOR, HALF, Difference, compare_each, shapes_differ
 from bench.batches import Batch, spaced
 from bench.engines import ENGINES, GRAPH, OFFICIAL_EVAL
-from bench.throughput import Point, point_row
+from bench.points import Point, Trial, point_row, take_turns
 from bench.timing import Timing, seconds
 from gircse import GIRCSE
+from gircse.encode.files import read_texts
 from gircse.engine.schedule import common_prefix
 from gircse.lm.prompts import format_query
 from gircse.ops import l2_normalize
 from gircse.roofline import Ceilings, ModelFacts
 
 # Cosine distance that rounding explains, of nearly every text. Twenty soft tokens, each fed back, multiply rounding
-# errors: on one text in 25 (SmolLM2, untrained, K = 20) so much that float32 official-style evaluation is itself
-# further than this from float64. The worst of these are held to the higher precision instead, in half precision all
-# that are compared (`compare`).
+# errors: on one text in 25 (SmolLM2, untrained, K = 20) so much that official-style evaluation in float32 is itself
+# further than this from float64. The worst of these texts are compared in the higher precision instead, and in half
+# precision all that are compared (`compare`).
 COSINE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 _HIGHER = {torch.float32: torch.float64, torch.float16: torch.float32, torch.bfloat16: torch.float32}
-# Texts that are held to the higher precision: the worst; in half precision as many evenly spaced ones beside them.
+# Texts that are compared in the higher precision: the worst, and in half precision as many evenly spaced ones.
 _SAMPLE = 64
 # Share of the texts that may be further away than COSINE in float32 and float64.
 _OUTLIERS = 0.1
@@ -65,40 +65,24 @@ class CorpusJob:
     batch: int
 
 
-def read_texts(path: Path, field: str, limit: int | None) -> list[str]:
-    """The texts of a .txt file (one a line) or a .jsonl file (`field` of each object); blank lines are left out.
+def texts_of(path: Path, field: str, limit: int | None) -> list[str]:
+    """The texts of a .txt file (one a line) or a .jsonl file (`field` of each object) without the blank ones.
 
     Raises:
         CorpusError: a line without a text, named by file and number, or a file without texts.
     """
-    texts: list[str] = []
-    with open(path, encoding="utf-8", newline="\n") as file:  # a text may hold other separators than \\n
-        for number, line in enumerate(file, 1):
-            if len(texts) == limit:
-                break
-            if line.strip():
-                text = line.rstrip("\r\n")
-                texts.append(_field(text, field, f"{path}:{number}") if path.suffix == ".jsonl" else text)
+    try:
+        blocks = read_texts(str(path), field=field)
+        texts = list(islice((text for block in blocks for text in block if text.strip()), limit))
+    except ValueError as error:
+        raise CorpusError(f"--corpus: {error}") from None
     if not texts:
         raise CorpusError(f"--corpus: {path} holds no text")
     return texts
 
 
-def _field(line: str, field: str, where: str) -> str:
-    try:
-        found = json.loads(line)
-    except ValueError as error:
-        raise CorpusError(f"{where}: no JSON: {error}") from None
-    if not isinstance(found, dict) or not isinstance(found.get(field), str):
-        raise CorpusError(f"{where}: expected an object with a string in field {field!r}")
-    return found[field]
-
-
 def load(path: str, dtype: torch.dtype, device: str) -> GIRCSE:
-    """
-    Raises:
-        CorpusError: its own settings are none that official-style evaluation knows.
-    """
+    """Raises CorpusError where the model has settings that official-style evaluation does not know."""
     model = GIRCSE.from_pretrained(path, dtype=dtype, device=device)
     if model.config.temperature != 1:
         raise CorpusError(f"--model: its temperature is {model.config.temperature:g}, {OFFICIAL_EVAL} has only 1")
@@ -126,7 +110,7 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -
 
 
 @torch.no_grad()
-def encode_official(model: GIRCSE, job: CorpusJob, num_steps: int, update: Callable[[int], Any]) -> np.ndarray:
+def encode_official(model: GIRCSE, job: CorpusJob, num_steps: int) -> np.ndarray:
     """[n, D] float32, length 1: batches in the order of the file."""
     run = ENGINES[OFFICIAL_EVAL].run
     found = []
@@ -134,23 +118,20 @@ def encode_official(model: GIRCSE, job: CorpusJob, num_steps: int, update: Calla
         rows = tokenize(model, job, job.texts[start : start + job.batch])
         states = run(model.causal_lm, *pad_left(rows, model.tokenizer.pad_token_id, model.device), num_steps)
         found.append(l2_normalize(model.pool(states)[:, -1]).float().cpu().numpy())
-        update(len(rows))
     return np.concatenate(found)
 
 
-def encode_ours(model: GIRCSE, job: CorpusJob, num_steps: int, update: Callable[[int], Any]) -> np.ndarray:
+def encode_ours(model: GIRCSE, job: CorpusJob, num_steps: int) -> np.ndarray:
     """[n, D] float32, length 1."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*were cut at the end")  # the record counts them
-        found = model.encode(
+        return model.encode(
             job.texts,
             instruction=job.instruction,
             num_steps=num_steps,
             max_length=job.max_length,
             show_progress_bar=False,
         )
-    update(len(found))
-    return found
 
 
 _RUNS = {OFFICIAL_EVAL: encode_official, GRAPH: encode_ours}
@@ -161,42 +142,41 @@ def measure(
 ) -> tuple[list[Difference], list[dict[str, Any]], dict[str, Any]]:
     """-> the difference at the largest K, one JSON object per point, what the prompts are.
 
-    Warm-up is two batches; on CUDA ours goes through the whole corpus once, for its graphs are kept from then on. The
-    floor has the tokens that all prompts start with encoded once where the engine would do that, too.
+    Official-style evaluation takes most of the time, so it runs at the largest K only. The warm-up is two batches; on
+    CUDA ours encodes the whole corpus once, because its graphs are kept. In the floor, the tokens that all prompts
+    start with are encoded once where the engine would do that, too.
     """
-    rows = tokenize(model, job, job.texts)
-    lengths = [len(row) for row in rows]
-    shared = common_prefix(rows)
-    # official-style evaluation at the largest K only: it is most of the time
-    todo = [Point(GRAPH, k) for k in steps] + [Point(OFFICIAL_EVAL, max(steps))]
-    few = CorpusJob(job.texts[: 2 * job.batch], job.instruction, job.max_length, job.batch)
-    runs: dict[Point, list[float]] = {point: [] for point in todo}
-    found: dict[Point, np.ndarray] = {}
-    total = repeats * len(todo) * len(rows)
-    with tqdm(total=total, desc="corpus", unit="text", disable=None, leave=False) as progress:
-        for point in todo:
-            whole = point.engine == GRAPH and model.device.type == "cuda"
-            _timed(model, job if whole else few, point, lambda count: None)
-        for _ in range(repeats):
-            for point in todo:
-                progress.set_description(f"{point.engine}, K = {point.num_steps}")
-                took, found[point] = _timed(model, job, point, progress.update)
-                runs[point].append(took)
-    last = max(steps)
+    rows, last = tokenize(model, job, job.texts), max(steps)
+    lengths, shared = [len(row) for row in rows], common_prefix(rows)
+    few = replace(job, texts=job.texts[: 2 * job.batch])
+    embeddings: dict[Point, np.ndarray] = {}
+
+    def warm_up(trial: Trial) -> None:
+        whole = trial.point.engine == GRAPH and model.device.type == "cuda"
+        _timed(model, job if whole else few, trial.point)
+
+    def timed(trial: Trial) -> float:
+        took, embeddings[trial.point] = _timed(model, job, trial.point)
+        return took
+
+    todo = [*(Point(GRAPH, k) for k in steps), Point(OFFICIAL_EVAL, last)]
+    (trials,) = take_turns(todo, warm_up, timed, repeats, model.device, title="corpus")
     checks = compare_each(
         [GRAPH],
         f"{len(rows)} texts, K = {last}",
-        lambda: found[Point(OFFICIAL_EVAL, last)],
-        lambda name, theirs: compare(model, job, found[Point(name, last)], theirs, last),
+        lambda: embeddings[Point(OFFICIAL_EVAL, last)],
+        lambda name, theirs: compare(model, job, embeddings[Point(name, last)], theirs, last),
     )
     if model.causal_lm.head_weight.dtype in HALF:
         checks += compare_each([GRAPH], f"{_FEW} texts, float32", lambda: last, lambda _, k: compare_few(model, job, k))
-    timings = {point: Timing.of(times) for point, times in runs.items()}
+    timings = {trial.point: Timing.of(trial.seconds) for trial in trials if trial.seconds}
     at_zero = facts.inference(lengths, 0, shared_prefix=shared)
     points = []
-    for point in todo:
-        work = facts.inference(lengths, point.num_steps, shared_prefix=shared)
-        points.append(point_row(point, timings, lengths, work, at_zero, ceilings))
+    for trial in trials:
+        work = facts.inference(lengths, trial.point.num_steps, shared_prefix=shared)
+        failed = trial.failed is not None
+        row = trial.failure if failed else point_row(trial.point, timings, lengths, work, at_zero, ceilings)
+        points.append(row)
     prompts = {
         "shortest": min(lengths),
         "longest": max(lengths),
@@ -210,9 +190,9 @@ def measure(
 def compare(model: GIRCSE, job: CorpusJob, ours: np.ndarray, theirs: np.ndarray, num_steps: int) -> Difference:
     """Embeddings [n, D] of the job's texts by the engine and by official-style evaluation.
 
-    In float32 and float64 the median text and all but a few must agree. Where some do not, and always in half
-    precision, both are compared with official-style evaluation in the next higher precision: over the worst texts
-    together (and others in half precision) the engine's error must be at most 1.5 times the official side's.
+    In float32 and float64 the median text and all but a few must agree. Those that do not, and in half precision a
+    sample of all, are compared with official-style evaluation in the next higher precision: over these texts together
+    the engine's error must be at most 1.5 times the official side's.
     """
     dtype = model.causal_lm.head_weight.dtype
     what = f"{len(theirs)} texts, K = {num_steps}"
@@ -275,15 +255,12 @@ def _encode_higher(model: GIRCSE, job: CorpusJob, chosen: list[int], engine: str
     few = replace(job, texts=[job.texts[i] for i in chosen], batch=min(job.batch, 8))
     lifted = GIRCSE(exact, model.tokenizer, model.config).eval()
     with ENGINES[engine].attached(lifted.causal_lm):
-        return _RUNS[engine](lifted, few, num_steps, lambda count: None)
+        return _RUNS[engine](lifted, few, num_steps)
 
 
-def _timed(model: GIRCSE, job: CorpusJob, point: Point, update: Callable[[int], Any]) -> tuple[float, np.ndarray]:
+def _timed(model: GIRCSE, job: CorpusJob, point: Point) -> tuple[float, np.ndarray]:
     """-> seconds, embeddings [n, D]."""
     found: list[np.ndarray] = []
-
-    def run() -> None:
-        found.append(_RUNS[point.engine](model, job, point.num_steps, update))
-
     with ENGINES[point.engine].attached(model.causal_lm):
-        return seconds(run, model.device), found[0]
+        took = seconds(lambda: found.append(_RUNS[point.engine](model, job, point.num_steps)), model.device)
+    return took, found[0]

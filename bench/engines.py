@@ -2,11 +2,9 @@
 
     engine(lm, input_ids [B, N], attention_mask [B, N], num_steps) -> states [B, max(K, 1), D]
 
-The states are g_1..g_K, or the prompt's last state h_0 alone where K = 0. Prompts come padded on the left. An engine
-that has to keep something between calls (captured graphs, a compiled step) is an object whose `__call__` has this
-signature (`Generation`): the runner calls every engine once, untimed, for each point before it times it.
-
-`ENGINES` is the register: add an engine there and every table, check and plot has it.
+The states are g_1..g_K, or the prompt's last state h_0 alone where K = 0. Prompts are padded on the left. An engine
+that keeps something between calls (captured graphs, a compiled step) is an object whose `__call__` has this signature
+(`Generation`). `ENGINES` is the register: an engine that is added there appears in every table, check and plot.
 """
 
 from __future__ import annotations
@@ -38,8 +36,8 @@ def single_pass(lm: CausalLM, input_ids: Tensor, attention_mask: Tensor, num_ste
 def recompute(lm: CausalLM, input_ids: Tensor, attention_mask: Tensor, num_steps: int) -> Tensor:
     """The reference algorithm: the whole sequence again for each step, no cache, `softmax(logits) @ E`.
 
-    What its implementation wastes beyond that is left out (see `recompute_official`), and it gets the position ids
-    that it forgets.
+    The waste of its implementation is left out (logits at every position, the hidden states of all layers, a soft token
+    after the last step), and the position ids that it forgets are right.
     """
     sequence = lm.model.get_input_embeddings()(input_ids)
     states = [_last_state(lm, sequence, attention_mask)]
@@ -50,24 +48,6 @@ def recompute(lm: CausalLM, input_ids: Tensor, attention_mask: Tensor, num_steps
     return torch.stack(states[1:] or states, dim=1)
 
 
-def recompute_official(lm: CausalLM, input_ids: Tensor, attention_mask: Tensor, num_steps: int) -> Tensor:
-    """`recompute` with the waste of the reference code (docs/method.md §9): logits at every position, the hidden states
-    of all layers stacked, and a soft token after the last step that nobody reads."""
-    sequence = lm.model.get_input_embeddings()(input_ids)
-    states = []
-    for _ in range(num_steps + 1):
-        out = lm.model(
-            inputs_embeds=sequence,
-            attention_mask=attention_mask,
-            position_ids=_positions(attention_mask),
-            output_hidden_states=True,
-            use_cache=False,
-        )
-        states.append(torch.stack(out.hidden_states)[-1, :, -1])
-        sequence, attention_mask = _append(sequence, attention_mask, _soft_token(lm, out.logits[:, -1]))
-    return torch.stack(states[1:] or states, dim=1)
-
-
 def cached(lm: CausalLM, input_ids: Tensor, attention_mask: Tensor, num_steps: int) -> Tensor:
     """Ours: the prompt once, then one position per step on kept keys and values (`gircse.lm.rollout`)."""
     states = rollout(lm, input_ids, attention_mask, num_steps)
@@ -75,11 +55,9 @@ def cached(lm: CausalLM, input_ids: Tensor, attention_mask: Tensor, num_steps: i
 
 
 def official_eval(lm: CausalLM, input_ids: Tensor, attention_mask: Tensor, num_steps: int) -> Tensor:
-    """Evaluation as the reference implementation does it: transformers' `DynamicCache`, prompts padded on the left, one
-    soft token after the other through the stock body, `softmax(logits) @ E` in the model's dtype.
-
-    The head runs on the last position alone, and the position ids are right: the baseline wastes nothing.
-    """
+    """Evaluation as the reference implementation does it, without its waste: transformers' `DynamicCache`, prompts
+    padded on the left, one soft token after the other through the stock body, `softmax(logits) @ E` in the model's
+    dtype."""
     out = lm.body(
         inputs_embeds=lm.model.get_input_embeddings()(input_ids),
         attention_mask=attention_mask,
@@ -102,13 +80,10 @@ def official_eval(lm: CausalLM, input_ids: Tensor, attention_mask: Tensor, num_s
 
 
 class Generation:
-    """`gircse.engine` behind the signature of an engine.
+    """`gircse.engine` behind the signature of an engine; `settings` are those of `gircse.engine.EngineConfig`.
 
-    Buffers and captured graphs are kept from call to call, for the model of the last call: the generation engine holds
-    its model, so keeping one for every model would keep all models alive.
-
-    Args:
-        settings: of `gircse.engine.EngineConfig`.
+    Buffers and captured graphs are kept from call to call, but only for the model of the last call: the generation
+    engine holds its model, so keeping one for every model would keep all models alive.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -205,7 +180,6 @@ GRAPH, NO_REUSE = "graph", "graph-no-reuse"
 ENGINES: dict[str, Engine] = {
     SINGLE_PASS: Engine(single_pass, "one stock forward pass, K = 0: any embedding model", steps=False, trains=False),
     REFERENCE: Engine(recompute, "the reference algorithm: the whole sequence every step, softmax @ E"),
-    "recompute-official": Engine(recompute_official, "the same with the reference implementation's waste"),
     "recompute-ours": Engine(recompute, "recompute on our linear layers: what the cache alone gains", stock=False),
     OFFICIAL_EVAL: Engine(official_eval, "official-style evaluation: DynamicCache, eager soft tokens", trains=False),
     CACHED: Engine(cached, "ours: the prompt once, a differentiable cache, fused soft tokens", stock=False),

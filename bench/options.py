@@ -17,7 +17,6 @@ from bench.sweep import KINDS, NAMES
 from gircse.lm.load import is_local
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-OFFICIAL = "recompute-official"
 SUFFIXES = (".txt", ".jsonl")
 CORPUS_ENGINES = [OFFICIAL_EVAL, GRAPH]
 
@@ -25,7 +24,7 @@ CORPUS_ENGINES = [OFFICIAL_EVAL, GRAPH]
 _GOES_WITH: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("shape", "layers", "quick"), ("throughput", "train", "sweep")),
     **dict.fromkeys(("model", "batch", "length", "steps", "plot"), ("throughput", "train", "corpus")),
-    **dict.fromkeys(("distribution", "engines", "official_waste"), ("throughput", "train")),
+    **dict.fromkeys(("distribution", "engines"), ("throughput", "train")),
     **dict.fromkeys(("prefix_reuse", "latency"), ("throughput",)),
     **dict.fromkeys(("negatives", "checkpointing"), ("train",)),
     **dict.fromkeys(("field", "instruction", "limit"), ("corpus",)),
@@ -97,7 +96,6 @@ def _parser() -> Parser:
     add("--distribution", choices=DISTRIBUTIONS, help="of lengths up to N: fixed (default), lognormal, uniform")
     add("--mixed", action="store_const", const=LOGNORMAL, dest="distribution", help="the same as lognormal")
     add("--dtype", choices=DTYPES, help="default: float32 on the CPU, bfloat16 on CUDA")
-    add("--official-waste", action="store_true", help=f"add {OFFICIAL}: with what the reference computes for nothing")
     add("--quick", action="store_true", help="a look in 20 seconds: few layers and steps, one run; recorded as such")
     return parser
 
@@ -151,8 +149,6 @@ def _fill(options: argparse.Namespace) -> None:
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    if options.official_waste:
-        options.engines = [*options.engines, OFFICIAL]
     options.engines = list(dict.fromkeys(options.engines))
     if options.checkpointing is not None:
         options.checkpointing = options.checkpointing or options.engines

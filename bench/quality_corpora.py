@@ -1,4 +1,4 @@
-"""The two corpora of `bench/quality.py`: text that differs in kind, with labels that people gave it, and no download.
+"""The two corpora of `bench/quality.py`: texts of two kinds with labels that people gave them, without a download.
 
 code      what a function of Python's standard library does -> its code, the name masked. Trained on the functions of
           all other installed packages. Labels: the area of the library; pairs are as related as their modules.
@@ -17,21 +17,19 @@ import json
 import random
 import re
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 from zlib import crc32
 
 from gircse.data import installed_code
-from gircse.data.retrieval_task import RetrievalTask
 from gircse.evaluation.stdlib_text import draw, function_texts
 from gircse.files.atomic import new_file
 
 MAX_TRAINING_ROWS = 12_000
 GRADES = 4  # levels of relatedness that pairs are drawn from, equally many of each
-CODE_INSTRUCTION = "Retrieve the function that does this"
-PACKAGE_INSTRUCTION = "Retrieve the package that this describes"
 
 
 @dataclass(frozen=True)
@@ -59,16 +57,11 @@ class StudyCorpus:
         """16 hex digits over everything: another one is another corpus."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
-    @property
-    def task(self) -> RetrievalTask:
-        return RetrievalTask(self.instruction, self.queries, self.documents, [{i} for i in self.relevant])
-
     def rows(self) -> list[dict[str, str | list[str]]]:
-        """Training rows of the schema of docs/method.md §7, without hard negatives."""
+        """Training rows as `gircse train` reads them, without hard negatives."""
         return [{"prompt": self.instruction, "query": q, "pos": [p], "neg": []} for q, p in self.training]
 
     def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with new_file(path) as partial:
             partial.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
@@ -79,23 +72,42 @@ class StudyCorpus:
         values["pairs"] = [(int(i), int(j), float(score)) for i, j, score in values["pairs"]]
         return cls(**values)
 
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        instruction: str,
+        training: list[tuple[str, str]],
+        test: Sequence[tuple[str, str, str]],
+        related: Callable[[int, int], float],
+        queries: int,
+        pairs: int,
+    ) -> StudyCorpus:
+        """
+        Args:
+            test: (query, document, label) each; the first `queries` are asked.
+            related: how related two documents are, by their numbers.
+            pairs: so many are drawn (`balanced`).
+        """
+        asked, documents, labels = zip(*test, strict=True)
+        scored = [(i, j, related(i, j)) for i, j in combinations(range(len(test)), 2)]
+        return cls(
+            name,
+            instruction,
+            training,
+            list(asked[:queries]),
+            list(documents),
+            list(range(min(queries, len(test)))),
+            list(labels),
+            balanced(scored, pairs),
+        )
 
-def build(name: str, *, queries: int, documents: int, pairs: int) -> StudyCorpus:
-    """The corpus `name` ("code" or "packages") of this machine; the same machine gives the same one.
 
-    Raises:
-        FileNotFoundError: its texts are not on this machine; says what to do.
-        ValueError: unknown name, or fewer texts than asked for.
-    """
-    if name not in BUILDERS:
-        raise ValueError(f"corpus: got {name!r}, expected one of {', '.join(BUILDERS)}")
-    return BUILDERS[name](queries, documents, pairs)
-
-
-def _code(queries: int, documents: int, pairs: int) -> StudyCorpus:
-    split = installed_code.split(installed_code.harvest(), test_packages=(installed_code.STDLIB,))
+def code(queries: int, documents: int, pairs: int) -> StudyCorpus:
+    """Raises FileNotFoundError where the texts are not on this machine, ValueError where they are too few."""
+    parts = installed_code.split(installed_code.harvest(), test_packages=(installed_code.STDLIB,))
     texts = draw([text for text in function_texts() if text.action], documents, seed=0)
-    training = [(pair.summary, pair.code) for pair in draw(split.train, MAX_TRAINING_ROWS, seed=0)]
+    training = [(pair.summary, pair.code) for pair in draw(parts.train, MAX_TRAINING_ROWS, seed=0)]
 
     def related(i: int, j: int) -> float:
         first, second = texts[i], texts[j]
@@ -103,36 +115,15 @@ def _code(queries: int, documents: int, pairs: int) -> StudyCorpus:
             return 0.0
         return 1.0 if first.module != second.module else 3.0 if first.action == second.action else 2.0
 
-    scored = ((i, j, related(i, j)) for i, j in combinations(range(len(texts)), 2))
-    return StudyCorpus(
-        name="code",
-        instruction=CODE_INSTRUCTION,
-        training=training,
-        queries=[text.summary for text in texts[:queries]],
-        documents=[text.code for text in texts],
-        relevant=list(range(min(queries, len(texts)))),
-        labels=[text.area for text in texts],
-        pairs=_balanced(scored, pairs),
-    )
+    test = [(text.summary, text.code, text.area) for text in texts]
+    return StudyCorpus.of("code", "Retrieve the function that does this", training, test, related, queries, pairs)
 
-
-# ---------------------------------------------------------------- Debian packages
 
 LISTS = Path("/var/lib/apt/lists")
 # Sections that say what a package is for. Those that say what it is made of (libs, python, doc, ..) group by form.
 SECTIONS = (
-    "admin",
-    "editors",
-    "electronics",
-    "games",
-    "graphics",
-    "mail",
-    "math",
-    "net",
-    "science",
-    "sound",
-    "text",
-    "web",
+    *("admin", "editors", "electronics", "games", "graphics", "mail"),
+    *("math", "net", "science", "sound", "text", "web"),
 )
 # Facets of debtags that say what a package is for; others say what it is written in or how it looks.
 _FACETS = re.compile(r"(?:use|works-with|field|game|network|protocol|web|sound|science|mail|security|admin|hardware)::")
@@ -141,8 +132,13 @@ _TEST_SHARE = 3  # one source package in so many is tested on
 _DESCRIPTION_WORDS = 60
 
 
-@dataclass(frozen=True)
-class Package:
+class Package(NamedTuple):
+    """One package of a source package.
+
+    Attributes:
+        tags: debtags of the facets that say what it is for.
+    """
+
     name: str
     source: str
     section: str
@@ -151,29 +147,23 @@ class Package:
     description: str
 
 
-def _packages_corpus(queries: int, documents: int, pairs: int) -> StudyCorpus:
-    packages = debian_packages()
-    test_sources = {p.source for p in packages if crc32(p.source.encode()) % _TEST_SHARE == 0}
-    known = [p for p in packages if p.source in test_sources and p.section in SECTIONS and p.tags]
+def packages(queries: int, documents: int, pairs: int) -> StudyCorpus:
+    """Raises as `code`."""
+    found = debian_packages()
+    test_sources = {p.source for p in found if crc32(p.source.encode()) % _TEST_SHARE == 0}
+    known = [p for p in found if p.source in test_sources and p.section in SECTIONS and p.tags]
     per_section = -(-documents // len(SECTIONS))
     test = [p for section in SECTIONS for p in _drawn((p for p in known if p.section == section), per_section)]
     test = _drawn(test, documents)
-    training = _drawn((p for p in packages if p.source not in test_sources), MAX_TRAINING_ROWS)
-
-    def related(i: int, j: int) -> float:
-        ours, theirs = test[i].tags, test[j].tags
-        return len(ours & theirs) / len(ours | theirs)
-
-    scored = ((i, j, related(i, j)) for i, j in combinations(range(len(test)), 2))
-    return StudyCorpus(
-        name="packages",
-        instruction=PACKAGE_INSTRUCTION,
-        training=[(p.synopsis, p.description) for p in training],
-        queries=[p.synopsis for p in test[:queries]],
-        documents=[p.description for p in test],
-        relevant=list(range(min(queries, len(test)))),
-        labels=[p.section for p in test],
-        pairs=_balanced(scored, pairs),
+    training = _drawn((p for p in found if p.source not in test_sources), MAX_TRAINING_ROWS)
+    return StudyCorpus.of(
+        "packages",
+        "Retrieve the package that this describes",
+        [(p.synopsis, p.description) for p in training],
+        [(p.synopsis, p.description, p.section) for p in test],
+        lambda i, j: len(test[i].tags & test[j].tags) / len(test[i].tags | test[j].tags),
+        queries,
+        pairs,
     )
 
 
@@ -245,18 +235,14 @@ def _drawn(packages: Iterable[Package], count: int) -> list[Package]:
     return sorted(packages, key=lambda package: (crc32(package.name.encode()), package.name))[:count]
 
 
-# ---------------------------------------------------------------- pairs
+def balanced(pairs: Sequence[tuple[int, int, float]], count: int) -> list[tuple[int, int, float]]:
+    """`count` pairs, equally many of each of `GRADES` levels, because most random pairs are unrelated and say nothing.
 
-
-def _balanced(scored: Iterable[tuple[int, int, float]], count: int) -> list[tuple[int, int, float]]:
-    """`count` pairs, as many of each of `GRADES` levels: most random pairs are unrelated, and say nothing.
-
-    Levels: 0, and the rest cut where the scores cut themselves, at thirds of the largest.
+    The levels are 0 and the thirds of the largest score.
 
     Raises:
         ValueError: a level has too few pairs.
     """
-    pairs = list(scored)
     largest = max(score for _, _, score in pairs)
     levels: list[list[tuple[int, int, float]]] = [[] for _ in range(GRADES)]
     for pair in pairs:
@@ -272,4 +258,4 @@ def _balanced(scored: Iterable[tuple[int, int, float]], count: int) -> list[tupl
     return drawn
 
 
-BUILDERS = {"code": _code, "packages": _packages_corpus}
+BUILDERS = {"code": code, "packages": packages}

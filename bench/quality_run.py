@@ -82,7 +82,7 @@ def run(
 
 
 def course(log: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """How a training went: medians over its first and its last quarter of the contrastive loss after the last step of
+    """Medians over the first and over the last quarter of a training: of the contrastive loss after the last step of
     the rollout, and of the gradient's norm before it was clipped."""
     quarter = max(1, len(log) // 4)
     parts = (log[:quarter], log[-quarter:])
@@ -96,29 +96,31 @@ def measure(model: GIRCSE, corpus: StudyCorpus, scale: Scale, *, pooling: str) -
     """Quality for K = 0..20 and what the soft tokens are made of.
 
     Returns:
-        "ranks": [21] strings, one character a query: the rank of its document, "0" beyond `DEPTH`, "a" for ten, with
-        `pooling`; "spearman", "spearman_error" (bootstrap over pairs), "v_measure", "v_measure_std" (over seeds of
-        k-means): [21]; "mrr": {pooling: [21]} of all poolings, out of the same states; "centred_mrr": likewise,
-        with the mean of all queries and that of all documents taken off: what steps add to every text alike;
-        "anatomy": see `gircse.analysis.anatomy`.
+        "ranks": [21] strings with `pooling`, one character a query: the rank of its document, "a" for ten, "0" beyond
+        `DEPTH`; "spearman", "spearman_error" (bootstrap over pairs), "v_measure", "v_measure_std" (over seeds of
+        k-means): [21]; "mrr": {pooling: [21]} of all poolings, from the same states; "centred_mrr": the same without
+        the mean of all queries and that of all documents, which is what steps add to every text alike; "anatomy": see
+        `gircse.analysis.anatomy`.
     """
     lengths = {key: scale.train[key] for key in ("query_max_length", "passage_max_length")}
     queries = states(model, corpus.queries, corpus.instruction, lengths["query_max_length"])
     documents = states(model, corpus.documents, None, lengths["passage_max_length"])
     with_prompt = model.config.include_prompt_state
     found: Run = {"pooling": pooling, "mrr": {}, "centred_mrr": {}}
+
+    def ranks(ours: np.ndarray, theirs: np.ndarray) -> list[Any]:
+        return [relevant_ranks(ours[:, k], theirs[:, k], corpus.relevant) for k in range(MAX_STEPS + 1)]
+
     for name in POOLINGS:
         ours, theirs = (pooled(each, name, with_prompt=with_prompt) for each in (queries, documents))
-        ranks = [relevant_ranks(ours[:, k], theirs[:, k], corpus.relevant) for k in range(MAX_STEPS + 1)]
-        found["mrr"][name] = [metrics_of(each, DEPTH)["mrr@10"] for each in ranks]
         if name == pooling:
-            found["ranks"] = ["".join(_digit(row[0]) for row in each) for each in ranks]
+            found["ranks"] = ["".join(_digit(row[0]) for row in each) for each in ranks(ours, theirs)]
             found |= _similarity(theirs, corpus.pairs) | _clusters(theirs, corpus.labels)
-        ours, theirs = ours - ours.mean(axis=0), theirs - theirs.mean(axis=0)
-        found["centred_mrr"][name] = [
-            metrics_of(relevant_ranks(ours[:, k], theirs[:, k], corpus.relevant), DEPTH)["mrr@10"]
-            for k in range(MAX_STEPS + 1)
-        ]
+        for key, pair in (
+            ("mrr", (ours, theirs)),
+            ("centred_mrr", (ours - ours.mean(axis=0), theirs - theirs.mean(axis=0))),
+        ):
+            found[key][name] = [metrics_of(each, DEPTH)["mrr@10"] for each in ranks(*pair)]
     groups = [
         (corpus.queries[:ANATOMY_TEXTS], corpus.instruction),
         (corpus.documents[:ANATOMY_TEXTS], None),
@@ -178,11 +180,9 @@ def _spearman(ours: np.ndarray, theirs: np.ndarray) -> float:
 def _clusters(documents: np.ndarray, labels: list[str]) -> Run:
     unit = documents / np.linalg.norm(documents, axis=-1, keepdims=True)
     count = len(set(labels))
-    table = [
-        [
-            v_measure(labels, kmeans(unit[:, k], count, seed=seed, restarts=1).tolist())
-            for seed in range(CLUSTERING_SEEDS)
-        ]
-        for k in range(documents.shape[1])
-    ]
+
+    def measured(k: int, seed: int) -> float:
+        return v_measure(labels, kmeans(unit[:, k], count, seed=seed, restarts=1).tolist())
+
+    table = [[measured(k, seed) for seed in range(CLUSTERING_SEEDS)] for k in range(documents.shape[1])]
     return {"v_measure": np.mean(table, axis=1).tolist(), "v_measure_std": np.std(table, axis=1).tolist()}

@@ -111,7 +111,7 @@ def _latency(
 def _corpus(options: argparse.Namespace, config: PretrainedConfig) -> dict[str, Any]:
     dtype = getattr(torch, options.dtype)
     facts = ModelFacts.of(meta_model(config, dtype))
-    texts = corpus.read_texts(options.corpus, options.field, options.limit)
+    texts = corpus.texts_of(options.corpus, options.field, options.limit)
     job = corpus.CorpusJob(texts, options.instruction, options.length, options.batch)
     model = corpus.load(options.model, dtype, options.device)
     ceilings = measure_ceilings(options.device, dtype)

@@ -22,7 +22,7 @@ from gircse.lm.quiet import quiet_peft
 from gircse.ops.reference import icr_objective_reference, info_nce_reference
 from gircse.roofline import Ceilings, ModelFacts
 from gircse.train.config import TrainConfig
-from gircse.train.lora import lora_targets
+from gircse.train.lora import lora_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,17 +73,10 @@ class TrainJob:
 
 def with_lora(base: PreTrainedModel, config: TrainConfig) -> CausalLM:
     """The model in training mode with LoRA matrices as training makes them; they are put into `base`."""
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    lora = LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=lora_targets(base),
-        task_type="CAUSAL_LM",
-    )
     with quiet_peft():
-        adapted: Any = get_peft_model(base, lora)
+        adapted: Any = get_peft_model(base, lora_config(base, config))
     lm = CausalLM.from_model(adapted.get_base_model())
     lm.model.train()
     return lm

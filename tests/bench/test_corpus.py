@@ -44,8 +44,8 @@ def _job(**changes) -> corpus.CorpusJob:
 
 def test_both_sides_are_the_definition(model):
     job, stock = _job(), tiny_model("llama-tied")
-    official = corpus.encode_official(model, job, 3, lambda count: None)
-    ours = corpus.encode_ours(model, job, 3, lambda count: None)
+    official = corpus.encode_official(model, job, 3)
+    ours = corpus.encode_ours(model, job, 3)
     for row, text in enumerate(corpus.tokenize(model, job, TEXTS)):
         _, states = plain_rollout(stock, torch.tensor(text), 3)
         expected = l2_normalize(states.mean(dim=0)).detach().numpy()
@@ -85,7 +85,7 @@ def test_one_wrong_text_of_many_is_found(model):
     """It is within the share that may be far away, so higher precision decides."""
     texts = [f"text number {i}" for i in range(40)]
     job = _job(texts=texts)
-    official = corpus.encode_official(model, job, 2, lambda count: None)
+    official = corpus.encode_official(model, job, 2)
     assert corpus.compare(model, job, official.copy(), official, 2).verdict == OK
     wrong = official.copy()
     wrong[7] = official[8]
@@ -101,7 +101,7 @@ def test_one_wrong_text_of_many_is_found(model):
 @pytest.mark.parametrize("change", ["all", "many", "nan", "shape"])
 def test_wrong_embeddings_are_found(model, change):
     job = _job(texts=[f"text number {i}" for i in range(20)])
-    official = corpus.encode_official(model, job, 2, lambda count: None)
+    official = corpus.encode_official(model, job, 2)
     wrong = official.copy()
     if change == "all":
         wrong = wrong[::-1]
@@ -121,7 +121,7 @@ def half(folder) -> GIRCSE:
 
 def test_rounding_in_half_precision_is_no_mistake(half):
     job = _job(texts=[f"text number {i}" for i in range(20)])
-    official, ours = (corpus._RUNS[engine](half, job, 20, lambda count: None) for engine in (OFFICIAL_EVAL, GRAPH))
+    official, ours = (corpus._RUNS[engine](half, job, 20) for engine in (OFFICIAL_EVAL, GRAPH))
     found = corpus.compare(half, job, ours, official, 20)
     assert found.verdict == OK, found
     assert found.measured[f"of {OFFICIAL_EVAL}"] > 0
@@ -131,13 +131,13 @@ def test_rounding_in_half_precision_is_no_mistake(half):
 def test_one_step_too_few_is_found_in_half_precision(half, monkeypatch):
     """Within half precision's rounding; not within float32's."""
     encode = corpus.encode_ours
-    monkeypatch.setitem(corpus._RUNS, GRAPH, lambda model, job, k, update: encode(model, job, k - 1, update))
+    monkeypatch.setitem(corpus._RUNS, GRAPH, lambda model, job, k: encode(model, job, k - 1))
     assert corpus.compare_few(half, _job(), 6).verdict == WRONG
 
 
 def test_embeddings_of_other_texts_are_found_in_half_precision(half):
     job = _job(texts=[f"text number {i}" for i in range(20)])
-    official = corpus.encode_official(half, job, 2, lambda count: None)
+    official = corpus.encode_official(half, job, 2)
     assert corpus.compare(half, job, official[::-1], official, 2).verdict == WRONG
 
 
@@ -157,18 +157,15 @@ def test_a_wrong_speed_is_marked(folder, tmp_path, monkeypatch, capsys):
 def test_texts_of_a_file(tmp_path):
     lines = tmp_path / "a.txt"
     lines.write_text("one\n\n  two \u2028 with a separator\r\nthree\n", newline="", encoding="utf-8")
-    assert corpus.read_texts(lines, "text", None) == ["one", "  two \u2028 with a separator", "three"]
-    assert corpus.read_texts(lines, "text", 2) == ["one", "  two \u2028 with a separator"]
+    assert corpus.texts_of(lines, "text", None) == ["one", "  two \u2028 with a separator", "three"]
+    assert corpus.texts_of(lines, "text", 2) == ["one", "  two \u2028 with a separator"]
     objects = tmp_path / "a.jsonl"
     objects.write_text('{"title": "x"}\n{"title": 3}\n')
     with pytest.raises(corpus.CorpusError, match=r"a.jsonl:2: .*'title'"):
-        corpus.read_texts(objects, "title", None)
-    (tmp_path / "b.jsonl").write_text("{nope\n")
-    with pytest.raises(corpus.CorpusError, match=r"b.jsonl:1: no JSON"):
-        corpus.read_texts(tmp_path / "b.jsonl", "text", None)
+        corpus.texts_of(objects, "title", None)
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(corpus.CorpusError, match="holds no text"):
-        corpus.read_texts(tmp_path / "empty.txt", "text", None)
+        corpus.texts_of(tmp_path / "empty.txt", "text", None)
 
 
 @pytest.mark.parametrize(

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from bench import plan_check
 from bench.shapes import SHAPES
 from gircse.train.plan.extrapolate import TracedModel
 from gircse.train.plan.predict import plan
 
-
-def test_predictions_hold(tmp_path, capsys):
-    assert plan_check.main(["--smoke", "--out", str(tmp_path / "plan.json")]) == 0
-    record = json.loads((tmp_path / "plan.json").read_text())
-    assert record["met"] is True
-    assert [point["checkpointing"] for point in record["points"]] == [False, True]
-    assert all(abs(point["error"]) <= 0.15 for point in record["points"])
-    assert "predictions within 15%: yes" in capsys.readouterr().out
+CPU = torch.device("cpu")
 
 
-def test_a_prediction_that_is_off_fails(monkeypatch, capsys):
+@pytest.mark.parametrize("case", plan_check.SMOKE_CASES, ids=["plain", "checkpointed"])
+def test_predictions_hold(case):
+    assert abs(plan_check.check(case, CPU)["error"]) <= plan_check.TOLERANCE
+
+
+def test_a_prediction_that_is_off_fails(monkeypatch):
     memory = TracedModel.memory
 
     def too_little(self, *args, **kwargs):
@@ -30,9 +28,7 @@ def test_a_prediction_that_is_off_fails(monkeypatch, capsys):
         return replace(found, moments=tuple(moment * 8 // 10 for moment in found.moments))
 
     monkeypatch.setattr(TracedModel, "memory", too_little)
-    monkeypatch.setattr(plan_check, "SMOKE_CASES", plan_check.SMOKE_CASES[:1])
-    assert plan_check.main(["--smoke"]) == 1
-    assert "predictions within 15%: NO" in capsys.readouterr().out
+    assert plan_check.check(plan_check.SMOKE_CASES[0], CPU)["error"] < -plan_check.TOLERANCE
 
 
 def test_the_tiny_case_that_was_measured_on_a_gpu():
@@ -40,19 +36,3 @@ def test_the_tiny_case_that_was_measured_on_a_gpu():
     case = plan_check.SMOKE_CASES[1]
     found = plan(case.config(), gpu="h200", negatives=1, model_config=SHAPES[case.shape].config(case.layers))
     assert found.allocated_bytes == pytest.approx(242.3 / 1.35 * 2**20, rel=0.05)
-
-
-def test_on_a_gpu_the_smoke_has_cases_whose_activations_are_most_of_the_memory():
-    for case in plan_check.SMOKE_CUDA_CASES[-2:]:
-        found = plan(case.config(), gpu="h200", negatives=1, model_config=SHAPES[case.shape].config(case.layers))
-        fixed = sum(
-            found.memory[name] for name in ("frozen weights", "LoRA weights", "LoRA gradients", "AdamW moments")
-        )
-        assert fixed < 0.5 * found.allocated_bytes
-
-
-def test_options(capsys):
-    with pytest.raises(SystemExit) as stop:
-        plan_check.main(["--device", "cpu"])
-    assert stop.value.code == 2
-    assert "expected cuda, or cpu with --smoke" in capsys.readouterr().err

@@ -180,11 +180,11 @@ def test_no_lists_says_what_to_do(tmp_path):
 
 def test_pairs_are_drawn_from_every_level():
     scored = [(0, i, score) for i, score in enumerate([0.0] * 50 + [0.1] * 5 + [0.5] * 5 + [0.9] * 5)]
-    drawn = quality_corpora._balanced(scored, 16)
+    drawn = quality_corpora.balanced(scored, 16)
     values, counts = np.unique([score for *_, score in drawn], return_counts=True)
     assert dict(zip(values.tolist(), counts.tolist(), strict=True)) == {0.0: 4, 0.1: 4, 0.5: 4, 0.9: 4}
     with pytest.raises(ValueError, match="level 1"):
-        quality_corpora._balanced(scored, 40)
+        quality_corpora.balanced(scored, 40)
 
 
 def test_constant_embeddings_say_nothing():
