@@ -91,7 +91,7 @@ def _finish(session: Session, run: Callable[[], None], name: str = "summary") ->
 
 
 def _compile(session: Session, options: argparse.Namespace) -> None:
-    device = Device(90, precompile.MULTIPROCESSORS[90])
+    device = Device(90, 132)
     if session.device.type == "cuda":
         properties = torch.cuda.get_device_properties(session.device)
         device = Device(10 * properties.major + properties.minor, properties.multi_processor_count)

@@ -17,7 +17,7 @@ from bench.provenance import ROOT
 SOURCES = "the present ones"
 DOCUMENT = """# Title
 
-By hand.
+By hand, from `bench/results/soft_embed-cpu.json`.
 
 <!-- table:ops-cpu -->
 <!-- end:ops-cpu -->
@@ -102,7 +102,7 @@ def test_blocks_are_rendered_and_the_rest_is_left(folders):
     assert folders("--check") == 1
     assert folders() == 0
     text = folders.text
-    assert text.startswith("# Title\n\nBy hand.\n\n<!-- table:ops-cpu -->\n\n`soft_embed-cpu.json`: qwen2.5-0.5b")
+    assert text.startswith("# Title\n\nBy hand, from `bench/results/soft_embed-cpu.json`.\n\n<!-- table:ops-cpu -->\n\n`soft_embed-cpu.json`: qwen2.5-0.5b")
     assert text.endswith("<!-- end:ops-gpu -->\n\nThe end.\n")
     assert "Between | bars." in text
     point = json.loads((folders.results / "soft_embed-cpu.json").read_text())["points"][2]
@@ -133,7 +133,7 @@ def test_check_sees_edits(folders, capsys):
     assert "page.md: not what the records say" in capsys.readouterr().out
     assert "| forward | 61 |" in folders.text  # it only looks
 
-    folders.page.write_text(good.replace("By hand.", "By another hand."))
+    folders.page.write_text(good.replace("By hand", "By another hand"))
     assert folders("--check") == 0
 
     figure = folders.docs / "figures" / "soft_embed-cpu.png"
@@ -164,6 +164,7 @@ def test_stale_records_are_marked_and_no_reason_to_fail(folders, monkeypatch):
     assert folders("--check") == 0
     assert folders() == 0
     assert f"`soft_embed-cpu.json`{STALE}: qwen2.5-0.5b" in folders.text
+    assert f"By hand, from `bench/results/soft_embed-cpu.json`{STALE}.\n" in folders.text
     assert folders("--check") == 0
     monkeypatch.setattr(documents, "sources_hash", lambda _: SOURCES)
     assert folders("--check") == 0
