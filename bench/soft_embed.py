@@ -57,12 +57,12 @@ def main(argv: list[str] | None = None) -> int:
     failures: dict[str, str] = {}
     backend = None if options.no_compile else "inductor"
     for case in (Case(options.shape, rows, what, options.dtype) for rows in options.rows for what in PASSES):
-        found = measure(case, head, embed, ceilings, compile_backend=backend, budget=options.seconds)
-        if not is_good(found):
-            raise SystemExit(f"bench/soft_embed.py: {case.name}: {found['agreement']['why']}")
-        worst = max(worst, found["agreement"]["worst_ratio"])
-        failures |= {f"{name}, T = {case.rows}, {case.what}": why for name, why in found["failures"].items()}
-        points.append(_point(found))
+        measured = measure(case, head, embed, ceilings, compile_backend=backend, budget=options.seconds)
+        if not is_good(measured):
+            raise SystemExit(f"bench/soft_embed.py: {case.name}: {measured['agreement']['why']}")
+        worst = max(worst, measured["agreement"]["worst_ratio"])
+        failures |= {f"{name}, T = {case.rows}, {case.what}": why for name, why in measured["failures"].items()}
+        points.append(_point(measured))
     record = {
         "benchmark": "soft_embed",
         "shape": options.shape,
@@ -86,12 +86,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _point(found: dict[str, Any]) -> dict[str, Any]:
+def _point(measured: dict[str, Any]) -> dict[str, Any]:
     """What this record keeps of a measured case."""
-    engines = {name: engine for name, engine in found["engines"].items() if engine is not None}
+    engines = {name: engine for name, engine in measured["engines"].items() if engine is not None}
     return {
-        **{key: found[key] for key in ("rows", "pass", "repeats", "floor_milliseconds")},
-        "speedup": found["plain_speedup"],  # of plain calls, as all times here are
+        **{key: measured[key] for key in ("rows", "pass", "repeats", "floor_milliseconds")},
+        "speedup": measured["plain_speedup"],  # of plain calls, as all times here are
         **{key: {name: engines[name][key] for name in engines} for key in ("milliseconds", "spread")},
         "peak_extra_bytes": {name: engine["peak_extra_bytes"] for name, engine in engines.items()},
     }

@@ -56,26 +56,27 @@ def dependencies(roots: tuple[str, ...]) -> dict[str, Path]:
     waiting = [name for root in roots for name in (root, *_below(root))]
     if unknown := [root for root in roots if root not in everything]:
         raise ValueError(f"dependencies: got {unknown[0]!r}, expected a module of this checkout")
-    found: dict[str, Path] = {}
+    reached: dict[str, Path] = {}
     while waiting:
         name = waiting.pop()
-        if name in found or name in _SHOWS or name not in everything:
+        if name in reached or name in _SHOWS or name not in everything:
             continue
-        found[name] = everything[name]
+        reached[name] = everything[name]
         waiting += [*imports(name), name.rpartition(".")[0]]  # Python runs the `__init__` of each package on the way
-    data = {path.name: path for folder in {p.parent for p in found.values()} for path in folder.glob("*.json")}
-    return dict(sorted((found | data).items()))
+    folders = {path.parent for path in reached.values()}
+    data = {str(path.relative_to(ROOT)): path for folder in folders for path in folder.glob("*.json")}
+    return dict(sorted((reached | data).items()))
 
 
 @lru_cache
 def modules() -> dict[str, Path]:
     """Every module of this checkout by the name that it is imported by."""
-    found = {}
+    files = {}
     for package, folder in _PACKAGES.items():
         for path in folder.rglob("*.py"):
             parts = (package, *path.relative_to(folder).with_suffix("").parts)
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+            files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return files
 
 
 @lru_cache
@@ -83,16 +84,16 @@ def imports(name: str) -> frozenset[str]:
     """Modules that one module imports, wherever in it; not those that it imports for type checkers alone."""
     path = modules()[name]
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    found: set[str] = set()
+    names: set[str] = set()
     for node in _executed(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = _absolute(node, package)
-            found |= {base} | {_home(base, alias.name) for alias in node.names}
+            names |= {base} | {_home(base, alias.name) for alias in node.names}
         elif isinstance(node, ast.Call) and _last_name(node.func) == "import_module":
-            found |= _computed(node.args[0], package)
-    return frozenset(found)
+            names |= _computed(node.args[0], package)
+    return frozenset(names)
 
 
 def _executed(tree: ast.AST) -> Iterator[ast.AST]:

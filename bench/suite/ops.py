@@ -31,14 +31,14 @@ def run(session: Session) -> None:
             drawn.clear()  # the old matrices go before the new ones come
             drawn[key] = draw_matrices(MODELS[case.model], case.torch_dtype, session.device)
         backend = "aot_eager" if session.smoke else "inductor"  # a dry run needs no C++ compiler
-        found = measure(
+        record = measure(
             case,
             *drawn[key],
             session.ceilings(case.dtype),
             compile_backend=backend if case.name in compiled else None,
             budget=0.1 if session.smoke else 1.0,
         )
-        return judge(found, case)
+        return judge(record, case)
 
     for case in cases:
         # checks, warm-up, graphs; runs of two engines, each some times its floor

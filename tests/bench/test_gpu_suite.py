@@ -7,77 +7,20 @@ import json
 import os
 import subprocess
 import sys
-import time
 from contextlib import redirect_stdout
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench import gpu_suite, op_engines, records
-from bench.cases import CASES, SMOKE_CASES
-from bench.engines import Generation
+from bench.cases import CASES
 from bench.op_engines import eager
 from bench.provenance import ROOT
-from bench.suite import attempts, models, ops, plan, precompile, session, summary, tests
-from bench.suite.model_cases import MODEL_CASES, SMOKE_MODEL_CASES
+from bench.suite import models, ops, plan, session, summary, tests
+from bench.suite.model_cases import MODEL_CASES
 from bench.tables import table
-from gircse.roofline import Ceilings
-
-OPS = [case.name for case in SMOKE_CASES]
-MODELS = [case.name for case in SMOKE_MODEL_CASES]
-LOSS = "info_nce-B40-M80-D24"
-COMPILED = {"kernels": 3, "compiled": 3, "cached": 0, "failed": [], "unfinished": 0, "seconds": 1.0}
-
-
-class Runner:
-    """Runs main() with --smoke in this process. Nothing is compiled beforehand; `tests/gpu` is a folder of its own,
-    whose tests are taken to pass unless `write_test` says otherwise."""
-
-    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
-        self.out, self.tests = folder / "out", folder / "tests"
-        self.records = self.out / "cpu"
-        self.measured: list[str] = []
-        self.compiled: list[list[str]] = []
-        self.counts: dict = COMPILED
-        self.tests.mkdir(exist_ok=True)
-        self.real_tests = False
-        self.write_test("assert True")
-        measure, run_command = ops.measure, tests.run_command
-        patch.setattr(tests, "FOLDER", self.tests)
-        patch.setattr(session, "measure_ceilings", lambda *_, **__: Ceilings(1e11, 1e10))
-        patch.setattr(precompile, "run", lambda sections, *_, **__: self.compiled.append(sections) or self.counts)
-
-        def counted(case, *args, **kwargs):
-            self.measured.append(case.name)
-            return measure(case, *args, **kwargs)
-
-        def run_or_pretend(command: list[str], seconds: float) -> tuple[int, str]:
-            self.measured.append("tests")
-            return run_command(command, seconds) if self.real_tests else (0, "=== 1 passed in 0.01s ===")
-
-        patch.setattr(ops, "measure", counted)
-        patch.setattr(tests, "run_command", run_or_pretend)
-
-    def write_test(self, body: str) -> None:
-        self.real_tests = body != "assert True"
-        (self.tests / "test_it.py").write_text(f"def test_it():\n    {body}\n")
-
-    def __call__(self, *arguments: str) -> int:
-        self.measured.clear()
-        return gpu_suite.main(["--out", str(self.out), "--smoke", *arguments])
-
-    def record(self, name: str) -> dict:
-        return json.loads((self.records / f"{name}.json").read_text())
-
-    def lines(self) -> dict[str, dict]:
-        return {line["case"]: line for line in self.record("summary")["lines"]}
-
-
-@pytest.fixture
-def suite(tmp_path, monkeypatch) -> Runner:
-    return Runner(tmp_path, monkeypatch)
+from tests.bench.suite_runner import LOSS, MODELS, OPS, Runner
 
 
 @pytest.fixture(scope="module")
@@ -128,70 +71,6 @@ def test_records_of_models_are_those_of_run_py(everything):
         assert "official" in records.report(record) or "recompute" in records.report(record)
 
 
-def test_a_wrong_model_is_shown_and_marked(suite, monkeypatch):
-    """The engine forgets the last step of everything."""
-    states = Generation.__call__
-
-    def one_step_less(self, lm, ids, mask, num_steps):
-        found = states(self, lm, ids, mask, num_steps)
-        return torch.cat([found[:, :1], found[:, :-1]], dim=1) if num_steps else found
-
-    monkeypatch.setattr(Generation, "__call__", one_step_less)
-    assert suite("--only", "engine") == 1
-    (problem,) = suite.record("summary")["problems"]
-    assert problem.startswith(f"{MODELS[0]}: WRONG: graph disagrees with recompute on ")
-    lines = suite.lines()
-    assert [lines[f"{MODELS[0]}, K = {k}"]["ours"] > 0 for k in (0, 2)] == [True, True]
-    assert lines[f"{MODELS[0]}, K = 2"]["met"] is False
-
-
-def test_a_model_that_could_not_be_checked_is_marked(suite, monkeypatch):
-    def no_room(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(models.encode_check, "check", no_room)
-    assert suite("--only", "engine") == 1
-    assert suite.record("summary")["problems"] == [f"{MODELS[0]}: UNCHECKED: out of memory"]
-    assert suite.record(MODELS[0])["points"][0]["seconds"] > 0
-
-
-def test_a_step_that_was_not_captured_is_named(suite, monkeypatch):
-    monkeypatch.setattr(models.encode_check, "check", lambda *_, **__: [])
-    monkeypatch.setattr(Generation, "report", lambda *_: {"not_captured": "RuntimeError: a synchronisation"})
-    assert suite("--only", "engine") == 1
-    (problem,) = suite.record("summary")["problems"]
-    assert problem == f"{MODELS[0]}: graph ran its step eagerly: RuntimeError: a synchronisation"
-
-
-def test_a_comparison_that_was_lost_is_left_out(suite, monkeypatch, tmp_path):
-    """It hung, and the suite was started again: the figures stay, marked."""
-    state = {"problems": [], "left_out": [f"checks-{SMOKE_MODEL_CASES[0].shape}"], "deadline": time.time() + 60}
-    attempts.write(tmp_path / "state.json", state)
-    monkeypatch.setenv(attempts.STATE, str(tmp_path / "state.json"))
-    monkeypatch.setattr(models.encode_check, "check", lambda *_, **__: pytest.fail("compared"))
-    monkeypatch.setattr(attempts, "die_with_parent", lambda: None)
-    assert suite("--only", "engine,tests") == 1
-    assert suite.measured == suite.compiled == []
-    (problem,) = suite.record("summary")["problems"]
-    assert problem == f"{MODELS[0]}: UNCHECKED: RuntimeError: the comparison was lost in an earlier attempt"
-    assert suite.lines()[f"{MODELS[0]}, K = 2"]["ours"] > 0
-
-
-def test_an_engine_that_fails_costs_the_baseline_nothing(suite, monkeypatch):
-    def broken(self, *_):
-        raise RuntimeError("cannot be captured")
-
-    monkeypatch.setattr(Generation, "__call__", broken)
-    monkeypatch.setattr(Generation, "report", broken)
-    assert suite("--only", "engine") == 1
-    problems = suite.record("summary")["problems"]
-    assert any("FAILED: graph from K = 0 on: RuntimeError: cannot be captured" in line for line in problems)
-    line = suite.lines()[f"{MODELS[0]}, K = 2"]
-    assert line["ours"] is None
-    assert line["baseline"] > 0
-    assert line["met"] is False
-
-
 def test_the_profile_says_where_the_time_goes(everything):
     runner, *_ = everything
     pages = {path.name: path.read_text() for path in runner.records.glob("profile-*.txt")}
@@ -205,25 +84,6 @@ def test_the_profile_says_where_the_time_goes(everything):
         assert "ncalls" in page
     decode = next(page for name, page in pages.items() if name.startswith("profile-decode"))
     assert "a step of 2: wall" in decode
-
-
-def test_a_profile_costs_no_figure_and_is_made_later(suite, monkeypatch):
-    """Where it fails; and where it is asked for when everything has been measured."""
-    monkeypatch.setattr(models.train_check, "check", lambda *_: [])
-    assert suite("--only", "training") == 0
-
-    def broken(what, *_, **__):
-        raise RuntimeError("no CUPTI")
-
-    monkeypatch.setattr(models, "profile", broken)
-    assert suite("--only", "training", "--profile") == 1
-    assert suite.record("summary")["problems"] == [f"profile-{MODELS[1]}: RuntimeError: no CUPTI"]
-    assert suite.record(MODELS[1])["agreement"]["verdict"] == "ok"
-    monkeypatch.setattr(models, "profile", lambda what, *_, **__: what)
-    assert suite("--only", "training", "--profile") == 0
-    assert (suite.records / f"profile-{MODELS[1]}.txt").exists()
-    monkeypatch.setattr(models, "_train", lambda *_, **__: pytest.fail("measured again"))
-    assert suite("--only", "training", "--profile") == 0
 
 
 def test_a_second_call_goes_on(everything, monkeypatch):
@@ -389,7 +249,7 @@ def test_tests_without_end_are_stopped_with_their_processes(suite):
 
 
 def test_kernels_that_do_not_compile_are_problems(suite, capsys):
-    suite.counts = {**COMPILED, "failed": ["one_pass_kernel: PTXASError: no registers"], "unfinished": 2}
+    suite.counts = {**suite.counts, "failed": ["one_pass_kernel: PTXASError: no registers"], "unfinished": 2}
     assert suite("--only", "ops") == 1
     assert suite.record("summary")["problems"] == ["not compiled: one_pass_kernel: PTXASError: no registers"]
     assert "2 not in time" in capsys.readouterr().out

@@ -77,7 +77,7 @@ def test_kinds_of_records_depend_on_what_they_measure():
     }  # fmt: skip
     assert not {"op", "soft_embed", "info_nce", "kernels-compile"} & {k for k, n in found.items() if attention in n}
     assert all("gircse_kernels.launching" in names for names in found.values())
-    assert all("configs.json" in names for names in found.values())
+    assert all("kernels/gircse_kernels/configs.json" in names for names in found.values())
     assert "bench.timing" in found["op"]
     assert "bench.tables" not in found["op"]
 
