@@ -201,17 +201,15 @@ def compare(model: GIRCSE, job: CorpusJob, ours: np.ndarray, theirs: np.ndarray,
     distance = cosine_distance(ours, theirs)
     tolerance = COSINE[dtype]
     anything = 2.0  # explained by what follows
-    measured = {
-        "median cosine distance": float(np.median(distance)),
-        "share of texts beyond the tolerance": float(np.mean(~(distance <= tolerance))),
-        "largest cosine distance": float(distance.max()),
+    errors = {
+        "median cosine distance": (float(np.median(distance)), anything if dtype in HALF else tolerance),
+        "share of texts beyond the tolerance": (
+            float(np.mean(~(distance <= tolerance))),
+            1.0 if dtype in HALF else _OUTLIERS,
+        ),
+        "largest cosine distance": (float(distance.max()), tolerance),
     }
-    bounds = {
-        "median cosine distance": anything if dtype in HALF else tolerance,
-        "share of texts beyond the tolerance": 1.0 if dtype in HALF else _OUTLIERS,
-        "largest cosine distance": tolerance,
-    }
-    found = Difference(GRAPH, what, measured, bounds)
+    found = Difference.of(GRAPH, what, errors)
     worst = [int(i) for i in np.argsort(-distance)[:_SAMPLE] if dtype in HALF or distance[i] > tolerance]
     if dtype not in _HIGHER or not set(found.too_large()) <= {"largest cosine distance"} or np.isnan(distance).any():
         return found
@@ -221,14 +219,14 @@ def compare(model: GIRCSE, job: CorpusJob, ours: np.ndarray, theirs: np.ndarray,
         return found
     exact = _encode_higher(model, job, worst, OFFICIAL_EVAL, num_steps)
     of_ours, of_theirs = (float(cosine_distance(e[worst], exact).mean()) for e in (ours, theirs))
-    measured |= {"their mean distance from higher precision": of_ours, f"of {OFFICIAL_EVAL}": of_theirs}
-    bounds |= {
-        "largest cosine distance": anything,
-        # distances are squares of errors
-        "their mean distance from higher precision": FACTOR**2 * of_theirs + (0 if dtype in HALF else tolerance),
-        f"of {OFFICIAL_EVAL}": anything,
+    # distances are squares of errors
+    bound = FACTOR**2 * of_theirs + (0 if dtype in HALF else tolerance)
+    errors |= {
+        "largest cosine distance": (errors["largest cosine distance"][0], anything),
+        "their mean distance from higher precision": (of_ours, bound),
+        f"of {OFFICIAL_EVAL}": (of_theirs, anything),
     }
-    return Difference(GRAPH, what, measured, bounds)
+    return Difference.of(GRAPH, what, errors)
 
 
 def compare_few(model: GIRCSE, job: CorpusJob, num_steps: int) -> Difference:
@@ -238,8 +236,8 @@ def compare_few(model: GIRCSE, job: CorpusJob, num_steps: int) -> Difference:
     what = f"{len(few)} texts, K = {num_steps}, float32"
     if ours.shape != theirs.shape:
         return shapes_differ(GRAPH, what)
-    measured = {"median cosine distance": float(np.median(cosine_distance(ours, theirs)))}
-    return Difference(GRAPH, what, measured, {"median cosine distance": COSINE[torch.float32]})
+    median = float(np.median(cosine_distance(ours, theirs)))
+    return Difference.of(GRAPH, what, {"median cosine distance": (median, COSINE[torch.float32])})
 
 
 def cosine_distance(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:

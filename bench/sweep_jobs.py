@@ -94,7 +94,7 @@ class SoftEmbed(Job):
         found = []
         for at in points:
             ratio = check(self._problem(BOTH, at))["worst_ratio"]  # raises where it is too large
-            found.append(Difference("ours", f"{at}", {"error over eager's": ratio}, {"error over eager's": math.inf}))
+            found.append(Difference.of("ours", f"{at}", {"error over eager's": (ratio, math.inf)}))
             give_back(self._head.device)  # copies in float64
         return found
 
