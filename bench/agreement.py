@@ -85,14 +85,14 @@ class Difference:
         return f"{self.engine} disagrees with {reference} on {self.what}: {values}"
 
     @classmethod
-    def from_json(cls, found: dict[str, Any]) -> Difference:
+    def from_json(cls, fields: dict[str, Any]) -> Difference:
         """What `to_json` gave; a measure that JSON cannot hold, NaN or infinite, is NaN again."""
-        measured = {name: math.nan if value is None else value for name, value in found["measured"].items()}
-        return cls(found["engine"], found["what"], measured, found["allowed"], found.get("why"))
+        measured = {name: math.nan if value is None else value for name, value in fields["measured"].items()}
+        return cls(fields["engine"], fields["what"], measured, fields["allowed"], fields.get("why"))
 
     def to_json(self) -> dict[str, Any]:
-        found = asdict(self)
-        return {key: value for key, value in found.items() if value is not None} | {"verdict": self.verdict}
+        fields = asdict(self)
+        return {key: value for key, value in fields.items() if value is not None} | {"verdict": self.verdict}
 
 
 def unchecked(engine: str, what: str, error: BaseException) -> Difference:
@@ -226,8 +226,8 @@ def _training_errors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tupl
     return relative_error(ours["losses"], theirs["losses"]), whole, math.nan if math.isnan(whole) else max(single)
 
 
-def _shapes(found: dict[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in found.items()}
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
@@ -238,20 +238,20 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 def worst(differences: Iterable[Difference]) -> dict[str, float]:
     """The largest value of each measure; NaN is larger than anything."""
-    found: dict[str, float] = {}
+    largest: dict[str, float] = {}
     for difference in differences:
         for name, value in difference.measured.items():
-            before = found.get(name, 0.0)
-            found[name] = value if math.isnan(value) or value > before else before
-    return found
+            before = largest.get(name, 0.0)
+            largest[name] = value if math.isnan(value) or value > before else before
+    return largest
 
 
 def mark(rows: Sequence[dict[str, Any]], checks: Iterable[Difference]) -> None:
     """Adds to each row the `verdict` on its engine: the worst of all comparisons. An engine that nothing compares, such
     as the reference, is `OK`."""
-    found: dict[str, set[str]] = {}
+    by_engine: dict[str, set[str]] = {}
     for difference in checks:
-        found.setdefault(difference.engine, set()).add(difference.verdict)
+        by_engine.setdefault(difference.engine, set()).add(difference.verdict)
     for row in rows:
-        verdicts = found.get(row["engine"], set())
+        verdicts = by_engine.get(row["engine"], set())
         row["verdict"] = next((v for v in (WRONG, UNCHECKED) if v in verdicts), OK)

@@ -113,12 +113,12 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -
 def encode_official(model: GIRCSE, job: CorpusJob, num_steps: int) -> np.ndarray:
     """[n, D] float32, length 1: batches in the order of the file."""
     run = ENGINES[OFFICIAL_EVAL].run
-    found = []
+    batches = []
     for start in range(0, len(job.texts), job.batch):
         rows = tokenize(model, job, job.texts[start : start + job.batch])
         states = run(model.causal_lm, *pad_left(rows, model.tokenizer.pad_token_id, model.device), num_steps)
-        found.append(l2_normalize(model.pool(states)[:, -1]).float().cpu().numpy())
-    return np.concatenate(found)
+        batches.append(l2_normalize(model.pool(states)[:, -1]).float().cpu().numpy())
+    return np.concatenate(batches)
 
 
 def encode_ours(model: GIRCSE, job: CorpusJob, num_steps: int) -> np.ndarray:
@@ -209,14 +209,15 @@ def compare(model: GIRCSE, job: CorpusJob, ours: np.ndarray, theirs: np.ndarray,
         ),
         "largest cosine distance": (float(distance.max()), tolerance),
     }
-    found = Difference.of(GRAPH, what, errors)
+    difference = Difference.of(GRAPH, what, errors)
     worst = [int(i) for i in np.argsort(-distance)[:_SAMPLE] if dtype in HALF or distance[i] > tolerance]
-    if dtype not in _HIGHER or not set(found.too_large()) <= {"largest cosine distance"} or np.isnan(distance).any():
-        return found
+    decided = not set(difference.too_large()) <= {"largest cosine distance"} or np.isnan(distance).any()
+    if dtype not in _HIGHER or decided:
+        return difference
     if dtype in HALF:
         worst = sorted({*worst, *spaced(len(distance), _SAMPLE)})
     if not worst:
-        return found
+        return difference
     exact = _encode_higher(model, job, worst, OFFICIAL_EVAL, num_steps)
     of_ours, of_theirs = (float(cosine_distance(e[worst], exact).mean()) for e in (ours, theirs))
     # distances are squares of errors
@@ -258,7 +259,7 @@ def _encode_higher(model: GIRCSE, job: CorpusJob, chosen: list[int], engine: str
 
 def _timed(model: GIRCSE, job: CorpusJob, point: Point) -> tuple[float, np.ndarray]:
     """-> seconds, embeddings [n, D]."""
-    found: list[np.ndarray] = []
+    embeddings: list[np.ndarray] = []
     with ENGINES[point.engine].attached(model.causal_lm):
-        took = seconds(lambda: found.append(_RUNS[point.engine](model, job, point.num_steps)), model.device)
-    return took, found[0]
+        took = seconds(lambda: embeddings.append(_RUNS[point.engine](model, job, point.num_steps)), model.device)
+    return took, embeddings[0]

@@ -100,19 +100,19 @@ class SoftEmbed(Job):
         return Problem.draw(at["T"], what, self._head[: at["V"]], None)
 
     def check(self, points: Sequence[Sizes]) -> list[Difference]:
-        found = []
+        differences = []
         for at in points:
             ratio = check(self._problem(BOTH, at))["worst_ratio"]  # raises where it is too large
-            found.append(Difference.of("ours", f"{at}", {"error over eager's": (ratio, math.inf)}))
+            differences.append(Difference.of("ours", f"{at}", {"error over eager's": (ratio, math.inf)}))
             give_back(self.device)  # copies in float64
-        return found
+        return differences
 
     def runs(self, what: str, at: Sizes) -> dict[str, Run]:
         problem = self._problem(what, at)
-        found = {"ours": problem.call(ours)}
+        runs = {"ours": problem.call(ours)}
         if 4 * at["T"] * at["V"] * self._head.itemsize < self._room:  # it holds two to three matrices [T, V]
-            found["eager"] = problem.call(eager)
-        return found
+            runs["eager"] = problem.call(eager)
+        return runs
 
     def floor(self, what: str, at: Sizes) -> list[Work]:
         matrix, product = at["V"] * at["D"] * self._head.itemsize, 2 * at["T"] * at["V"] * at["D"]
@@ -135,9 +135,9 @@ def soft_embed_held(at: Sizes, what: str, dtype: torch.dtype, device: torch.devi
         problem = KernelProblem(rows, vocab, width, width, True, dtype.itemsize)
         name = str(dtype).removeprefix("torch.")
         passes = ["", *(["hidden"] if backward else [])]
-        found = [allocated_bytes(Case("sweep", problem, name, one), device_of(device)) for one in passes]
+        peaks = [allocated_bytes(Case("sweep", problem, name, one), device_of(device)) for one in passes]
         # the forward leaves its result, and the same before it was rounded
-        return max(found[0], found[-1] + (rows * width * (4 + dtype.itemsize) if backward else 0))
+        return max(peaks[0], peaks[-1] + (rows * width * (4 + dtype.itemsize) if backward else 0))
     # The torch backend holds tiles of scores [R, C], one more than are in use because the last one is freed when the
     # next one is there, and a product [R, D].
     used = 2 if backward else 1
@@ -248,9 +248,9 @@ class Train(Job):
         length, steps = (max(at[name] for at in points) for name in "NK")
         small = {"B": 1, "N": min(length, _CHECKED_TRAIN_LENGTH), "K": min(steps, _CHECKED_TRAIN_STEPS)}
         jobs = [self._job(at) for at in points]
-        found = train_check.check(self._job(small), [CACHED], self._lm, states_of=jobs)
+        differences = train_check.check(self._job(small), [CACHED], self._lm, states_of=jobs)
         _make_gradients(self._lm.model)
-        return found
+        return differences
 
     def runs(self, what: str, at: Sizes) -> dict[str, Run]:
         queries, passages = self._job(at).batches(self._facts.vocab)

@@ -85,7 +85,7 @@ def test_more_engines_and_no_reference(bench, tmp_path, capsys):
     assert [p["engine"] for p in record["points"]] == ["cached", "recompute-ours"]
     assert all(p["speedup_over_recompute"] is None for p in record["points"])
     checked = {c["engine"] for c in record["agreement"]["checks"]}
-    assert checked == {"cached", "recompute-ours", "official-eval"}  # timed rows are held against the last
+    assert checked == {"cached", "recompute-ours", "official-eval"}  # timed rows are compared with the last
     assert {p["verdict"] for p in record["points"]} == {OK}
     assert (tmp_path / "x" / "p.png").is_file()
 
