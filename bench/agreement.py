@@ -60,6 +60,12 @@ class Difference:
     allowed: dict[str, float]
     why: str | None = None
 
+    @classmethod
+    def of(cls, engine: str, what: str, errors: dict[str, tuple[float, float]]) -> Difference:
+        """`errors`: by name what was measured and what is allowed."""
+        measured, allowed = ({name: pair[i] for name, pair in errors.items()} for i in (0, 1))
+        return cls(engine, what, measured, allowed)
+
     @property
     def verdict(self) -> str:
         """`OK`, `WRONG` or `UNCHECKED`. NaN never passes."""
@@ -79,14 +85,14 @@ class Difference:
         return f"{self.engine} disagrees with {reference} on {self.what}: {values}"
 
     @classmethod
-    def from_json(cls, found: dict[str, Any]) -> Difference:
+    def from_json(cls, fields: dict[str, Any]) -> Difference:
         """What `to_json` gave; a measure that JSON cannot hold, NaN or infinite, is NaN again."""
-        measured = {name: math.nan if value is None else value for name, value in found["measured"].items()}
-        return cls(found["engine"], found["what"], measured, found["allowed"], found.get("why"))
+        measured = {name: math.nan if value is None else value for name, value in fields["measured"].items()}
+        return cls(fields["engine"], fields["what"], measured, fields["allowed"], fields.get("why"))
 
     def to_json(self) -> dict[str, Any]:
-        found = asdict(self)
-        return {key: value for key, value in found.items() if value is not None} | {"verdict": self.verdict}
+        fields = asdict(self)
+        return {key: value for key, value in fields.items() if value is not None} | {"verdict": self.verdict}
 
 
 def unchecked(engine: str, what: str, error: BaseException) -> Difference:
@@ -120,7 +126,7 @@ def reason(error: BaseException) -> str:
 
 
 def shapes_differ(engine: str, what: str) -> Difference:
-    return Difference(engine, what, {"results of another shape": 1.0}, {"results of another shape": 0.0})
+    return Difference.of(engine, what, {"results of another shape": (1.0, 0.0)})
 
 
 def embedding_difference(engine: str, what: str, ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> Difference:
@@ -130,12 +136,11 @@ def embedding_difference(engine: str, what: str, ours: Tensor, theirs: Tensor, d
     ours, theirs = ours.double(), theirs.double()
     cosine = torch.nn.functional.cosine_similarity(ours, theirs, dim=-1)
     tolerance = TOLERANCES[dtype]
-    return Difference(
-        engine,
-        what,
-        {"cosine distance": (1 - cosine).max().item(), "relative error": relative_error(ours, theirs)},
-        {"cosine distance": tolerance.cosine, "relative error": tolerance.relative},
-    )
+    errors = {
+        "cosine distance": ((1 - cosine).max().item(), tolerance.cosine),
+        "relative error": (relative_error(ours, theirs), tolerance.relative),
+    }
+    return Difference.of(engine, what, errors)
 
 
 def training_difference(
@@ -146,10 +151,13 @@ def training_difference(
     if _shapes(ours) != _shapes(theirs):
         return shapes_differ(engine, what)
     tolerance = TOLERANCES[dtype]
-    allowed = (tolerance.loss, tolerance.gradient, 3 * tolerance.gradient)
-    names = ("loss error", "gradient error", "worst gradient error")
-    found = _training_errors(ours, theirs)
-    return Difference(engine, what, dict(zip(names, found, strict=True)), dict(zip(names, allowed, strict=True)))
+    loss, gradient, worst_one = _training_errors(ours, theirs)
+    errors = {
+        "loss error": (loss, tolerance.loss),
+        "gradient error": (gradient, tolerance.gradient),
+        "worst gradient error": (worst_one, 3 * tolerance.gradient),
+    }
+    return Difference.of(engine, what, errors)
 
 
 def embedding_rounding(
@@ -168,11 +176,11 @@ def embedding_rounding(
 
 
 def typical_error(ours: Tensor, exact: Tensor, steps: int) -> float:
-    """Of the rows of [B, D]; NaN where any of them is not finite.
+    """The error of the rows of [B, D]; NaN where any of them is not finite.
 
-    Without generated steps: of all rows together. After some the soft tokens of a row here and there tip over to
-    others, in one engine and not in another, and its error is a hundred times what it was: then the geometric mean over
-    the rows, the worst eighth (at least one) left out.
+    Without generated steps it is that of all rows together. After some steps the soft tokens of a few rows tip over to
+    others, in one engine and not in another, and the error of such a row is a hundred times what it was. Then it is the
+    geometric mean over the rows without the worst eighth (at least one).
     """
     if not torch.isfinite(ours).all():
         return math.nan
@@ -189,8 +197,8 @@ def training_rounding(
 ) -> Difference:
     """The same for losses and gradients.
 
-    The errors of a few losses cancel by chance, in one engine more than in another, so they are held to the
-    gradients' bound where that is the wider one; so is the worst of many gradients to twice its own.
+    The errors of a few losses cancel by chance, in one engine more than in another, so their bound is at least that of
+    the gradients. The bound of the worst gradient is twice as wide.
     """
     if _shapes(ours) != _shapes(exact):
         return shapes_differ(engine, what)
@@ -207,8 +215,7 @@ def training_rounding(
 def _rounding(engine: str, what: str, errors: dict[str, tuple[float, float]]) -> Difference:
     if not all(math.isfinite(bound) for _, bound in errors.values()):
         return Difference(engine, what, {}, {}, why="the reference itself is not finite in this dtype")
-    measured, allowed = ({name: pair[i] for name, pair in errors.items()} for i in (0, 1))
-    return Difference(engine, what, measured, allowed)
+    return Difference.of(engine, what, errors)
 
 
 def _training_errors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[float, float, float]:
@@ -219,8 +226,8 @@ def _training_errors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tupl
     return relative_error(ours["losses"], theirs["losses"]), whole, math.nan if math.isnan(whole) else max(single)
 
 
-def _shapes(found: dict[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in found.items()}
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
@@ -231,20 +238,20 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 def worst(differences: Iterable[Difference]) -> dict[str, float]:
     """The largest value of each measure; NaN is larger than anything."""
-    found: dict[str, float] = {}
+    largest: dict[str, float] = {}
     for difference in differences:
         for name, value in difference.measured.items():
-            before = found.get(name, 0.0)
-            found[name] = value if math.isnan(value) or value > before else before
-    return found
+            before = largest.get(name, 0.0)
+            largest[name] = value if math.isnan(value) or value > before else before
+    return largest
 
 
 def mark(rows: Sequence[dict[str, Any]], checks: Iterable[Difference]) -> None:
-    """Adds to each row the `verdict` on its engine: the worst of all that was compared. The reference, which the others
-    are compared with, may have none."""
-    found: dict[str, set[str]] = {}
+    """Adds to each row the `verdict` on its engine: the worst of all comparisons. An engine that nothing compares, such
+    as the reference, is `OK`."""
+    by_engine: dict[str, set[str]] = {}
     for difference in checks:
-        found.setdefault(difference.engine, set()).add(difference.verdict)
+        by_engine.setdefault(difference.engine, set()).add(difference.verdict)
     for row in rows:
-        verdicts = found.get(row["engine"], set())
+        verdicts = by_engine.get(row["engine"], set())
         row["verdict"] = next((v for v in (WRONG, UNCHECKED) if v in verdicts), OK)

@@ -56,7 +56,7 @@ def draw_lengths(rows: int, longest: int, *, distribution: str, seed: int) -> li
     """Lengths in tokens: all `longest`, or drawn from 1 to `longest` and one of them `longest`.
 
     "lognormal" has the median `longest / 3`; its shape (sigma 0.7, the upper tenth at 0.8 of the longest) is that of
-    the passages of retrieval corpora. "uniform" spreads evenly: the most padding for whoever pads.
+    the passages of retrieval corpora. "uniform" spreads evenly, which makes the most padding.
     """
     if distribution == FIXED:
         return [longest] * rows

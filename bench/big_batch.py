@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -29,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from bench.agreement import HALF, OK, TOLERANCES, WRONG, relative_error
-from bench.memory import peak, reset_peak
 from bench.provenance import ROOT, provenance
 from bench.records import save, to_json
 from bench.shapes import SHAPES, random_model
@@ -119,7 +119,6 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         every = [(start, min(start + each, options.rows), settings) for start in range(0, options.rows, each)]
         steps = every[: options.sample]
         share = len(steps) / len(every)
-    reset_peak(device)
     cpu = time.process_time()
     took = seconds(lambda: [step(*one) for one in steps], device)
     return {
@@ -130,9 +129,14 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         "cpu_seconds": (time.process_time() - cpu) / share,
         "measured_share": share,
         "texts_per_second": 2 * options.rows * share / took,
-        "peak_bytes": peak(device),
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident_peak(),
         "difference": difference,
     }
+
+
+def _resident_peak() -> int:
+    """The largest resident size of this process in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _model(options: argparse.Namespace, settings: TrainConfig) -> GIRCSE:

@@ -113,12 +113,12 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -
 def encode_official(model: GIRCSE, job: CorpusJob, num_steps: int) -> np.ndarray:
     """[n, D] float32, length 1: batches in the order of the file."""
     run = ENGINES[OFFICIAL_EVAL].run
-    found = []
+    batches = []
     for start in range(0, len(job.texts), job.batch):
         rows = tokenize(model, job, job.texts[start : start + job.batch])
         states = run(model.causal_lm, *pad_left(rows, model.tokenizer.pad_token_id, model.device), num_steps)
-        found.append(l2_normalize(model.pool(states)[:, -1]).float().cpu().numpy())
-    return np.concatenate(found)
+        batches.append(l2_normalize(model.pool(states)[:, -1]).float().cpu().numpy())
+    return np.concatenate(batches)
 
 
 def encode_ours(model: GIRCSE, job: CorpusJob, num_steps: int) -> np.ndarray:
@@ -201,34 +201,33 @@ def compare(model: GIRCSE, job: CorpusJob, ours: np.ndarray, theirs: np.ndarray,
     distance = cosine_distance(ours, theirs)
     tolerance = COSINE[dtype]
     anything = 2.0  # explained by what follows
-    measured = {
-        "median cosine distance": float(np.median(distance)),
-        "share of texts beyond the tolerance": float(np.mean(~(distance <= tolerance))),
-        "largest cosine distance": float(distance.max()),
+    errors = {
+        "median cosine distance": (float(np.median(distance)), anything if dtype in HALF else tolerance),
+        "share of texts beyond the tolerance": (
+            float(np.mean(~(distance <= tolerance))),
+            1.0 if dtype in HALF else _OUTLIERS,
+        ),
+        "largest cosine distance": (float(distance.max()), tolerance),
     }
-    bounds = {
-        "median cosine distance": anything if dtype in HALF else tolerance,
-        "share of texts beyond the tolerance": 1.0 if dtype in HALF else _OUTLIERS,
-        "largest cosine distance": tolerance,
-    }
-    found = Difference(GRAPH, what, measured, bounds)
+    difference = Difference.of(GRAPH, what, errors)
     worst = [int(i) for i in np.argsort(-distance)[:_SAMPLE] if dtype in HALF or distance[i] > tolerance]
-    if dtype not in _HIGHER or not set(found.too_large()) <= {"largest cosine distance"} or np.isnan(distance).any():
-        return found
+    decided = not set(difference.too_large()) <= {"largest cosine distance"} or np.isnan(distance).any()
+    if dtype not in _HIGHER or decided:
+        return difference
     if dtype in HALF:
         worst = sorted({*worst, *spaced(len(distance), _SAMPLE)})
     if not worst:
-        return found
+        return difference
     exact = _encode_higher(model, job, worst, OFFICIAL_EVAL, num_steps)
     of_ours, of_theirs = (float(cosine_distance(e[worst], exact).mean()) for e in (ours, theirs))
-    measured |= {"their mean distance from higher precision": of_ours, f"of {OFFICIAL_EVAL}": of_theirs}
-    bounds |= {
-        "largest cosine distance": anything,
-        # distances are squares of errors
-        "their mean distance from higher precision": FACTOR**2 * of_theirs + (0 if dtype in HALF else tolerance),
-        f"of {OFFICIAL_EVAL}": anything,
+    # distances are squares of errors
+    bound = FACTOR**2 * of_theirs + (0 if dtype in HALF else tolerance)
+    errors |= {
+        "largest cosine distance": (errors["largest cosine distance"][0], anything),
+        "their mean distance from higher precision": (of_ours, bound),
+        f"of {OFFICIAL_EVAL}": (of_theirs, anything),
     }
-    return Difference(GRAPH, what, measured, bounds)
+    return Difference.of(GRAPH, what, errors)
 
 
 def compare_few(model: GIRCSE, job: CorpusJob, num_steps: int) -> Difference:
@@ -238,8 +237,8 @@ def compare_few(model: GIRCSE, job: CorpusJob, num_steps: int) -> Difference:
     what = f"{len(few)} texts, K = {num_steps}, float32"
     if ours.shape != theirs.shape:
         return shapes_differ(GRAPH, what)
-    measured = {"median cosine distance": float(np.median(cosine_distance(ours, theirs)))}
-    return Difference(GRAPH, what, measured, {"median cosine distance": COSINE[torch.float32]})
+    median = float(np.median(cosine_distance(ours, theirs)))
+    return Difference.of(GRAPH, what, {"median cosine distance": (median, COSINE[torch.float32])})
 
 
 def cosine_distance(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
@@ -260,7 +259,7 @@ def _encode_higher(model: GIRCSE, job: CorpusJob, chosen: list[int], engine: str
 
 def _timed(model: GIRCSE, job: CorpusJob, point: Point) -> tuple[float, np.ndarray]:
     """-> seconds, embeddings [n, D]."""
-    found: list[np.ndarray] = []
+    embeddings: list[np.ndarray] = []
     with ENGINES[point.engine].attached(model.causal_lm):
-        took = seconds(lambda: found.append(_RUNS[point.engine](model, job, point.num_steps)), model.device)
-    return took, found[0]
+        took = seconds(lambda: embeddings.append(_RUNS[point.engine](model, job, point.num_steps)), model.device)
+    return took, embeddings[0]

@@ -88,26 +88,27 @@ def check(
     compared = [name for name in dict.fromkeys(names) if name != REFERENCE]
     if not compared and not timed:
         return []
-    if timed or is_half(lm):  # what timed rows and half precision are held against
+    if timed or is_half(lm):  # which timed rows and half precision are compared with
         compared = list(dict.fromkeys([*compared, OFFICIAL_EVAL]))
     forget(compared)
     vocab, lengths = lm.embed_weight.shape[0], [shared_prefix + own for own in check_lengths(length)]
     small = random_batch(vocab, lengths, seed=seed + 1, device=lm.device, shared_prefix=shared_prefix)
     if not is_half(lm):
-        return strict(lm, compared, small, num_steps) + [found for one in timed for found in timed_rows(lm, None, one)]
+        differences = strict(lm, compared, small, num_steps)
+        return differences + [one for each in timed for one in timed_rows(lm, None, each)]
     try:
         exact = twin(lm)
     except Exception as error:  # too large for this machine's memory
         return [unchecked(name, "a float32 copy of the model", error) for name in compared]
-    found = strict(exact, compared, small, num_steps)
+    differences = strict(exact, compared, small, num_steps)
     short = random_batch(vocab, check_lengths(_SHORT) * _REPEATED, seed=seed + 2, device=lm.device)
     rounding, own = short_rows(lm, exact, compared, short, num_steps)
-    return found + rounding + [one for each in timed for one in timed_rows(lm, exact, each, own)]
+    return differences + rounding + [one for each in timed for one in timed_rows(lm, exact, each, own)]
 
 
 def strict(lm: CausalLM, names: Sequence[str], batch: Batch, num_steps: int) -> list[Difference]:
     """Every engine against the reference in float32 or float64: on the batch, and on its first row alone."""
-    engines, found = {name: fresh(name) for name in (*names, REFERENCE)}, []
+    engines, differences = {name: fresh(name) for name in (*names, REFERENCE)}, []
     for rows in (batch, Batch(*(tensor[:1] for tensor in batch))):
         for steps, able in _each_steps(engines, names, num_steps):
             what = _what(lm, rows, steps)
@@ -116,8 +117,8 @@ def strict(lm: CausalLM, names: Sequence[str], batch: Batch, num_steps: int) -> 
                 ours = _embed(engines[name], lm, rows, steps)
                 return embedding_difference(name, what, ours, expected, lm.head_weight.dtype)
 
-            found += compare_each(able, what, partial(_embed, engines[REFERENCE], lm, rows, steps), one)
-    return found
+            differences += compare_each(able, what, partial(_embed, engines[REFERENCE], lm, rows, steps), one)
+    return differences
 
 
 def short_rows(
@@ -125,7 +126,7 @@ def short_rows(
 ) -> tuple[list[Difference], dict[int, float]]:
     """Every engine's error in half precision beside that of official-style evaluation, which takes a fraction of the
     reference algorithm's time and has been compared with it. -> differences, official-style evaluation's error by K."""
-    engines, found = {name: fresh(name) for name in (*names, OFFICIAL_EVAL)}, []
+    engines, differences = {name: fresh(name) for name in (*names, OFFICIAL_EVAL)}, []
     own: dict[int, float] = {}
     for steps, able in _each_steps(engines, names, num_steps):
 
@@ -138,8 +139,8 @@ def short_rows(
             ours = _embed(engines[name], lm, batch, steps)
             return embedding_rounding(name, _what(lm, batch, steps), ours, *stock, steps=steps)
 
-        found += compare_each([n for n in able if n != OFFICIAL_EVAL], _what(lm, batch, steps), stock, one)
-    return found, own
+        differences += compare_each([n for n in able if n != OFFICIAL_EVAL], _what(lm, batch, steps), stock, one)
+    return differences, own
 
 
 def timed_rows(
@@ -166,7 +167,7 @@ def timed_rows(
     def stock() -> list[dict[int, Tensor]]:
         return [_embed_all(model, rows, sorted(by_steps)) for model in (lm, exact) if model is not None]
 
-    found = []
+    differences = []
     for k, ours in by_steps.items():
         what = f"{timed.name}, {len(chosen)} of {count} rows, K = {k}"
         least = max((error for at, error in (own or {}).items() if at <= k), default=0.0)
@@ -176,21 +177,21 @@ def timed_rows(
                 return embedding_difference(name, what, ours[name], stock[0], lm.head_weight.dtype)
             return embedding_rounding(name, what, ours[name], *stock, steps=k, at_least=least)
 
-        found += compare_each(ours, what, lambda k=k: [table[k] for table in stock()], one)
-    return found
+        differences += compare_each(ours, what, lambda k=k: [table[k] for table in stock()], one)
+    return differences
 
 
 @torch.no_grad()
 def _embed_all(lm: CausalLM, rows: Batch, steps: Sequence[int]) -> dict[int, Tensor]:
     """Embeddings [B, D] of official-style evaluation after each number of steps: fewer steps are the first of more."""
-    found = {}
+    embeddings = {}
     with fresh(OFFICIAL_EVAL).attached(lm) as run:
         if 0 in steps:
-            found[0] = embed(run, lm, rows, 0).cpu()
+            embeddings[0] = embed(run, lm, rows, 0).cpu()
         if steps[-1]:
             pooled = l2_normalize(pool_steps(run(lm, *rows, steps[-1])))
-            found |= {k: pooled[:, k - 1].cpu() for k in steps if k}
-    return found
+            embeddings |= {k: pooled[:, k - 1].cpu() for k in steps if k}
+    return embeddings
 
 
 def _each_steps(engines: Mapping[str, Engine], names: Sequence[str], num_steps: int) -> Iterator[tuple[int, list[str]]]:

@@ -239,24 +239,11 @@ def _timed_exchange(runs: list[float]) -> Iterator[None]:
 def report(record: dict[str, Any]) -> str:
     origin = record["provenance"]
     where = f"{origin['device']}, torch {origin['torch']}, sources {origin['sources']}"
-    if record["benchmark"] == "info_nce-ranks":
-        share = record["exchange_seconds"] / record["seconds"]
-        size = Size(*(record[name] for name in Size._fields))
-        return (
-            f"{where}\n{record['ranks']} processes, each {size}: {record['seconds']:.3f} s, {share:.0%} of it exchange"
-        )
-    lines = [where, "", table(COLUMNS, record["points"]), "", "forward and backward, both sides; medians"]
-    return "\n".join(lines + [against_eager(point) for point in record["points"] if "eager" in point["milliseconds"]])
-
-
-def against_eager(point: dict[str, Any]) -> str:
-    """How many times as fast as eager PyTorch, and with what part of its extra memory."""
-    size = Size(*(point[name] for name in Size._fields))
-    speed, share = (
-        point[of][a] / point[of][b]
-        for of, a, b in (("milliseconds", "eager", "ours"), ("peak_extra_bytes", "ours", "eager"))
-    )
-    return f"{size}: {speed:.2f} times eager's speed, {share:.3f} of its extra memory"
+    if record["benchmark"] == "info_nce":
+        return f"{where}\n\n{table(COLUMNS, record['points'])}\n\nforward and backward, both sides; medians"
+    share = record["exchange_seconds"] / record["seconds"]
+    size = Size(*(record[name] for name in Size._fields))
+    return f"{where}\n{record['ranks']} processes, each {size}: {record['seconds']:.3f} s, {share:.0%} of it exchange"
 
 
 def _milliseconds(name: str) -> Column:

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 key = (corpus, arm, 0 if arm == UNTRAINED else seed)
                 if key in finished(record, texts[corpus]):
                     continue
-                found = run(
+                result = run(
                     ARMS.get(arm),
                     texts[corpus],
                     SCALES[options.scale],
@@ -80,9 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     folder=work / corpus / arm / f"seed-{key[2]}",
                     dtype=options.dtype,
                 )
-                found["provenance"] = provenance("cuda" if torch.cuda.is_available() else "cpu", "quality")
-                _add(record, found, options.scale, texts[corpus], name)
-                print(_line(found), flush=True)
+                result["provenance"] = provenance("cuda" if torch.cuda.is_available() else "cpu", "quality")
+                _add(record, result, options.scale, texts[corpus], name)
+                print(_line(result), flush=True)
     return 0
 
 
@@ -96,10 +96,10 @@ def finished(path: Path, corpus: StudyCorpus | None = None) -> dict[Key, Run]:
     }
 
 
-def _add(path: Path, found: Run, scale: str, corpus: StudyCorpus, base: str) -> None:
+def _add(path: Path, result: Run, scale: str, corpus: StudyCorpus, base: str) -> None:
     """A run of the same name over other texts is replaced."""
     corpora = json.loads(path.read_text(encoding="utf-8"))["corpora"] if path.exists() else {}
-    runs = {**finished(path), (found["corpus"], found["arm"], found["seed"]): found}
+    runs = {**finished(path), (result["corpus"], result["arm"], result["seed"]): result}
     sizes = {
         "fingerprint": corpus.fingerprint,
         "training": len(corpus.training),
@@ -115,7 +115,7 @@ def _add(path: Path, found: Run, scale: str, corpus: StudyCorpus, base: str) -> 
         "train": dict(SCALES[scale].train),
         "corpora": {**corpora, corpus.name: sizes},
         "runs": list(runs.values()),
-        "provenance": found["provenance"],
+        "provenance": result["provenance"],
     }
     save(record, path)
 
@@ -128,12 +128,12 @@ def _corpus(name: str, scale: str, path: Path) -> StudyCorpus:
     return StudyCorpus.load(path)
 
 
-def _line(found: Run) -> str:
-    own = found["mrr"][found["pooling"]]
+def _line(result: Run) -> str:
+    own = result["mrr"][result["pooling"]]
     curve = " ".join(f"{k}:{own[k]:.3f}" for k in (0, 1, 2, 3, 5, 7, 10, 15, 20))
     return (
-        f"{found['corpus']:<9} {found['arm']:<16} seed {found['seed']}  {found['seconds'] / 60:4.1f} min  MRR {curve}  "
-        f"rho {found['spearman'][5]:.3f}  V {found['v_measure'][5]:.3f}"
+        f"{result['corpus']:<9} {result['arm']:<16} seed {result['seed']}  {result['seconds'] / 60:4.1f} min  "
+        f"MRR {curve}  rho {result['spearman'][5]:.3f}  V {result['v_measure'][5]:.3f}"
     )
 
 

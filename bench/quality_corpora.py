@@ -149,13 +149,13 @@ class Package(NamedTuple):
 
 def packages(queries: int, documents: int, pairs: int) -> StudyCorpus:
     """Raises as `code`."""
-    found = debian_packages()
-    test_sources = {p.source for p in found if crc32(p.source.encode()) % _TEST_SHARE == 0}
-    known = [p for p in found if p.source in test_sources and p.section in SECTIONS and p.tags]
+    everything = debian_packages()
+    test_sources = {p.source for p in everything if crc32(p.source.encode()) % _TEST_SHARE == 0}
+    known = [p for p in everything if p.source in test_sources and p.section in SECTIONS and p.tags]
     per_section = -(-documents // len(SECTIONS))
     test = [p for section in SECTIONS for p in _drawn((p for p in known if p.section == section), per_section)]
     test = _drawn(test, documents)
-    training = _drawn((p for p in found if p.source not in test_sources), MAX_TRAINING_ROWS)
+    training = _drawn((p for p in everything if p.source not in test_sources), MAX_TRAINING_ROWS)
     return StudyCorpus.of(
         "packages",
         "Retrieve the package that this describes",
@@ -186,7 +186,7 @@ def debian_packages(lists: Path = LISTS) -> list[Package]:
         for record in _records(path)
         if "Description-md5" in record and "Description-en" in record
     }
-    found: dict[str, Package] = {}
+    by_source: dict[str, Package] = {}
     seen: set[str] = set()
     for path in indices:
         for record in _records(path):
@@ -197,12 +197,12 @@ def debian_packages(lists: Path = LISTS) -> list[Package]:
             source = record.get("Source", record["Package"]).split(" ")[0]
             synopsis, description = _texts(text)
             keys = {synopsis.lower(), description.lower()[:160]}
-            if source in found or keys & seen or len(description.split()) < 12 or len(synopsis.split()) < 3:
+            if source in by_source or keys & seen or len(description.split()) < 12 or len(synopsis.split()) < 3:
                 continue
             seen |= keys
             tags = frozenset(tag for tag in re.split(r",\s*", record.get("Tag", "")) if _FACETS.match(tag))
-            found[source] = Package(record["Package"], source, section, tags, synopsis, description)
-    return sorted(found.values(), key=lambda package: package.name)
+            by_source[source] = Package(record["Package"], source, section, tags, synopsis, description)
+    return sorted(by_source.values(), key=lambda package: package.name)
 
 
 def _texts(description: str) -> tuple[str, str]:
@@ -213,7 +213,7 @@ def _texts(description: str) -> tuple[str, str]:
 
 
 def _records(path: Path) -> Iterator[dict[str, str]]:
-    """The paragraphs of a file of apt's, in whatever compression apt keeps it."""
+    """The paragraphs of one of apt's files, which apt may have compressed."""
     text = subprocess.run(
         ["/usr/lib/apt/apt-helper", "cat-file", str(path)], capture_output=True, check=True
     ).stdout.decode("utf-8", errors="replace")

@@ -47,7 +47,7 @@ def run(
         What the study's record keeps of a run: see `measure`, and "losses" (first and last step), "course", "seconds".
     """
     started = time.perf_counter()
-    found: Run = {"corpus": corpus.name, "fingerprint": corpus.fingerprint, "arm": UNTRAINED, "seed": seed}
+    record: Run = {"corpus": corpus.name, "fingerprint": corpus.fingerprint, "arm": UNTRAINED, "seed": seed}
     model = GIRCSE.from_pretrained(base, dtype=dtype)
     if arm is not None:
         output = folder / "training"
@@ -66,7 +66,7 @@ def run(
         result = train(config, rows=load_rows(corpus.rows()), model=model)
         model = result.model
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
-        found |= {
+        record |= {
             "arm": arm.name,
             "settings": dict(arm.settings),
             "steps": config.max_steps,
@@ -76,9 +76,9 @@ def run(
         }
     model.eval()
     model.merge_adapter()
-    found |= measure(model, corpus, scale, pooling=model.config.pooling)
-    found["seconds"] = time.perf_counter() - started
-    return found
+    record |= measure(model, corpus, scale, pooling=model.config.pooling)
+    record["seconds"] = time.perf_counter() - started
+    return record
 
 
 def course(log: list[dict[str, Any]]) -> dict[str, list[float]]:
@@ -106,7 +106,7 @@ def measure(model: GIRCSE, corpus: StudyCorpus, scale: Scale, *, pooling: str) -
     queries = states(model, corpus.queries, corpus.instruction, lengths["query_max_length"])
     documents = states(model, corpus.documents, None, lengths["passage_max_length"])
     with_prompt = model.config.include_prompt_state
-    found: Run = {"pooling": pooling, "mrr": {}, "centred_mrr": {}}
+    record: Run = {"pooling": pooling, "mrr": {}, "centred_mrr": {}}
 
     def ranks(ours: np.ndarray, theirs: np.ndarray) -> list[Any]:
         return [relevant_ranks(ours[:, k], theirs[:, k], corpus.relevant) for k in range(MAX_STEPS + 1)]
@@ -114,19 +114,19 @@ def measure(model: GIRCSE, corpus: StudyCorpus, scale: Scale, *, pooling: str) -
     for name in POOLINGS:
         ours, theirs = (pooled(each, name, with_prompt=with_prompt) for each in (queries, documents))
         if name == pooling:
-            found["ranks"] = ["".join(_digit(row[0]) for row in each) for each in ranks(ours, theirs)]
-            found |= _similarity(theirs, corpus.pairs) | _clusters(theirs, corpus.labels)
+            record["ranks"] = ["".join(_digit(row[0]) for row in each) for each in ranks(ours, theirs)]
+            record |= _similarity(theirs, corpus.pairs) | _clusters(theirs, corpus.labels)
         for key, pair in (
             ("mrr", (ours, theirs)),
             ("centred_mrr", (ours - ours.mean(axis=0), theirs - theirs.mean(axis=0))),
         ):
-            found[key][name] = [metrics_of(each, DEPTH)["mrr@10"] for each in ranks(*pair)]
+            record[key][name] = [metrics_of(each, DEPTH)["mrr@10"] for each in ranks(*pair)]
     groups = [
         (corpus.queries[:ANATOMY_TEXTS], corpus.instruction),
         (corpus.documents[:ANATOMY_TEXTS], None),
     ]
-    found["anatomy"] = anatomy(model, groups, MAX_STEPS, max_length=max(lengths.values()))
-    return found
+    record["anatomy"] = anatomy(model, groups, MAX_STEPS, max_length=max(lengths.values()))
+    return record
 
 
 def states(model: GIRCSE, texts: list[str], instruction: str | None, max_length: int) -> torch.Tensor:

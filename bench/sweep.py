@@ -216,7 +216,7 @@ def measure(curve: Curve, job: Job, ceilings: Ceilings, device: torch.device, re
 
 
 # How far the measured slope may be from the predicted one. Over a range of 16 times the size, 0.15 is a factor of 1.5
-# between the ends. Bytes are counted and not timed, so they are held to less.
+# between the ends. Bytes are counted and not timed, so their tolerance is smaller.
 TOLERANCES = {"time": 0.15, "memory": 0.10}
 _KEYS = {"time": ("floor_seconds", "seconds"), "memory": ("predicted_bytes", "peak_extra_bytes")}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ _CHECKED_TRAIN_STEPS, _CHECKED_TRAIN_LENGTH = 3, 16
 _NEGATIVES = 1  # of each query
 
 
-class Job(Protocol):
+class Job:
     """What a sweep needs to know about the job that it measures.
 
     Attributes:
@@ -55,20 +55,28 @@ class Job(Protocol):
 
     passes: tuple[str, ...]
 
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
     def check(self, points: Sequence[Sizes]) -> list[Difference]:
         """Compares the results at these sizes with the reference."""
+        raise NotImplementedError
 
     def runs(self, what: str, at: Sizes) -> dict[str, Run]:
-        """`ours`, and `eager` where there is a baseline that is measured beside it."""
-
-    def peak(self, run: Run, at: Sizes) -> int:
-        """The bytes that a run allocates at its peak."""
+        """`ours`, and `eager` where a baseline is measured beside it."""
+        raise NotImplementedError
 
     def floor(self, what: str, at: Sizes) -> list[Work]:
         """The work that any implementation must do."""
+        raise NotImplementedError
 
     def held(self, what: str, at: Sizes) -> int:
         """The bytes that must be held at once."""
+        raise NotImplementedError
+
+    def peak(self, run: Run, at: Sizes) -> int:
+        """The bytes that a run allocates at its peak."""
+        return peak_extra_bytes(run, self.device)
 
     def not_captured(self) -> str | None:
         """Why the runs of a GPU were not the CUDA graphs that they should be."""
@@ -84,6 +92,7 @@ class SoftEmbed(Job):
     passes = PASSES
 
     def __init__(self, largest: Sizes, dtype: torch.dtype, device: torch.device, room: float = math.inf) -> None:
+        super().__init__(device)
         self._room = room
         self._head, _ = draw_matrices(Matrices(largest["V"], largest["D"], True), dtype, device)
 
@@ -91,22 +100,19 @@ class SoftEmbed(Job):
         return Problem.draw(at["T"], what, self._head[: at["V"]], None)
 
     def check(self, points: Sequence[Sizes]) -> list[Difference]:
-        found = []
+        differences = []
         for at in points:
             ratio = check(self._problem(BOTH, at))["worst_ratio"]  # raises where it is too large
-            found.append(Difference("ours", f"{at}", {"error over eager's": ratio}, {"error over eager's": math.inf}))
-            give_back(self._head.device)  # copies in float64
-        return found
+            differences.append(Difference.of("ours", f"{at}", {"error over eager's": (ratio, math.inf)}))
+            give_back(self.device)  # copies in float64
+        return differences
 
     def runs(self, what: str, at: Sizes) -> dict[str, Run]:
         problem = self._problem(what, at)
-        found = {"ours": problem.call(ours)}
+        runs = {"ours": problem.call(ours)}
         if 4 * at["T"] * at["V"] * self._head.itemsize < self._room:  # it holds two to three matrices [T, V]
-            found["eager"] = problem.call(eager)
-        return found
-
-    def peak(self, run: Run, at: Sizes) -> int:
-        return peak_extra_bytes(run, self._head.device)
+            runs["eager"] = problem.call(eager)
+        return runs
 
     def floor(self, what: str, at: Sizes) -> list[Work]:
         matrix, product = at["V"] * at["D"] * self._head.itemsize, 2 * at["T"] * at["V"] * at["D"]
@@ -114,7 +120,7 @@ class SoftEmbed(Job):
         return [forward] if what == FORWARD else [forward, Work(3 * product, matrix)]
 
     def held(self, what: str, at: Sizes) -> int:
-        return soft_embed_held(at, what, self._head.dtype, self._head.device)
+        return soft_embed_held(at, what, self._head.dtype, self.device)
 
 
 def soft_embed_held(at: Sizes, what: str, dtype: torch.dtype, device: torch.device) -> int:
@@ -129,9 +135,9 @@ def soft_embed_held(at: Sizes, what: str, dtype: torch.dtype, device: torch.devi
         problem = KernelProblem(rows, vocab, width, width, True, dtype.itemsize)
         name = str(dtype).removeprefix("torch.")
         passes = ["", *(["hidden"] if backward else [])]
-        found = [allocated_bytes(Case("sweep", problem, name, one), device_of(device)) for one in passes]
+        peaks = [allocated_bytes(Case("sweep", problem, name, one), device_of(device)) for one in passes]
         # the forward leaves its result, and the same before it was rounded
-        return max(found[0], found[-1] + (rows * width * (4 + dtype.itemsize) if backward else 0))
+        return max(peaks[0], peaks[-1] + (rows * width * (4 + dtype.itemsize) if backward else 0))
     # The torch backend holds tiles of scores [R, C], one more than are in use because the last one is freed when the
     # next one is there, and a product [R, D].
     used = 2 if backward else 1
@@ -147,12 +153,13 @@ class Encode(Job):
     passes = ("encode",)
 
     def __init__(self, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(device)
         model = random_model(config, dtype=dtype, device=device)
         self._facts, self._lm = ModelFacts.of(model), CausalLM.from_model(model)
         self._limits = Engine(self._lm, EngineConfig()).report().limits
 
     def _batch(self, at: Sizes) -> Batch:
-        return random_batch(self._facts.vocab, [at["N"]] * at["B"], seed=0, device=self._lm.device)
+        return random_batch(self._facts.vocab, [at["N"]] * at["B"], seed=0, device=self.device)
 
     def check(self, points: Sequence[Sizes]) -> list[Difference]:
         timed = []
@@ -180,9 +187,9 @@ class Encode(Job):
             engines.append(Engine(self._lm, EngineConfig()))
             return engines[0].states(rows, at["K"])
 
-        peak = peak_extra_bytes(first, self._lm.device)
+        peak = peak_extra_bytes(first, self.device)
         # on a CPU NumPy allocates the keys and values, which PyTorch's profiler does not see
-        return peak + (engines[0].report().kv_bytes if self._lm.device.type == "cpu" else 0)
+        return peak + (engines[0].report().kv_bytes if self.device.type == "cpu" else 0)
 
     def floor(self, what: str, at: Sizes) -> list[Work]:
         return self._facts.inference([at["N"]] * at["B"], at["K"])
@@ -204,7 +211,7 @@ class Encode(Job):
         start, stop = batch.prefills[0]
         prefill = (stop - start) * at["N"] * (2 * facts.hidden + 3 * self._lm.config.intermediate_size)
         token = {"T": batch.buffer_rows, "V": facts.vocab, "D": facts.embed}
-        widest = soft_embed_held(token, FORWARD, self._lm.head_weight.dtype, self._lm.device)
+        widest = soft_embed_held(token, FORWARD, self._lm.head_weight.dtype, self.device)
         return facts.itemsize * (cached + states + results) + max(facts.itemsize * prefill, widest)
 
 
@@ -218,10 +225,10 @@ class Train(Job):
     passes = ("training step",)
 
     def __init__(self, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
-        name = str(dtype).removeprefix("torch.")
-        self._facts, self._device, self._dtype = ModelFacts.of(meta_model(config, dtype)), device, name
+        super().__init__(device)
+        self._facts, self._dtype = ModelFacts.of(meta_model(config, dtype)), str(dtype).removeprefix("torch.")
         self._lm = trainable(self._job({"B": 1, "N": 1, "K": 1}), random_model(config, dtype=dtype, device=device))
-        self._traced = TracedModel.of(TrainConfig(dtype=name, lora_dropout=0.0), config)
+        self._traced = TracedModel.of(TrainConfig(dtype=self._dtype, lora_dropout=0.0), config)
         for base in self._traced.cut:
             _make_gradients(base)
 
@@ -233,7 +240,7 @@ class Train(Job):
             distribution=FIXED,
             num_steps=at["K"],
             dtype=self._dtype,
-            device=str(self._device),
+            device=str(self.device),
             seed=0,
         )
 
@@ -241,16 +248,13 @@ class Train(Job):
         length, steps = (max(at[name] for at in points) for name in "NK")
         small = {"B": 1, "N": min(length, _CHECKED_TRAIN_LENGTH), "K": min(steps, _CHECKED_TRAIN_STEPS)}
         jobs = [self._job(at) for at in points]
-        found = train_check.check(self._job(small), [CACHED], self._lm, states_of=jobs)
+        differences = train_check.check(self._job(small), [CACHED], self._lm, states_of=jobs)
         _make_gradients(self._lm.model)
-        return found
+        return differences
 
     def runs(self, what: str, at: Sizes) -> dict[str, Run]:
         queries, passages = self._job(at).batches(self._facts.vocab)
         return {"ours": lambda: step(self._lm, CACHED, queries, passages, at["K"])}
-
-    def peak(self, run: Run, at: Sizes) -> int:
-        return peak_extra_bytes(run, self._device)
 
     def floor(self, what: str, at: Sizes) -> list[Work]:
         return self._facts.training(self._job(at).lengths(), at["K"])
@@ -259,7 +263,7 @@ class Train(Job):
         """Of forward and backward: queries and passages are rolled out one after the other."""
         batches = [LiveBatch(at["B"], at["N"]), LiveBatch(at["B"] * (1 + _NEGATIVES), at["N"])]
         loss = info_nce_bytes(at["B"], _NEGATIVES, at["K"], self._traced.facts.hidden)
-        return self._traced.memory(batches, at["K"], cuda=self._device.type == "cuda", loss_bytes=loss).peak
+        return self._traced.memory(batches, at["K"], cuda=self.device.type == "cuda", loss_bytes=loss).peak
 
 
 def _make_gradients(model: torch.nn.Module) -> None:

@@ -90,7 +90,7 @@ def timed_states(lm: CausalLM, exact: CausalLM | None, job: TrainJob, names: Seq
     Args:
         exact: the float32 copy where `lm` is in half precision.
     """
-    found = []
+    differences = []
     for title, batch in zip(("queries", "passages"), job.batches(lm.embed_weight.shape[0]), strict=True):
         what, points = f"the timed batch's {title}", []
         for name in names:
@@ -99,9 +99,9 @@ def timed_states(lm: CausalLM, exact: CausalLM | None, job: TrainJob, names: Seq
                 with ENGINES[name].attached(lm) as run:
                     points.append(Measured(point, {}, embed(run, lm, batch, job.num_steps).cpu()))
             except Exception as error:
-                found.append(unchecked(name, what, error))
-        found += timed_rows(lm, exact, Timed(what, batch, points))
-    return found
+                differences.append(unchecked(name, what, error))
+        differences += timed_rows(lm, exact, Timed(what, batch, points))
+    return differences
 
 
 def _timed_steps(job: TrainJob, runners: Sequence[Runner]) -> list[Difference]:

@@ -131,13 +131,13 @@ def step(lm: CausalLM, engine: str, queries: Batch, passages: Batch, num_steps: 
 
 def results(lm: CausalLM, losses: Tensor) -> dict[str, Tensor]:
     """Losses and LoRA gradients on the CPU; clears the gradients."""
-    found = {"losses": losses.cpu()}
+    tensors = {"losses": losses.cpu()}
     for name, parameter in lm.model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, name
-            found[name] = parameter.grad.cpu()
+            tensors[name] = parameter.grad.cpu()
             parameter.grad = None
-    return found
+    return tensors
 
 
 class Runner:
@@ -170,11 +170,11 @@ class Runner:
     def _run(self, num_steps: int, measured: Any) -> Any:
         lm, losses = self._lm, list[Tensor]()
         with ENGINES[self.engine].attached(lm), checkpointed(lm, self.engine in self._job.checkpointing):
-            found = measured(lambda: losses.append(step(lm, self.engine, *self._batches, num_steps)), lm.device)
+            outcome = measured(lambda: losses.append(step(lm, self.engine, *self._batches, num_steps)), lm.device)
         if self._results is None and num_steps == self._job.num_steps and self._job.torch_dtype not in HALF:
             self._results = results(lm, losses[0])
         lm.model.zero_grad(set_to_none=True)
-        return found
+        return outcome
 
 
 def here(lm: CausalLM, job: TrainJob, engines: Sequence[str]) -> list[Runner]:
