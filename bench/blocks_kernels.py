@@ -10,7 +10,6 @@ from gircse_kernels.plan import Device, OnePass, Problem, plan_forward
 
 from bench.cases import MODELS
 from bench.documents import Results, block
-from bench.info_nce import COLUMNS as INFO_NCE
 from bench.info_nce import Size
 from bench.tables import Column, markdown
 
@@ -145,18 +144,11 @@ def _summary(record: dict[str, Any]) -> str:
 
 @block("info-nce")
 def info_nce(results: Results) -> str:
-    """Every record of the loss, and the share of the exchange between ranks."""
-    found = [r for r in results.records.values() if r.get("benchmark") in ("info_nce", "info_nce-ranks")]
-    if not found:
-        return "no record yet: `python bench/info_nce.py`"
+    """The share of the exchange between ranks; docs/performance.md has the times of one process."""
     parts = []
-    for record in found:
-        origin = record["provenance"]
+    for record in results.of("info_nce-ranks").values():
+        origin, size = record["provenance"], Size(*(record[name] for name in Size._fields))
         where = f"{origin['device']}, torch {origin['torch']}; `{origin['command']}`{results.mark(record)}"
-        if record["benchmark"] == "info_nce":
-            parts.append(f"{where}\n\n{markdown(INFO_NCE, record['points'])}")
-            continue
         share = record["exchange_seconds"] / record["seconds"]
-        size = Size(*(record[name] for name in Size._fields))
         parts.append(f"{where}: {record['ranks']} processes, each {size}: exchange is {share:.0%} of a step")
-    return "\n\n".join(parts)
+    return "\n\n".join(parts) or "no record yet: `python bench/info_nce.py --ranks 2`"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench import big_batch
+from bench import big_batch, info_nce
 from bench.cases import BOTH, CASES, H100, MODELS, PASSES, Case
 from bench.documents import NO_RECORD, Record, Results, block
 from bench.plots import BLACK, GREY, Figure, Panel, Series
@@ -29,21 +29,13 @@ def op_floors(_: Results) -> str:
     return markdown([column("model", "model"), column("V x D", "shape"), *(column(t, t) for t in titles)], rows)
 
 
-def _points(name: str) -> list[Column]:
-    """Milliseconds and extra memory of one engine, in a point of `bench/soft_embed.py` or `bench/info_nce.py`."""
-    return [
-        column(f"{name} ms", f"milliseconds.{name}", "{:,.1f}"),
-        column(f"{name} extra MiB", f"peak_extra_bytes.{name}", "{:,.0f}", 2**-20),
-    ]
-
-
 _ROWS: list[Column] = [
     column("pass", "pass"),
     column("T", "rows"),
     column("floor ms", "floor_milliseconds", "{:,.1f}"),
-    *(_points(name)[0] for name in _ENGINES),
+    *(column(f"{name} ms", f"milliseconds.{name}", "{:,.1f}") for name in _ENGINES),
     column("x eager", "speedup", "{:.2f}x"),
-    *(_points(name)[1] for name in ("eager", "ours")),
+    *(column(f"{name} extra MiB", f"peak_extra_bytes.{name}", "{:,.0f}", 2**-20) for name in ("eager", "ours")),
 ]
 
 
@@ -184,27 +176,12 @@ def _floors_figure(records: list[Record]) -> Figure:
     return Figure(panels=[panel], caption=caption, height=1.4 + 0.24 * len(records))
 
 
-_LOSS: list[Column] = [
-    column("B", "rows", "{:,}"),
-    column("M", "candidates", "{:,}"),
-    column("K", "num_steps"),
-    column("D", "width", "{:,}"),
-    column("floor ms", "floor_milliseconds", "{:,.1f}"),
-    _points("ours")[0],
-    ("time/floor", lambda p: f"{p['milliseconds']['ours'] / p['floor_milliseconds']:.2f}"),
-    _points("eager")[0],
-    ("K losses ms", _points("separate")[0][1]),
-    _points("ours")[1],
-    _points("eager")[1],
-]
-
-
 @block("info-nce-floors")
 def info_nce_floors(results: Results) -> str:
     parts = []
     for name, record in results.of("info_nce").items():
         what = f"hidden states in {record['dtype']}, products in float32."
-        parts += [_caption(results, name, record, what), markdown(_LOSS, record["points"])]
+        parts += [_caption(results, name, record, what), markdown(info_nce.COLUMNS, record["points"])]
     return "\n\n".join(parts) or "no record yet: `python bench/info_nce.py`"
 
 

@@ -35,7 +35,7 @@ from bench.floors import measure_ceilings
 from bench.memory import give_back, peak_extra_bytes
 from bench.provenance import provenance
 from bench.records import save, to_json
-from bench.tables import Column, table
+from bench.tables import Column, column, table
 from bench.timing import interleaved, seconds
 from bench.verdict import WrongResultError
 from gircse.ops import info_nce_parallel, pool_steps, stepwise_info_nce
@@ -246,25 +246,20 @@ def report(record: dict[str, Any]) -> str:
     return f"{where}\n{record['ranks']} processes, each {size}: {record['seconds']:.3f} s, {share:.0%} of it exchange"
 
 
-def _milliseconds(name: str) -> Column:
-    return f"{name} ms", lambda p: f"{p['milliseconds'][name]:,.1f}" if name in p["milliseconds"] else "-"
-
-
-def _mebibytes(name: str) -> Column:
-    return (
-        f"{name} MiB",
-        lambda p: f"{p['peak_extra_bytes'][name] / 2**20:,.0f}" if name in p["peak_extra_bytes"] else "-",
-    )
-
-
 COLUMNS: list[Column] = [
-    ("B", lambda p: f"{p['rows']:,}"),
-    ("M", lambda p: f"{p['candidates']:,}"),
-    ("K", lambda p: str(p["num_steps"])),
-    ("D", lambda p: f"{p['width']:,}"),
-    *(_milliseconds(name) for name in LOSSES),
-    *(_mebibytes(name) for name in LOSSES),
+    column("B", "rows", "{:,}"),
+    column("M", "candidates", "{:,}"),
+    column("K", "num_steps"),
+    column("D", "width", "{:,}"),
+    column("floor ms", "floor_milliseconds", "{:,.1f}"),
+    column("ours ms", "milliseconds.ours", "{:,.1f}"),
+    ("time/floor", lambda point: f"{point['milliseconds']['ours'] / point['floor_milliseconds']:.2f}"),
+    column("eager ms", "milliseconds.eager", "{:,.1f}"),
+    column("K losses ms", "milliseconds.separate", "{:,.1f}"),
+    *(column(f"{name} extra MiB", f"peak_extra_bytes.{name}", "{:,.0f}", 2**-20) for name in ("ours", "eager")),
+    column("K losses extra MiB", "peak_extra_bytes.separate", "{:,.0f}", 2**-20),
 ]
+
 
 if __name__ == "__main__":
     sys.exit(main())
