@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from bench import big_batch, info_nce
 from bench.cases import BOTH, CASES, H100, MODELS, PASSES, Case
 from bench.documents import NO_RECORD, Record, Results, block
@@ -238,8 +240,9 @@ def large_batches(results: Results) -> str:
 
 
 def _caption(results: Results, name: str, record: Record, what: str) -> str:
-    """The record's name, what it measured, where."""
-    return f"`{name}.json`{results.mark(record)}: {what} {versions([record])}; `{record['provenance']['command']}`"
+    """The record's name, what it measured, where, and how it is made again; `report.py` draws the picture."""
+    command = re.sub(r" --plot \S+", "", record["provenance"]["command"])
+    return f"`{name}.json`{results.mark(record)}: {what} {versions([record])}; `{command}`"
 
 
 def versions(records: list[Record]) -> str:
