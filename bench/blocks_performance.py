@@ -209,6 +209,9 @@ def _runs(benchmark: str, device: str) -> None:
                 alt = f"{benchmark}: {model}, {batch}"
                 figure = results.figure(name.replace("/", "-"), alt, figure_of(record))
                 parts += [markdown(columns_of(record), record["points"]), figure]
+            if benchmark == "training" and device == "cpu":
+                counted = record.get("memory_counts", "the resident size of a process of its own")  # older records
+                parts.append(f"Peak memory: {counted}.")
             parts += problems(record)
         on_gpu = " --device cuda" if device == "gpu" else ""
         return "\n\n".join(parts) or f"no record yet: `{_COMMANDS[benchmark]}{on_gpu}`"

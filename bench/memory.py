@@ -11,6 +11,15 @@ import torch
 
 from bench.timing import synchronize
 
+# What a record's bytes are, for its readers.
+COUNTED = {
+    "cuda": "what PyTorch's allocator had at most above what was there before the call, results included",
+    "cpu": (
+        "tensors at the peak above what was there before the call, results included, as PyTorch's profiler sees them; "
+        "scratch inside libraries is not counted, buffers of keys and values are in full"
+    ),
+}
+
 
 def peak_extra_bytes(run: Callable[[], Any], device: torch.device) -> int:
     """Of one call that has been warmed up; its results count.

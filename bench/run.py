@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from bench import corpus, encode_check, sweep, throughput, train_check, training
 from bench.batches import draw_lengths, random_batch
 from bench.floors import measure_ceilings
+from bench.memory import COUNTED
 from bench.options import parse
 from bench.plots import draw
 from bench.records import figure_of, judged, problems, report, save, settings, to_json
@@ -149,7 +150,7 @@ def _train(options: argparse.Namespace, config: PretrainedConfig) -> dict[str, A
     checks = train_check.check(job, options.engines, lm, runners)
     record = settings("training", options, config, facts, job.lengths())
     record["batch"] |= {"queries": job.queries, "negatives": job.negatives}
-    record["checkpointing"] = list(job.checkpointing)
+    record |= {"checkpointing": list(job.checkpointing), "memory_counts": COUNTED[lm.device.type]}
     return {**record, "ceilings": vars(ceilings), **judged(rows, checks)}
 
 

@@ -25,7 +25,7 @@ from transformers import PretrainedConfig
 
 from bench.agreement import OK, reason, worst
 from bench.floors import measure_ceilings
-from bench.memory import give_back
+from bench.memory import COUNTED, give_back
 from bench.provenance import provenance
 from bench.records import UNSTEADY, save
 from bench.sweep_jobs import Encode, Job, Sizes, SoftEmbed, Train
@@ -36,13 +36,6 @@ from gircse.roofline import Ceilings
 from gircse.train.plan.predict import USABLE
 
 SOFT_EMBED, ENCODE, TRAIN = KINDS = ("soft_embed", "encode", "train")
-MEMORY_COUNTS = {
-    "cuda": "what PyTorch's allocator had at most above what was there before the call, results included",
-    "cpu": (
-        "tensors at the peak above what was there before the call, results included, as PyTorch's profiler sees them; "
-        "scratch inside libraries is not counted, buffers of keys and values are in full"
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -154,7 +147,7 @@ def _record(curve: Curve, options: argparse.Namespace, config: PretrainedConfig,
         "repeats": options.repeats,
         "quick": options.quick,
         "device": device.type,
-        "memory_counts": MEMORY_COUNTS[device.type],
+        "memory_counts": COUNTED[device.type],
         "ceilings": vars(ceilings),
         **measure(curve, job, ceilings, device, options.repeats),
         "provenance": provenance(device, "scaling"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,13 +21,6 @@ from tests.bench import wrong_engines
 from tests.tiny_models import CONFIGS, tiny_model
 
 CEILINGS = Ceilings(flops_per_s=1e11, bytes_per_s=1e10)
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("tiny") / "tiny-llama"
-    tiny_model("llama-tied").save_pretrained(path)
-    return path
 
 
 @pytest.fixture

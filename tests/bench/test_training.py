@@ -20,16 +20,9 @@ from gircse.lm.causal_lm import CausalLM
 from gircse.roofline import Ceilings, ModelFacts
 from tests.bench import wrong_engines
 from tests.bench.test_run import narrow
-from tests.tiny_models import CONFIGS, tiny_model
+from tests.tiny_models import CONFIGS
 
 CEILINGS = Ceilings(flops_per_s=1e11, bytes_per_s=1e10)
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("tiny") / "tiny-llama"
-    tiny_model("llama-tied").save_pretrained(path)
-    return path
 
 
 def _job(**changes) -> training.TrainJob:
