@@ -7,14 +7,16 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.sources import ROOT, sources_hash
+from bench.sources import MEASURED_BY, ROOT, dependencies, sources_hash
 
+_STARTED = time.time()
 _PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
 
 
@@ -32,9 +34,15 @@ def provenance(device: str | torch.device, benchmark: str) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
         "commit": commit(),
-        "sources": sources_hash(benchmark),
+        "sources": _sources(benchmark),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def _sources(benchmark: str) -> str | None:
+    """None where a file was edited since this process began, because it may not be the version that was measured."""
+    edited = any(path.stat().st_mtime > _STARTED for path in dependencies(MEASURED_BY[benchmark]).values())
+    return None if edited else sources_hash(benchmark)
 
 
 def checkout_environment(**changes: str) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import sources
+from bench import provenance, sources
 from bench.provenance import checkout_environment
 from bench.sources import MEASURED_BY, dependencies, sources_hash
 
@@ -80,6 +80,12 @@ def test_kinds_of_records_depend_on_what_they_measure():
     assert all("kernels/gircse_kernels/configs.json" in names for names in found.values())
     assert "bench.timing" in found["op"]
     assert "bench.tables" not in found["op"]
+
+
+def test_a_file_that_was_edited_during_the_run_leaves_no_hash(monkeypatch):
+    assert provenance.provenance("cpu", "op")["sources"] == sources_hash("op")
+    monkeypatch.setattr(provenance, "_STARTED", 0.0)
+    assert provenance.provenance("cpu", "op")["sources"] is None
 
 
 def test_what_python_loads_was_found():
