@@ -38,7 +38,7 @@ from gircse.show.tables import text_table
 from gircse.train.config import TrainConfig
 from gircse.train.lora import lora_targets
 from gircse.train.plan.extrapolate import TracedModel
-from gircse.train.plan.meta_step import Batch
+from gircse.train.plan.meta_step import PromptShape
 from gircse.train.plan.predict import plan
 
 TOLERANCE = 0.15
@@ -162,7 +162,7 @@ def _make_workspaces(case: PlanCase, device: torch.device) -> None:
 def check_on_cpu(case: PlanCase, device: torch.device) -> dict[str, Any]:
     """The activations alone, of one batch and its backward."""
     model = TracedModel.of(case.config(), SHAPES[case.shape].config(case.layers))
-    predicted = model.memory([Batch(case.queries, case.length)], case.num_steps, cuda=False).peak
+    predicted = model.memory([PromptShape(case.queries, case.length)], case.num_steps, cuda=False).peak
     lm, parameters = trainable(case, device)
     batch = random_batch(lm.embed_weight.shape[0], [case.length] * case.queries, seed=0, device=str(device))
     for parameter in parameters:

@@ -30,7 +30,7 @@ from gircse.engine.free_memory import free_bytes
 from gircse.roofline import Ceilings, ModelFacts
 from gircse.train.config import TrainConfig
 from gircse.train.plan.extrapolate import TracedModel
-from gircse.train.plan.meta_step import Batch
+from gircse.train.plan.meta_step import PromptShape
 from gircse.train.plan.predict import USABLE, info_nce_bytes
 
 # Gradients are compared with the reference algorithm's after so many steps: it keeps the whole prompt for each of them.
@@ -129,6 +129,6 @@ def _make_gradients(model: nn.Module) -> None:
 
 def _activations(traced: TracedModel, at: dict[str, int], device: torch.device) -> int:
     """Bytes at the peak of forward and backward: queries and passages are rolled out one after the other."""
-    batches = [Batch(at["B"], at["N"]), Batch(at["B"] * (1 + _NEGATIVES), at["N"])]
+    batches = [PromptShape(at["B"], at["N"]), PromptShape(at["B"] * (1 + _NEGATIVES), at["N"])]
     loss = info_nce_bytes(at["B"], _NEGATIVES, at["K"], traced.facts.hidden)
     return traced.memory(batches, at["K"], cuda=device.type == "cuda", loss_bytes=loss).peak

@@ -17,7 +17,7 @@ from gircse.engine import EngineConfig
 from gircse.lm.config import CONFIG_NAME, GircseConfig
 from gircse.train.config import TrainConfig
 from gircse.train.distill_config import DistillConfig
-from gircse.train.log import LOG_NAME, read_log
+from gircse.train.log import read_log
 from gircse.train.recipes import load_recipe
 from tests.fuzz.json_values import damaged, dumped, values
 from tests.fuzz.outcome import outcome
@@ -121,10 +121,11 @@ def test_manifests_of_shards(folder, data):
 def test_logs(folder, data):
     entries = [data.draw(values) if data.draw(st.booleans()) else {"step": i, "loss": float("inf")} for i in range(3)]
     content = damaged(b"".join(dumped(entry) + b"\n" for entry in entries), data.draw)
-    (folder / LOG_NAME).write_bytes(content)
-    found, error = outcome(lambda: read_log(folder), ValueError)
+    path = folder / "train_log.jsonl"
+    path.write_bytes(content)
+    found, error = outcome(lambda: read_log(path), ValueError)
     if error is not None:
-        assert str(error).startswith(f"{folder / LOG_NAME}:")
+        assert str(error).startswith(f"{path}:")
     else:
         *lines, last = content.split(b"\n")
         assert found[: len(lines)] == [json.loads(line) for line in lines]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import asdict, fields, replace
 
@@ -114,3 +115,15 @@ def test_a_damaged_file_is_named(tmp_path, text, message):
 
 def test_every_field_says_what_it_is():
     assert all(field.metadata["help"] for field in fields(TrainConfig))
+
+
+@pytest.mark.parametrize(("total", "ratio"), [(1, 0.03), (4, 0.5), (6, 0.0), (10, 0.25), (3, 0.9)])
+def test_every_step_trains(total, ratio):
+    """Warm-up starts above zero; the peak is reached at its end; the decay is linear and its last step not zero."""
+    config = TrainConfig(learning_rate=2.0, warmup_ratio=ratio)
+    rates = [config.learning_rate_at(step, total) for step in range(total)]
+    warmup = math.ceil(ratio * total)
+    assert rates[:warmup] == [2.0 * (step + 1) / warmup for step in range(warmup)]
+    assert rates[warmup:] == [2.0 * left / (total - warmup) for left in range(total - warmup, 0, -1)]
+    assert min(rates) > 0
+    assert max(rates) == 2.0

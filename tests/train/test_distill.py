@@ -14,8 +14,9 @@ from gircse.data.retrieval_task import RetrievalTask
 from gircse.data.rows import Row
 from gircse.train import train
 from gircse.train.config import TrainConfig
-from gircse.train.distill import distill, distillation_loss
+from gircse.train.distill import distill
 from gircse.train.distill_config import DistillConfig
+from gircse.train.distill_loss import distillation_loss
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 WORDS = ["red", "blue", "fox", "dog", "tree", "sea", "hill", "rain"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gircse.cli import build_parser
-from gircse.cli.train import config_of
+from gircse.cli.train import train_config_of
 from gircse.train.config import TrainConfig
 from gircse.train.recipes import load_recipe
 
@@ -17,7 +17,7 @@ NAMES = {"mistral-7b", "qwen2.5-7b", "qwen2.5-0.5b", "smollm2-demo", "encoder-on
 
 
 def config(*arguments: str) -> TrainConfig:
-    return config_of(build_parser().parse_args(["train", *arguments]))
+    return train_config_of(build_parser().parse_args(["train", *arguments]))
 
 
 def test_the_repository_has_these_recipes():

@@ -15,7 +15,7 @@ from gircse.lm.rollout import rollout
 from gircse.train.config import TrainConfig
 from gircse.train.lora import lora_targets
 from gircse.train.plan.extrapolate import TracedModel
-from gircse.train.plan.meta_step import Batch, LiveBytes, _kernel_workspaces, step_memory
+from gircse.train.plan.meta_step import LiveBytes, PromptShape, _kernel_workspaces, step_memory
 from tests.tiny_models import CONFIGS, tiny_model
 
 WITHIN = 0.15
@@ -77,7 +77,7 @@ class Saved:
 @pytest.mark.parametrize(("length", "num_steps"), [(24, 3), (72, 1)])
 def test_what_autograd_saves_and_the_peak(name, dtype, checkpointing, length, num_steps):
     meta, lm = models(name, checkpointing, dtype)
-    predicted = step_memory(meta, [Batch(ROWS, length)], num_steps, cuda=False)
+    predicted = step_memory(meta, [PromptShape(ROWS, length)], num_steps, cuda=False)
     ids = torch.randint(0, 4096, (ROWS, length))
 
     def step():
@@ -98,7 +98,7 @@ def test_checkpointing_and_steps_are_where_they_belong():
     plain, checkpointed = (
         step_memory(
             with_lora(random_model(shape_config("smollm2-135m"), dtype=torch.float32, device="meta"), checkpointing),
-            [Batch(ROWS, 64)], 3, cuda=True,
+            [PromptShape(ROWS, 64)], 3, cuda=True,
         )
         for checkpointing in (False, True)
     )  # fmt: skip
@@ -115,9 +115,9 @@ def test_depth_and_rows_are_extrapolated_exactly(name, checkpointing):
     shape = shape_config(name, 5)
     model = TracedModel.of(config, shape)
     assert len(model.cut) == 2
-    whole = step_memory(model.base, [Batch(3, 40)], 1, cuda=True)
-    assert model.memory([Batch(3, 40)], 1) == whole
-    one, two = (model.memory([Batch(rows, 40)], 1) for rows in (1, 2))
+    whole = step_memory(model.base, [PromptShape(3, 40)], 1, cuda=True)
+    assert model.memory([PromptShape(3, 40)], 1) == whole
+    one, two = (model.memory([PromptShape(rows, 40)], 1) for rows in (1, 2))
     assert one.extrapolated(two, 2).peak == pytest.approx(whole.peak, rel=1e-3)
 
 
@@ -127,12 +127,12 @@ def test_layers_of_alternating_types():
     config.num_hidden_layers, config.layer_types = 8, config.layer_types * 4
     model = TracedModel.of(TrainConfig(), config)
     assert [base.config.num_hidden_layers for base in model.cut] == [4, 6]
-    assert model.memory([Batch(2, 20)], 1) == step_memory(model.base, [Batch(2, 20)], 1, cuda=True)
+    assert model.memory([PromptShape(2, 20)], 1) == step_memory(model.base, [PromptShape(2, 20)], 1, cuda=True)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma", "gemma3", "gpt2"])
 def test_every_architecture_can_be_counted(name):
-    found = TracedModel.of(TrainConfig(), CONFIGS[name]()).memory([Batch(2, 12)], 2)
+    found = TracedModel.of(TrainConfig(), CONFIGS[name]()).memory([PromptShape(2, 12)], 2)
     assert min(found.keys_values, found.prompt, found.steps) > 0
     assert found.peak >= found.keys_values + found.prompt + found.steps
 
@@ -158,7 +158,7 @@ def test_live_bytes_forget_what_dies_and_count_a_storage_once():
 
 def test_a_model_with_storage_is_refused():
     with pytest.raises(ValueError, match="base: got parameters with storage"):
-        step_memory(tiny_model("llama"), [Batch(1, 4)], 1, cuda=False)
+        step_memory(tiny_model("llama"), [PromptShape(1, 4)], 1, cuda=False)
 
 
 @pytest.mark.parametrize(("rows", "name"), [(2, "smollm2-135m"), (48, "smollm2-135m"), (3000, "mistral-7b")])
@@ -184,6 +184,6 @@ def test_the_workspace_on_a_gpu_is_what_the_launcher_allocates(rows, name, dtype
 def test_a_tiny_step_is_not_charged_the_largest_workspace():
     config = TrainConfig(dtype="float32", gradient_checkpointing=True)
     few = TracedModel.of(config, SHAPES["smollm2-135m"].config(2))
-    batches = [Batch(2, 16), Batch(4, 16)]
+    batches = [PromptShape(2, 16), PromptShape(4, 16)]
     assert few.memory(batches, 2).peak < 10 << 20
     assert few.memory(batches, 2, any_rows=True).peak > 64 << 20

@@ -13,8 +13,8 @@ from gircse.cli import main
 from gircse.roofline import ModelFacts
 from gircse.train.config import TrainConfig
 from gircse.train.plan.gpus import GPUS, find_gpu
-from gircse.train.plan.meta_step import Batch
-from gircse.train.plan.predict import USABLE, divided, info_nce_bytes, plan
+from gircse.train.plan.meta_step import PromptShape
+from gircse.train.plan.predict import USABLE, ceilings, divided, info_nce_bytes, plan
 from tests.tiny_models import tiny_model
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -115,8 +115,8 @@ def test_the_floor_is_that_of_the_benchmarks():
     from bench.shapes import meta_model
 
     found = planned("a100-80gb")
-    facts, ceilings = ModelFacts.of(meta_model(SHALLOW, torch.bfloat16)), GPUS["a100-80gb"].ceilings(torch.bfloat16)
-    expected = sum(ceilings.seconds(facts.training([512] * rows, 1)) for rows in (16, 32))
+    facts, rates = ModelFacts.of(meta_model(SHALLOW, torch.bfloat16)), ceilings(GPUS["a100-80gb"], torch.bfloat16)
+    expected = sum(rates.seconds(facts.training([512] * rows, 1)) for rows in (16, 32))
     assert found.step_seconds == pytest.approx(expected, rel=1e-12)
 
 
@@ -132,10 +132,10 @@ def test_lengths_are_capped_by_the_config():
 
 
 def test_micro_batches_have_at_least_a_row():
-    assert divided(Batch(8, 512), 1034, 5) == Batch(2, 512)
-    assert divided(Batch(8, 512), 1033, 5) == Batch(1, 512)
-    assert divided(Batch(8, 512), 100, 5) == Batch(1, 512)
-    assert divided(Batch(8, 512), 10**9, 5) == Batch(8, 512)
+    assert divided(PromptShape(8, 512), 1034, 5) == PromptShape(2, 512)
+    assert divided(PromptShape(8, 512), 1033, 5) == PromptShape(1, 512)
+    assert divided(PromptShape(8, 512), 100, 5) == PromptShape(1, 512)
+    assert divided(PromptShape(8, 512), 10**9, 5) == PromptShape(8, 512)
 
 
 def test_the_loss_stays_within_its_budget():
@@ -160,7 +160,7 @@ def test_wrong_arguments(options, message):
 
 def test_half_precision_has_its_own_ceiling():
     gpu = find_gpu("H100")
-    assert gpu.ceilings(torch.bfloat16).flops_per_s > 5 * gpu.ceilings(torch.float32).flops_per_s
+    assert ceilings(gpu, torch.bfloat16).flops_per_s > 5 * ceilings(gpu, torch.float32).flops_per_s
 
 
 def test_the_command(tmp_path, capsys):

@@ -1,0 +1,76 @@
+"""The options of `gircse train` and `gircse distill`: one for each field of their dataclass of settings."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    from gircse.train.run_config import RunConfig
+
+_Config = TypeVar("_Config", bound="RunConfig")
+
+
+def add_settings(parser: argparse.ArgumentParser, config: type[RunConfig]) -> None:
+    """An option that is not given leaves no attribute, so that `config_of` can tell it from one that is."""
+    hints = get_type_hints(config)
+    for field in fields(config):
+        hint, default = hints[field.name], field.default
+        shown = "" if default is None or default in ("", ()) else f" (default: {_written(default)})"
+        options: dict[str, Any] = {"help": (field.metadata["help"] + shown).replace("%", "%%")}
+        if hint is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif get_origin(hint) is tuple:
+            options |= {"nargs": "+", "metavar": "X", "type": get_args(hint)[0]}
+        elif set(get_args(hint)) == {int, str}:
+            options["type"] = _integer_or_text
+        else:
+            options["type"] = next((kind for kind in get_args(hint) if kind is not type(None)), hint)
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **options)
+
+
+def config_of(
+    arguments: argparse.Namespace,
+    config: type[_Config],
+    *,
+    recipe: Mapping[str, Any] | None = None,
+    not_needed: tuple[str, ...] = (),
+) -> _Config:
+    """The settings of a parsed command line.
+
+    The options stand over the recipe, and the recipe over the defaults or, with --resume, over the settings of the run
+    that goes on.
+
+    Args:
+        not_needed: fields that may be empty although a run needs them.
+
+    Raises:
+        ValueError: a setting is wrong, or one that a run needs is missing.
+    """
+    given = {field.name: vars(arguments)[field.name] for field in fields(config) if field.name in vars(arguments)}
+    values = {**(recipe or {}), **given}
+    if values.get("resume"):
+        saved = config(**{name: value for name, value in values.items() if name == "output"}).path("config.json")
+        if saved.is_file():
+            values = vars(config.from_json(saved)) | values
+    settings = config(**values)
+    for name in settings.needed:
+        if name not in not_needed and not getattr(settings, name):
+            where = f"--{name}" if recipe is None else f"--{name} or {name!r} in the recipe"
+            raise ValueError(f"{name}: got none, expected {where}")
+    return settings
+
+
+def _written(default: object) -> str:
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    return " ".join(default) if isinstance(default, tuple) else str(default)
+
+
+def _integer_or_text(text: str) -> int | str:
+    try:
+        return int(text)
+    except ValueError:
+        return text
