@@ -16,7 +16,7 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 @pytest.mark.usefixtures("no_downcast")
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("budget", [1, 45, 100])
+@pytest.mark.parametrize("budget", [1, 45])
 def test_equals_the_batch_in_one_piece(budget, checkpointing):
     """Two padded rollouts, queries and passages, with all activations kept, against micro-batches by length."""
     whole, settings = batch(), config(gradient_checkpointing=checkpointing)
@@ -34,13 +34,12 @@ def test_equals_the_batch_in_one_piece(budget, checkpointing):
 
 @pytest.mark.usefixtures("no_downcast")
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("budget", [1, 45, 100])
-def test_dropout_falls_on_the_same_places(budget, checkpointing):
+def test_dropout_falls_on_the_same_places(checkpointing):
     """The same micro-batches, so the same masks, with all activations kept: one graph, one backward."""
     whole, settings = batch(), config(lora_dropout=0.3, gradient_checkpointing=checkpointing)
     model = adapted(settings)
     ids, pad_id = [*whole.queries, *whole.passages], model.tokenizer.pad_token_id
-    parts = micro_batches(ids, budget, num_steps=NUM_STEPS, pad_id=pad_id)
+    parts = micro_batches(ids, 45, num_steps=NUM_STEPS, pad_id=pad_id)
 
     def objective(states):
         weight = torch.linspace(-1, 1, states.numel(), dtype=states.dtype).view_as(states)
