@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
-    """Settings of `gircse.train.train`. Defaults are the paper's where it gives one."""
+    """Settings of `gircse.train.train`. Defaults are the paper's (docs/method.md §7) where it gives one."""
 
     command: ClassVar[str] = "train"
     free_on_resume: ClassVar[frozenset[str]] = RunConfig.free_on_resume | {"eval_every", "fsdp"}

@@ -84,7 +84,9 @@ def test_killed_ten_times_at_random_it_ends_bitwise_the_same(base, tmp_path, unb
         # somewhere in the start, a step, or a save
         wait_until(partial(has_lines, run, max(lines(run) - 1, 1)), process)
         time.sleep(draw.uniform(0.0, 0.08))
-        if not process.is_alive():  # it came to its end: what is left is to do it again
+        if not process.is_alive():  # the run has ended well: its last steps are to be done again
+            process.join()
+            assert process.exitcode == 0, (tmp_path / "stderr.txt").read_text()
             shutil.rmtree(list_checkpoints(run)[-1])
             continue
         process.kill()
