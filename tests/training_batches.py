@@ -6,7 +6,9 @@ import torch
 
 from gircse import GIRCSE
 from gircse.train.config import TrainConfig
+from gircse.train.fsdp import shard_layers
 from gircse.train.lora import trainable_model
+from gircse.train.ranks import Ranks
 from gircse.train.step import TokenizedRows
 from tests.tiny_models import VOCAB, tiny_model, tiny_tokenizer
 
@@ -17,16 +19,18 @@ def config(**options) -> TrainConfig:
     return TrainConfig(**{"num_steps": NUM_STEPS, "lora_dropout": 0.0, "contrastive_temperature": 0.1, **options})
 
 
-def adapted(settings: TrainConfig, dtype: torch.dtype = torch.float64, **options) -> GIRCSE:
+def adapted(settings: TrainConfig, dtype: torch.dtype = torch.float64, ranks: Ranks | None = None) -> GIRCSE:
     """In training mode, its LoRA matrices as after some training: with B = 0 there is no gradient on A."""
     torch.manual_seed(0)
-    model = trainable_model(settings, GIRCSE(tiny_model("llama", dtype=dtype), tiny_tokenizer()), **options)
+    model = trainable_model(settings, GIRCSE(tiny_model("llama", dtype=dtype), tiny_tokenizer()))
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05)
+    if ranks is not None and settings.fsdp:
+        shard_layers(model, ranks)
     return model.train()
 
 

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from gircse.cli.common import command
-from gircse.cli.settings import add_settings, config_of
+from gircse.cli.settings import add_settings, config_of, require
 
 
 def add(commands: Any) -> None:
@@ -27,7 +27,9 @@ def _distill(arguments: argparse.Namespace) -> None:
     from gircse.train.distill import distill
     from gircse.train.distill_config import DistillConfig
 
-    result = distill(config_of(arguments, DistillConfig))
+    config = config_of(arguments, DistillConfig, {})
+    require(config, "teacher", "data")
+    result = distill(config)
     if not first_process():
         return
     if result.quality:

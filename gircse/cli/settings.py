@@ -31,36 +31,28 @@ def add_settings(parser: argparse.ArgumentParser, config: type[RunConfig]) -> No
         parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **options)
 
 
-def config_of(
-    arguments: argparse.Namespace,
-    config: type[_Config],
-    *,
-    recipe: Mapping[str, Any] | None = None,
-    not_needed: tuple[str, ...] = (),
-) -> _Config:
+def config_of(arguments: argparse.Namespace, config: type[_Config], recipe: Mapping[str, Any]) -> _Config:
     """The settings of a parsed command line.
 
     The options stand over the recipe, and the recipe over the defaults or, with --resume, over the settings of the run
     that goes on.
 
-    Args:
-        not_needed: fields that may be empty although a run needs them.
-
     Raises:
-        ValueError: a setting is wrong, or one that a run needs is missing.
+        ValueError: a setting is wrong.
     """
-    given = {field.name: vars(arguments)[field.name] for field in fields(config) if field.name in vars(arguments)}
-    values = {**(recipe or {}), **given}
+    values = {**recipe, **{item.name: vars(arguments)[item.name] for item in fields(config) if item.name in arguments}}
     if values.get("resume"):
         saved = config(**{name: value for name, value in values.items() if name == "output"}).path("config.json")
         if saved.is_file():
             values = vars(config.from_json(saved)) | values
-    settings = config(**values)
-    for name in settings.needed:
-        if name not in not_needed and not getattr(settings, name):
-            where = f"--{name}" if recipe is None else f"--{name} or {name!r} in the recipe"
-            raise ValueError(f"{name}: got none, expected {where}")
-    return settings
+    return config(**values)
+
+
+def require(config: RunConfig, *names: str) -> None:
+    """Raises ValueError for a setting that a run needs and that has no value."""
+    for name in names:
+        if not getattr(config, name):
+            raise ValueError(f"{name}: got none, expected --{name} or, in a recipe, {name!r}")
 
 
 def _written(default: object) -> str:

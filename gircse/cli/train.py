@@ -9,7 +9,7 @@ import argparse
 from typing import Any
 
 from gircse.cli.common import command
-from gircse.cli.settings import add_settings, config_of
+from gircse.cli.settings import add_settings, config_of, require
 
 
 def add(commands: Any) -> None:
@@ -43,10 +43,11 @@ def train_config_of(arguments: argparse.Namespace) -> Any:
     from gircse.train.config import TrainConfig
     from gircse.train.recipes import load_recipe
 
-    recipe = load_recipe(arguments.recipe) if arguments.recipe else {}
-    config = config_of(arguments, TrainConfig, recipe=recipe, not_needed=("data",) if arguments.plan else ())
-    if arguments.plan and not config.model:
-        raise ValueError("model: got none, expected --model or 'model' in the recipe")
+    config = config_of(arguments, TrainConfig, load_recipe(arguments.recipe) if arguments.recipe else {})
+    if arguments.plan or not config.adapter:  # an adapter names its base
+        require(config, "model")
+    if not arguments.plan:
+        require(config, "data")
     return config
 
 

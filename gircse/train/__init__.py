@@ -5,7 +5,8 @@
 | `loop` | `train`, and the loop that training and distillation share |
 | `step`, `grad_cache` | the training step; batches that are larger than the memory |
 | `distill`, `distill_loss` | the student of a teacher: its targets, its step, its objective |
-| `settings`, `run_config`, `config`, `distill_config`, `recipes` | every setting: how they are checked, those of both kinds of run, of each kind, and files that set them |
+| `settings`, `run_config` | how settings are checked; those that both kinds of run have |
+| `config`, `distill_config`, `recipes` | the settings of each kind of run; files that set them |
 | `batches` | the rows of each step and their false negatives |
 | `lora`, `fsdp` | the trainable model; its layers shared by several processes |
 | `ranks`, `signals` | the processes of a job; SIGTERM and SIGINT |

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -19,7 +18,7 @@ class TrainConfig(RunConfig):
     """Settings of `gircse.train.train`. Defaults are the paper's (docs/method.md §7) where it gives one."""
 
     command: ClassVar[str] = "train"
-    free_on_resume: ClassVar[frozenset[str]] = RunConfig.free_on_resume | {"eval_every", "fsdp"}
+    free_on_resume: ClassVar[frozenset[str]] = RunConfig.free_on_resume | {"eval_every", "fsdp", "model", "adapter"}
 
     model: str = setting("", "base model: folder or hub name")
     adapter: str | None = setting(
@@ -78,10 +77,6 @@ class TrainConfig(RunConfig):
             self.expect(name, fits, f"one for each of the {len(self.data)} of data")
 
     @property
-    def needed(self) -> tuple[str, ...]:
-        return ("data",) if self.adapter else ("model", "data")  # an adapter names its base
-
-    @property
     def max_num_steps(self) -> int:
         """The largest K that a batch can have."""
         return self._steps()[1]
@@ -118,12 +113,6 @@ class TrainConfig(RunConfig):
     def eval_instruction(self) -> str | None:
         """What stands in for `eval_data`'s rows without "prompt": the one of `instructions` where all are the same."""
         return self.instructions[0] if len(set(self.instructions)) == 1 else None
-
-    def known_by_content(self, earlier: TrainConfig, digests: Mapping[str, str | None]) -> Collection[str]:
-        """FSDP has no digest of the base, whose layers are shared out. A fresh adapter has none either."""
-        if self.fsdp or digests["base"] is None:
-            return ()
-        return ("model",) if None in (earlier.adapter, self.adapter) else ("model", "adapter")
 
 
 def _step_range(num_steps: int | str) -> tuple[int, int] | None:

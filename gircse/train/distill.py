@@ -31,7 +31,7 @@ from gircse.train.distill_config import DistillConfig
 from gircse.train.distill_loss import DistillLoss, distillation_loss
 from gircse.train.loop import TrainResult, open_data, run_steps, start_run, with_micro_batch_tokens
 from gircse.train.lora import add_lora
-from gircse.train.ranks import Ranks, digest_of
+from gircse.train.ranks import Ranks
 from gircse.train.step import RowTokenizer, Step, StepResult, backward_of
 from gircse.train.step_monitor import StepMonitor
 
@@ -97,7 +97,7 @@ def distill(
         if config.init == "teacher" and not hasattr(teacher.base, "peft_config"):
             raise ValueError("init: got 'teacher', but the teacher has no LoRA adapter to go on from; expected 'fresh'")
         digests = {
-            "teacher": f"{digest_of(teacher.parameters()):x}",
+            "teacher": run_folder.digest_of_weights(teacher.parameters()),
             "vocabulary": run_folder.digest_of_vocabulary(teacher),
         }
         if ranks.first and config.resume:
@@ -226,7 +226,7 @@ def distillation_step(student: GIRCSE, targets: Targets, num_steps: int, config:
             student, ids, len(own_queries), objective, config.micro_batch_tokens, num_steps=0, monitor=monitor
         )
         parts = {"cosine": of_loss.cosine.item(), "kl": of_loss.kl.item()}
-        return StepResult(loss, dict(parts), parts, len(own), sum(map(len, ids)), passes)
+        return StepResult(loss, parts, len(own), sum(map(len, ids)), passes)
 
     return step
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +14,7 @@ class DistillConfig(RunConfig):
     """Settings of `gircse.train.distill.distill`."""
 
     command: ClassVar[str] = "distill"
+    free_on_resume: ClassVar[frozenset[str]] = RunConfig.free_on_resume | {"teacher"}
     # Batches are drawn from the rows of all files together (`gircse.train.batches.TrainingData`).
     batching: ClassVar[str] = "mixed"
     weights: ClassVar[tuple[float, ...]] = ()
@@ -41,13 +41,6 @@ class DistillConfig(RunConfig):
         self.expect_not_negative("kl_weight")
 
     @property
-    def needed(self) -> tuple[str, ...]:
-        return ("teacher", "data")
-
-    @property
     def instructions(self) -> tuple[str, ...]:
         """The instruction of each of `data` for rows without "prompt"; empty: such rows are an error."""
         return () if self.instruction is None else (self.instruction,) * len(self.data)
-
-    def known_by_content(self, earlier: RunConfig, digests: Mapping[str, str | None]) -> Collection[str]:
-        return ("teacher",)

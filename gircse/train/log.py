@@ -12,7 +12,7 @@ import os
 import secrets
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -26,13 +26,13 @@ from gircse.train.run_config import RunConfig
 
 
 class RunLog:
-    """Appends the entries of steps; made by `open_log`. In all processes but the first it has no file and does nothing."""
+    """Appends the entries of steps; see `open_log`. In all processes but the first it has no file and does nothing."""
 
     def __init__(self, file: Any = None, bar: Any = None, board: Any = None, wandb_run: Any = None) -> None:
         self._file, self._bar, self._board, self._wandb = file, bar, board, wandb_run
 
-    def write(self, entry: dict[str, Any], shown: Mapping[str, float]) -> None:
-        """Writes the entry of one step (docs/training.md lists its fields); the bar shows the numbers `shown`."""
+    def write(self, entry: dict[str, Any]) -> None:
+        """Writes the entry of one step (docs/training.md lists its fields)."""
         if self._file is None:
             return
         self._file.write(json.dumps(entry) + "\n")
@@ -43,6 +43,8 @@ class RunLog:
                 self._board.add_scalar(name, value, entry["step"])
         if self._wandb is not None:
             self._wandb.log(values, step=entry["step"])
+        parts = [item for item in values.items() if item[0].startswith(("losses/", "cosine", "kl"))]
+        shown = {"loss": values["loss"], **dict([parts[0], parts[-1]])}  # L_1 and L_K, or the two parts
         self._bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
         self._bar.update()
 

@@ -34,6 +34,7 @@ from gircse.train.batches import TrainingData
 from gircse.train.checkpoint import checkpoint_folder, list_checkpoints, load_checkpoint, save_checkpoint, save_failure
 from gircse.train.config import TrainConfig
 from gircse.train.distill_config import DistillConfig
+from gircse.train.fsdp import shard_layers
 from gircse.train.log import open_log, start_log
 from gircse.train.lora import trainable_model
 from gircse.train.micro_batch_size import probe_budget
@@ -92,13 +93,18 @@ def train(
         torch.manual_seed(config.seed)
         model = trainable_model(config, model, ranks=ranks)
         digests = {
-            "base": None if config.fsdp else run_folder.digest_of_weights(model, trainable=False),
+            "base": run_folder.digest_of_weights(p for p in model.parameters() if not p.requires_grad),
             "vocabulary": run_folder.digest_of_vocabulary(model),
-            "adapter": None if config.adapter is None else run_folder.digest_of_weights(model, trainable=True),
+            "adapter": config.adapter
+            and run_folder.digest_of_weights(p for p in model.parameters() if p.requires_grad),
         }
         if ranks.first and config.resume:
             base = config.model or config.adapter
-            run_folder.check_model(config, digests, {"base": base, "vocabulary": base, "adapter": config.adapter})
+            run_folder.check_model(
+                config, digests, {"base": base, "vocabulary": base, "adapter": config.adapter or base}
+            )
+        if config.fsdp:
+            shard_layers(model, ranks)
         config = with_micro_batch_tokens(config, model, ranks, num_steps=config.max_num_steps, sharded=config.fsdp)
         step = contrastive_step(model, config, ranks)
         return run_steps(
@@ -136,7 +142,7 @@ def with_micro_batch_tokens(
 ) -> _Config:
     """`config` with its `micro_batch_tokens`, those of the run that is resumed, or what a probe of the memory allows.
 
-    All processes take the least value of any of them. The model is in training mode afterwards.
+    All processes take the smallest of their values. The model is in training mode afterwards.
     """
     model.train()
     tokens = config.micro_batch_tokens
@@ -235,7 +241,7 @@ def run_steps(
                 entry["evaluation"] = evaluate(model)
                 model.train()
             log.append(entry)
-            record.write(entry, {"loss": loss, **result.shown})
+            record.write(entry)
             if ranks.first and (last or (step + 1) % config.save_every == 0):
                 record.sync()
                 save_checkpoint(run, step + 1, model, optimizer, keep=config.keep_checkpoints)

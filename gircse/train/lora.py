@@ -22,7 +22,8 @@ from gircse.train.run_config import LORA_TARGETS, RunConfig
 def trainable_model(config: TrainConfig, model: GIRCSE | None = None, *, ranks: Ranks | None = None) -> GIRCSE:
     """The base of `config.model` (or of `model`), frozen, with LoRA adapters in float32 on it.
 
-    The adapters are fresh, or those of `config.adapter`. With `config.fsdp` the processes share the layers.
+    The adapters are fresh, or those of `config.adapter`. With `config.fsdp` the base is loaded on the CPU, from where
+    `gircse.train.fsdp.shard_layers` distributes it.
 
     Raises:
         ValueError: the base has an adapter already, the adapter does not fit, or layers cannot be adapted.
@@ -53,10 +54,6 @@ def trainable_model(config: TrainConfig, model: GIRCSE | None = None, *, ranks: 
     trained = GIRCSE(base, tokenizer, config.gircse_config())
     if config.gradient_checkpointing:
         trained.gradient_checkpointing_enable()
-    if config.fsdp:
-        from gircse.train.fsdp import shard_layers
-
-        shard_layers(trained, ranks)
     return trained
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -23,10 +23,10 @@ class RunConfig(Settings):
 
     # The command that the settings belong to. It is also the beginning of the names of the run's files.
     command: ClassVar[str]
-    # What may differ between a run and its continuation: where it writes, how often, how it looks, and on what it runs.
-    # `max_steps` may grow, which `gircse.train.run_folder.check_data` checks.
+    # What may differ between a run and its continuation: where it writes, how often, how it looks, on what it runs, and
+    # how long it is. Data and models may have moved: `gircse.train.run_folder` compares their contents.
     free_on_resume: ClassVar[frozenset[str]] = frozenset(
-        {"output", "resume", "save_every", "keep_checkpoints", "eval_data", "progress", "device", "max_steps"}
+        {"output", "resume", "save_every", "keep_checkpoints", "eval_data", "progress", "device", "max_steps", "data"}
         | {"micro_batch_tokens", "wandb", "rank_timeout"}
     )
 
@@ -73,11 +73,6 @@ class RunConfig(Settings):
         self.expect_positive("learning_rate", "max_grad_norm", "rank_timeout")
         self.expect_not_negative("weight_decay")
         self.expect_fractions("warmup_ratio", "lora_dropout")
-
-    @property
-    def needed(self) -> tuple[str, ...]:
-        """The fields that must have a value before the run can start."""
-        raise NotImplementedError
 
     def path(self, name: str) -> Path:
         """A file of the run folder: `train_config.json` for "config.json" of a training run."""
@@ -127,25 +122,12 @@ class RunConfig(Settings):
                 )
                 raise ValueError(f"{key}: no such setting, {hint}")
 
-    def known_by_content(self, earlier: Any, digests: Mapping[str, str | None]) -> Collection[str]:
-        """The settings that name models which a resumed run compares by their digests instead of their names.
-
-        Args:
-            earlier: the settings that the run was started with.
-            digests: `gircse.train.run_folder.read_digests` of the run.
-        """
-        raise NotImplementedError
-
-    def check_continues(self, earlier: RunConfig, *, free: Collection[str] = ()) -> None:
-        """Raises ValueError naming the settings in which a resumed run differs from the run that it continues.
-
-        Those of `free_on_resume` and of `free` may differ.
-        """
+    def check_continues(self, earlier: RunConfig) -> None:
+        """Raises ValueError naming the settings in which a resumed run differs from the run that it continues."""
         changed = [
             f"{item.name}: was {getattr(earlier, item.name)!r}, is {getattr(self, item.name)!r}"
             for item in fields(self)
-            if item.name not in self.free_on_resume | set(free)
-            and getattr(earlier, item.name) != getattr(self, item.name)
+            if item.name not in self.free_on_resume and getattr(earlier, item.name) != getattr(self, item.name)
         ]
         if changed:
             raise ValueError("resume: the run was started with other settings: " + "; ".join(changed))

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
 
 from gircse.files.atomic import new_file
 from gircse.model import GIRCSE
@@ -29,8 +31,7 @@ def check_settings(config: RunConfig) -> None:
     if config.resume:
         if not config.path("config.json").is_file():
             raise FileNotFoundError(f"resume: {config.output} holds no run, and so no checkpoint to go on from")
-        earlier = earlier_config(config)
-        config.check_continues(earlier, free={"data", *config.known_by_content(earlier, read_digests(config))})
+        config.check_continues(earlier_config(config))
     elif config.path("log.jsonl").exists():
         raise FileExistsError(f"output: {config.output} holds a run already; resume it, or name another folder")
 
@@ -58,12 +59,14 @@ def check_model(config: RunConfig, digests: Digests, places: Mapping[str, str | 
         places: the folder or hub name that each of them was read from, for the message.
 
     Raises:
-        ValueError: another model than the run was started with.
+        ValueError: another model than the run was started with, or a damaged file.
     """
-    then = read_digests(config)
-    changed = [
-        name for name, digest in digests.items() if None not in (digest, then.get(name)) and digest != then[name]
-    ]
+    path = config.path("model.json")
+    try:
+        then = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name, digest in digests.items() if digest != then[name]]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read: {error!r}") from None
     if changed:
         raise ValueError(
             f"resume: the run was started with another model: {places[changed[0]]} has another {', '.join(changed)}"
@@ -75,25 +78,8 @@ def digest_of_vocabulary(model: GIRCSE) -> str:
     return hashlib.sha256(vocabulary).hexdigest()[:16]
 
 
-def digest_of_weights(model: GIRCSE, *, trainable: bool) -> str:
-    """Of the weights that train, or of the frozen ones."""
-    return f"{digest_of(p for p in model.parameters() if p.requires_grad is trainable):x}"
-
-
-def read_digests(config: RunConfig) -> Digests:
-    """The digests that `write_start` kept.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    path = config.path("model.json")
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(stored, dict):
-            raise ValueError(f"got {type(stored).__name__}, expected an object")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from None
-    return stored
+def digest_of_weights(weights: Iterable[Tensor]) -> str:
+    return f"{digest_of(weights):x}"
 
 
 def write_start(config: RunConfig, data: TrainingData, digests: Digests) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -29,14 +29,12 @@ class StepResult(NamedTuple):
     Attributes:
         loss: the scalar of the whole batch, of all processes.
         parts: what the loss consists of, numbers or lists of numbers, for the log.
-        shown: the parts that the progress bar shows.
         texts, tokens: of this process's share, without padding.
         passes: the number of micro-batches that went through the model.
     """
 
     loss: Tensor
-    parts: dict[str, float | list[float]]
-    shown: dict[str, float]
+    parts: Mapping[str, float | list[float]]
     texts: int
     tokens: int
     passes: int
@@ -106,8 +104,7 @@ def contrastive_step(model: GIRCSE, config: TrainConfig, ranks: Ranks) -> Step:
         loss, losses, passes = contrastive_backward(
             model, rows, config, num_steps=config.steps_at(number), ranks=ranks, monitor=monitor
         )
-        parts = losses.tolist()
-        return StepResult(loss, {"losses": parts}, {"L1": parts[0], "LK": parts[-1]}, rows.texts, rows.tokens, passes)
+        return StepResult(loss, {"losses": losses.tolist()}, rows.texts, rows.tokens, passes)
 
     return step
 

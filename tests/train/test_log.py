@@ -60,7 +60,7 @@ def test_lines_and_what_a_resumed_run_keeps_of_them(tmp_path):
     assert start_log(tmp_path / "train_log.jsonl", up_to=0) == []
     with open_log(settings(tmp_path), total=4, done=0) as log:
         for step in (1, 2, 3):
-            log.write(entry(step), {})
+            log.write(entry(step))
         log.sync()
     with (tmp_path / "train_log.jsonl").open("a") as file:
         file.write('{"step": 4, "los')
@@ -75,7 +75,7 @@ def test_lines_and_what_a_resumed_run_keeps_of_them(tmp_path):
 
 def test_the_other_processes_write_nothing(tmp_path):
     with open_log(settings(tmp_path), total=4, done=0, writes=False) as log:
-        log.write(entry(1), {})
+        log.write(entry(1))
         log.sync()
     assert not list(tmp_path.iterdir())
 
@@ -88,7 +88,7 @@ def test_wandb_where_it_is_asked_for(tmp_path, monkeypatch, how):
         monkeypatch.setenv("WANDB_PROJECT", "mine")
     for done in (0, 1):
         with open_log(settings(tmp_path, wandb=how == "config"), total=4, done=done) as log:
-            log.write(entry(done + 1), {})
+            log.write(entry(done + 1))
     first, second = wandb.started
     assert first["project"] == ("mine" if how == "environment" else "gircse")
     assert first["id"] == second["id"]  # one run there, too
@@ -117,7 +117,7 @@ def test_wandb_is_left_alone_otherwise_and_never_ends_a_run(tmp_path, monkeypatc
         pytest.warns(UserWarning, match="goes on without it: no network"),
         open_log(settings(tmp_path, wandb=True), total=4, done=0) as log,
     ):
-        log.write(entry(1), {})
+        log.write(entry(1))
 
 
 def test_wandb_that_is_not_there(tmp_path, monkeypatch):
