@@ -91,17 +91,6 @@ def test_bytes(run, data):
         run.loads()
 
 
-@fuzz(10)
-@given(data=st.data())
-def test_bytes_without_checksums(run, data):
-    """Structure is still checked; what is loaded is not asked for: a flipped bit among the numbers is not seen."""
-    folder = run.fresh()
-    (folder / SUMS_NAME).unlink()
-    path = folder / data.draw(st.sampled_from([WEIGHTS_NAME, STATE_NAME]))
-    path.write_bytes(damaged(path.read_bytes(), data.draw))
-    outcome(lambda: run.state(run.copy), ValueError)
-
-
 @fuzz(15)
 @given(data=st.data())
 def test_contents(run, data):

@@ -87,23 +87,11 @@ def test_what_autograd_saves_and_the_peak(name, dtype, checkpointing):
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
         step()
     kept = predicted.keys_values + predicted.prompt + predicted.steps
+    assert predicted.keys_values == 2 * ROWS * 2 * lm.model.config.num_key_value_heads * length * 64 * dtype.itemsize
     if not checkpointing:  # a checkpoint's inputs are not saved tensors, and what it saves in backward is
         assert kept == pytest.approx(saved.bytes, rel=WITHIN)
     del saved
     assert predicted.peak == pytest.approx(peak_extra_bytes(step, torch.device("cpu")), rel=WITHIN)
-
-
-def test_checkpointing_and_steps_are_where_they_belong():
-    plain, checkpointed = (
-        step_memory(
-            with_lora(random_model(shape_config("smollm2-135m"), dtype=torch.float32, device="meta"), checkpointing),
-            [PromptShape(ROWS, 64)], 3, cuda=True,
-        )
-        for checkpointing in (False, True)
-    )  # fmt: skip
-    assert checkpointed.prompt < 0.2 * plain.prompt
-    assert checkpointed.steps == pytest.approx(plain.steps, rel=0.1)
-    assert checkpointed.keys_values == plain.keys_values == 2 * 2 * ROWS * 3 * 64 * 64 * 4  # k, v, layers, .., float32
 
 
 @pytest.mark.parametrize(("name", "checkpointing"), [("smollm2-135m", False), ("mistral-7b", True)])
