@@ -96,7 +96,7 @@ def backward(
     states, randoms = [], []
     with torch.no_grad():
         for batch in batches[:-1]:
-            randoms.append(RandomState.now())
+            randoms.append(random_state())
             states.append(embed(*batch[1:])[: len(batch.rows)])
     kept = embed(*batches[-1][1:])
     leaf = _in_order([*states, kept.detach()[: len(batches[-1].rows)]], batches).requires_grad_()
@@ -105,7 +105,7 @@ def backward(
     _send(gradient, batches[-1], kept)
     del states, leaf, kept
     for batch, random in zip(batches, randoms, strict=False):
-        with random.replayed():
+        with replayed(random):
             replay = embed(*batch[1:])
         _send(gradient, batch, replay)
         del replay
@@ -128,28 +128,18 @@ def _in_order(states: Sequence[Tensor], batches: Sequence[MicroBatch]) -> Tensor
     return together[order.to(together.device)]
 
 
-class RandomState:
+def random_state() -> tuple[Tensor, Tensor | None]:
     """The state of PyTorch's generators on the CPU and, where CUDA is in use, on the current device."""
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
 
-    def __init__(self, cpu: Tensor, cuda: Tensor | None) -> None:
-        self.cpu, self.cuda = cpu, cuda
 
-    @classmethod
-    def now(cls) -> RandomState:
-        cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-        return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None)
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda)
-
-    @contextmanager
-    def replayed(self) -> Iterator[None]:
-        """Draws from this state inside the block. Afterwards the generators are as they were before it."""
-        before = RandomState.now()
-        self.restore()
-        try:
-            yield
-        finally:
-            before.restore()
+@contextmanager
+def replayed(state: tuple[Tensor, Tensor | None]) -> Iterator[None]:
+    """Draws from this state inside the block. Afterwards the generators are as they were before it."""
+    cpu, cuda = state
+    with torch.random.fork_rng([] if cuda is None else [torch.cuda.current_device()]):
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+        yield

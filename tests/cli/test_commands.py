@@ -123,8 +123,8 @@ def test_evaluate_agrees_with_encoding_by_hand(base, rows, tmp_path, capsys):
     documents = list(dict.fromkeys(d for t in TEXTS for d in (t, t[::-1])))
     for k in (1, 3):
         queries = model.encode([t[:4] for t in TEXTS], instruction="retrieve it", num_steps=k)
-        found = model.encode(documents, num_steps=k)
-        expected = retrieval_metrics(queries, found, [{documents.index(t)} for t in TEXTS])
+        embeddings = model.encode(documents, num_steps=k)
+        expected = retrieval_metrics(queries, embeddings, [{documents.index(t)} for t in TEXTS])
         assert written[str(k)] == pytest.approx(expected)
 
 

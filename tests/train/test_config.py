@@ -75,11 +75,11 @@ def test_fixed_and_drawn_numbers_of_steps():
 
 def test_the_steps_of_the_saved_model():
     lengths = {"query_max_length": 7, "passage_max_length": 9}
-    found = TrainConfig(num_steps="3:10", **lengths).gircse_config()
-    assert found == GircseConfig(num_steps=10, **lengths)
+    saved = TrainConfig(num_steps="3:10", **lengths).gircse_config()
+    assert saved == GircseConfig(num_steps=10, **lengths)
     assert TrainConfig(num_steps="3:10", inference_steps=5).gircse_config().num_steps == 5
-    found = TrainConfig(num_steps=5, inference_steps=20, pooling="last", **lengths).gircse_config()
-    assert found == GircseConfig(20, "last", **lengths)
+    saved = TrainConfig(num_steps=5, inference_steps=20, pooling="last", **lengths).gircse_config()
+    assert saved == GircseConfig(20, "last", **lengths)
     assert TrainConfig(num_steps=5, inference_steps=0).gircse_config().num_steps == 0
 
 

@@ -68,12 +68,12 @@ def test_the_loss_and_its_gradient_are_the_formula():
     torch.manual_seed(1)
     tensors = [torch.randn(n, 5, dtype=torch.float64, requires_grad=n_grad) for n, n_grad in
                ((3, True), (7, True), (3, False), (7, False))]  # fmt: skip
-    found = distillation_loss(*tensors, temperature=0.3, kl_weight=0.7)
+    loss = distillation_loss(*tensors, temperature=0.3, kl_weight=0.7)
     expected = plain_loss(*tensors, 0.3, 0.7)
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(loss, expected, strict=True):
         assert torch.allclose(one, other, rtol=1e-12, atol=0)
     for one, other in zip(
-        torch.autograd.grad(found.total, tensors[:2]), torch.autograd.grad(expected[0], tensors[:2]), strict=True
+        torch.autograd.grad(loss.total, tensors[:2]), torch.autograd.grad(expected[0], tensors[:2]), strict=True
     ):
         assert torch.allclose(one, other, rtol=1e-10, atol=1e-14)
     assert torch.autograd.gradcheck(
@@ -83,8 +83,8 @@ def test_the_loss_and_its_gradient_are_the_formula():
 
 def test_the_loss_of_the_teacher_itself_is_zero_whatever_the_length():
     queries, documents = torch.randn(3, 5), torch.randn(6, 5)
-    found = distillation_loss(3 * queries, 0.1 * documents, queries, documents, temperature=0.05, kl_weight=1.0)
-    assert all(abs(part) < 1e-5 for part in found)
+    parts = distillation_loss(3 * queries, 0.1 * documents, queries, documents, temperature=0.05, kl_weight=1.0)
+    assert all(abs(part) < 1e-5 for part in parts)
 
 
 def test_half_precision_embeddings_give_a_float32_loss():

@@ -39,10 +39,10 @@ def test_it_goes_on_from_a_saved_adapter(base, tmp_path):
     settings = config(base, tmp_path, model="", adapter=str(first.folder), output=str(tmp_path / "more"))
     more = train(settings, rows=ROWS)
     model, losses = GIRCSE.from_pretrained(first.folder, is_trainable=True), []
-    for found in (model, first.model):
+    for adapted in (model, first.model):
         examples = TrainingData.open(settings, rows=ROWS).batch(0)
-        rows = tokenize_rows(RowTokenizer(found, settings, 3), examples, settings)
-        losses.append(contrastive_backward(found, rows, settings, num_steps=3)[1].tolist())
+        rows = tokenize_rows(RowTokenizer(adapted, settings, 3), examples, settings)
+        losses.append(contrastive_backward(adapted, rows, settings, num_steps=3)[1].tolist())
     np.testing.assert_allclose(losses, [more.log[0]["losses"]] * 2, rtol=1e-5)
     shapes = {parameter.shape[0] for name, parameter in more.model.named_parameters() if "lora_A" in name}
     assert shapes == {3}

@@ -102,10 +102,10 @@ def test_killed_inside_a_save_the_last_checkpoint_is_whole(base, tmp_path, unbro
     process = start(settings(base, run, keep_checkpoints=1), die_at=place)
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    found = list_checkpoints(run)
-    assert [path.name for path in found] == ["step-000004" if place == "deletion" else "step-000002"]
+    whole = list_checkpoints(run)
+    assert [path.name for path in whole] == ["step-000004" if place == "deletion" else "step-000002"]
     assert list((run / "checkpoints").glob(".*"))  # what the kill left behind
-    GIRCSE.from_pretrained(found[0])
+    GIRCSE.from_pretrained(whole[0])
     assert finished(settings(base, run, resume=True, keep_checkpoints=1)) == unbroken
     assert not list(run.rglob("*.partial*"))
 
@@ -193,10 +193,10 @@ def test_nan_stops_with_the_state_beside_the_checkpoints(base, tmp_path, monkeyp
 
     def breaks_at_the_fourth(losses, **options):
         calls.append(1)
-        found = objective(losses, **options)
+        loss = objective(losses, **options)
         if len(calls) != 4:
-            return found
-        return found * float("nan") if what == "loss" else found + (0 * losses).sum().sqrt()  # 0 / 0 in backward
+            return loss
+        return loss * float("nan") if what == "loss" else loss + (0 * losses).sum().sqrt()  # 0 / 0 in backward
 
     monkeypatch.setattr(ops, "icr_objective", breaks_at_the_fourth)
     run = tmp_path / "run"

@@ -29,9 +29,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def in_processes(size: int, task, *arguments) -> None:
@@ -68,10 +68,10 @@ def compare_in_float64(ranks: Ranks, rows: int, sharded: bool) -> None:
         settings = config(fsdp=sharded, **options)
         model = adapted(settings, ranks=ranks)
         own = share_of(whole, ranks.share(rows))
-        found = contrastive_backward(model, own, settings, num_steps=NUM_STEPS, ranks=ranks)
+        shared = contrastive_backward(model, own, settings, num_steps=NUM_STEPS, ranks=ranks)
         digest = ranks.sum_gradients([p for p in model.parameters() if p.requires_grad])
-        assert relative(found[0], loss) < tolerance
-        assert relative(found[1], losses) < tolerance
+        assert relative(shared[0], loss) < tolerance
+        assert relative(shared[1], losses) < tolerance
         assert relative(gradients(model), expected) < tolerance
         assert len({values[0] for values in ranks.gather([digest % 2**50])}) == 1
         if sharded:

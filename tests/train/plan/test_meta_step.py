@@ -118,9 +118,9 @@ def test_layers_of_alternating_types():
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma", "gemma3", "gpt2"])
 def test_every_architecture_can_be_counted(name):
-    found = TracedModel.of(TrainConfig(), CONFIGS[name]()).memory([PromptShape(2, 12)], 2)
-    assert min(found.keys_values, found.prompt, found.steps) > 0
-    assert found.peak >= found.keys_values + found.prompt + found.steps
+    memory = TracedModel.of(TrainConfig(), CONFIGS[name]()).memory([PromptShape(2, 12)], 2)
+    assert min(memory.keys_values, memory.prompt, memory.steps) > 0
+    assert memory.peak >= memory.keys_values + memory.prompt + memory.steps
 
 
 def test_live_bytes_forget_what_dies_and_count_a_storage_once():
@@ -162,9 +162,9 @@ def test_the_workspace_on_a_gpu_is_what_the_launcher_allocates(rows, name, dtype
         allocated_bytes(Case("a step", problem, str(dtype).removeprefix("torch."), what), Device(90, 132))
         for what in ("", "hidden")
     ]
-    for found, allocated in zip(_kernel_workspaces(rows, lm, dtype), whole, strict=True):
+    for workspace, allocated in zip(_kernel_workspaces(rows, lm, dtype), whole, strict=True):
         results = 2 * 4 * rows * width  # in float32, and in the dtype
-        assert found <= allocated <= found + results
+        assert workspace <= allocated <= workspace + results
 
 
 def test_a_tiny_step_is_not_charged_the_largest_workspace():

@@ -41,17 +41,17 @@ def planned(gpu="h100", checkpointing=False, batch_size=16, micro=None, quantiza
 
 
 def test_fixed_parts_are_the_parameters():
-    found = planned()
+    one = planned()
     hidden, inner, kv = 3584, 18944, 512
     matrices = LAYERS * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner)
     small = LAYERS * (2 * hidden + hidden + 2 * kv) + hidden  # norms and the biases of q, k, v
-    assert found.memory["frozen weights"] == 2 * (matrices + small + 2 * 152064 * hidden)
+    assert one.memory["frozen weights"] == 2 * (matrices + small + 2 * 152064 * hidden)
     sides = LAYERS * (4 * hidden + 2 * (hidden + kv) + 3 * (hidden + inner))
     lora = 4 * 16 * sides  # float32, rank 16
-    assert found.memory["LoRA weights"] == found.memory["LoRA gradients"] == lora
-    assert found.memory["AdamW moments"] == 2 * lora
-    assert found.total_bytes == sum(found.memory.values())
-    assert found.allocated_bytes == found.total_bytes - found.memory["CUDA context"]
+    assert one.memory["LoRA weights"] == one.memory["LoRA gradients"] == lora
+    assert one.memory["AdamW moments"] == 2 * lora
+    assert one.total_bytes == sum(one.memory.values())
+    assert one.allocated_bytes == one.total_bytes - one.memory["CUDA context"]
 
 
 def test_quantized_matrices():
@@ -98,22 +98,22 @@ def test_the_largest_micro_batch_fits_and_one_more_row_does_not():
 
 
 def test_a_model_that_does_not_fit_at_all():
-    found = plan(
+    prediction = plan(
         settings(dtype="float32", batch_size=1), gpu="rtx4090", model_config=SHAPES["qwen2.5-7b"].config(28), length=64
     )
-    assert not found.fits
-    assert found.largest_micro_batch_tokens is None
-    assert "not even a micro-batch of one row fits" in str(found)
+    assert not prediction.fits
+    assert prediction.largest_micro_batch_tokens is None
+    assert "not even a micro-batch of one row fits" in str(prediction)
 
 
 def test_the_floor_is_that_of_the_benchmarks():
     """One phase after the other at the GPU's ceilings, as `bench/run.py` computes it."""
     from bench.shapes import meta_model
 
-    found = planned("a100-80gb")
+    prediction = planned("a100-80gb")
     facts, rates = ModelFacts.of(meta_model(SHALLOW, torch.bfloat16)), ceilings(GPUS["a100-80gb"], torch.bfloat16)
     expected = sum(rates.seconds(facts.training([512] * rows, 1)) for rows in (16, 32))
-    assert found.step_seconds == pytest.approx(expected, rel=1e-12)
+    assert prediction.step_seconds == pytest.approx(expected, rel=1e-12)
 
 
 def test_checkpointing_adds_a_prompt_and_takes_memory():
