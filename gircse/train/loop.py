@@ -40,6 +40,7 @@ from gircse.train.lora import trainable_model
 from gircse.train.micro_batch_size import probe_budget
 from gircse.train.ranks import Ranks, digest_of, digest_of_rows, join_ranks, step_seed
 from gircse.train.run_config import RunConfig
+from gircse.train.schedule import learning_rate
 from gircse.train.signals import StopRequest, TrainingStopped, stop_on_signals
 from gircse.train.step import Step, contrastive_step
 from gircse.train.step_monitor import StepMonitor
@@ -212,7 +213,7 @@ def run_steps(
                     save_failure(run, step + 1, model, optimizer, what)
                 ranks.wait()
                 raise _not_finite(run, what)
-            rate = config.learning_rate_at(step, total_steps)
+            rate = learning_rate(config, step, total_steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -77,17 +76,6 @@ class RunConfig(Settings):
     def path(self, name: str) -> Path:
         """A file of the run folder: `train_config.json` for "config.json" of a training run."""
         return Path(self.output) / f"{self.command}_{name}"
-
-    def learning_rate_at(self, step: int, total_steps: int) -> float:
-        """The learning rate of optimizer step `step` (from 0).
-
-        With W = ceil(warmup_ratio * total_steps) it is ``peak * (step + 1) / W`` in the first W steps, so that every
-        step trains. Then it decays linearly and would reach zero after the last step.
-        """
-        warmup = math.ceil(self.warmup_ratio * total_steps)
-        if step < warmup:
-            return self.learning_rate * (step + 1) / warmup
-        return self.learning_rate * (total_steps - step) / (total_steps - warmup)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"

@@ -12,6 +12,7 @@ import pytest
 
 from gircse.lm.config import GircseConfig
 from gircse.train.config import TrainConfig
+from gircse.train.schedule import learning_rate
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,7 @@ def test_every_field_says_what_it_is():
 def test_every_step_trains(total, ratio):
     """Warm-up starts above zero; the peak is reached at its end; the decay is linear and its last step not zero."""
     config = TrainConfig(learning_rate=2.0, warmup_ratio=ratio)
-    rates = [config.learning_rate_at(step, total) for step in range(total)]
+    rates = [learning_rate(config, step, total) for step in range(total)]
     warmup = math.ceil(ratio * total)
     assert rates[:warmup] == [2.0 * (step + 1) / warmup for step in range(warmup)]
     assert rates[warmup:] == [2.0 * left / (total - warmup) for left in range(total - warmup, 0, -1)]

@@ -12,6 +12,7 @@ import pytest
 from gircse.cli import main
 from gircse.train.checkpoint import list_checkpoints
 from gircse.train.config import TrainConfig
+from gircse.train.schedule import learning_rate
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 WORDS = ["red", "blue", "fox", "dog", "tree"]
@@ -85,7 +86,7 @@ def test_a_finished_run_can_be_extended(home, capsys):
     after = numbers(run)
     assert after[:4] == before
     assert [entry["step"] for entry in log(run)] == [1, 2, 3, 4, 5, 6]
-    rates = [TrainConfig(learning_rate=3e-3).learning_rate_at(step, 6) for step in (4, 5)]
+    rates = [learning_rate(TrainConfig(learning_rate=3e-3), step, 6) for step in (4, 5)]
     assert [rate for _, rate, _ in after[4:]] == rates
     assert main(["train", "--resume", "--output", str(run), "--max-steps", "5"]) == 2
     assert "max_steps: got 5, expected at least the 6 that the run was started with" in capsys.readouterr().err
