@@ -225,7 +225,7 @@ def distillation_step(student: GIRCSE, targets: Targets, num_steps: int, config:
         loss, of_loss, passes = backward_of(
             student, ids, len(own_queries), objective, config.micro_batch_tokens, num_steps=0, monitor=monitor
         )
-        parts = {"cosine": of_loss.cosine.item(), "kl": of_loss.kl.item()}
+        parts = {"cosine": of_loss.cosine.detach(), "kl": of_loss.kl.detach()}
         return StepResult(loss, parts, len(own), sum(map(len, ids)), passes)
 
     return step

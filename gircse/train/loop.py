@@ -208,7 +208,7 @@ def run_steps(
             loss = result.loss.item()
             if not (math.isfinite(loss) and math.isfinite(grad_norm.item())):
                 what = {"step": step + 1, "loss": str(loss), "grad_norm": str(grad_norm.item()), "seed": config.seed}
-                what |= {"parts": str(result.parts), "rows": names}
+                what |= {name: str(part.tolist()) for name, part in result.parts.items()} | {"rows": names}
                 if ranks.first:
                     save_failure(run, step + 1, model, optimizer, what)
                 ranks.wait()
@@ -226,7 +226,7 @@ def run_steps(
             entry: dict[str, Any] = {
                 "step": step + 1,
                 "loss": loss,
-                **result.parts,
+                **{name: part.tolist() for name, part in result.parts.items()},
                 "entropy": [sum(map(float.__mul__, each, texts)) / sum(texts) for each in entropies],
                 "grad_norm": grad_norm.item(),
                 "learning_rate": rate,

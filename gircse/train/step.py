@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -28,13 +28,13 @@ class StepResult(NamedTuple):
 
     Attributes:
         loss: the scalar of the whole batch, of all processes.
-        parts: what the loss consists of, numbers or lists of numbers, for the log.
+        parts: what the loss consists of, without gradient, scalars or [K], for the log.
         texts, tokens: of this process's share, without padding.
         passes: the number of micro-batches that went through the model.
     """
 
     loss: Tensor
-    parts: Mapping[str, float | list[float]]
+    parts: dict[str, Tensor]
     texts: int
     tokens: int
     passes: int
@@ -104,7 +104,7 @@ def contrastive_step(model: GIRCSE, config: TrainConfig, ranks: Ranks) -> Step:
         loss, losses, passes = contrastive_backward(
             model, rows, config, num_steps=config.steps_at(number), ranks=ranks, monitor=monitor
         )
-        return StepResult(loss, {"losses": losses.tolist()}, rows.texts, rows.tokens, passes)
+        return StepResult(loss, {"losses": losses}, rows.texts, rows.tokens, passes)
 
     return step
 
