@@ -52,7 +52,7 @@ def require(config: RunConfig, *names: str) -> None:
     """Raises ValueError for a setting that a run needs and that has no value."""
     for name in names:
         if not getattr(config, name):
-            raise ValueError(f"{name}: got none, expected --{name} or, in a recipe, {name!r}")
+            raise ValueError(f"{name}: got none, expected --{name}")
 
 
 def _written(default: object) -> str:

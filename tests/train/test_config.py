@@ -100,10 +100,7 @@ def test_saved_and_read_again(tmp_path):
     ("text", "message"),
     [
         ("{", "Expecting property name"),
-        ("[]", "got list, expected an object"),
         ('{"batchsize": 3}', "batchsize: no such setting, did you mean 'batch_size'?"),
-        ('{"batch_size": null}', "batch_size: got None, expected an integer"),
-        ('{"weights": 3}', "weights: got 3, expected a list, each a number"),
         ('{"learning_rate": NaN}', "learning_rate: got nan, expected a number > 0"),
     ],
 )
