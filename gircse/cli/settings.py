@@ -14,9 +14,14 @@ _Config = TypeVar("_Config", bound="RunConfig")
 
 
 def add_settings(parser: argparse.ArgumentParser, config: type[RunConfig]) -> None:
-    """An option that is not given leaves no attribute, so that `config_of` can tell it from one that is."""
-    hints = get_type_hints(config)
-    for field in fields(config):
+    """Adds the options: those of this kind of run first, then those that both kinds have.
+
+    An option that is not given leaves no attribute, so that `config_of` can tell it from one that is.
+    """
+    from gircse.train.run_config import RunConfig
+
+    hints, shared = get_type_hints(config), {field.name for field in fields(RunConfig)}
+    for field in sorted(fields(config), key=lambda field: field.name in shared):
         hint, default = hints[field.name], field.default
         shown = "" if default is None or default in ("", ()) else f" (default: {_written(default)})"
         options: dict[str, Any] = {"help": (field.metadata["help"] + shown).replace("%", "%%")}
