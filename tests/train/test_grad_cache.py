@@ -98,7 +98,7 @@ def test_an_unused_pass_changes_nothing():
 
 
 def test_only_one_micro_batch_keeps_its_activations():
-    """What autograd saves at once is bounded by the largest micro-batch, whatever the batch is."""
+    """What autograd saves at once is bounded by the largest micro-batch and not by the batch."""
     settings = config()
     model = adapted(settings, torch.float32)
     own = {p.data_ptr() for p in model.parameters()}

@@ -1,4 +1,4 @@
-"""Whatever ends a run, the run goes on where it was: real processes, real kills."""
+"""A run goes on where it was, however it ended: real processes, real kills."""
 
 from __future__ import annotations
 
