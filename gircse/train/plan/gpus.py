@@ -42,14 +42,3 @@ GPUS = {
         Gpu("rtx4090", int(23.6 * _GIB), 1.008e12, 165e12, 82.6e12, 32e9),
     )
 }
-
-
-def find_gpu(name: str) -> Gpu:
-    """
-    Raises:
-        ValueError: no such GPU; the message lists them.
-    """
-    try:
-        return GPUS[name.lower()]
-    except KeyError:
-        raise ValueError(f"gpu: got {name!r}, expected one of {', '.join(GPUS)}") from None

@@ -259,22 +259,11 @@ class _SoftEmbed(torch.autograd.Function):
         return torch.empty_like(ctx.saved_tensors[0]), None
 
 
-class _Dropout(torch.autograd.Function):
+class _FusedDropout(nn.Dropout):
     """The GPU's dropout, which keeps one byte an element."""
 
-    @staticmethod
-    def forward(ctx, input):
-        ctx.save_for_backward(torch.empty_like(input, dtype=torch.bool))
-        return torch.empty_like(input)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return torch.empty_like(grad)
-
-
-class _FusedDropout(nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:
-        return _Dropout.apply(input) if self.training and self.p > 0 else input
+        return torch.native_dropout(input, self.p, True)[0] if self.training and self.p > 0 else input
 
 
 @contextmanager

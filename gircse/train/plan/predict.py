@@ -21,7 +21,7 @@ from gircse.roofline import Ceilings, ModelFacts, Work
 from gircse.show.tables import text_table
 from gircse.train.config import TrainConfig
 from gircse.train.plan.extrapolate import StepRows, TracedModel
-from gircse.train.plan.gpus import Gpu, find_gpu
+from gircse.train.plan.gpus import GPUS, Gpu
 from gircse.train.plan.meta_step import PromptShape, StepMemory
 
 if TYPE_CHECKING:
@@ -123,7 +123,9 @@ def plan(
     Raises:
         ValueError: an argument out of range; OSError: the model's config cannot be found.
     """
-    device = find_gpu(gpu)
+    if gpu.lower() not in GPUS:
+        raise ValueError(f"gpu: got {gpu!r}, expected one of {', '.join(GPUS)}")
+    device = GPUS[gpu.lower()]
     check_integer("world_size", world_size, least=1)
     if length is not None:
         check_integer("length", length, least=1)
