@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gircse.lm.quiet import quiet_peft
 from gircse.roofline import ModelFacts
 from gircse.train.config import TrainConfig
+from gircse.train.lora import add_lora
 from gircse.train.plan.meta_step import PromptShape, StepMemory, step_memory
 
 if TYPE_CHECKING:
@@ -95,10 +95,7 @@ class StepRows:
 
 
 def _meta_base(config: TrainConfig, model_config: PretrainedConfig) -> tuple[Any, ModelFacts]:
-    from peft import get_peft_model
     from transformers import AutoModelForCausalLM
-
-    from gircse.train.lora import lora_config
 
     dtype = getattr(model_config, "dtype", None) if config.dtype == "auto" else config.dtype
     if isinstance(dtype, str):
@@ -106,8 +103,7 @@ def _meta_base(config: TrainConfig, model_config: PretrainedConfig) -> tuple[Any
     with torch.device("meta"):
         base: Any = AutoModelForCausalLM.from_config(model_config, dtype=dtype or torch.float32)
     facts = ModelFacts.of(base)
-    with quiet_peft():
-        get_peft_model(base, lora_config(base, config)).train()  # which changes `base` itself
+    add_lora(base, config).train()  # which changes `base` itself
     if config.gradient_checkpointing:
         getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)({"use_reentrant": False})
     return base, facts

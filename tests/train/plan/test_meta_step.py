@@ -13,7 +13,7 @@ from bench.shapes import SHAPES, random_model
 from gircse.lm.causal_lm import CausalLM
 from gircse.lm.rollout import rollout
 from gircse.train.config import TrainConfig
-from gircse.train.lora import lora_targets
+from gircse.train.lora import add_lora
 from gircse.train.plan.extrapolate import TracedModel
 from gircse.train.plan.meta_step import LiveBytes, PromptShape, _kernel_workspaces, step_memory
 from tests.tiny_models import CONFIGS, tiny_model
@@ -29,12 +29,8 @@ def shape_config(name, layers=2):
     return config
 
 
-def with_lora(model, checkpointing, dropout=0.1):
-    from peft import LoraConfig, get_peft_model
-
-    targets = lora_targets(model)
-    lora = LoraConfig(r=16, lora_alpha=64, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
-    get_peft_model(model, lora).train()
+def with_lora(model, checkpointing):
+    add_lora(model, TrainConfig()).train()
     if checkpointing:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
     return model
