@@ -20,7 +20,6 @@ from gircse.train.config import TrainConfig
 from gircse.train.distill import distill
 from gircse.train.distill_config import DistillConfig
 from gircse.train.distill_loss import distillation_loss
-from tests.tiny_models import tiny_model, tiny_tokenizer
 
 WORDS = ["red", "blue", "fox", "dog", "tree", "sea", "hill", "rain"]
 ROWS = [
@@ -30,13 +29,10 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
+def teacher(base, tmp_path_factory):
     """A LoRA folder with K = 3, a few steps from its base."""
-    folder = tmp_path_factory.mktemp("teacher")
-    tiny_model("llama").save_pretrained(folder / "base")
-    tiny_tokenizer().save_pretrained(folder / "base")
     settings = TrainConfig(
-        model=str(folder / "base"), output=str(folder / "run"), batch_size=8, num_steps=3, max_steps=8,
+        model=str(base), output=str(tmp_path_factory.mktemp("teacher") / "run"), batch_size=8, num_steps=3, max_steps=8,
         learning_rate=1e-2, progress=False,
     )  # fmt: skip
     return train(settings, rows=ROWS).folder
@@ -106,7 +102,7 @@ def test_impossible_arguments_are_refused(options, documents, message):
         distillation_loss(rows, rows, rows, rows[:documents], **{"temperature": 0.1, "kl_weight": 1.0, **options})
 
 
-def test_the_student_learns_the_teachers_embeddings(teacher, tmp_path):
+def test_the_student_learns_the_teachers_embeddings(base, teacher, tmp_path):
     task = RetrievalTask.from_rows(ROWS)
     result = distill(config(teacher, tmp_path, max_steps=60), rows=ROWS, task=task)
     parts = {name: [entry[name] for entry in result.log] for name in ("loss", "cosine", "kl")}
@@ -117,7 +113,7 @@ def test_the_student_learns_the_teachers_embeddings(teacher, tmp_path):
     texts = ["a red fox", "the sea", "dog tree", "rain on a hill"]
     wanted = GIRCSE.from_pretrained(teacher).encode(texts)
     student = GIRCSE.from_pretrained(result.folder)
-    fresh = GIRCSE.from_pretrained(tiny_base(teacher), num_steps=0)
+    fresh = GIRCSE.from_pretrained(base, num_steps=0)
     closeness = lambda model: (model.encode(texts) * wanted).sum(1).mean()  # noqa: E731
     assert closeness(student) > closeness(fresh) + 0.05  # texts that it was not trained on
     assert student.config.num_steps == 0
@@ -139,14 +135,10 @@ def test_the_student_learns_the_teachers_embeddings(teacher, tmp_path):
     assert logged == result.log
 
 
-def tiny_base(teacher):
-    return json.loads((teacher / "adapter_config.json").read_text())["base_model_name_or_path"]
-
-
-def test_the_first_loss_is_that_of_the_base_against_the_teacher(teacher, tmp_path):
+def test_the_first_loss_is_that_of_the_base_against_the_teacher(base, teacher, tmp_path):
     """LoRA starts at zero: the student of the first step is the plain base. A document of several rows counts once."""
     result = distill(config(teacher, tmp_path, max_steps=1, batch_size=len(ROWS)), rows=ROWS)
-    model, base = GIRCSE.from_pretrained(teacher), GIRCSE.from_pretrained(tiny_base(teacher), num_steps=0)
+    model, base = GIRCSE.from_pretrained(teacher), GIRCSE.from_pretrained(base, num_steps=0)
     queries = [row.query for row in ROWS]
     documents = list(dict.fromkeys(text for row in ROWS for text in (*row.positives, *row.negatives)))
     embed = lambda m: (m.encode(queries, instruction=ROWS[0].instruction), m.encode(documents))  # noqa: E731
@@ -158,14 +150,14 @@ def test_the_first_loss_is_that_of_the_base_against_the_teacher(teacher, tmp_pat
     assert result.log[0]["kl"] == pytest.approx(expected.kl.item(), rel=1e-3)
 
 
-def test_it_can_go_on_from_the_teachers_adapter(teacher, tmp_path):
+def test_it_can_go_on_from_the_teachers_adapter(base, teacher, tmp_path):
     result = distill(config(teacher, tmp_path, init="teacher", max_steps=12, learning_rate=1e-3), rows=ROWS)
     assert result.agreement["after"] > result.agreement["before"]
     student = GIRCSE.from_pretrained(result.folder)
     assert np.array_equal(student.encode(["sea fox"]), result.model.encode(["sea fox"]))
     # what it started from is the teacher's adapter, not the base
     before = torch.from_numpy(GIRCSE.from_pretrained(teacher).encode(["fox"], num_steps=0))
-    plain = torch.from_numpy(GIRCSE.from_pretrained(tiny_base(teacher)).encode(["fox"], num_steps=0))
+    plain = torch.from_numpy(GIRCSE.from_pretrained(base).encode(["fox"], num_steps=0))
     assert not torch.allclose(before, plain, atol=1e-3)
 
 
@@ -173,7 +165,7 @@ def numbers(log):
     return [[entry[name] for name in ("step", "loss", "cosine", "kl", "grad_norm", "batch")] for entry in log]
 
 
-def test_a_resumed_run_is_bitwise_the_unbroken_one(teacher, tmp_path):
+def test_a_resumed_run_is_bitwise_the_unbroken_one(base, teacher, tmp_path):
     settings = config(teacher, tmp_path, lora_dropout=0.1, max_steps=4, save_every=2, micro_batch_tokens=300)
     whole = distill(settings, rows=ROWS)
     assert whole.log[0]["micro_batches"] > 2
@@ -186,7 +178,7 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(teacher, tmp_path):
     with pytest.raises(ValueError, match="resume: the data have changed"):
         distill(replace(settings, resume=True), rows=ROWS[1:])
     with pytest.raises(ValueError, match="resume: the run was started with another model: .* has another teacher"):
-        distill(replace(settings, resume=True, teacher=str(tiny_base(teacher))), rows=ROWS)
+        distill(replace(settings, resume=True, teacher=str(base)), rows=ROWS)
 
 
 def test_gradient_caching_gives_the_same(teacher, tmp_path):
@@ -208,11 +200,11 @@ def test_the_teachers_prompt_template_stays(teacher, tmp_path):
     assert GIRCSE.from_pretrained(result.folder).config.prompt_template == "{instruction}: {text}"
 
 
-def test_a_full_model_is_a_teacher_too(teacher, tmp_path):
-    result = distill(config(tiny_base(teacher), tmp_path, num_steps=2, max_steps=1), rows=ROWS)
+def test_a_full_model_is_a_teacher_too(base, teacher, tmp_path):
+    result = distill(config(base, tmp_path, num_steps=2, max_steps=1), rows=ROWS)
     assert GIRCSE.from_pretrained(result.folder).num_steps == 0
     with pytest.raises(ValueError, match="init: got 'teacher', but the teacher has no LoRA adapter"):
-        distill(config(tiny_base(teacher), tmp_path, output=str(tmp_path / "b"), init="teacher"), rows=ROWS)
+        distill(config(base, tmp_path, output=str(tmp_path / "b"), init="teacher"), rows=ROWS)
 
 
 def test_a_teacher_without_steps_is_refused_and_nothing_is_written(teacher, tmp_path):

@@ -21,18 +21,9 @@ from gircse import GIRCSE, ops
 from gircse.train import train
 from gircse.train.checkpoint import list_checkpoints
 from gircse.train.signals import TrainingStopped, stop_on_signals
-from tests.tiny_models import tiny_model, tiny_tokenizer
 from tests.training_process import ROWS, settings, start
 
 STEPS = 12
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tiny_model("llama").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

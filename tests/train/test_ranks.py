@@ -21,7 +21,6 @@ from gircse.train.ranks import Ranks, digest_of, digest_of_rows, join_ranks, ste
 from gircse.train.step import contrastive_backward
 from tests.forkserver import CONTEXT
 from tests.full_precision import keep_float64
-from tests.tiny_models import tiny_model, tiny_tokenizer
 from tests.training_batches import NUM_STEPS, adapted, batch, config, gradients, share_of
 from tests.training_process import command
 
@@ -173,11 +172,10 @@ def test_alone_there_is_nothing_to_exchange():
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory):
-    """A base model and rows, as `gircse train` takes them."""
+def job(base, tmp_path_factory):
+    """The folder of a base model and rows, as `gircse train` takes them."""
     folder = tmp_path_factory.mktemp("job")
-    tiny_model("llama").save_pretrained(folder / "base")
-    tiny_tokenizer().save_pretrained(folder / "base")
+    (folder / "base").symlink_to(base)
     words = ["red", "blue", "fox", "dog", "tree", "sea"]
     rows = [{"prompt": "find it", "query": a, "pos": [f"{b} {a}"]} for a in words for b in words]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
