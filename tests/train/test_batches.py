@@ -118,16 +118,6 @@ def test_mixed_batches_with_weights_have_the_shares_in_every_batch():
     assert set(ids.values()) == {20}  # 600 rows of b: twenty whole permutations of 30
 
 
-def test_one_source_is_the_plain_sampler():
-    from gircse.data.sampling import BatchSampler
-
-    sampler = BatchSampler(30, 4, seed=9)
-    for options in ({}, {"batching": "mixed"}, {"weights": (3.0,)}):
-        trained = data({"b": 30}, seed=9, **options)
-        for step in (0, 5, 77):
-            assert [e.id for e in trained.batch(step)] == [f"b:row {i}" for i in sampler.batch(step)]
-
-
 def test_texts_are_written_and_chosen():
     trained = data({"b": 30}, max_negatives=2)
     seen = set()

@@ -221,7 +221,6 @@ def test_a_teacher_without_steps_is_refused_and_nothing_is_written(teacher, tmp_
         ({"num_steps": 0}, "num_steps: got 0, expected an integer >= 1"),
         ({"temperature": 0}, "temperature: got 0.0, expected a number > 0"),
         ({"kl_weight": float("nan")}, "kl_weight: got nan"),
-        ({"max_negatives": -1}, "max_negatives: got -1"),
     ],
 )
 def test_settings_are_checked(options, message):
