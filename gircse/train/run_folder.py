@@ -42,9 +42,10 @@ def earlier_config(config: RunConfig) -> RunConfig:
 
 
 def check_data(config: RunConfig, data: TrainingData, total_steps: int) -> None:
-    """
+    """Checks that a resumed run has the rows of the run that it continues, and at least as many steps.
+
     Raises:
-        ValueError: other rows than the run's, or fewer steps than it was started with.
+        ValueError: other rows, or fewer steps.
     """
     data.check_continues(config.path("data.json"))
     earlier = earlier_config(config).max_steps or data.steps_per_epoch
@@ -53,7 +54,8 @@ def check_data(config: RunConfig, data: TrainingData, total_steps: int) -> None:
 
 
 def check_model(config: RunConfig, digests: Digests, places: Mapping[str, str | None]) -> None:
-    """
+    """Checks that a resumed run starts from the models of the run that it continues.
+
     Args:
         digests: what the run starts from now: {"base", "vocabulary", ..: digest, or None where there is none}.
         places: the folder or hub name that each of them was read from, for the message.
@@ -79,6 +81,7 @@ def digest_of_vocabulary(model: GIRCSE) -> str:
 
 
 def digest_of_weights(weights: Iterable[Tensor]) -> str:
+    """`digest_of` in hexadecimal, as JSON holds it."""
     return f"{digest_of(weights):x}"
 
 

@@ -3,8 +3,8 @@
     print(plan(TrainConfig(model="Qwen/Qwen2.5-7B", dtype="bfloat16"), gpu="h100", world_size=8))
 
 Memory is counted, not estimated by a formula: the step runs on the meta device (`gircse.train.plan.meta_step`). The
-time is the floor of `gircse.roofline` at the GPU's ceilings; real steps are slower, by what the table of
-docs/performance.md calls time / floor.
+time is the floor of `gircse.roofline` at the GPU's ceilings. Real steps are slower: docs/performance.md has measured
+values of time / floor.
 """
 
 from __future__ import annotations
