@@ -40,7 +40,7 @@ from gircse.lm.load import load_tokenizer
 from gircse.model import GIRCSE
 from gircse.train.config import TrainConfig
 from gircse.train.lora import trainable_model
-from gircse.train.step import Batch, contrastive_backward
+from gircse.train.step import TokenizedRows, contrastive_backward
 
 CACHED, ONE_SHOT = "gradient-caching", "one-shot"
 _TOLERANCE = TOLERANCES[torch.float32].gradient
@@ -148,7 +148,7 @@ def _model(options: argparse.Namespace, settings: TrainConfig) -> GIRCSE:
     return trainable_model(settings, GIRCSE(base, load_tokenizer(folder))).train()
 
 
-def _batch(options: argparse.Namespace, rows: range, model: GIRCSE) -> Batch:
+def _batch(options: argparse.Namespace, rows: range, model: GIRCSE) -> TokenizedRows:
     """One query and one positive a row, `length` random tokens each."""
     vocab = model.causal_lm.embed_weight.shape[0]
 
@@ -156,7 +156,7 @@ def _batch(options: argparse.Namespace, rows: range, model: GIRCSE) -> Batch:
         generator = torch.Generator().manual_seed(number)
         return torch.randint(vocab, (options.length,), generator=generator).tolist()
 
-    return Batch(
+    return TokenizedRows(
         [text(2 * row) for row in rows], [text(2 * row + 1) for row in rows], torch.arange(len(rows)), mask=None
     )
 

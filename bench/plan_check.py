@@ -22,7 +22,7 @@ from gircse.lm.causal_lm import CausalLM
 from gircse.lm.rollout import rollout
 from gircse.train.config import TrainConfig
 from gircse.train.plan.extrapolate import TracedModel
-from gircse.train.plan.meta_step import Batch
+from gircse.train.plan.meta_step import PromptShape
 from gircse.train.plan.predict import plan
 
 TOLERANCE = 0.15
@@ -116,7 +116,7 @@ def _make_workspaces(case: PlanCase, device: torch.device) -> None:
 def check_on_cpu(case: PlanCase, device: torch.device) -> dict[str, Any]:
     """The activations alone, of one batch and its backward."""
     traced = TracedModel.of(case.config(), SHAPES[case.shape].config(case.layers))
-    predicted = traced.memory([Batch(case.queries, case.length)], case.num_steps, cuda=False).peak
+    predicted = traced.memory([PromptShape(case.queries, case.length)], case.num_steps, cuda=False).peak
     lm = case.trainable(device)
     batch = random_batch(lm.embed_weight.shape[0], [case.length] * case.queries, seed=0, device=device)
     for parameter in lm.model.parameters():

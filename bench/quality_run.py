@@ -22,7 +22,6 @@ from gircse.evaluation.metrics import metrics_of, relevant_ranks
 from gircse.model import GIRCSE
 from gircse.ops.pooling import POOLINGS, pool_steps
 from gircse.train import train
-from gircse.train.run_folder import CONFIG_NAME
 
 MAX_STEPS = 20  # K = 0..20 are measured
 CLUSTERING_SEEDS = 5
@@ -60,7 +59,7 @@ def run(
             micro_batch_tokens=_MICRO_BATCH_TOKENS,
             save_every=16,
             keep_checkpoints=1,
-            resume=(output / CONFIG_NAME).is_file(),
+            resume=(output / "train_config.json").is_file(),
             progress=False,
         )
         result = train(config, rows=load_rows(corpus.rows()), model=model)

@@ -33,7 +33,7 @@ from gircse.ops.tiles_torch import tiling
 from gircse.roofline import ModelFacts, Work
 from gircse.train.config import TrainConfig
 from gircse.train.plan.extrapolate import TracedModel
-from gircse.train.plan.meta_step import Batch as LiveBatch
+from gircse.train.plan.meta_step import PromptShape
 from gircse.train.plan.predict import info_nce_bytes
 
 Sizes = dict[str, int]  # by name: T, V, D or K, N, B
@@ -261,7 +261,7 @@ class Train(Job):
 
     def held(self, what: str, at: Sizes) -> int:
         """Of forward and backward: queries and passages are rolled out one after the other."""
-        batches = [LiveBatch(at["B"], at["N"]), LiveBatch(at["B"] * (1 + _NEGATIVES), at["N"])]
+        batches = [PromptShape(at["B"], at["N"]), PromptShape(at["B"] * (1 + _NEGATIVES), at["N"])]
         loss = info_nce_bytes(at["B"], _NEGATIVES, at["K"], self._traced.facts.hidden)
         return self._traced.memory(batches, at["K"], cuda=self.device.type == "cuda", loss_bytes=loss).peak
 

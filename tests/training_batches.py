@@ -6,8 +6,10 @@ import torch
 
 from gircse import GIRCSE
 from gircse.train.config import TrainConfig
+from gircse.train.fsdp import shard_layers
 from gircse.train.lora import trainable_model
-from gircse.train.step import Batch
+from gircse.train.ranks import Ranks
+from gircse.train.step import TokenizedRows
 from tests.tiny_models import VOCAB, tiny_model, tiny_tokenizer
 
 NUM_STEPS = 3
@@ -17,20 +19,22 @@ def config(**options) -> TrainConfig:
     return TrainConfig(**{"num_steps": NUM_STEPS, "lora_dropout": 0.0, "contrastive_temperature": 0.1, **options})
 
 
-def adapted(settings: TrainConfig, dtype: torch.dtype = torch.float64, **options) -> GIRCSE:
+def adapted(settings: TrainConfig, dtype: torch.dtype = torch.float64, ranks: Ranks | None = None) -> GIRCSE:
     """In training mode, its LoRA matrices as after some training: with B = 0 there is no gradient on A."""
     torch.manual_seed(0)
-    model = trainable_model(settings, GIRCSE(tiny_model("llama", dtype=dtype), tiny_tokenizer()), **options)
+    model = trainable_model(settings, GIRCSE(tiny_model("llama", dtype=dtype), tiny_tokenizer()))
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05)
+    if ranks is not None and settings.fsdp:
+        shard_layers(model, ranks)
     return model.train()
 
 
-def batch(rows: int = 6) -> Batch:
+def batch(rows: int = 6) -> TokenizedRows:
     """Queries and candidates of 2 to 17 tokens, rows with different numbers of negatives, some masked."""
     generator = torch.Generator().manual_seed(2)
     counts = [1 + row % 3 for row in range(rows)]
@@ -42,15 +46,15 @@ def batch(rows: int = 6) -> Batch:
     target = torch.tensor(counts).cumsum(0) - torch.tensor(counts)
     mask = torch.zeros(rows, sum(counts), dtype=torch.bool)
     mask[0, -1] = mask[-1, 0] = True
-    return Batch([draw(9) for _ in range(rows)], [draw(18) for _ in range(sum(counts))], target, mask)
+    return TokenizedRows([draw(9) for _ in range(rows)], [draw(18) for _ in range(sum(counts))], target, mask)
 
 
-def share_of(whole: Batch, rows: slice) -> Batch:
+def share_of(whole: TokenizedRows, rows: slice) -> TokenizedRows:
     """The rows of one process."""
     ends = [*whole.target.tolist(), len(whole.passages)]
     first, last = ends[rows.start], ends[rows.stop]
     mask = None if whole.mask is None else whole.mask[rows]
-    return Batch(whole.queries[rows], whole.passages[first:last], whole.target[rows] - first, mask)
+    return TokenizedRows(whole.queries[rows], whole.passages[first:last], whole.target[rows] - first, mask)
 
 
 def gradients(model: GIRCSE) -> torch.Tensor:

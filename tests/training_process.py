@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from gircse import cli, train
+from gircse import cli
 from gircse.data.rows import Row
-from gircse.train import checkpoint
+from gircse.train import checkpoint, step, train
 from gircse.train.config import TrainConfig
 from tests.forkserver import CONTEXT
 
@@ -70,14 +70,14 @@ def _run(config: TrainConfig, die_at: str | None, pause: float) -> None:
     if pause:
         import time
 
-        backward = train.contrastive_backward
+        backward = step.contrastive_backward
 
         def slower(*args: Any, **kwargs: Any) -> Any:
             time.sleep(pause)
             return backward(*args, **kwargs)
 
-        train.contrastive_backward = slower
-    train.train(config, rows=ROWS)
+        step.contrastive_backward = slower
+    train(config, rows=ROWS)
 
 
 def _die_at(place: str) -> None:

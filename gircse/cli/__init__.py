@@ -1,4 +1,8 @@
-"""The command line: `gircse COMMAND` (also `python -m gircse`), one module a command."""
+"""The command line: `gircse COMMAND` (also `python -m gircse`), one module for each command.
+
+`common` has what several commands share, `settings` the options that are fields of a dataclass. A command imports what
+it runs only when it runs, so that `--help` needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,8 @@ from collections.abc import Sequence
 from gircse._version import __version__
 from gircse.cli import analyze, demo, distill, encode, evaluate, inspect, train
 
-# Mistakes of the user or of the surroundings: one line and exit code 2. Anything else is a bug and keeps its traceback.
+# Errors of the user or of the machine are reported in one line with exit code 2. All others are bugs and keep their
+# traceback.
 _REPORTED = (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointError)
 
 
@@ -23,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("gircse: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        return 0  # whoever read our output has seen enough
+        return 0  # the program that reads our output, such as `head`, has closed it
     except _REPORTED as error:
         print(f"gircse {arguments.command}: error: {error}", file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gircse.cli.common import add_model_options, command, load_model
+from gircse.integers import check_integer
 
 
 def add(commands: Any) -> None:
@@ -44,8 +45,8 @@ def _analyze(arguments: argparse.Namespace) -> None:
     from gircse.files.atomic import new_file
     from gircse.files.lock import folder_lock
 
-    if arguments.max_rows is not None and arguments.max_rows < 1:
-        raise ValueError(f"max_rows: got {arguments.max_rows}, expected an integer >= 1")
+    if arguments.max_rows is not None:
+        check_integer("max_rows", arguments.max_rows, least=1)
     # bad files are reported before a model is loaded
     task = RetrievalTask.from_rows(load_rows(arguments.data, instruction=arguments.instruction)[: arguments.max_rows])
     clusters = (

@@ -1,4 +1,4 @@
-"""What the commands share: how one is declared, the options of a model, loading it."""
+"""What several commands share: how a command is declared, the options of a model, and loading it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def command(
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default where there is one to show."""
+    """Shows the defaults that say something: not None, False or an empty list."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or action.default == ():

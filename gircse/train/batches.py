@@ -1,6 +1,6 @@
-"""What makes up a batch: rows of one source or of all, written for the model, and which candidates are false negatives.
+"""The examples of each batch: rows of one source or of all, written for the model, and which are false negatives.
 
-A batch is the whole contrastive batch of a step, whatever the number of processes that share it.
+A batch is all rows of a step, however many processes share them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from gircse.data.false_negatives import false_negatives
 from gircse.data.rows import Row, format_passage, format_row
 from gircse.data.sampling import BatchSampler, SourceSchedule, source_seed
 from gircse.data.sources import JoinedSource, RecordSource, Source, open_sources
+from gircse.lm.prompts import DEFAULT_TEMPLATE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from gircse.train.config import TrainConfig
+    from gircse.train.distill_config import DistillConfig
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,12 @@ class Example:
     """A row as one step uses it, every text written as the model reads it.
 
     Attributes:
-        id: where it comes from, "file:line" or "source:row number", for messages.
+        id: where the row comes from, "file:line" or "source:row number", for messages.
         query: the query's prompt.
         positive: the one positive of this step.
         negatives: the hard negatives of this step, maybe none; rows of a batch may have different numbers of them.
         other_positives: the row's further positives. They are no candidates; see `mask_of`.
-        instruction: of the row; the texts hold it already, where they carry it.
+        instruction: the row's; the texts that carry it hold it already.
     """
 
     id: str
@@ -45,7 +47,7 @@ class Example:
 
 
 class TrainingData:
-    """The rows of a training run and the batch of each step: a pure function of the data, the settings and the step.
+    """The rows of a run and the batch of each step: a pure function of the data, the settings and the step.
 
     Homogeneous batches (the default) take all rows of a batch from one source, so that every negative is of the same
     task. The source of each batch is drawn by weight; the default weights are the numbers of whole batches in the
@@ -58,9 +60,10 @@ class TrainingData:
         steps_per_epoch: batches in one pass over as many rows as there are.
         sources: in the order of `config.data`.
         fingerprint: hexadecimal; the same for the same rows in the same order.
+        template: the prompt template that the texts are written with.
     """
 
-    def __init__(self, sources: Sequence[Source], config: TrainConfig) -> None:
+    def __init__(self, sources: Sequence[Source], config: TrainConfig | DistillConfig) -> None:
         """See `open`.
 
         Raises:
@@ -71,7 +74,7 @@ class TrainingData:
         self.fingerprint = hashlib.blake2b(
             json.dumps([[len(source), source.fingerprint] for source in self.sources]).encode(), digest_size=16
         ).hexdigest()
-        self._template = config.gircse_config().prompt_template
+        self.template = DEFAULT_TEMPLATE
         self._max_negatives = config.max_negatives
         self._batch_size, seed, weights = config.batch_size, config.seed, config.weights
         if weights and len(weights) != len(self.sources):
@@ -94,10 +97,10 @@ class TrainingData:
         )
 
     @classmethod
-    def open(cls, config: TrainConfig, *, rows: Sequence[Row] | None = None) -> TrainingData:
+    def open(cls, config: TrainConfig | DistillConfig, *, rows: Sequence[Row] | None = None) -> TrainingData:
         """Checks every row of `config.data` (or `rows`, as one source in memory) and returns the data.
 
-        Files may be larger than memory, see `gircse.data.sources`.
+        Files may be larger than memory (`gircse.data.sources`).
 
         Raises:
             DataError: bad rows, each with file, line and reason.
@@ -114,12 +117,12 @@ class TrainingData:
         Which of several positives and negatives is used is another draw in every epoch.
 
         Raises:
-            DataError: a file is no longer what was checked; names the line.
+            DataError: a file has changed since it was checked; names the line.
         """
         return [self._example(*drawn) for drawn in self._draw(step)]
 
     def _draw(self, step: int) -> Iterator[tuple[int, int, int]]:
-        """(source, how many draws of that source came before, row) of each example of a step."""
+        """For each example of a step: its source, the number of earlier draws from that source, its row."""
         if self._row_by_row:
             for place in range(self._batch_size):
                 source, before = self._schedule.draw(step * self._batch_size + place)
@@ -133,7 +136,7 @@ class TrainingData:
         source, sampler = self._drawn_from[number], self._samplers[number]
         row = source.row(index)
         chosen = sampler.positive(before, index, len(row.positives))
-        query, positive, negatives = format_row(row, positive=chosen, template=self._template)
+        query, positive, negatives = format_row(row, positive=chosen, template=self.template)
         wanted = len(negatives) if self._max_negatives is None else self._max_negatives
         kept = sampler.negatives(before, index, len(negatives), wanted)
         return Example(
@@ -142,7 +145,7 @@ class TrainingData:
             positive=positive,
             negatives=tuple(negatives[i] for i in kept),
             other_positives=tuple(
-                format_passage(row.instruction, text, self._template)
+                format_passage(row.instruction, text, self.template)
                 for i, text in enumerate(row.positives)
                 if i != chosen
             ),
@@ -164,7 +167,7 @@ class TrainingData:
             )
 
     def to_json(self) -> str:
-        """What the data were, to be saved with the run."""
+        """The names, sizes and fingerprints of the sources, to be saved with the run."""
         sources = [
             {"name": source.name, "rows": len(source), "fingerprint": source.fingerprint} for source in self.sources
         ]
@@ -173,19 +176,19 @@ class TrainingData:
     def check_continues(self, path: Path) -> None:
         """Raises ValueError if the data are not those of a run that saved `to_json` in `path`."""
         try:
-            was = [(s["rows"], s["fingerprint"]) for s in json.loads(path.read_text(encoding="utf-8"))]
+            then = [(s["rows"], s["fingerprint"]) for s in json.loads(path.read_text(encoding="utf-8"))]
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"{path}: cannot be read: {error!r}") from None
         now = [(len(source), source.fingerprint) for source in self.sources]
-        if was == now:
+        if then == now:
             return
-        if len(was) != len(now):
-            raise ValueError(f"resume: the run was started with {len(was)} sources of data, now there are {len(now)}")
+        if len(then) != len(now):
+            raise ValueError(f"resume: the run was started with {len(then)} sources of data, now there are {len(now)}")
         changed = [
             f"{source.name}: had {old[0]:,} rows, has {new[0]:,}"
             if old[0] != new[0]
             else f"{source.name}: {new[0]:,} rows, but others"
-            for source, old, new in zip(self.sources, was, now, strict=True)
+            for source, old, new in zip(self.sources, then, now, strict=True)
             if old != new
         ]
         raise ValueError("resume: the data have changed since the run was started: " + "; ".join(changed))

@@ -1,13 +1,13 @@
-"""Checkpoints of a training run: a loadable GIRCSE folder plus what the loop needs to go on bitwise.
+"""Checkpoints of a run: a loadable GIRCSE folder, and what the loop needs to go on bitwise.
 
     RUN/checkpoints/step-000100/    adapter, tokenizer, gircse_config.json (GIRCSE.from_pretrained reads it)
                                     training_state.pt: step, optimizer
                                     checksums.json: SHA-256 of that file and of the adapter's
-    RUN/failed/step-000123/         the same state before a step that went wrong, and what its batch was
+    RUN/failed/step-000123/         the same of the state before a step that went wrong, and batch.json
 
 A checkpoint is written aside, synced, and renamed into place, and renamed away before it is deleted, so a folder named
-step-* is always whole. Batch and learning rate are functions of the step, and every step seeds its own random numbers
-(`gircse.train.ranks.step_seed`): there is no state of a schedule or a generator that would have to be kept.
+step-* is always whole. It holds no state of a schedule or a random generator: batch and learning rate are functions of
+the step, and every step seeds its own random numbers (`gircse.train.ranks.step_seed`).
 """
 
 from __future__ import annotations
@@ -31,21 +31,14 @@ STATE_NAME = "training_state.pt"
 WEIGHTS_NAME = "adapter_model.safetensors"
 SUMS_NAME = "checksums.json"
 _SUMMED = (WEIGHTS_NAME, STATE_NAME)
-_SPARE_BYTES = 16 << 20  # tokenizer, configs, the file system's own
+_SPARE_BYTES = 16 << 20  # for the tokenizer, the configs and what the file system needs itself
 
 
-def save_checkpoint(
-    run: Path,
-    step: int,
-    model: GIRCSE,
-    optimizer: torch.optim.Optimizer,
-    *,
-    keep: int,
-) -> Path:
+def save_checkpoint(run: Path, step: int, model: GIRCSE, optimizer: torch.optim.Optimizer, *, keep: int) -> Path:
     """Saves the state after `step` steps, then drops all but the newest `keep` checkpoints.
 
     Raises:
-        OSError: it could not be written whole (no space left, ..); the earlier checkpoints are untouched.
+        OSError: the checkpoint could not be written (no space left, ..); the earlier ones are untouched.
     """
     folder = checkpoint_folder(run) / f"step-{step:06d}"
     if not folder.exists():
@@ -55,13 +48,7 @@ def save_checkpoint(
     return folder
 
 
-def save_failure(
-    run: Path,
-    step: int,
-    model: GIRCSE,
-    optimizer: torch.optim.Optimizer,
-    batch: dict[str, Any],
-) -> Path:
+def save_failure(run: Path, step: int, model: GIRCSE, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> Path:
     """Saves the state before the failed step `step` (from 1) and `batch`, as JSON, beside the checkpoints."""
     folder = run / "failed" / f"step-{step:06d}"
     if not folder.exists():
@@ -69,12 +56,8 @@ def save_failure(
     return folder
 
 
-def load_checkpoint(
-    folder: Path,
-    model: GIRCSE,
-    optimizer: torch.optim.Optimizer,
-) -> int:
-    """Puts adapter and optimizer back; returns the number of steps done.
+def load_checkpoint(folder: Path, model: GIRCSE, optimizer: torch.optim.Optimizer) -> int:
+    """Restores adapter and optimizer; returns the number of steps that were done.
 
     Raises:
         ValueError: the checkpoint is damaged or belongs to another model.
@@ -94,13 +77,13 @@ def load_checkpoint(
         set_peft_model_state_dict(model.base, weights)
         optimizer.load_state_dict(state["optimizer"])
         _check_shapes(optimizer)
-    except Exception as error:  # whatever a damaged file provokes: unpickling, zip, header and shape errors
+    except Exception as error:  # a damaged file raises errors of many kinds: unpickling, zip, header, shapes
         raise ValueError(f"checkpoint {folder} cannot be read: {type(error).__name__}: {error}") from error
     return step
 
 
 def _check_sums(folder: Path) -> None:
-    """A flipped bit among the numbers is seen by no reader. Checkpoints of older versions have no sums."""
+    """Finds a flipped bit among the numbers, which no reader of the files would. Older checkpoints have no sums."""
     path = folder / SUMS_NAME
     if not path.exists():
         return
@@ -122,16 +105,12 @@ def checkpoint_folder(run: Path) -> Path:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
-    found = [path for path in checkpoint_folder(run).glob("step-*") if re.fullmatch("step-[0-9]+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    folders = [path for path in checkpoint_folder(run).glob("step-*") if re.fullmatch("step-[0-9]+", path.name)]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _write(
-    folder: Path,
-    step: int,
-    model: GIRCSE,
-    optimizer: torch.optim.Optimizer,
-    batch: dict[str, Any] | None = None,
+    folder: Path, step: int, model: GIRCSE, optimizer: torch.optim.Optimizer, batch: dict[str, Any] | None = None
 ) -> None:
     state = {"step": step, "optimizer": optimizer.state_dict()}
     try:
@@ -144,7 +123,7 @@ def _write(
             (partial / SUMS_NAME).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
             if batch is not None:
                 (partial / "batch.json").write_text(json.dumps(batch, indent=2) + "\n", encoding="utf-8")
-    except Exception as error:  # OSError, and what PyTorch's and safetensors' writers raise in its place
+    except Exception as error:  # an OSError, or what the writers of PyTorch and safetensors raise in its place
         number = error.errno if isinstance(error, OSError) else None
         kept = ", ".join(path.name for path in list_checkpoints(folder.parents[1])) or "none yet"
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
@@ -153,7 +132,7 @@ def _write(
 
 
 def _check_space(folder: Path, model: GIRCSE, optimizer: torch.optim.Optimizer) -> None:
-    """Before anything is written: adapter and optimizer state must fit."""
+    """Raises OSError, before anything is written, where adapter and optimizer state would not fit."""
     tensors: list[torch.Tensor] = [p for p in model.parameters() if p.requires_grad]
     tensors += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
     needed = sum(t.numel() * t.element_size() for t in tensors) + _SPARE_BYTES

@@ -1,9 +1,9 @@
-"""A base that does not fit one device: its frozen decoder layers shared out over the processes (FSDP2).
+"""FSDP2 for a base that does not fit one device: the processes share its frozen decoder layers.
 
-Only what is large and frozen is sharded, layer by layer; a layer is gathered for the time of its own pass. The LoRA
-matrices stay whole and plain on every process, so the optimizer, the checkpoints and the one exchange of gradients a
-step are those of any other run. So do the embedding table, the head and the norms outside the layers: `soft_embed`
-reads them as plain matrices, K times a pass.
+Each process keeps a part of every layer, and a layer is gathered for the time of its own pass. The LoRA matrices stay
+whole on every process, so optimizer, checkpoints and the exchange of gradients are those of any other run. The
+embedding table, the head and the norms outside the layers stay whole, too: `soft_embed` reads them as plain matrices,
+K times a pass.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def shard_layers(model: GIRCSE, ranks: Ranks) -> None:
     """Shards the decoder layers of `model`, which is on the CPU, and moves the rest of it to `ranks.device`.
 
     Raises:
-        ValueError: one process only, or a decoder whose layers cannot be found.
+        ValueError: there is one process only, or the decoder has no list of layers.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -37,14 +37,14 @@ def shard_layers(model: GIRCSE, ranks: Ranks) -> None:
     for layer in layers:
         adapter = {parameter for parameter in layer.parameters() if parameter.requires_grad}
         fully_shard(layer, ignored_params=adapter, **options)
-    # the root shards nothing itself; it lets the layers gather ahead of each other
+    # The root has no shards of its own. With it FSDP can gather a layer while the one before computes.
     sharded = {parameter for layer in layers for parameter in layer.parameters()}
     fully_shard(body, ignored_params={p for p in body.parameters() if p not in sharded}, **options)
     _move_plain(model, ranks.device)
 
 
 def _move_plain(model: nn.Module, device: torch.device) -> None:
-    """Whatever is no shard yet: a module's `to` would touch the shards as well."""
+    """Moves the tensors that are no shards; a module's `to` would move the shards, too."""
     from torch.distributed.tensor import DTensor
 
     for tensor in [*model.parameters(), *model.buffers()]:

@@ -3,21 +3,23 @@
     python -m gircse train --model BASE --data rows.jsonl --output runs/mine
     torchrun --nproc-per-node 8 -m gircse.train --model BASE --data rows.jsonl --output runs/mine
 
-Every step: a batch of rows -> tokens -> rollout of queries and of candidates -> K contrastive losses -> ICR objective
--> LoRA update. A batch that is too large for the memory goes through in micro-batches (`gircse.train.grad_cache`), of
-several processes each has a share of it (`gircse.train.ranks`); neither changes what is computed. A run folder holds
-what the run is (`gircse.train.run_folder`), `train_log.jsonl` (one line a step), `checkpoints/`, and at the end
-`model/`, which `GIRCSE.from_pretrained` loads.
+`run_steps` is the loop of training and of distillation, which differ in their step. In every training step: a batch of
+rows -> tokens -> rollout of queries and of candidates -> K contrastive losses -> ICR objective -> LoRA update
+(`gircse.train.step`). A batch that is too large for the memory goes through in micro-batches
+(`gircse.train.grad_cache`), and several processes share it (`gircse.train.ranks`); neither changes what is computed.
+A run folder holds what the run is (`gircse.train.run_folder`), `train_log.jsonl` (one line a step), `checkpoints/`, and
+at the end `model/`, which `GIRCSE.from_pretrained` loads.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,20 +29,24 @@ from gircse.evaluation.retrieval import evaluate_retrieval
 from gircse.files.atomic import remove_leftovers
 from gircse.files.lock import folder_lock
 from gircse.model import GIRCSE
+from gircse.train import run_folder
 from gircse.train.batches import TrainingData
 from gircse.train.checkpoint import checkpoint_folder, list_checkpoints, load_checkpoint, save_checkpoint, save_failure
 from gircse.train.config import TrainConfig
+from gircse.train.distill_config import DistillConfig
+from gircse.train.fsdp import shard_layers
 from gircse.train.log import open_log, start_log
 from gircse.train.lora import trainable_model
 from gircse.train.micro_batch_size import probe_budget
 from gircse.train.ranks import Ranks, digest_of, digest_of_rows, join_ranks, step_seed
-from gircse.train.run_folder import CONFIG_NAME, check_data, check_model, check_settings, start_of, write_start
-from gircse.train.schedule import learning_rate, set_learning_rate
-from gircse.train.signals import TrainingStopped, stop_on_signals
-from gircse.train.step import collate, contrastive_backward
+from gircse.train.run_config import RunConfig
+from gircse.train.schedule import learning_rate
+from gircse.train.signals import StopRequest, TrainingStopped, stop_on_signals
+from gircse.train.step import Step, contrastive_step
 from gircse.train.step_monitor import StepMonitor
 
 Evaluation = Callable[[GIRCSE], dict[str, Any]]
+_Config = TypeVar("_Config", bound=RunConfig)
 
 
 @dataclass(frozen=True)
@@ -59,14 +65,14 @@ def train(
     model: GIRCSE | None = None,
     evaluate: Evaluation | None = None,
 ) -> TrainResult:
-    """Trains LoRA adapters with the ICR objective; in every process of a torchrun job alike.
+    """Trains LoRA adapters with the ICR objective. Every process of a torchrun job calls it alike.
 
     Args:
         config: the settings.
-        rows: training rows; default: read from `config.data`. All of it is checked before anything starts.
+        rows: training rows; default: read from `config.data`. All of them are checked before anything starts.
         model: a model to train, its base in memory, without an adapter; default: `config.model` is loaded.
         evaluate: called every `config.eval_every` steps and at the end, in every process; what it returns in the first
-            goes into the log. Default: retrieval on `config.eval_data`, where there is one.
+            process goes into the log. Default: retrieval on `config.eval_data`, where there is one.
 
     Raises:
         DataError: bad rows, each with file, line and reason.
@@ -79,111 +85,172 @@ def train(
         RankLost, RanksDisagree: another process died, or does something else.
         ValueError: settings that contradict the data or the run to be resumed.
     """
-    run = Path(config.output)
-    with (
-        join_ranks(config.device, timeout=config.rank_timeout) as ranks,
-        stop_on_signals() as stop,
-        folder_lock(run if ranks.first else None),
-    ):
-        if ranks.first:
-            check_settings(run, config)
+    with start_run(config) as (ranks, stop):
         if evaluate is None and config.eval_data is not None:
             evaluate = _evaluation(config)
         if config.fsdp and evaluate is not None:
             raise ValueError("fsdp: got an evaluation during the run as well; evaluate the saved model instead")
-        data = TrainingData.open(config, rows=rows)
-        total_steps = config.max_steps or data.steps_per_epoch
-        if ranks.first and config.resume:
-            check_data(run, data, total_steps)
-        ranks.share(config.batch_size)  # enough rows for every process?
-
+        data = open_data(config, ranks, rows=rows)
         torch.manual_seed(config.seed)
         model = trainable_model(config, model, ranks=ranks)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-        start, done = start_of(model, config), 0
+        digests = {
+            "base": run_folder.digest_of_weights(p for p in model.parameters() if not p.requires_grad),
+            "vocabulary": run_folder.digest_of_vocabulary(model),
+            "adapter": config.adapter
+            and run_folder.digest_of_weights(p for p in model.parameters() if p.requires_grad),
+        }
         if ranks.first and config.resume:
-            check_model(run, config, start)
-        if config.resume and (found := list_checkpoints(run)):
-            done = load_checkpoint(found[-1], model, optimizer)
-        model.train()
-        config = replace(config, micro_batch_tokens=_budget(run, config, model, ranks))
+            base = config.model or config.adapter
+            run_folder.check_model(
+                config, digests, {"base": base, "vocabulary": base, "adapter": config.adapter or base}
+            )
+        if config.fsdp:
+            shard_layers(model, ranks)
+        config = with_micro_batch_tokens(config, model, ranks, num_steps=config.max_num_steps, sharded=config.fsdp)
+        step = contrastive_step(model, config, ranks)
+        return run_steps(
+            config, data, model, step, ranks, stop, digests, evaluate=evaluate, eval_every=config.eval_every
+        )
 
-        log: list[dict[str, Any]] = []
+
+@contextmanager
+def start_run(config: RunConfig) -> Iterator[tuple[Ranks, StopRequest]]:
+    """Joins the processes of the job, notes SIGTERM and SIGINT, and locks the run folder, while the block lasts.
+
+    The run folder is checked first, before anything is loaded.
+    """
+    with (
+        join_ranks(config.device, timeout=config.rank_timeout) as ranks,
+        stop_on_signals() as stop,
+        folder_lock(config.output if ranks.first else None),
+    ):
         if ranks.first:
-            write_start(run, config, data, start)
-            log = start_log(run, up_to=done)
-            for folder in (run, checkpoint_folder(run)):
-                remove_leftovers(folder)
-        monitor = StepMonitor(ranks.device)
-        weights = digest_of(parameters) if ranks.group else 0
-        with open_log(run if ranks.first else None, asdict(config), total=total_steps, done=done) as record:
-            for step in range(done, total_steps):
-                monitor.start()
-                examples = data.batch(step)
-                names = [example.id for example in examples]
-                position = digest_of_rows([data.fingerprint, *names])
-                if ranks.same(step + 1, rows=position, weights=weights, stop=stop.requested):
-                    record.sync()
-                    if ranks.first:
-                        save_checkpoint(run, step, model, optimizer, keep=config.keep_checkpoints)
-                    raise _stopped(run, step, ranks)
-                num_steps = config.steps_at(step)
-                batch = collate(model, examples, config, share=ranks.share(len(examples)))
+            run_folder.check_settings(config)
+        yield ranks, stop
 
-                torch.manual_seed(step_seed(config.seed, step, ranks.rank))
-                loss, losses, parts = contrastive_backward(
-                    model, batch, config, num_steps=num_steps, ranks=ranks, monitor=monitor
-                )
-                monitor.enter("update")
-                weights = ranks.sum_gradients(parameters)
-                grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-                if not (math.isfinite(loss.item()) and math.isfinite(grad_norm.item())):
-                    what = {"step": step + 1, "loss": str(loss.item()), "losses": list(map(str, losses.tolist()))}
-                    what |= {"grad_norm": str(grad_norm.item()), "seed": config.seed, "rows": names}
-                    if ranks.first:
-                        save_failure(run, step + 1, model, optimizer, what)
-                    ranks.wait()
-                    raise _not_finite(run, what)
-                rate = learning_rate(
-                    config.learning_rate, step, total_steps=total_steps, warmup_ratio=config.warmup_ratio
-                )
-                set_learning_rate(optimizer, rate)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
 
-                seconds = monitor.seconds()
-                whole = sum(seconds.values())
-                measured = ranks.gather([batch.tokens, batch.texts, monitor.peak_bytes(), parts, *monitor.entropies()])
-                tokens, texts, peaks, counts, *entropies = map(list, zip(*measured, strict=True))
-                entry: dict[str, Any] = {
-                    "step": step + 1,
-                    "loss": loss.item(),
-                    "losses": losses.tolist(),
-                    "entropy": [sum(map(float.__mul__, each, texts)) / sum(texts) for each in entropies],
-                    "grad_norm": grad_norm.item(),
-                    "learning_rate": rate,
-                    "tokens_per_second": sum(tokens) / whole,
-                    "seconds": whole,
-                    "time": {phase: value / whole for phase, value in seconds.items()},
-                    "peak_bytes": int(max(peaks)),
-                    "micro_batches": int(max(counts)),
-                    "batch": f"{position:016x}",
-                }
-                last = step + 1 == total_steps
-                if evaluate is not None and (last or (config.eval_every and (step + 1) % config.eval_every == 0)):
-                    entry["evaluation"] = evaluate(model)
-                    model.train()
-                log.append(entry)
-                record.write(entry)
-                if ranks.first and (last or (step + 1) % config.save_every == 0):
-                    record.sync()
-                    save_checkpoint(run, step + 1, model, optimizer, keep=config.keep_checkpoints)
+def open_data(config: TrainConfig | DistillConfig, ranks: Ranks, *, rows: Sequence[Row] | None) -> TrainingData:
+    """The rows of the run, checked; those of a resumed run must be the ones that it was started with."""
+    data = TrainingData.open(config, rows=rows)
+    if ranks.first and config.resume:
+        run_folder.check_data(config, data, config.max_steps or data.steps_per_epoch)
+    ranks.share(config.batch_size)  # raises where there are fewer rows than processes
+    return data
 
-        model.eval()
-        if ranks.first:
-            model.save_pretrained(run / "model")
-        ranks.wait()
+
+def with_micro_batch_tokens(
+    config: _Config, model: GIRCSE, ranks: Ranks, *, num_steps: int, sharded: bool = False
+) -> _Config:
+    """`config` with its `micro_batch_tokens`, those of the run that is resumed, or what a probe of the memory allows.
+
+    All processes take the smallest of their values. The model is in training mode afterwards.
+    """
+    model.train()
+    tokens = config.micro_batch_tokens
+    if tokens is None and config.resume:
+        tokens = run_folder.earlier_config(config).micro_batch_tokens
+    if tokens is None:
+        length = max(config.query_max_length, config.passage_max_length)
+        tokens = probe_budget(model, num_steps=num_steps, length=length, sharded=sharded)
+    return replace(config, micro_batch_tokens=-int(ranks.most(-tokens)))
+
+
+def run_steps(
+    config: RunConfig,
+    data: TrainingData,
+    model: GIRCSE,
+    take_step: Step,
+    ranks: Ranks,
+    stop: StopRequest,
+    digests: run_folder.Digests,
+    *,
+    evaluate: Evaluation | None = None,
+    eval_every: int | None = None,
+) -> TrainResult:
+    """Runs the steps that are left, saves checkpoints on the way and the model at the end. Raises as `train` does.
+
+    Args:
+        model: in training mode; what of it requires a gradient is trained.
+        take_step: computes the gradients of a batch.
+        digests: of what the run starts from, which a resumed run will be compared with.
+    """
+    run = Path(config.output)
+    total_steps, done = config.max_steps or data.steps_per_epoch, 0
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    if config.resume and (checkpoints := list_checkpoints(run)):
+        done = load_checkpoint(checkpoints[-1], model, optimizer)
+    log: list[dict[str, Any]] = []
+    if ranks.first:
+        run_folder.write_start(config, data, digests)
+        log = start_log(config.path("log.jsonl"), up_to=done)
+        for folder in (run, checkpoint_folder(run)):
+            remove_leftovers(folder)
+    monitor = StepMonitor(ranks.device)
+    weights = digest_of(parameters) if ranks.group else 0
+    with open_log(config, total=total_steps, done=done, writes=ranks.first) as record:
+        for step in range(done, total_steps):
+            monitor.start()
+            examples = data.batch(step)
+            names = [example.id for example in examples]
+            position = digest_of_rows([data.fingerprint, *names])
+            if ranks.same(step + 1, rows=position, weights=weights, stop=stop.requested):
+                record.sync()
+                if ranks.first:
+                    save_checkpoint(run, step, model, optimizer, keep=config.keep_checkpoints)
+                raise _stopped(run, step, ranks)
+
+            torch.manual_seed(step_seed(config.seed, step, ranks.rank))
+            result = take_step(examples, step, monitor)
+            monitor.enter("update")
+            weights = ranks.sum_gradients(parameters)
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            loss = result.loss.item()
+            if not (math.isfinite(loss) and math.isfinite(grad_norm.item())):
+                what = {"step": step + 1, "loss": str(loss), "grad_norm": str(grad_norm.item()), "seed": config.seed}
+                what |= {name: str(part.tolist()) for name, part in result.parts.items()} | {"rows": names}
+                if ranks.first:
+                    save_failure(run, step + 1, model, optimizer, what)
+                ranks.wait()
+                raise _not_finite(run, what)
+            rate = learning_rate(config, step, total_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            seconds = monitor.seconds()
+            whole = sum(seconds.values())
+            own = [result.tokens, result.texts, monitor.peak_bytes(), result.passes, *monitor.entropies()]
+            tokens, texts, peaks, passes, *entropies = map(list, zip(*ranks.gather(own), strict=True))
+            entry: dict[str, Any] = {
+                "step": step + 1,
+                "loss": loss,
+                **{name: part.tolist() for name, part in result.parts.items()},
+                "entropy": [sum(map(float.__mul__, each, texts)) / sum(texts) for each in entropies],
+                "grad_norm": grad_norm.item(),
+                "learning_rate": rate,
+                "tokens_per_second": sum(tokens) / whole,
+                "seconds": whole,
+                "time": {phase: value / whole for phase, value in seconds.items()},
+                "peak_bytes": int(max(peaks)),
+                "micro_batches": int(max(passes)),
+                "batch": f"{position:016x}",
+            }
+            last = step + 1 == total_steps
+            if evaluate is not None and (last or (eval_every and (step + 1) % eval_every == 0)):
+                entry["evaluation"] = evaluate(model)
+                model.train()
+            log.append(entry)
+            record.write(entry)
+            if ranks.first and (last or (step + 1) % config.save_every == 0):
+                record.sync()
+                save_checkpoint(run, step + 1, model, optimizer, keep=config.keep_checkpoints)
+
+    model.eval()
+    if ranks.first:
+        model.save_pretrained(run / "model")
+    ranks.wait()
     return TrainResult(model, log, run / "model")
 
 
@@ -196,18 +263,6 @@ def _evaluation(config: TrainConfig) -> Evaluation:
         return {str(k): values for k, values in evaluate_retrieval(model, task, steps=steps).items()}
 
     return evaluate
-
-
-def _budget(run: Path, config: TrainConfig, model: GIRCSE, ranks: Ranks) -> int:
-    """`micro_batch_tokens` of the config, of the run that is resumed, or what a probe finds; the least of all
-    processes."""
-    found = config.micro_batch_tokens
-    if found is None and config.resume:
-        found = TrainConfig.from_json(run / CONFIG_NAME).micro_batch_tokens
-    if found is None:
-        length = max(config.query_max_length, config.passage_max_length)
-        found = probe_budget(model, num_steps=config.max_num_steps, length=length, sharded=config.fsdp)
-    return -int(ranks.most(-found))
 
 
 def _stopped(run: Path, step: int, ranks: Ranks) -> TrainingStopped:

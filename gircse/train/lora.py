@@ -1,4 +1,4 @@
-"""The model of a training run: a frozen base with LoRA adapters in float32 on it, fresh ones or those of a folder."""
+"""The model of a run: a frozen base with LoRA adapters in float32 on it, fresh ones or those of a folder."""
 
 from __future__ import annotations
 
@@ -14,45 +14,33 @@ from gircse.lm.load import load_pretrained, with_adapter
 from gircse.lm.prompts import DEFAULT_TEMPLATE
 from gircse.lm.quiet import quiet_peft
 from gircse.model import GIRCSE
-from gircse.train.config import LORA_TARGETS, TrainConfig
+from gircse.train.config import TrainConfig
 from gircse.train.ranks import Ranks
+from gircse.train.run_config import LORA_TARGETS, RunConfig
 
 
 def trainable_model(config: TrainConfig, model: GIRCSE | None = None, *, ranks: Ranks | None = None) -> GIRCSE:
-    """The base of `config.model` (or of `model`), frozen, with LoRA adapters in float32 on it: fresh ones, or those of
-    `config.adapter`; its layers shared out over the processes where `config.fsdp` asks for that.
+    """The base of `config.model` (or of `model`), frozen, with LoRA adapters in float32 on it.
+
+    The adapters are fresh, or those of `config.adapter`. With `config.fsdp` the base is loaded on the CPU, from where
+    `gircse.train.fsdp.shard_layers` distributes it.
 
     Raises:
-        ValueError: a base that has an adapter already, one that does not fit, or layers that cannot be adapted.
+        ValueError: the base has an adapter already, the adapter does not fit, or layers cannot be adapted.
     """
     ranks = ranks or Ranks(torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu")))
     if model is None:
-        if not ranks.first:
-            _quiet()
-        base, tokenizer, saved = load_pretrained(
-            config.model or (config.adapter or ""),
-            adapter=config.adapter if config.model else None,
-            dtype=config.dtype,
-            device="cpu" if config.fsdp else ranks.device,
-            attn_implementation=None,
-            trust_remote_code=False,
-            quantization=config.quantization,
-            is_trainable=True,
-        )
-        adapted = config.adapter is not None
+        base, tokenizer, saved = _load(config, ranks)
     else:
         base, tokenizer, saved = model.base, model.tokenizer, GircseConfig()
-        adapted = False
+    adapted = model is None and config.adapter is not None
     if hasattr(base, "peft_config") and not adapted:
         raise ValueError(
             f"model: got {config.model or type(base).__name__} with an adapter on it, expected a plain base model; to "
             "train an adapter further, name its folder as adapter"
         )
     if config.adapter is None:
-        from peft import get_peft_model
-
-        with quiet_peft():
-            base = get_peft_model(base, lora_config(base, config))
+        base = add_lora(base, config)
     else:
         saved = GircseConfig.load(config.adapter) or saved
         if saved.prompt_template != DEFAULT_TEMPLATE:
@@ -66,20 +54,24 @@ def trainable_model(config: TrainConfig, model: GIRCSE | None = None, *, ranks: 
     trained = GIRCSE(base, tokenizer, config.gircse_config())
     if config.gradient_checkpointing:
         trained.gradient_checkpointing_enable()
-    if config.fsdp:
-        from gircse.train.fsdp import shard_layers
-
-        shard_layers(trained, ranks)
     return trained
 
 
-def lora_config(base: nn.Module, config: TrainConfig) -> Any:
+def add_lora(base: nn.Module, config: RunConfig) -> Any:
+    """`base` with fresh LoRA adapters; everything else of it is frozen."""
+    from peft import get_peft_model
+
+    with quiet_peft():
+        return get_peft_model(base, lora_config(base, config))
+
+
+def lora_config(base: nn.Module, config: RunConfig) -> Any:
     """PEFT's `LoraConfig` of a run on `base`: by the settings, or that of `config.adapter`."""
     from peft import LoraConfig, PeftConfig
 
-    if config.adapter is not None:
+    if isinstance(config, TrainConfig) and config.adapter is not None:
         saved = PeftConfig.from_pretrained(config.adapter)
-        saved.inference_mode = False  # as it is saved: with frozen weights
+        saved.inference_mode = False  # PEFT saves it as True, which would freeze the adapter
         return saved
     return LoraConfig(
         r=config.lora_r,
@@ -91,25 +83,45 @@ def lora_config(base: nn.Module, config: TrainConfig) -> Any:
 
 
 def lora_targets(base: nn.Module, wanted: Sequence[str] = LORA_TARGETS) -> list[str] | str:
-    """The layer names to adapt: of the default ones those that `base` has, "all-linear" where it has none of them;
-    other ones as they are.
+    """The names of the layers to adapt.
+
+    Of the default names those that `base` has are taken, or "all-linear" where it has none. Other names are taken as
+    they are.
 
     Raises:
-        ValueError: a name was asked for that the model does not have, or that is no layer of a matrix.
+        ValueError: the model has no layer of a name, or a layer of that name has no weight matrix.
     """
-    found = {name: _layers_named(base, name) for name in wanted}
+    layers = {name: _layers_named(base, name) for name in wanted}
     if tuple(wanted) == LORA_TARGETS:
-        return [name for name, layers in found.items() if layers] or "all-linear"
-    if missing := [name for name, layers in found.items() if not layers]:
+        return [name for name in wanted if layers[name]] or "all-linear"
+    if missing := [name for name in wanted if not layers[name]]:
         raise ValueError(f"lora_targets: the model has no layer named {', '.join(missing)}")
-    for name, layers in found.items():
-        if other := next((layer for layer in layers if not _has_matrix(layer)), None):
+    for name in wanted:
+        if other := next((layer for layer in layers[name] if not _has_matrix(layer)), None):
             raise ValueError(f"lora_targets: {name} is a {type(other).__name__}, expected linear layers")
     return list(wanted)
 
 
+def _load(config: TrainConfig, ranks: Ranks) -> tuple[Any, Any, GircseConfig]:
+    """Base, tokenizer and saved config. With `config.adapter` the base has the adapter on it."""
+    if not ranks.first:  # one progress bar is enough
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+    return load_pretrained(
+        config.model or (config.adapter or ""),
+        adapter=config.adapter if config.model else None,
+        dtype=config.dtype,
+        device="cpu" if config.fsdp else ranks.device,
+        attn_implementation=None,
+        trust_remote_code=False,
+        quantization=config.quantization,
+        is_trainable=True,
+    )
+
+
 def _layers_named(base: nn.Module, name: str) -> list[nn.Module]:
-    """As PEFT compares: the whole name, or its last parts."""
+    """The layers whose whole path is `name` or ends with it, which is how PEFT compares."""
     return [layer for path, layer in base.named_modules() if path == name or path.endswith(f".{name}")]
 
 
@@ -117,9 +129,3 @@ def _has_matrix(layer: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(layer, (nn.Linear, nn.Embedding, Conv1D))
-
-
-def _quiet() -> None:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""How many tokens may go through the model at once in training: a short probe at the start of a run."""
+"""The number of tokens that may go through the model at once in training: a short probe at the start of a run."""
 
 from __future__ import annotations
 
@@ -8,38 +8,36 @@ from torch import Tensor
 from gircse.engine.free_memory import free_bytes
 from gircse.model import GIRCSE
 
-_ROWS, _LENGTH = 2, 32  # of the probe's texts
+_ROWS, _LENGTH = 2, 32  # of the texts of a small micro-batch
 _LEAST = 256
-# Beyond this, larger micro-batches are no faster on a CPU.
-_MOST_ON_CPU = 8192
+_MOST_ON_CPU = 8192  # larger micro-batches are no faster on a CPU
 _FIRST_ON_CUDA = 2048
-_SHARE = 0.8  # of the memory: the rest is for the optimizer's state, the loss, fragments
+_SHARE = 0.8  # of the memory; the rest is for the optimizer's state, the loss and fragmentation
 
 
 def probe_budget(model: GIRCSE, *, num_steps: int, length: int, sharded: bool = False) -> int:
-    """Positions of a micro-batch (padding and K steps included) that the memory holds.
+    """The positions of a micro-batch (padding and K steps included) that fit the memory.
 
-    On CUDA by trying: micro-batches of growing size go forward and backward until the memory's end is in sight.
-    Elsewhere, and where every process must make the same passes (`sharded`), from the size of what autograd keeps for
-    a small micro-batch. The parameters' gradients are cleared; random numbers are drawn.
+    On CUDA, micro-batches of growing size go forward and backward. On a CPU, and where every process must make the same
+    passes (`sharded`), the bytes that autograd keeps for a small micro-batch are measured and divided into the free
+    memory. The gradients are cleared, and random numbers are drawn.
 
     Args:
-        length: of the longest texts to come, tokens.
+        length: tokens of the longest texts of the run.
     """
     if model.device.type == "cuda" and not sharded:
-        found = _by_trying(model, num_steps, min(length, 512))
+        tokens = _by_trying(model, num_steps, min(length, 512))
     else:
-        room = free_bytes(model.device)
-        found = int(_SHARE * room / activation_bytes(model, num_steps))
+        tokens = int(_SHARE * free_bytes(model.device) / activation_bytes(model, num_steps))
     if model.device.type == "cpu":
-        found = min(found, _MOST_ON_CPU)
-    return max(found, _LEAST)
+        tokens = min(tokens, _MOST_ON_CPU)
+    return max(tokens, _LEAST)
 
 
 def activation_bytes(model: GIRCSE, num_steps: int) -> float:
-    """What training keeps for backward, per position: measured, parameters left out.
+    """The measured bytes that autograd keeps for backward for each position, without the parameters.
 
-    With activation checkpointing one layer at a time is held in full as well.
+    With activation checkpointing backward also holds one layer at a time in full.
     """
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = _kept_bytes(model, num_steps, own)
@@ -52,22 +50,22 @@ def activation_bytes(model: GIRCSE, num_steps: int) -> float:
 
 
 def _kept_bytes(model: GIRCSE, num_steps: int, own: set[int]) -> float:
-    found: dict[int, int] = {}
+    kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         states = model.rollout(*_texts(model, _ROWS, _LENGTH), num_steps)
     del states
-    return max(sum(found.values()), 1) / (_ROWS * (_LENGTH + num_steps))
+    return max(sum(kept.values()), 1) / (_ROWS * (_LENGTH + num_steps))
 
 
 def _by_trying(model: GIRCSE, num_steps: int, length: int) -> int:
-    """Doubles the micro-batch until the rest can be told by proportion, or until it no longer fits."""
+    """Doubles the size until memory can be extrapolated linearly, or until it runs out."""
     device = model.device
     before = torch.cuda.memory_allocated(device)
     room = _SHARE * (before + free_bytes(device)) - before
@@ -83,9 +81,9 @@ def _by_trying(model: GIRCSE, num_steps: int, length: int) -> int:
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
         made = rows * (length + num_steps)
-        found = int(made * room / max(torch.cuda.max_memory_allocated(device) - before, 1))
-        if found < 4 * made:
-            return found
+        fitting = int(made * room / max(torch.cuda.max_memory_allocated(device) - before, 1))
+        if fitting < 4 * made:
+            return fitting
         tokens *= 2
 
 

@@ -1,12 +1,12 @@
 """The processes of one training job: how they find each other, what they exchange, and how the job ends when one fails.
 
-`torchrun` starts the processes and says in the environment who is who; without it there is one, and nothing here costs
-anything. Every process holds the whole model (or its share of it, `gircse.train.fsdp`) and a contiguous share of every
-batch. Exchanged are, each step: the embeddings (`ops.stepwise_info_nce`), the LoRA gradients in one flat buffer, and a
-few numbers that show whether all are still doing the same thing.
+`torchrun` starts the processes and says in the environment which rank each one is. Without it there is one process,
+which exchanges nothing. Every process holds the whole model (or its share of it, `gircse.train.fsdp`) and a contiguous
+share of every batch. In each step the processes exchange the embeddings, the LoRA gradients in one flat buffer, and a
+few numbers that show whether all of them still do the same.
 
-A job ends with one message: whoever fails first claims the word in the key-value store that torchrun keeps; the others
-leave with a nonzero exit code and say nothing.
+A job ends with one message. The process that fails first adds to a counter in the key-value store that torchrun keeps;
+it alone raises its error, and the others exit with a nonzero code and print nothing.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from torch import Tensor
 from gircse.lm.device import to_device
 from gircse.lm.environment import environment_integer
 
-_PATIENCE = 60.0  # seconds in which the processes of a job that torchrun did not start must have met
-_GRACE = 4.0  # seconds in which ranks that lost another one report that they are alive themselves
+_PATIENCE = 60.0  # seconds within which the processes of a job without torchrun must have met
+_GRACE = 4.0  # seconds within which the processes that lost another one report that they are alive
 
 
 class RanksDisagree(ValueError):
@@ -44,10 +44,10 @@ class Ranks:
     """This process and its job.
 
     Attributes:
-        device: of this process.
-        rank, size: which one it is, of how many.
+        device: the device that this process computes on.
+        rank, size: the number of this process, from 0, and how many there are.
         group: the process group of all; None where there is one process.
-        store: where the processes leave word for each other.
+        store: the key-value store of the job, through which the processes agree how it ends.
     """
 
     device: torch.device
@@ -71,40 +71,54 @@ class Ranks:
         return slice(self.rank * rows // self.size, (self.rank + 1) * rows // self.size)
 
     def gather(self, values: Sequence[float]) -> list[list[float]]:
-        """The numbers of every process, in the order of the ranks (float64)."""
+        """The numbers of every process (float64), in the order of the ranks."""
         return self._gather(torch.tensor(list(values), dtype=torch.float64))
 
     def most(self, value: float) -> float:
+        """The largest `value` of all processes."""
         return max(value for (value,) in self.gather([value]))
 
+    def join(self, own: Tensor, share: slice, total: int) -> Tensor:
+        """The rows of all processes, [total, ...], of which `own` are the rows `share`. Only `own` has a gradient.
+
+        A loss of all rows has in every process the gradient for the rows of that process, so the gradients of the
+        parameters add up to the whole over the processes (`sum_gradients`).
+        """
+        if self.size == 1:
+            return own
+        rows = own.new_zeros(total, *own.shape[1:])
+        rows[share] = own.detach()
+        dist.all_reduce(rows, group=self.group)  # exact: every row is added to zeros
+        return torch.cat([rows[: share.start], own, rows[share.stop :]])
+
     def same(self, step: int, *, rows: int, weights: int, stop: bool) -> bool:
-        """Holds the processes to the same step, data and weights. -> whether any of them wants to stop.
+        """Compares step, data and weights of all processes. Returns whether any of them wants to stop.
 
         Args:
             step: from 1.
             rows: `digest_of_rows` of the step's whole batch.
             weights: `digest_of` the parameters, or of the gradients that changed them last.
-            stop: whether this process wants to.
+            stop: whether this process wants to stop.
 
         Raises:
-            RanksDisagree: on every process alike.
+            RanksDisagree: the processes differ; every one of them raises it.
         """
         if self.size == 1:
             return stop
-        found: list[list[int]] = self._gather(torch.tensor([step, rows, weights, int(stop)]))
+        reports: list[list[int]] = self._gather(torch.tensor([step, rows, weights, int(stop)]))
         names = ("be at another step", "read other rows", "hold other weights")
         for what, name in enumerate(names):
-            others = [rank for rank, values in enumerate(found) if values[what] != found[0][what]]
+            others = [rank for rank, values in enumerate(reports) if values[what] != reports[0][what]]
             if others:
                 ranks = ", ".join(map(str, others))
                 raise RanksDisagree(
                     f"step {step}: rank {ranks} of {self.size} turned out to {name} than rank 0; every process must "
                     "see the same files, settings and versions. No further step was made"
                 )
-        return any(values[3] for values in found)
+        return any(values[3] for values in reports)
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> int:
-        """Replaces every gradient by the sum over the processes, in one exchange. -> a digest of the sums."""
+        """Replaces every gradient by its sum over the processes, in one exchange. Returns a digest of the sums."""
         if self.size == 1:
             return 0
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters])
@@ -114,20 +128,20 @@ class Ranks:
         return digest_of([flat])
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Returns when all processes have called it."""
         self.gather([0.0])
 
     def _gather(self, own: Tensor) -> list[list[Any]]:
         if self.size == 1:
             return [own.tolist()]
         own = own.to(self.device)
-        found = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(found, own, group=self.group)
-        return torch.stack(found).tolist()
+        rows = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(rows, own, group=self.group)
+        return torch.stack(rows).tolist()
 
 
 def digest_of(tensors: Iterable[Tensor]) -> int:
-    """A number that differs where a bit differs (in all likelihood); one pass over each tensor, on its device."""
+    """A 64-bit number that almost surely differs where a bit differs; one pass over each tensor, on its device."""
     total = torch.zeros((), dtype=torch.int64)
     for place, tensor in enumerate(tensors, start=1):
         bits = tensor.detach().contiguous().view(-1).view(torch.uint8)
@@ -144,14 +158,16 @@ def digest_of_rows(ids: Sequence[str]) -> int:
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """Every step of every process draws from a stream of its own, so a run goes on from a step without any saved state
-    of a generator, and whatever was drawn before."""
+    """The seed of the random numbers of one step in one process.
+
+    A resumed run needs no saved state of a generator, and what was drawn before a step does not matter.
+    """
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:8], "big") >> 1
 
 
 @contextmanager
 def join_ranks(device: str | None, *, timeout: float) -> Iterator[Ranks]:
-    """The processes that torchrun started (or a process group that is there already), else this one alone.
+    """Joins the processes that torchrun started, or takes a process group that exists already. Otherwise there is one.
 
     gloo on the CPU, NCCL on CUDA, where each process takes the device of its LOCAL_RANK.
 
@@ -160,30 +176,30 @@ def join_ranks(device: str | None, *, timeout: float) -> Iterator[Ranks]:
         timeout: seconds until a process that does not answer counts as lost.
 
     Raises:
-        RankLost: the processes do not meet; or from inside the block, for one process of those that are left, while
-            the others raise SystemExit(1).
+        RankLost: the processes do not meet. Where one is lost inside the block, one of those that are left raises this
+            error and the others raise SystemExit(1).
     """
-    kind = to_device(device)
+    own = to_device(device)
     if dist.is_available() and dist.is_initialized():
-        yield Ranks(kind, dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+        yield Ranks(own, dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
         return
     if environment_integer("WORLD_SIZE", 1) <= 1:
-        yield Ranks(kind)
+        yield Ranks(own)
         return
     store, rank, size = _meet(timeout)
-    if kind.type == "cuda":
-        kind = torch.device("cuda", environment_integer("LOCAL_RANK", rank))
-        torch.cuda.set_device(kind)
+    if own.type == "cuda":
+        own = torch.device("cuda", environment_integer("LOCAL_RANK", rank))
+        torch.cuda.set_device(own)
     wait = timedelta(seconds=timeout)
     dist.init_process_group(
-        "nccl" if kind.type == "cuda" else "gloo",
+        "nccl" if own.type == "cuda" else "gloo",
         store=dist.PrefixStore("group", store),
         rank=rank,
         world_size=size,
         timeout=wait,
-        device_id=kind if kind.type == "cuda" else None,
+        device_id=own if own.type == "cuda" else None,
     )
-    ranks = Ranks(kind, rank, size, dist.group.WORLD, dist.PrefixStore("gircse", store))
+    ranks = Ranks(own, rank, size, dist.group.WORLD, dist.PrefixStore("gircse", store))
     try:
         yield ranks
         dist.destroy_process_group()
@@ -192,10 +208,10 @@ def join_ranks(device: str | None, *, timeout: float) -> Iterator[Ranks]:
 
 
 def _meet(timeout: float) -> tuple[Any, int, int]:
-    """The store that all processes of the job share, this one's rank, their number.
+    """The store that all processes of the job share, the rank of this process, and the number of processes.
 
-    torchrun keeps the store itself, so whoever it started finds it. Otherwise the first process keeps it and waits for
-    the others, which either come soon or were never started.
+    torchrun keeps the store itself, and every process that it starts finds it. Otherwise rank 0 keeps the store and
+    waits for the others, which either come soon or were never started.
 
     Raises:
         RankLost: WORLD_SIZE says that there are other processes, and they do not come.
@@ -219,20 +235,20 @@ def _meet(timeout: float) -> tuple[Any, int, int]:
 
 
 def _end(ranks: Ranks, error: Exception) -> NoReturn:
-    """One process raises, the others leave."""
+    """Raises the error in the process that reports it, and SystemExit(1) in the others."""
     lost = _is_lost_connection(error)
-    found = _missing(ranks) if lost else []
+    missing = _missing(ranks) if lost else []
     try:
-        speaks = ranks.store.add("word", 1) == 1
-    except RuntimeError:  # the store went with the process that kept it, rank 0
-        speaks, found = ranks.rank == 1, [0]
+        reports = ranks.store.add("reported", 1) == 1
+    except RuntimeError:  # the store ended with rank 0, which kept it
+        reports, missing = ranks.rank == 1, [0]
     else:
         _leave(ranks)
-    if not speaks:
+    if not reports:
         raise SystemExit(1) from error
     if not lost:
         raise error
-    who = f"rank {', '.join(map(str, found))}" if found else "another process"
+    who = f"rank {', '.join(map(str, missing))}" if missing else "another process"
     raise RankLost(
         f"{who} of {ranks.size} processes died or no longer answers, so rank {ranks.rank} ends the job; the last "
         "checkpoint is whole: start again with --resume"
@@ -240,8 +256,8 @@ def _end(ranks: Ranks, error: Exception) -> NoReturn:
 
 
 def _leave(ranks: Ranks) -> None:
-    """Where no torchrun keeps the store it ends with rank 0, which therefore stays until all have looked who has the
-    word, at most for the grace: those that wait in an exchange for rank 0 alone cannot look before it is gone."""
+    """Without torchrun, rank 0 hosts the store. It waits up to the grace so that the others can read who reports the
+    error: a process that waits for rank 0 in an exchange can look only after rank 0 has gone."""
     with suppress(RuntimeError):
         ranks.store.add("left", 1)
         if ranks.rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -252,21 +268,21 @@ def _leave(ranks: Ranks) -> None:
 
 
 def _is_lost_connection(error: Exception) -> bool:
-    """gloo reports through plain RuntimeErrors."""
+    """gloo raises plain RuntimeErrors, which only their text tells apart."""
     words = ("gloo", "connection closed by peer", "connection reset", "timed out waiting", "broken pipe")
     text = str(error).lower()
     return isinstance(error, dist.DistError) or (type(error) is RuntimeError and any(word in text for word in words))
 
 
 def _missing(ranks: Ranks) -> list[int]:
-    """The processes that do not report within the grace; none where somebody has told a reason meanwhile."""
+    """The processes that do not report within the grace; none once another process has reported an error."""
     names = {rank: f"alive/{rank}" for rank in range(ranks.size)}
     try:
         ranks.store.set(names[ranks.rank], "")
         deadline = time.monotonic() + _GRACE
         while True:
             missing = [rank for rank, name in names.items() if not ranks.store.check([name])]
-            if not missing or time.monotonic() > deadline or ranks.store.check(["word"]):
+            if not missing or time.monotonic() > deadline or ranks.store.check(["reported"]):
                 return missing
             time.sleep(0.05)
     except RuntimeError:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gircse.train.config import TrainConfig, check_keys
+from gircse.train.config import TrainConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,7 +27,7 @@ def load_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         values = tomllib.loads(Path(path).read_bytes().decode("utf-8"))
-        check_keys(values)
+        TrainConfig.check_names(values)
         TrainConfig(**values)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8: byte {error.start + 1}") from None

@@ -1,102 +1,95 @@
 """What a run folder remembers, so that what goes on in it is the same run: settings, data, base model.
 
-Data and base are compared by what they hold. Where they lie, how their paths are written, and where the run folder is
-now makes no difference.
+Data and models are compared by what they hold: they and the run folder may have moved.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
 
 from gircse.files.atomic import new_file
 from gircse.model import GIRCSE
 from gircse.train.batches import TrainingData
-from gircse.train.config import TrainConfig
-from gircse.train.log import LOG_NAME
 from gircse.train.ranks import digest_of
+from gircse.train.run_config import RunConfig
 
-CONFIG_NAME = "train_config.json"
-DATA_NAME = "train_data.json"
-MODEL_NAME = "train_model.json"
+Digests = Mapping[str, str | None]
 
 
-def check_settings(run: Path, config: TrainConfig) -> None:
-    """Before anything is loaded.
+def check_settings(config: RunConfig) -> None:
+    """Checks the run folder before anything is loaded.
 
     Raises:
-        FileExistsError: the folder holds a run, and `config.resume` is off. FileNotFoundError: it holds none, and it is
-            on. ValueError: other settings than the run's.
+        FileExistsError: the folder holds a run, and `config.resume` is off.
+        FileNotFoundError: the folder holds no run, and `config.resume` is on.
+        ValueError: the run was started with other settings.
     """
     if config.resume:
-        if not (run / CONFIG_NAME).is_file():
-            raise FileNotFoundError(f"resume: {run} holds no run, and so no checkpoint to go on from")
-        earlier = TrainConfig.from_json(run / CONFIG_NAME)
-        by_content = {"data"} if (run / DATA_NAME).exists() else set()
-        if not config.fsdp and _stored_start(run).get("base") is not None:
-            by_content |= {"model"} if None in (earlier.adapter, config.adapter) else {"model", "adapter"}
-        config.check_continues(earlier, free=by_content)
-    elif (run / LOG_NAME).exists():
-        raise FileExistsError(f"output: {run} holds a run already; resume it, or name another folder")
+        if not config.path("config.json").is_file():
+            raise FileNotFoundError(f"resume: {config.output} holds no run, and so no checkpoint to go on from")
+        config.check_continues(earlier_config(config))
+    elif config.path("log.jsonl").exists():
+        raise FileExistsError(f"output: {config.output} holds a run already; resume it, or name another folder")
 
 
-def check_data(run: Path, data: TrainingData, total_steps: int) -> None:
-    """
+def earlier_config(config: RunConfig) -> RunConfig:
+    """The settings that the run in `config.output` was last started with."""
+    return type(config).from_json(config.path("config.json"))
+
+
+def check_data(config: RunConfig, data: TrainingData, total_steps: int) -> None:
+    """Checks that a resumed run has the rows of the run that it continues, and at least as many steps.
+
     Raises:
-        ValueError: other rows than the run's, or fewer steps than it was started with.
+        ValueError: other rows, or fewer steps.
     """
-    if (run / DATA_NAME).exists():
-        data.check_continues(run / DATA_NAME)
-    earlier = TrainConfig.from_json(run / CONFIG_NAME).max_steps or data.steps_per_epoch
+    data.check_continues(config.path("data.json"))
+    earlier = earlier_config(config).max_steps or data.steps_per_epoch
     if total_steps < earlier:
         raise ValueError(f"max_steps: got {total_steps}, expected at least the {earlier} that the run was started with")
 
 
-def check_model(run: Path, config: TrainConfig, start: dict[str, str | None]) -> None:
-    """
+def check_model(config: RunConfig, digests: Digests, places: Mapping[str, str | None]) -> None:
+    """Checks that a resumed run starts from the models of the run that it continues.
+
+    Args:
+        digests: what the run starts from now: {"base", "vocabulary", ..: digest, or None where there is none}.
+        places: the folder or hub name that each of them was read from, for the message.
+
     Raises:
-        ValueError: another base or adapter (`start_of`) than the run was started with.
+        ValueError: another model than the run was started with, or a damaged file.
     """
-    was = _stored_start(run)
-    changed = [name for name, digest in start.items() if None not in (digest, was.get(name)) and digest != was[name]]
-    if changed:
-        where = config.adapter if changed == ["adapter"] else config.model or config.adapter
-        raise ValueError(f"resume: the run was started with another model: {where} has another {', '.join(changed)}")
-
-
-def start_of(model: GIRCSE, config: TrainConfig) -> dict[str, str | None]:
-    """What a run starts from, as digests: of the frozen weights, of the tokenizer's vocabulary, and of a saved adapter
-    that goes on training. Weights that are shared out over processes have none."""
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    vocabulary = json.dumps(sorted(model.tokenizer.get_vocab().items())).encode()
-    return {
-        "base": None if config.fsdp else f"{digest_of(frozen):x}",
-        "vocabulary": hashlib.sha256(vocabulary).hexdigest()[:16],
-        "adapter": f"{digest_of(trained):x}" if config.adapter is not None else None,
-    }
-
-
-def _stored_start(run: Path) -> dict[str, str | None]:
-    """What `write_start` kept of `start_of`; nothing in the folder of an older version."""
-    path = run / MODEL_NAME
-    if not path.exists():
-        return {}
+    path = config.path("model.json")
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(stored, dict):
-            raise ValueError(f"got {type(stored).__name__}, expected an object")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from None
-    return stored
+        then = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name, digest in digests.items() if digest != then[name]]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read: {error!r}") from None
+    if changed:
+        raise ValueError(
+            f"resume: the run was started with another model: {places[changed[0]]} has another {', '.join(changed)}"
+        )
 
 
-def write_start(run: Path, config: TrainConfig, data: TrainingData, start: dict[str, str | None]) -> None:
+def digest_of_vocabulary(model: GIRCSE) -> str:
+    vocabulary = json.dumps(sorted(model.tokenizer.get_vocab().items())).encode()
+    return hashlib.sha256(vocabulary).hexdigest()[:16]
+
+
+def digest_of_weights(weights: Iterable[Tensor]) -> str:
+    """`digest_of` in hexadecimal, as JSON holds it."""
+    return f"{digest_of(weights):x}"
+
+
+def write_start(config: RunConfig, data: TrainingData, digests: Digests) -> None:
     for name, text in (
-        (DATA_NAME, data.to_json()),
-        (MODEL_NAME, json.dumps(start, indent=2) + "\n"),
-        (CONFIG_NAME, config.to_json()),  # the last one, because it makes the folder a run
+        ("data.json", data.to_json()),
+        ("model.json", json.dumps(digests, indent=2) + "\n"),
+        ("config.json", config.to_json()),  # the last one, because it makes the folder a run
     ):
-        with new_file(run / name) as partial:
+        with new_file(config.path(name)) as partial:
             partial.write_text(text, encoding="utf-8")

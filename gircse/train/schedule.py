@@ -1,21 +1,19 @@
-"""The learning rate of each optimizer step: a function of the step alone, so that a run has no schedule to save."""
+"""The learning rate of each optimizer step. It depends on the step alone, so a checkpoint holds no state of it."""
 
 from __future__ import annotations
 
 import math
 
-import torch
+from gircse.train.run_config import RunConfig
 
 
-def learning_rate(peak: float, step: int, *, total_steps: int, warmup_ratio: float) -> float:
-    """Of optimizer step `step` (from 0): with W = ceil(warmup_ratio * total_steps), ``peak * (step + 1) / W`` in the
-    first W steps, so that the first one trains already, then a linear decay that reaches zero after the last step."""
-    warmup = math.ceil(warmup_ratio * total_steps)
+def learning_rate(config: RunConfig, step: int, total_steps: int) -> float:
+    """The learning rate of optimizer step `step` (from 0): linear warm-up, then linear decay.
+
+    With W = ceil(warmup_ratio * total_steps) it is ``peak * (step + 1) / W`` in the first W steps, so that every step
+    trains. Then it decays linearly and would reach zero after the last step.
+    """
+    warmup = math.ceil(config.warmup_ratio * total_steps)
     if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (total_steps - step) / (total_steps - warmup)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+        return config.learning_rate * (step + 1) / warmup
+    return config.learning_rate * (total_steps - step) / (total_steps - warmup)

@@ -1,35 +1,40 @@
-"""What the settings of all jobs have in common: a field with its help, types that are checked, bounds by name."""
+"""What the settings of all runs have in common: a field with its help, and checks that name the field."""
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import field, fields
 from numbers import Real
 from typing import Any, get_args, get_origin, get_type_hints
 
-from gircse.integers import as_integer
+from gircse.integers import as_integer, check_integer
 
 
-def knob(default: Any, help: str) -> Any:
-    """A dataclass field; the command line is made from its name, type and help."""
+def setting(default: Any, help: str) -> Any:
+    """A field of a dataclass of settings. The command line makes an option of its name, type and help."""
     return field(default=default, metadata={"help": help})
 
 
-class Knobs:
-    """Base of a frozen dataclass of settings. A check raises ValueError: the field, what came, what was expected."""
+class Settings:
+    """Base of the frozen dataclasses of settings.
+
+    Each check raises ValueError with the name of the field, the value that it got and the value that it expected.
+    """
 
     def check_types(self) -> None:
-        """Each field in the type that it is declared with: see `typed`."""
-        for name, hint in get_type_hints(type(self)).items():
-            object.__setattr__(self, name, typed(name, getattr(self, name), hint))
+        """Converts each field to its declared type (`typed`), or raises."""
+        hints = get_type_hints(type(self))
+        for item in fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
+            object.__setattr__(self, item.name, typed(item.name, getattr(self, item.name), hints[item.name]))
 
     def expect(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
 
-    def expect_counts(self, *names: str) -> None:
+    def expect_integers(self, *names: str, least: int = 1) -> None:
+        """None is allowed: `check_types` has refused it for fields that must have a value."""
         for name in names:
-            value = getattr(self, name)
-            self.expect(name, value is None or value >= 1, "an integer >= 1")
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), least=least)
 
     def expect_positive(self, *names: str) -> None:
         for name in names:
@@ -39,34 +44,34 @@ class Knobs:
         for name in names:
             self.expect(name, 0 <= getattr(self, name) < float("inf"), "a number >= 0")
 
-    def expect_shares(self, *names: str) -> None:
+    def expect_fractions(self, *names: str) -> None:
         for name in names:
             self.expect(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
 
 
-_KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
+_TYPE_NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
 
 
 def typed(name: str, value: Any, hint: Any) -> Any:
-    """`value` in the type of a field: lists become tuples, and numbers (numpy's too) Python's own.
+    """`value` in the declared type of a field: lists become tuples, and numpy's numbers become Python's.
 
     Raises:
-        ValueError: another type; names the field, the value and what was expected.
+        ValueError: the value has another type.
     """
     if get_origin(hint) is tuple:
         item = get_args(hint)[0]
         if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{name}: got {value!r}, expected a list, each {_KINDS[item]}")
+            raise ValueError(f"{name}: got {value!r}, expected a list, each {_TYPE_NAMES[item]}")
         return tuple(typed(f"{name}[{i}]", part, item) for i, part in enumerate(value))
-    kinds = get_args(hint) or (hint,)
-    if isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)):
+    types = get_args(hint) or (hint,)
+    if isinstance(value, types) and (bool in types or not isinstance(value, bool)):
         return value
-    if int in kinds and (integer := as_integer(value)) is not None:
+    if int in types and (integer := as_integer(value)) is not None:
         return integer
-    if float in kinds and isinstance(value, Real) and not isinstance(value, bool):
+    if float in types and isinstance(value, Real) and not isinstance(value, bool):
         try:
             return float(value)
         except OverflowError:
-            raise ValueError(f"{name}: got an integer past every float, expected {_KINDS[float]}") from None
-    expected = " or ".join(_KINDS[kind] for kind in kinds if kind in _KINDS)
+            raise ValueError(f"{name}: got an integer past every float, expected {_TYPE_NAMES[float]}") from None
+    expected = " or ".join(_TYPE_NAMES[kind] for kind in types if kind in _TYPE_NAMES)
     raise ValueError(f"{name}: got {value!r}, expected {expected}")

@@ -1,4 +1,4 @@
-"""Stopping a run without losing a step: SIGTERM and SIGINT ask, the loop answers when the step is done."""
+"""Stopping a run without losing a step: SIGTERM and SIGINT are noted, and the loop stops when the step is done."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class TrainingStopped(SystemExit):
-    """A run that was asked to stop, did so after a whole step, and was saved. As a SystemExit with code 0 it ends the
-    program well, unless somebody catches it.
+    """A signal stopped the run after a whole step, and the run was saved. Uncaught, it ends the program with code 0.
 
     Attributes:
-        step: steps done.
-        checkpoint: the folder to go on from.
+        step: the number of steps that were done.
+        checkpoint: the folder that a resumed run goes on from.
     """
 
     def __init__(self, step: int, checkpoint: Path) -> None:
@@ -31,11 +30,7 @@ class TrainingStopped(SystemExit):
 
 
 class StopRequest:
-    """Whether a signal came.
-
-    Attributes:
-        name: of the signal, None as long as there is none.
-    """
+    """The handler of the signals. `name` is that of the last signal, or None before any has come."""
 
     def __init__(self) -> None:
         self.name: str | None = None
@@ -46,15 +41,15 @@ class StopRequest:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.name == signal.Signals(number).name:
-            raise KeyboardInterrupt  # asked twice: at once
+            raise KeyboardInterrupt  # the second Ctrl-C ends the run at once
         self.name = signal.Signals(number).name
         print(f"{self.name}: stopping when this step is done and saved", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Inside, SIGTERM and SIGINT are noted instead of ending the process (in the main thread, where Python has its
-    handlers; elsewhere nothing changes). A second SIGINT raises KeyboardInterrupt."""
+    """Notes SIGTERM and SIGINT inside the block, where they no longer end the process. A second SIGINT raises
+    KeyboardInterrupt. Python runs handlers in the main thread only, so in another thread nothing changes."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request

@@ -2,33 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from gircse import ops
 from gircse.encode.instruction_length import warn_of_rows
-from gircse.encode.tokens import prompt_limit, tokenize
+from gircse.encode.tokens import PromptTokenizer, prompt_limit, warn_cut
 from gircse.model import GIRCSE
 from gircse.train.batches import Example, mask_of
 from gircse.train.config import TrainConfig
 from gircse.train.grad_cache import MicroBatch, backward, micro_batches, positions
 from gircse.train.ranks import Ranks
+from gircse.train.run_config import RunConfig
 from gircse.train.step_monitor import StepMonitor
 
+Extra = TypeVar("Extra")
 
-class Batch(NamedTuple):
+
+class StepResult(NamedTuple):
+    """What a step reports; it has left the gradients of this process's share in `.grad`.
+
+    Attributes:
+        loss: the scalar of the whole batch, of all processes.
+        parts: what the loss consists of, without gradient, scalars or [K], for the log.
+        texts, tokens: of this process's share, without padding.
+        passes: the number of micro-batches that went through the model.
+    """
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+    texts: int
+    tokens: int
+    passes: int
+
+
+# A batch of rows, the number of the step (from 0) and the monitor of the run -> the step's result.
+Step = Callable[[Sequence[Example], int, StepMonitor], StepResult]
+
+
+class TokenizedRows(NamedTuple):
     """This process's share of a step's rows, as tokens.
 
     Attributes:
         queries: token ids of its B queries.
-        passages: of its candidates, [pos_0, negatives of 0.., pos_1, ..].
+        passages: token ids of its candidates, [pos_0, negatives of 0.., pos_1, ..].
         target: [B] int64, each row's positive among `passages`; rows may have different numbers of negatives.
-        mask: [B, candidates of all processes] bool or None, where queries are candidates too with all of those after
-            them; True: does not count for that row.
+        mask: [B, candidates of all processes] bool, True where a candidate does not count for a row; None where all
+            count. Where queries are candidates too, they follow the passages.
     """
 
     queries: list[list[int]]
@@ -45,29 +69,66 @@ class Batch(NamedTuple):
         return sum(map(len, [*self.queries, *self.passages]))
 
 
-def collate(model: GIRCSE, examples: Sequence[Example], config: TrainConfig, *, share: slice | None = None) -> Batch:
-    """The rows `share` (default: all) of a step's `examples`."""
-    own = examples[share] if share is not None else examples
+class RowTokenizer:
+    """Prompts of queries and of passages -> token ids, each kind cut to its own limit.
+
+    A limit is that of the settings, or less where the model's positions must also hold `num_steps` soft tokens.
+    """
+
+    def __init__(self, model: GIRCSE, config: RunConfig, num_steps: int) -> None:
+        self._model = model
+        self._limits = {
+            name: prompt_limit(model, getattr(config, name), num_steps)
+            for name in ("query_max_length", "passage_max_length")
+        }
+        queries, passages = (PromptTokenizer(model, None, limit) for limit in self._limits.values())
+        self.queries, self.passages = partial(_token_ids, queries), partial(_token_ids, passages)
+
+    def warn(self, examples: Sequence[Example]) -> None:
+        """Warns where an instruction leaves no room for the text after it."""
+        warn_of_rows(self._model, [example.instruction for example in examples], **self._limits)
+
+
+def _token_ids(tokenizer: PromptTokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    rows, cut = tokenizer(prompts)
+    warn_cut(cut, len(rows), tokenizer)
+    return rows
+
+
+def contrastive_step(model: GIRCSE, config: TrainConfig, ranks: Ranks) -> Step:
+    """The training step of a run."""
+    tokenizer = RowTokenizer(model, config, config.max_num_steps)
+
+    def step(examples: Sequence[Example], number: int, monitor: StepMonitor) -> StepResult:
+        rows = tokenize_rows(tokenizer, examples, config, share=ranks.share(len(examples)))
+        loss, losses, passes = contrastive_backward(
+            model, rows, config, num_steps=config.steps_at(number), ranks=ranks, monitor=monitor
+        )
+        return StepResult(loss, {"losses": losses}, rows.texts, rows.tokens, passes)
+
+    return step
+
+
+def tokenize_rows(
+    tokenizer: RowTokenizer, examples: Sequence[Example], config: TrainConfig, *, share: slice = slice(None)
+) -> TokenizedRows:
+    """The rows `share` (default: all) of a step's `examples`. The mask is that of the whole batch."""
+    own = examples[share]
+    tokenizer.warn(own)
     passages = [[example.positive, *example.negatives] for example in own]
     counts = torch.tensor([len(texts) for texts in passages])
     mask = mask_of(examples, include_queries=config.include_queries) if config.filter_false_negatives else None
-    limits = {
-        name: prompt_limit(model, getattr(config, name), config.max_num_steps)
-        for name in ("query_max_length", "passage_max_length")
-    }
-    warn_of_rows(model, [example.instruction for example in own], **limits)
-    tokens = partial(tokenize, model, instruction=None, num_steps=config.max_num_steps)
-    return Batch(
-        tokens([example.query for example in own], max_length=config.query_max_length),
-        tokens([text for texts in passages for text in texts], max_length=config.passage_max_length),
+    return TokenizedRows(
+        tokenizer.queries([example.query for example in own]),
+        tokenizer.passages([text for texts in passages for text in texts]),
         counts.cumsum(0) - counts,
-        mask if mask is None or share is None else mask[share],
+        None if mask is None else mask[share],
     )
 
 
 def contrastive_backward(
     model: GIRCSE,
-    batch: Batch,
+    rows: TokenizedRows,
     config: TrainConfig,
     *,
     num_steps: int,
@@ -76,34 +137,20 @@ def contrastive_backward(
 ) -> tuple[Tensor, Tensor, int]:
     """Rollouts, contrastive losses, objective, backward: gradients of this process's share are left in `.grad`.
 
-    At once where the share fits `config.micro_batch_tokens` (None: always), else by gradient caching.
-
     Returns:
-        The loss and its parts L_1..L_K, of the batch of all processes; the number of passes it took.
+        The loss and its parts L_1..L_K, of the batch of all processes; the number of micro-batches.
     """
     ranks = ranks or Ranks(model.device)
-    ids, pad_id = [*batch.queries, *batch.passages], model.tokenizer.pad_token_id
-    split = len(batch.queries)
-    parts = [MicroBatch.of(rows, ids, pad_id=pad_id) for rows in (range(split), range(split, len(ids)))]
-    budget = config.micro_batch_tokens
-    cached = budget is not None and positions(parts, num_steps) > budget
-    if config.fsdp:  # whose layers are gathered by all processes together: they must make the same passes
-        cached = bool(ranks.most(cached))
-    if cached and budget is not None:
-        parts = micro_batches(ids, budget, num_steps=num_steps, pad_id=pad_id)
-    if config.fsdp:
-        parts += [parts[-1].unused()] * (int(ranks.most(len(parts))) - len(parts))
+    split = len(rows.queries)
 
     def objective(states: Tensor) -> tuple[Tensor, Tensor]:
-        if monitor is not None:
-            monitor.enter("loss")
         losses = ops.stepwise_info_nce(
             states[:split],
             states[split:],
-            batch.target.to(states.device),
+            rows.target.to(states.device),
             temperature=config.contrastive_temperature,
             pooling=config.pooling,
-            mask=None if batch.mask is None else batch.mask.to(states.device),
+            mask=None if rows.mask is None else rows.mask.to(states.device),
             include_queries=config.include_queries,
             symmetric=config.symmetric,
             group=ranks.group,
@@ -114,6 +161,52 @@ def contrastive_backward(
         )
         return loss, losses.detach()
 
+    ids = [*rows.queries, *rows.passages]
+    return backward_of(
+        model, ids, split, objective, config.micro_batch_tokens,
+        num_steps=num_steps, monitor=monitor, same_passes=ranks if config.fsdp else None,
+    )  # fmt: skip
+
+
+def backward_of(
+    model: GIRCSE,
+    ids: Sequence[Sequence[int]],
+    split: int,
+    objective: Callable[[Tensor], tuple[Tensor, Extra]],
+    budget: int | None,
+    *,
+    num_steps: int,
+    monitor: StepMonitor | None = None,
+    same_passes: Ranks | None = None,
+) -> tuple[Tensor, Extra, int]:
+    """Rollout of texts, objective and backward, at once or by gradient caching (`gircse.train.grad_cache`).
+
+    Args:
+        ids: token ids of each text, the queries first.
+        split: the number of queries, which are padded apart from the passages.
+        objective: states [T, K, D] -> (scalar loss, anything).
+        budget: the most positions (padding and K included) that go through the model at once; None: no limit.
+        same_passes: processes that must make the same number of passes, because each of them gathers FSDP's layers.
+
+    Returns:
+        (loss, anything) of `objective`; the number of micro-batches.
+    """
+    pad_id = model.tokenizer.pad_token_id
+    kinds = [rows for rows in (range(split), range(split, len(ids))) if rows]
+    parts = [MicroBatch.of(rows, ids, pad_id=pad_id) for rows in kinds]
+    cached = budget is not None and positions(parts, num_steps) > budget
+    if same_passes is not None:
+        cached = bool(same_passes.most(cached))
+    if cached and budget is not None:
+        parts = micro_batches(ids, budget, num_steps=num_steps, pad_id=pad_id)
+    if same_passes is not None:
+        parts += [parts[-1].unused()] * (int(same_passes.most(len(parts))) - len(parts))
+
+    def timed(states: Tensor) -> tuple[Tensor, Extra]:
+        if monitor is not None:
+            monitor.enter("loss")
+        return objective(states)
+
     embed = partial(model.rollout, num_steps=num_steps, observer=monitor)
-    loss, losses = backward(embed, parts, objective, cached=cached)
-    return loss, losses, len(parts)
+    loss, extra = backward(embed, parts, timed, cached=cached)
+    return loss, extra, len(parts)

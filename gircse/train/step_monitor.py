@@ -1,4 +1,4 @@
-"""What a training step looks like from inside: where its time goes, how certain its soft tokens are, its memory."""
+"""Time, memory and soft-token entropy of a training step, for the log."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ PHASES = ("data", "prompt", "steps", "loss", "update")
 
 
 class StepMonitor:
-    """Time by phase, entropy by step. On CUDA by events on the stream, read when the step is over: nothing waits.
+    """Measures time by phase and entropy by soft token. On CUDA the times are events on the stream, which are read when
+    the step is over, so that the host waits for nothing before.
 
     Phases: "data" (rows, tokens), "prompt" (the pass over the prompts, forward and backward), "steps" (the K soft
     tokens, likewise), "loss" (similarities, objective), "update" (exchange between processes, clipping, optimizer).
@@ -33,28 +34,28 @@ class StepMonitor:
         self.enter("data")
 
     def enter(self, phase: str) -> None:
-        """Ends the phase at hand; a `gircse.lm.rollout.RolloutObserver`."""
+        """Ends the current phase and begins another (a method of `gircse.lm.rollout.RolloutObserver`)."""
         self._marks.append((phase, self._now()))
 
     def soft_token(self, step: int, entropy: Tensor) -> None:
         self._entropies.setdefault(step, []).append(entropy)
 
     def seconds(self) -> dict[str, float]:
-        """Of each phase since `start`; ends the step."""
+        """The time of each phase since `start`; ends the step."""
         self.enter("end")
-        found = dict.fromkeys(PHASES, 0.0)
+        total = dict.fromkeys(PHASES, 0.0)
         for (phase, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
-            found[phase] += self._between(start, end)
-        return found
+            total[phase] += self._between(start, end)
+        return total
 
     def entropies(self) -> list[float]:
-        """Mean over the texts that came by, of each step, in nats; empty with K = 0."""
+        """The mean entropy of each of the K soft tokens over all texts since `start`, in nats; empty with K = 0."""
         if not self._entropies:
             return []
         return torch.stack([torch.cat(parts).double().mean() for _, parts in sorted(self._entropies.items())]).tolist()
 
     def peak_bytes(self) -> int:
-        """Most memory in use: on CUDA of this step, by the allocator; otherwise of the process, ever."""
+        """The peak of the memory: on CUDA what the allocator held in this step, otherwise that of the whole process."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         unit = 1 if sys.platform == "darwin" else 1024

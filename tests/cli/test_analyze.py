@@ -41,16 +41,6 @@ def test_the_command_writes_its_folder(tmp_path, capsys):
     assert "max_rows: got 0" in capsys.readouterr().err
 
 
-def test_help_names_every_option_and_needs_no_model(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["analyze", "--help"])
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    for option in ("--baseline", "--labels", "--steps", "--sample", "--max-rows", "--output"):
-        assert option in text
-    assert "None" not in text
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

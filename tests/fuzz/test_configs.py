@@ -17,7 +17,7 @@ from gircse.engine import EngineConfig
 from gircse.lm.config import CONFIG_NAME, GircseConfig
 from gircse.train.config import TrainConfig
 from gircse.train.distill_config import DistillConfig
-from gircse.train.log import LOG_NAME, read_log
+from gircse.train.log import read_log
 from gircse.train.recipes import load_recipe
 from tests.fuzz.json_values import damaged, dumped, values
 from tests.fuzz.outcome import outcome
@@ -42,22 +42,22 @@ def changed(draw: Any, config: type) -> dict[str, Any]:
 @given(data=st.data())
 def test_settings(config, data):
     given_values = changed(data.draw, config)
-    found, error = outcome(lambda: config(**given_values), ValueError)
+    built, error = outcome(lambda: config(**given_values), ValueError)
     if error is not None:
         assert any(str(error).startswith(f"{name}") for name in [f.name for f in fields(config)])
         return
     for name, value in given_values.items():  # what is accepted is what it says, as JSON would give it back
-        kept = getattr(found, name)
+        kept = getattr(built, name)
         assert kept == (
             tuple(value) if isinstance(kept, tuple) else type(kept)(value) if type(kept) is float else value
         )
         assert type(kept) is type(value) or isinstance(kept, (tuple, float))
-    json.dumps(asdict(found), allow_nan=False)
+    json.dumps(asdict(built), allow_nan=False)
     if config is TrainConfig:
-        low, high = found._steps()
-        assert low <= found.steps_at(3) <= high
+        low, high = built._steps()
+        assert low <= built.steps_at(3) <= high
     if config is DistillConfig:
-        hash(found)
+        hash(built)
 
 
 @fuzz(80)
@@ -69,8 +69,8 @@ def test_files_of_settings(folder, data):
     ):
         wanted = {**asdict(config()), **changed(data.draw, config)} if data.draw(st.booleans()) else data.draw(values)
         path.write_bytes(damaged(dumped(wanted), data.draw))
-        found, error = outcome(lambda load=load, path=path: load(path), ValueError)
-        assert isinstance(found, config) or str(error).startswith(f"{path}: ")
+        loaded, error = outcome(lambda load=load, path=path: load(path), ValueError)
+        assert isinstance(loaded, config) or str(error).startswith(f"{path}: ")
 
 
 TOML = [
@@ -92,10 +92,10 @@ def test_recipes(folder, data):
     path = folder / "recipe.toml"
     lines = data.draw(st.lists(st.sampled_from(TOML), max_size=3))
     path.write_bytes(damaged("\n".join(lines).encode(), data.draw))
-    found, error = outcome(lambda: load_recipe(path), ValueError)
-    assert isinstance(found, dict) or str(error).startswith(f"{path}: ")
-    if found is not None:
-        TrainConfig(**found)
+    recipe, error = outcome(lambda: load_recipe(path), ValueError)
+    assert isinstance(recipe, dict) or str(error).startswith(f"{path}: ")
+    if recipe is not None:
+        TrainConfig(**recipe)
 
 
 @fuzz(60)
@@ -121,11 +121,12 @@ def test_manifests_of_shards(folder, data):
 def test_logs(folder, data):
     entries = [data.draw(values) if data.draw(st.booleans()) else {"step": i, "loss": float("inf")} for i in range(3)]
     content = damaged(b"".join(dumped(entry) + b"\n" for entry in entries), data.draw)
-    (folder / LOG_NAME).write_bytes(content)
-    found, error = outcome(lambda: read_log(folder), ValueError)
+    path = folder / "train_log.jsonl"
+    path.write_bytes(content)
+    entries, error = outcome(lambda: read_log(path), ValueError)
     if error is not None:
-        assert str(error).startswith(f"{folder / LOG_NAME}:")
+        assert str(error).startswith(f"{path}:")
     else:
         *lines, last = content.split(b"\n")
-        assert found[: len(lines)] == [json.loads(line) for line in lines]
-        assert found[len(lines) :] in ([], [outcome(lambda: json.loads(last), ValueError, RecursionError)[0]])
+        assert entries[: len(lines)] == [json.loads(line) for line in lines]
+        assert entries[len(lines) :] in ([], [outcome(lambda: json.loads(last), ValueError, RecursionError)[0]])

@@ -74,8 +74,8 @@ def test_encoding(base, tmp_path, name):
     options = ["encode", "--model", str(base), "--output", str(tmp_path / name), "--shard-size", "8"]
     assert [code for code, _ in both([*options, str(tmp_path / "in.txt")], tmp_path)] == [0, 0]
     files = sorted((tmp_path / name).glob("*.npy")) if name == "out" else [tmp_path / name]
-    found = np.concatenate([np.load(path) for path in files])
-    np.testing.assert_allclose(found, GIRCSE.from_pretrained(base).encode(texts), atol=1e-6)
+    written = np.concatenate([np.load(path) for path in files])
+    np.testing.assert_allclose(written, GIRCSE.from_pretrained(base).encode(texts), atol=1e-6)
     assert not list(tmp_path.rglob("*.partial*"))
 
 

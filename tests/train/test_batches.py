@@ -9,8 +9,7 @@ from dataclasses import astuple
 from pathlib import Path
 
 import pytest
-import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gircse.data.errors import DataError
@@ -66,34 +65,6 @@ def test_a_batch_depends_on_seed_and_step_alone(options):
     assert all(len(batch) == 4 for batch in batches)
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    st.lists(st.integers(4, 30), min_size=1, max_size=4),
-    st.sampled_from(["homogeneous", "mixed"]),
-    st.booleans(),
-    st.integers(0, 2**40),
-    st.lists(st.integers(0, 60), min_size=1, max_size=5),
-)
-def test_any_step_can_be_the_first(sizes, batching, weighted, seed, steps):
-    options = {"batching": batching, "seed": seed, "weights": range(1, len(sizes) + 1) if weighted else ()}
-    options["weights"] = tuple(options["weights"])
-    named = {chr(97 + i): size for i, size in enumerate(sizes)}
-    walked = data(named, **options)
-    in_order = {step: walked.batch(step) for step in range(max(steps) + 1)}
-    for step in steps:
-        assert data(named, **options).batch(step) == in_order[step]
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_ranks_that_share_a_batch_see_the_batch_of_one_process(world_size):
-    """A rank slices the batch; which step comes next does not depend on how many there are."""
-    whole = data(SIZES, seed=1)
-    ranks = [data(SIZES, seed=1) for _ in range(world_size)]
-    for step in (0, 1, 7, 30):
-        parts = [rank.batch(step)[number::world_size] for number, rank in enumerate(ranks)]
-        assert sorted(e.id for part in parts for e in part) == sorted(e.id for e in whole.batch(step))
-
-
 def test_homogeneous_batches_pass_once_through_every_source_in_an_epoch():
     trained = data(SIZES)
     assert trained.num_rows == 49
@@ -145,16 +116,6 @@ def test_mixed_batches_with_weights_have_the_shares_in_every_batch():
     ids = Counter(example.id for step in range(15 * 20) for example in trained.batch(step) if example.id[0] == "b")
     assert len(ids) == 30
     assert set(ids.values()) == {20}  # 600 rows of b: twenty whole permutations of 30
-
-
-def test_one_source_is_the_plain_sampler():
-    from gircse.data.sampling import BatchSampler
-
-    sampler = BatchSampler(30, 4, seed=9)
-    for options in ({}, {"batching": "mixed"}, {"weights": (3.0,)}):
-        trained = data({"b": 30}, seed=9, **options)
-        for step in (0, 5, 77):
-            assert [e.id for e in trained.batch(step)] == [f"b:row {i}" for i in sampler.batch(step)]
 
 
 def test_texts_are_written_and_chosen():
@@ -241,30 +202,6 @@ def example(positive: str, *negatives: str, query: str | None = None, others: tu
     return Example("x:1", f"q {next(_numbers)}" if query is None else query, positive, negatives, others)
 
 
-def test_duplicates_of_a_positive_are_masked():
-    batch = [example("p", "n"), example("q", "p", "p"), example("p"), example("s", "s", "n")]
-    # candidates:  p n | q p p | p | s s n
-    mask = mask_of(batch)
-    assert mask.dtype == torch.bool
-    assert mask.int().tolist() == [
-        [0, 0, 0, 1, 1, 1, 0, 0, 0],
-        [0, 0, 0, 0, 0, 0, 0, 0, 0],
-        [1, 0, 0, 1, 1, 0, 0, 0, 0],
-        [0, 0, 0, 0, 0, 0, 0, 1, 0],
-    ]
-
-
-def test_all_listed_positives_and_only_white_space_is_forgiven():
-    batch = [example("a", others=("b", "a")), example("B", "b"), example(" a\n", "a  c"), example("a c")]
-    # candidates:  a | B b | a_ "a  c" | "a c"
-    assert mask_of(batch).int().tolist() == [
-        [0, 0, 1, 1, 0, 0],
-        [0, 0, 0, 0, 0, 0],
-        [1, 0, 0, 0, 0, 0],
-        [0, 0, 0, 0, 1, 0],
-    ]
-
-
 def test_rows_with_the_same_query_have_the_positives_of_each_other():
     """One positive a line is a common layout; what one line calls a negative may be right by another one."""
     batch = [
@@ -299,13 +236,7 @@ def test_queries_as_candidates_are_masked_too():
     assert mask_of([example("a"), example("b")], include_queries=True) is None
 
 
-def test_nothing_to_mask():
-    assert mask_of([example("a", "n"), example("b", "n")]) is None
-    assert mask_of([example("a", others=("c",))]) is None
-    assert mask_of([]) is None
-
-
-texts = st.sampled_from(["a", "b", " a", "c  d", "c d", "e"])
+texts = st.sampled_from(["a", "b", " a\n", "c  d", "c d", "A"])  # white space is no difference, case is one
 row_of_texts = st.tuples(texts, texts, st.lists(texts, max_size=3), st.lists(texts, max_size=2))
 
 

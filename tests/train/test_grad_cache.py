@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
-from gircse.train.grad_cache import MicroBatch, RandomState, backward, micro_batches, positions
+from gircse.train import grad_cache
+from gircse.train.grad_cache import MicroBatch, backward, micro_batches, positions
 from gircse.train.step import contrastive_backward
 from tests.training_batches import NUM_STEPS, adapted, batch, config, gradients, weighted_sum
 
@@ -16,7 +19,7 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 @pytest.mark.usefixtures("no_downcast")
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("budget", [1, 45, 100])
+@pytest.mark.parametrize("budget", [1, 45])
 def test_equals_the_batch_in_one_piece(budget, checkpointing):
     """Two padded rollouts, queries and passages, with all activations kept, against micro-batches by length."""
     whole, settings = batch(), config(gradient_checkpointing=checkpointing)
@@ -34,28 +37,27 @@ def test_equals_the_batch_in_one_piece(budget, checkpointing):
 
 @pytest.mark.usefixtures("no_downcast")
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("budget", [1, 45, 100])
-def test_dropout_falls_on_the_same_places(budget, checkpointing):
+def test_dropout_falls_on_the_same_places(checkpointing):
     """The same micro-batches, so the same masks, with all activations kept: one graph, one backward."""
     whole, settings = batch(), config(lora_dropout=0.3, gradient_checkpointing=checkpointing)
     model = adapted(settings)
     ids, pad_id = [*whole.queries, *whole.passages], model.tokenizer.pad_token_id
-    parts = micro_batches(ids, budget, num_steps=NUM_STEPS, pad_id=pad_id)
+    parts = micro_batches(ids, 45, num_steps=NUM_STEPS, pad_id=pad_id)
 
     def objective(states):
         weight = torch.linspace(-1, 1, states.numel(), dtype=states.dtype).view_as(states)
         return (states * weight).tanh().sum(), states.detach()
 
-    found = []
+    results = []
     for cached in (False, True):
         torch.manual_seed(3)
         loss, states = backward(model.rollout, parts, objective, cached=cached)
-        found.append((loss, states, gradients(model), torch.rand(3)))
-    for one_piece, cached in zip(*found, strict=True):
+        results.append((loss, states, gradients(model), torch.rand(3)))
+    for one_piece, cached in zip(*results, strict=True):
         assert relative(cached, one_piece) < 1e-10
     torch.manual_seed(4)  # dropout is on: other masks give another result
     backward(model.rollout, parts, objective, cached=True)
-    assert relative(gradients(model), found[0][2]) > 1e-3
+    assert relative(gradients(model), results[0][2]) > 1e-3
 
 
 def test_without_the_replay_dropout_would_differ(monkeypatch):
@@ -63,24 +65,24 @@ def test_without_the_replay_dropout_would_differ(monkeypatch):
     whole, settings = batch(), config(lora_dropout=0.3)
     model = adapted(settings)
     parts = micro_batches(whole.passages, 60, num_steps=NUM_STEPS, pad_id=0)
-    found = []
+    flat = []
     for _ in range(2):
         torch.manual_seed(3)
         backward(model.rollout, parts, lambda states: (weighted_sum(states), None), cached=True)
-        found.append(gradients(model))
-        monkeypatch.setattr(RandomState, "restore", lambda self: None)
-    assert relative(*found) > 1e-3
+        flat.append(gradients(model))
+        monkeypatch.setattr(grad_cache, "replayed", lambda state: nullcontext())
+    assert relative(*flat) > 1e-3
 
 
 def test_micro_batches_hold_every_text_once_within_the_budget():
     ids = [[7] * n for n in (3, 50, 4, 4, 20, 1, 19, 3)]
-    found = micro_batches(ids, 60, num_steps=5, pad_id=0)
-    assert sorted(torch.cat([part.rows for part in found]).tolist()) == list(range(8))
-    for part in found:
+    parts = micro_batches(ids, 60, num_steps=5, pad_id=0)
+    assert sorted(torch.cat([part.rows for part in parts]).tolist()) == list(range(8))
+    for part in parts:
         assert [len(ids[row]) for row in part.rows] == part.attention_mask.sum(1).tolist()
         assert positions([part], 5) <= 60 or len(part.rows) == 1
-    assert [part.input_ids.shape[1] for part in found] == sorted((p.input_ids.shape[1] for p in found), reverse=True)
-    assert sum(part.input_ids.numel() for part in found) < 1.3 * sum(map(len, ids))  # little padding
+    assert [part.input_ids.shape[1] for part in parts] == sorted((p.input_ids.shape[1] for p in parts), reverse=True)
+    assert sum(part.input_ids.numel() for part in parts) < 1.3 * sum(map(len, ids))  # little padding
 
 
 def test_an_unused_pass_changes_nothing():
@@ -96,7 +98,7 @@ def test_an_unused_pass_changes_nothing():
 
 
 def test_only_one_micro_batch_keeps_its_activations():
-    """What autograd saves at once is bounded by the largest micro-batch, whatever the batch is."""
+    """What autograd saves at once is bounded by the largest micro-batch and not by the batch."""
     settings = config()
     model = adapted(settings, torch.float32)
     own = {p.data_ptr() for p in model.parameters()}

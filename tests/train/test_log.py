@@ -9,6 +9,7 @@ import types
 import pytest
 import torch
 
+from gircse.train.config import TrainConfig
 from gircse.train.log import open_log, read_log, start_log
 from gircse.train.step_monitor import PHASES, StepMonitor
 
@@ -25,6 +26,8 @@ def entry(step: int) -> dict:
         "seconds": 0.1,
         "time": {"data": 0.1, "prompt": 0.9},
         "peak_bytes": 7,
+        "batch": "0f",
+        "evaluation": {"2": {"ndcg@10": 0.25}},
     }
 
 
@@ -44,7 +47,8 @@ class FakeWandb(types.ModuleType):
         self.finished += 1
 
 
-CONFIG = {"progress": False, "wandb": False}
+def settings(folder, **options) -> TrainConfig:
+    return TrainConfig(output=str(folder), progress=False, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -53,15 +57,15 @@ def no_project(monkeypatch):
 
 
 def test_lines_and_what_a_resumed_run_keeps_of_them(tmp_path):
-    assert start_log(tmp_path, up_to=0) == []
-    with open_log(tmp_path, CONFIG, total=4, done=0) as log:
+    assert start_log(tmp_path / "train_log.jsonl", up_to=0) == []
+    with open_log(settings(tmp_path), total=4, done=0) as log:
         for step in (1, 2, 3):
             log.write(entry(step))
         log.sync()
     with (tmp_path / "train_log.jsonl").open("a") as file:
         file.write('{"step": 4, "los')
-    assert [e["step"] for e in read_log(tmp_path)] == [1, 2, 3]
-    assert start_log(tmp_path, up_to=2) == [entry(1), entry(2)]
+    assert [e["step"] for e in read_log(tmp_path / "train_log.jsonl")] == [1, 2, 3]
+    assert start_log(tmp_path / "train_log.jsonl", up_to=2) == [entry(1), entry(2)]
     assert [json.loads(line) for line in (tmp_path / "train_log.jsonl").read_text().splitlines()] == [
         entry(1),
         entry(2),
@@ -70,7 +74,7 @@ def test_lines_and_what_a_resumed_run_keeps_of_them(tmp_path):
 
 
 def test_the_other_processes_write_nothing(tmp_path):
-    with open_log(None, {}, total=4, done=0) as log:
+    with open_log(settings(tmp_path), total=4, done=0, writes=False) as log:
         log.write(entry(1))
         log.sync()
     assert not list(tmp_path.iterdir())
@@ -83,7 +87,7 @@ def test_wandb_where_it_is_asked_for(tmp_path, monkeypatch, how):
     if how == "environment":
         monkeypatch.setenv("WANDB_PROJECT", "mine")
     for done in (0, 1):
-        with open_log(tmp_path, {**CONFIG, "wandb": how == "config"}, total=4, done=done) as log:
+        with open_log(settings(tmp_path, wandb=how == "config"), total=4, done=done) as log:
             log.write(entry(done + 1))
     first, second = wandb.started
     assert first["project"] == ("mine" if how == "environment" else "gircse")
@@ -93,13 +97,15 @@ def test_wandb_where_it_is_asked_for(tmp_path, monkeypatch, how):
     assert values["losses/2"] == 1.0
     assert values["entropy/1"] == 3.0
     assert values["time/prompt"] == 0.9
+    assert values["evaluation/2/ndcg@10"] == 0.25
+    assert not {"step", "batch"} & set(values)
     assert wandb.finished == 2
 
 
 def test_wandb_is_left_alone_otherwise_and_never_ends_a_run(tmp_path, monkeypatch):
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    with open_log(tmp_path, CONFIG, total=4, done=0):
+    with open_log(settings(tmp_path), total=4, done=0):
         pass
     assert wandb.started == []
 
@@ -109,7 +115,7 @@ def test_wandb_is_left_alone_otherwise_and_never_ends_a_run(tmp_path, monkeypatc
     monkeypatch.setattr(wandb, "init", offline)
     with (
         pytest.warns(UserWarning, match="goes on without it: no network"),
-        open_log(tmp_path, {**CONFIG, "wandb": True}, total=4, done=0) as log,
+        open_log(settings(tmp_path, wandb=True), total=4, done=0) as log,
     ):
         log.write(entry(1))
 
@@ -119,11 +125,11 @@ def test_wandb_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr("gircse.train.log.find_spec", lambda name: None)
     with (
         pytest.raises(ModuleNotFoundError, match="pip install wandb"),
-        open_log(tmp_path, {**CONFIG, "wandb": True}, total=4, done=0),
+        open_log(settings(tmp_path, wandb=True), total=4, done=0),
     ):
         pass
     monkeypatch.setenv("WANDB_PROJECT", "mine")
-    with pytest.warns(UserWarning, match="pip install wandb"), open_log(tmp_path, CONFIG, total=4, done=0):
+    with pytest.warns(UserWarning, match="pip install wandb"), open_log(settings(tmp_path), total=4, done=0):
         pass
 
 

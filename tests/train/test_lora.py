@@ -13,11 +13,12 @@ from gircse import GIRCSE
 from gircse.data.rows import Row
 from gircse.train import train
 from gircse.train.batches import TrainingData
-from gircse.train.config import LORA_TARGETS, TrainConfig
-from gircse.train.lora import lora_targets
+from gircse.train.config import TrainConfig
+from gircse.train.lora import lora_targets, trainable_model
 from gircse.train.plan.predict import plan
-from gircse.train.step import collate, contrastive_backward
-from tests.tiny_models import tiny_model
+from gircse.train.run_config import LORA_TARGETS
+from gircse.train.step import RowTokenizer, contrastive_backward, tokenize_rows
+from tests.tiny_models import tiny_model, tiny_tokenizer
 
 WORDS = ["red", "blue", "fox", "dog"]
 ROWS = [Row("find the echo", f"{a} {b}", (f"{b} {a}",)) for a in WORDS for b in WORDS if a != b]
@@ -38,9 +39,10 @@ def test_it_goes_on_from_a_saved_adapter(base, tmp_path):
     settings = config(base, tmp_path, model="", adapter=str(first.folder), output=str(tmp_path / "more"))
     more = train(settings, rows=ROWS)
     model, losses = GIRCSE.from_pretrained(first.folder, is_trainable=True), []
-    for found in (model, first.model):
-        batch = collate(found, TrainingData.open(settings, rows=ROWS).batch(0), settings)
-        losses.append(contrastive_backward(found, batch, settings, num_steps=3)[1].tolist())
+    for adapted in (model, first.model):
+        examples = TrainingData.open(settings, rows=ROWS).batch(0)
+        rows = tokenize_rows(RowTokenizer(adapted, settings, 3), examples, settings)
+        losses.append(contrastive_backward(adapted, rows, settings, num_steps=3)[1].tolist())
     np.testing.assert_allclose(losses, [more.log[0]["losses"]] * 2, rtol=1e-5)
     shapes = {parameter.shape[0] for name, parameter in more.model.named_parameters() if "lora_A" in name}
     assert shapes == {3}
@@ -106,3 +108,9 @@ def test_adapted_layers_are_asked_for_by_names_that_exist(base):
         lora_targets(model, ("norm",))
     with pytest.raises(ValueError, match="lora_targets: mlp is a LlamaMLP, expected linear layers"):
         lora_targets(model, ("q_proj", "mlp"))
+
+
+def test_models_with_other_layer_names_adapt_all_linear_layers():
+    adapted = trainable_model(TrainConfig(num_steps=2), GIRCSE(tiny_model("gpt2"), tiny_tokenizer()))
+    names = {n.split(".lora_A")[0].rsplit(".", 1)[-1] for n, _ in adapted.named_parameters() if "lora_A" in n}
+    assert names == {"c_attn", "c_proj", "c_fc"}

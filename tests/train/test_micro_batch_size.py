@@ -13,18 +13,18 @@ from tests.training_batches import NUM_STEPS, adapted, config
 def kept_bytes(model, rows: int, length: int) -> int:
     """What is really kept for backward between forward and backward, counted apart from the probe."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    found = {}
+    kept = {}
 
     def pack(tensor):
         if tensor.untyped_storage().data_ptr() not in own:
-            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     ids = torch.ones(rows, length, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         states = model.rollout(ids, ids)
     del states
-    return sum(found.values())
+    return sum(kept.values())
 
 
 def test_a_budget_that_fills_the_memory_and_no_more(monkeypatch):

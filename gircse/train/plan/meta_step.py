@@ -1,9 +1,9 @@
-"""What a training step holds in memory, without holding it: the step runs on tensors that have no storage.
+"""The memory of a training step, counted on tensors that have no storage.
 
 On the meta device PyTorch does everything but compute: shapes, dtypes and autograd's saved tensors are those of the
-real step, for every architecture, and with activation checkpointing. A dispatch mode sees each storage come and go; the
-largest sum of what is alive is the peak. What is one kernel on a real device is stood in for by what that kernel keeps
-and needs: attention, LoRA's dropout, `soft_embed`.
+real step, for every architecture, and with activation checkpointing. A dispatch mode counts the bytes of each storage
+while it lives; the largest sum is the peak. Attention, LoRA's dropout and `soft_embed` are single kernels on a real
+device. A stand-in for each of them keeps and allocates what the kernel keeps and allocates.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from gircse.lm.rollout import rollout
 from gircse.ops.backends import TRITON_DTYPES, kernels
 from gircse.ops.tiles_torch import ROW_TILE, VOCAB_CHUNK, WORKSPACE_BYTES, accumulation_dtype
 
-# The most that the kernels' plans hold: the scores of a chunk and partial results of half of the promised 64 MiB each.
+# The bound of a kernel's temporaries: half for the scores of a chunk, half for partial results.
 _KERNEL_WORKSPACE_BYTES = 2 * WORKSPACE_BYTES
-# Whose plans: an H100's compute capability and multiprocessors. Another GPU's hold as much within a few MiB.
+# The kernels' launches are planned for an H100: its compute capability and multiprocessors. Another GPU's temporaries
+# differ by a few MiB.
 _DEVICE = (90, 132)
 
 
-class Batch(NamedTuple):
+class PromptShape(NamedTuple):
     """Prompts that are rolled out together: `rows` of `length` tokens each, padding included."""
 
     rows: int
@@ -43,11 +44,11 @@ class StepMemory:
     """Bytes of a forward and backward beside parameters, their gradients and the optimizer.
 
     Attributes:
-        keys_values: of the prompts, kept for the steps and for backward.
+        keys_values: keys and values of the prompts, kept for the steps and for backward.
         prompt: everything else that the prompt passes leave alive, mostly what autograd saved.
         steps: what the generated steps add to that.
-        moments: the most that is alive in each part of the step: up to the first soft token, to the second, ..; in
-            backward likewise.
+        moments: the peak of each part of the step: up to the first soft token, up to the second, .., and so on in
+            backward.
     """
 
     keys_values: int
@@ -57,11 +58,11 @@ class StepMemory:
 
     @property
     def peak(self) -> int:
-        """The most that is alive at any moment."""
+        """The most bytes that are alive at once."""
         return max(self.moments)
 
     def extrapolated(self, other: StepMemory, times: float) -> StepMemory:
-        """self + times (other - self): all of it is affine in the number of layers, and of rows."""
+        """self + times (other - self), because every part is affine in the number of layers, and of rows."""
 
         def on(a: int, b: int) -> int:
             return round(a + times * (b - a))
@@ -75,30 +76,30 @@ class StepMemory:
 
     @property
     def temporaries(self) -> int:
-        """What the peak needs beside what forward leaves: a layer's buffers in backward, workspaces, the loss."""
+        """What the peak needs beyond what forward leaves: a layer's buffers in backward, workspaces, the loss."""
         return self.peak - self.keys_values - self.prompt - self.steps
 
 
 def step_memory(
     base: Any,
-    batches: Sequence[Batch],
+    prompts: Sequence[PromptShape],
     num_steps: int,
     *,
     cuda: bool,
     loss_bytes: int = 0,
     any_rows: bool = False,
 ) -> StepMemory:
-    """Of a rollout of each batch, one after the other, then one backward through all of them.
+    """The memory of one rollout after the other, then one backward through all of them.
 
     Args:
-        base: a `PreTrainedModel` on the meta device in train mode, with the adapters and the checkpointing that are
-            wanted; it is switched to the rollout's attention function.
-        batches: one micro-batch, or the queries and the passages where the batch is not divided.
+        base: a `PreTrainedModel` on the meta device in train mode, with its adapters and checkpointing; it is switched
+            to the rollout's attention function.
+        prompts: one micro-batch, or the queries and the passages where the batch is not divided.
         num_steps: K >= 0.
-        cuda: whose kernels are stood in for: the GPU's, or the CPU's.
-        loss_bytes: temporaries between forward and backward.
-        any_rows: count the workspace of `soft_embed` on a GPU at its bound, whatever the rows: what is found for one
-            and for two rows can be extrapolated to any number then.
+        cuda: stand in for the GPU's kernels; otherwise for the CPU's.
+        loss_bytes: temporaries of the loss, between forward and backward.
+        any_rows: count the workspace of `soft_embed` on a GPU at its bound, whatever the rows, so that the memory of
+            one row and of two can be extrapolated to any number.
 
     Raises:
         ValueError: the model has storage.
@@ -111,12 +112,12 @@ def step_memory(
     states: list[Tensor] = []
     prompt = steps = 0
     with _dropout_of_the_device(base, cuda), live:
-        for rows, length in batches:
+        for rows, length in prompts:
             before = live.now
             ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
-            found = rollout(lm, ids, torch.ones_like(ids), num_steps)
-            states.append(found.steps if num_steps else found.prompt)
-            del found, ids
+            hidden = rollout(lm, ids, torch.ones_like(ids), num_steps)
+            states.append(hidden.steps if num_steps else hidden.prompt)
+            del hidden, ids
             prompt += lm.marks[-1] - before
             steps += live.now - lm.marks[-1]
         if loss_bytes:
@@ -132,12 +133,12 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that operators make inside it, while they live.
 
     Args:
-        known: tensors whose storages are not counted, nor are views of them.
+        known: tensors whose storages are not counted.
 
     Attributes:
-        now: bytes.
-        peak: the most since the last cut.
-        moments: the peaks before each cut.
+        now: bytes that are alive.
+        peak: the most bytes that were alive at once since the last cut.
+        moments: the peak before each cut.
     """
 
     def __init__(self, known: Sequence[Tensor] = ()) -> None:
@@ -161,7 +162,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = self.now
 
     def _see(self, storage: torch.UntypedStorage, counts: bool = True) -> None:
-        # the wrapper of a storage lives exactly as long as the storage
+        # PyTorch keeps the Python wrapper of a storage as long as the storage
         key, size = id(storage), storage.nbytes() if counts else 0
         known = self._seen.get(key)
         if known is not None and known() is storage:
@@ -177,7 +178,7 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class _StandIn(CausalLM):
-    """The model with stand-ins for what is one kernel; notes what is alive after each prompt pass."""
+    """The model with stand-ins for its single kernels; notes the live bytes after each prompt pass."""
 
     cuda: bool = True
     any_rows: bool = False
@@ -207,20 +208,20 @@ class _StandIn(CausalLM):
 
 
 class _FusedPrompt(PromptPass):
-    """Flash attention keeps its inputs, its result and one number for each query."""
+    """Flash attention, which keeps its inputs, its result and one number for each query."""
 
     def __init__(self, kv: RolloutKV, cuda: bool) -> None:
         super().__init__(kv)
         self.cuda = cuda
 
     def attend(self, layer, query, key, value, *, scaling, dropout, window, softcap):
-        if softcap is not None:  # plain products, as on a real device
+        if softcap is not None:  # a real device computes it with plain products, too
             return super().attend(
                 layer, query, key, value, scaling=scaling, dropout=dropout, window=window, softcap=softcap
             )
         key, value = key.contiguous(), value.contiguous()
         self.kv.prompt.setdefault(layer, (key, value))
-        if self.cuda and window is not None and window < key.shape[2]:  # a mask: heads are repeated
+        if self.cuda and window is not None and window < key.shape[2]:  # with a mask the heads are repeated
             key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
         return _Attention.apply(query, key, value)
 
@@ -238,7 +239,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _SoftEmbed(torch.autograd.Function):
-    """Keeps hidden, a copy of the result in the accumulation dtype and three numbers a row (`soft_embed_op`)."""
+    """`soft_embed`, which keeps hidden, its result in the accumulation dtype and three numbers a row."""
 
     @staticmethod
     def forward(ctx, hidden, lm):
@@ -258,27 +259,16 @@ class _SoftEmbed(torch.autograd.Function):
         return torch.empty_like(ctx.saved_tensors[0]), None
 
 
-class _Dropout(torch.autograd.Function):
-    """The GPU's: one byte an element is kept."""
-
-    @staticmethod
-    def forward(ctx, input):
-        ctx.save_for_backward(torch.empty_like(input, dtype=torch.bool))
-        return torch.empty_like(input)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return torch.empty_like(grad)
-
-
 class _FusedDropout(nn.Dropout):
+    """The GPU's dropout, which keeps one byte an element."""
+
     def forward(self, input: Tensor) -> Tensor:
-        return _Dropout.apply(input) if self.training and self.p > 0 else input
+        return torch.native_dropout(input, self.p, True)[0] if self.training and self.p > 0 else input
 
 
 @contextmanager
 def _dropout_of_the_device(base: nn.Module, cuda: bool) -> Iterator[None]:
-    """The CPU's dropout is the composite one, which the meta device runs by itself."""
+    """Swaps in the GPU's dropout. The CPU's is made of several operators, which the meta device runs by itself."""
     layers = [module for module in base.modules() if cuda and type(module) is nn.Dropout]
     for layer in layers:
         layer.__class__ = _FusedDropout
@@ -290,7 +280,7 @@ def _dropout_of_the_device(base: nn.Module, cuda: bool) -> Iterator[None]:
 
 
 def _cpu_workspace(rows: int, lm: CausalLM, dtype: torch.dtype) -> int:
-    """Bytes of the temporaries of `soft_embed`: those of a row tile and a vocabulary chunk in backward."""
+    """Bytes of the temporaries of `soft_embed`: a row tile and a vocabulary chunk in backward."""
     (vocab, width), (_, value_width) = lm.head_weight.shape, lm.embed_weight.shape
     rows, chunk = min(rows, ROW_TILE), min(vocab, VOCAB_CHUNK)
     wide = accumulation_dtype(dtype)
@@ -299,7 +289,7 @@ def _cpu_workspace(rows: int, lm: CausalLM, dtype: torch.dtype) -> int:
 
 
 def _kernel_workspaces(rows: int, lm: CausalLM, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of the temporaries of the Triton kernels, read off their own plans: forward, backward."""
+    """Bytes of the temporaries of the Triton kernels, forward and backward, from the plans of their launches."""
     plans = kernels("plan")
     (vocab, width), (_, value_width) = lm.head_weight.shape, lm.embed_weight.shape
     tied, device = lm.embed_weight is lm.head_weight, plans.Device(*_DEVICE)
@@ -308,7 +298,7 @@ def _kernel_workspaces(rows: int, lm: CausalLM, dtype: torch.dtype) -> tuple[int
     backward = plans.plan_backward(problem, device, False, False)  # the matrices are frozen
 
     def held(plan: Any, columns: int) -> int:
-        """Partial sums of all shares in float32; the scores of a chunk, which a single pass does not keep."""
+        """The partial sums of all splits in float32, and the scores of a chunk, which a single pass does not keep."""
         block = getattr(plan, "row_block", rows)
         return block * (4 * plan.splits * columns + dtype.itemsize * getattr(plan, "chunk", 0))
 
@@ -316,5 +306,5 @@ def _kernel_workspaces(rows: int, lm: CausalLM, dtype: torch.dtype) -> tuple[int
 
 
 def _scratch(size: int) -> None:
-    """Bytes that are there for a moment."""
+    """Allocates bytes that are freed at once."""
     torch.empty(size, dtype=torch.uint8, device="meta")

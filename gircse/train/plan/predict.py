@@ -3,8 +3,8 @@
     print(plan(TrainConfig(model="Qwen/Qwen2.5-7B", dtype="bfloat16"), gpu="h100", world_size=8))
 
 Memory is counted, not estimated by a formula: the step runs on the meta device (`gircse.train.plan.meta_step`). The
-time is the floor of `gircse.roofline` at the GPU's ceilings; real steps are slower, by what the table of
-docs/performance.md calls time / floor.
+time is the floor of `gircse.roofline` at the GPU's ceilings. Real steps are slower: docs/performance.md has measured
+values of time / floor.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from gircse.roofline import Ceilings, ModelFacts, Work
 from gircse.show.tables import text_table
 from gircse.train.config import TrainConfig
 from gircse.train.plan.extrapolate import StepRows, TracedModel
-from gircse.train.plan.gpus import Gpu, find_gpu
-from gircse.train.plan.meta_step import Batch, StepMemory
+from gircse.train.plan.gpus import GPUS, Gpu
+from gircse.train.plan.meta_step import PromptShape, StepMemory
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig
 
 # Bytes of an element of the decoder's matrices, scales included: bitsandbytes' NF4 has one float32 for 64 elements,
 # LLM.int8 one for each row.
 QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
-# CUDA context and loaded kernels, outside of PyTorch's allocator, and cuBLAS' workspaces, inside of it: 8 MiB, on
-# Hopper 32 MiB, for each of the two threads that multiply (forward, backward). An estimate.
+# An estimate of the CUDA context and loaded kernels, outside of PyTorch's allocator, and of cuBLAS' workspaces inside
+# it: 8 MiB, on Hopper 32 MiB, for each of the two threads that multiply (forward, backward).
 CONTEXT_BYTES = 640 << 20
-# What may be used: the rest is lost to fragmentation of PyTorch's allocator.
+# The share of the memory that a step may use. The rest is lost to fragmentation of PyTorch's allocator.
 USABLE = 0.95
 _GIB = 2**30
 
@@ -43,13 +44,13 @@ class Plan:
     """A predicted training step of one rank.
 
     Attributes:
-        heading: what was planned, in words.
+        heading: the model, the GPUs and the batch, in words.
         gpu: the device.
-        memory: {part: bytes}, to be added up; the CUDA context is the last.
-        seconds: {phase: floor in seconds}, to be added up.
-        network_seconds: the least time for what FSDP gathers, which may be hidden behind the phases; 0 without.
-        micro_batch_tokens: of the plan, None where the batch is not divided.
-        largest_micro_batch_tokens: the largest that fits with gradient caching; None where not even one row does.
+        memory: {part: bytes}, which add up to the total; the CUDA context is the last.
+        seconds: {phase: floor in seconds}, which add up to the floor of the step.
+        network_seconds: the least time for what FSDP gathers, which may overlap with the phases; 0 without FSDP.
+        micro_batch_tokens: those of the config; None where the batch is not divided.
+        largest_micro_batch_tokens: the most that fit with gradient caching; None where not even one row fits.
     """
 
     heading: tuple[str, ...]
@@ -67,7 +68,7 @@ class Plan:
 
     @property
     def allocated_bytes(self) -> int:
-        """What `torch.cuda.max_memory_allocated` is to show beside cuBLAS' workspaces: all but the CUDA context."""
+        """All but the CUDA context: what `torch.cuda.max_memory_allocated` should show, less cuBLAS' workspaces."""
         return self.total_bytes - self.memory["CUDA context"]
 
     @property
@@ -122,53 +123,62 @@ def plan(
     Raises:
         ValueError: an argument out of range; OSError: the model's config cannot be found.
     """
-    device = find_gpu(gpu)
-    _check(world_size=world_size, length=length)
-    micro_batch_tokens, quantization, fsdp = config.micro_batch_tokens, config.quantization, config.fsdp
+    if gpu.lower() not in GPUS:
+        raise ValueError(f"gpu: got {gpu!r}, expected one of {', '.join(GPUS)}")
+    device = GPUS[gpu.lower()]
+    check_integer("world_size", world_size, least=1)
+    if length is not None:
+        check_integer("length", length, least=1)
     if negatives is None:
         negatives = 1 if config.max_negatives is None else config.max_negatives
     steps = config.max_num_steps if num_steps is None else num_steps
     model = TracedModel.of(config, model_config)
     base, facts = model.base, model.facts
     rows = math.ceil(config.batch_size / world_size)
-    batches = [
-        Batch(rows, min(length or config.query_max_length, config.query_max_length)),
-        Batch(rows * (1 + negatives), min(length or config.passage_max_length, config.passage_max_length)),
+    prompts = [
+        PromptShape(rows, min(length or config.query_max_length, config.query_max_length)),
+        PromptShape(rows * (1 + negatives), min(length or config.passage_max_length, config.passage_max_length)),
     ]
-    fixed = _fixed(base, facts, quantization, world_size if fsdp else 1)
+    parts = [
+        one if config.micro_batch_tokens is None else divided(one, config.micro_batch_tokens, steps) for one in prompts
+    ]
+    fixed = _fixed(base, facts, config.quantization, world_size if config.fsdp else 1)
     loss = info_nce_bytes(rows, negatives, steps, facts.hidden, ranks=world_size)
-    of_length = {tokens: StepRows.of(model, tokens, steps) for tokens in sorted({batch.length for batch in batches})}
-    by_rows = [of_length[batch.length] for batch in batches]
-    states = _cache_bytes(batches, steps, facts)
-    if micro_batch_tokens is None:
-        memory = fixed | _activations(model.memory(batches, steps, loss_bytes=loss))
+    of_length = {tokens: StepRows.of(model, tokens, steps) for tokens in sorted({one.length for one in prompts})}
+    by_rows = [of_length[one.length] for one in prompts]
+    states = _cache_bytes(prompts, steps, facts)
+    if config.micro_batch_tokens is None:
+        memory = fixed | _activations(model.memory(prompts, steps, loss_bytes=loss))
     else:
-        micro = [divided(batch, micro_batch_tokens, steps).rows for batch in batches]
-        most = max(map(StepRows.memory, by_rows, micro), key=lambda found: found.peak)
-        memory = fixed | {"gradient cache": states} | _activations(most, at_least=loss)
+        largest = max(
+            (of_rows.memory(part.rows) for of_rows, part in zip(by_rows, parts, strict=True)), key=lambda one: one.peak
+        )
+        memory = fixed | {"gradient cache": states} | _activations(largest, at_least=loss)
     room = USABLE * device.memory - sum(fixed.values()) - states - CONTEXT_BYTES
-    passes = (1 + steps) * (2 if micro_batch_tokens is None else 3) + config.gradient_checkpointing
-    micro_batches = sum(1 if micro_batch_tokens is None else _parts(one, micro_batch_tokens, steps) for one in batches)
-    gathered = fixed["frozen weights"] * (world_size - 1) * passes * micro_batches if fsdp else 0
-    where = f"{world_size} x {device.name}" + (", FSDP" if fsdp else "")
+    passes = (1 + steps) * (2 if config.micro_batch_tokens is None else 3) + config.gradient_checkpointing
+    passes *= sum(math.ceil(whole.rows / part.rows) for whole, part in zip(prompts, parts, strict=True))
+    gathered = fixed["frozen weights"] * (world_size - 1) * passes if config.fsdp else 0
+    where = f"{world_size} x {device.name}" + (", FSDP" if config.fsdp else "")
     return Plan(
-        heading=_heading(config, base, batches, steps, where, micro_batch_tokens, quantization),
+        heading=_heading(config, base, prompts, parts, steps, where),
         gpu=device,
         memory=memory | {"CUDA context": CONTEXT_BYTES},
-        seconds=_seconds(batches, steps, facts, device.ceilings(base.dtype), config, micro_batch_tokens, quantization),
+        seconds=_seconds(config, prompts, parts, steps, facts, ceilings(device, base.dtype)),
         network_seconds=gathered / device.link_bytes_per_s,
-        micro_batch_tokens=micro_batch_tokens,
-        largest_micro_batch_tokens=_largest_micro_batch(by_rows, batches, room, steps) if room >= loss else None,
+        micro_batch_tokens=config.micro_batch_tokens,
+        largest_micro_batch_tokens=_largest_micro_batch(by_rows, prompts, room, steps) if room >= loss else None,
     )
 
 
-def divided(batch: Batch, micro_batch_tokens: int, num_steps: int) -> Batch:
-    """A micro-batch of it: as many rows as its tokens, K steps included, allow; at least one."""
-    return Batch(min(batch.rows, max(1, micro_batch_tokens // (batch.length + num_steps))), batch.length)
+def divided(prompts: PromptShape, micro_batch_tokens: int, num_steps: int) -> PromptShape:
+    """A micro-batch of `prompts`: as many rows as its tokens, K steps included, allow; at least one."""
+    rows = max(1, micro_batch_tokens // (prompts.length + num_steps))
+    return PromptShape(min(prompts.rows, rows), prompts.length)
 
 
-def _parts(batch: Batch, micro_batch_tokens: int, num_steps: int) -> int:
-    return math.ceil(batch.rows / divided(batch, micro_batch_tokens, num_steps).rows)
+def ceilings(gpu: Gpu, dtype: torch.dtype) -> Ceilings:
+    """The rates of a GPU for a model in `dtype`."""
+    return Ceilings(gpu.half_flops_per_s if dtype.itemsize == 2 else gpu.float_flops_per_s, gpu.bytes_per_s)
 
 
 def info_nce_bytes(queries: int, negatives: int, num_steps: int, width: int, *, ranks: int = 1) -> int:
@@ -183,114 +193,108 @@ def info_nce_bytes(queries: int, negatives: int, num_steps: int, width: int, *, 
 
 
 def _largest_micro_batch(
-    by_rows: Sequence[StepRows], batches: Sequence[Batch], room: float, num_steps: int
+    by_rows: Sequence[StepRows], prompts: Sequence[PromptShape], room: float, num_steps: int
 ) -> int | None:
-    """Tokens of the largest micro-batch that fits, no more than the largest batch has; None if one row does not."""
-    found = [(model.largest(room), batch) for model, batch in zip(by_rows, batches, strict=True)]
-    if any(rows == 0 for rows, _ in found):
+    """Tokens of the largest micro-batch that fits into `room` bytes, at most all; None if not even one row fits."""
+    rows = [of_rows.largest(room) for of_rows in by_rows]
+    if 0 in rows:
         return None
-    limits = [rows * (batch.length + num_steps) for rows, batch in found if rows < batch.rows]
-    return min([max(batch.rows * (batch.length + num_steps) for batch in batches), *limits])
+    limits = [most * (one.length + num_steps) for most, one in zip(rows, prompts, strict=True) if most < one.rows]
+    return min([max(one.rows * (one.length + num_steps) for one in prompts), *limits])
 
 
 def _fixed(base: Any, facts: ModelFacts, quantization: str | None, shards: int) -> dict[str, int]:
-    frozen = sum(p.nbytes for p in base.parameters() if not p.requires_grad)
-    if quantization is not None:
-        frozen -= int(facts.matrix * (facts.itemsize - QUANTIZED_BYTES[quantization]))
+    """Bytes that do not depend on the batch; `shards` processes share the layers."""
+    frozen = sum(p.nbytes for p in base.parameters() if not p.requires_grad) - int(_spared(facts, quantization))
     lora = sum(p.nbytes for p in base.parameters() if p.requires_grad) // shards
-    found = {
+    parts = {
         "frozen weights": frozen // shards,
         "LoRA weights": lora,
         "LoRA gradients": lora,
         "AdamW moments": 2 * lora,
     }
-    if shards > 1:  # FSDP2: a layer at hand and the next one on its way, and the root's, which stay
+    if shards > 1:  # FSDP2 holds the layer that computes, the next one, and the root's weights, which stay
         vocabulary = facts.itemsize * facts.vocab * (facts.hidden if facts.tied else facts.hidden + facts.embed)
-        found["gathered layers"] = 2 * (frozen - vocabulary) // facts.layers + vocabulary
+        parts["gathered layers"] = 2 * (frozen - vocabulary) // facts.layers + vocabulary
     if quantization is not None:
         matrices = (p for p in base.base_model.parameters() if p.ndim == 2 and p.shape[0] != facts.vocab)
-        found["dequantised matrix"] = facts.itemsize * max(p.numel() for p in matrices)
-    return found
+        parts["dequantised matrix"] = facts.itemsize * max(p.numel() for p in matrices)
+    return parts
 
 
-def _activations(found: StepMemory, at_least: int = 0) -> dict[str, int]:
+def _spared(facts: ModelFacts, quantization: str | None) -> float:
+    """Bytes of the decoder's matrices that quantisation saves."""
+    return 0.0 if quantization is None else facts.matrix * (facts.itemsize - QUANTIZED_BYTES[quantization])
+
+
+def _activations(step: StepMemory, at_least: int = 0) -> dict[str, int]:
+    """`at_least`: bytes that the loss needs while no activations live."""
     return {
-        "prompt keys and values": found.keys_values,
-        "prompt activations": found.prompt,
-        "generated steps": found.steps,
-        "temporaries (backward, soft_embed, loss)": found.temporaries + max(0, at_least - found.peak),
+        "prompt keys and values": step.keys_values,
+        "prompt activations": step.prompt,
+        "generated steps": step.steps,
+        "temporaries (backward, soft_embed, loss)": step.temporaries + max(0, at_least - step.peak),
     }
 
 
-def _cache_bytes(batches: Sequence[Batch], num_steps: int, facts: ModelFacts) -> int:
+def _cache_bytes(prompts: Sequence[PromptShape], num_steps: int, facts: ModelFacts) -> int:
     """Gradient caching keeps the states [B, K, D] of the whole batch, and the loss' gradient for them."""
-    return 2 * sum(batch.rows for batch in batches) * max(num_steps, 1) * facts.hidden * facts.itemsize
+    return 2 * sum(one.rows for one in prompts) * max(num_steps, 1) * facts.hidden * facts.itemsize
 
 
 def _seconds(
-    batches: Sequence[Batch],
+    config: TrainConfig,
+    prompts: Sequence[PromptShape],
+    parts: Sequence[PromptShape],
     num_steps: int,
     facts: ModelFacts,
-    ceilings: Ceilings,
-    config: TrainConfig,
-    micro_batch_tokens: int | None,
-    quantization: str | None,
+    rates: Ceilings,
 ) -> dict[str, float]:
     """The floor of each phase, over all micro-batches. Adapters, norms and launches are not counted."""
-    spared = 0.0  # bytes of the matrices that a pass need not read
-    if quantization is not None:
-        spared = facts.matrix * (facts.itemsize - QUANTIZED_BYTES[quantization])
+    spared = _spared(facts, config.quantization)  # a pass need not read these bytes
 
     def floor(phases: Sequence[Work], body: bool) -> float:
-        return ceilings.seconds([Work(work.flops, work.bytes - spared * body) for work in phases])
+        return rates.seconds([Work(work.flops, work.bytes - spared * body) for work in phases])
 
-    found = dict.fromkeys(("prompt, forward", "steps, forward", "backward"), 0.0)
-    for batch in batches:
-        size = batch.rows if micro_batch_tokens is None else divided(batch, micro_batch_tokens, num_steps).rows
-        whole, rest = divmod(batch.rows, size)
-        for rows, count in ((size, whole), (rest, 1 if rest else 0)):
-            if not count:
+    seconds = dict.fromkeys(("prompt, forward", "steps, forward", "backward"), 0.0)
+    for whole, part in zip(prompts, parts, strict=True):
+        full, rest = divmod(whole.rows, part.rows)
+        for rows, count in ((part.rows, full), (rest, 1)):
+            if not rows:
                 continue
-            work = facts.training([batch.length] * rows, num_steps)
+            work = facts.training([whole.length] * rows, num_steps)
             half = len(work) // 2
             forward, backward = work[:half], work[half:]
             # phases: the prompt, then (vocabulary, body) of each step
-            found["prompt, forward"] += count * floor(forward[:1], body=True)
-            found["steps, forward"] += count * (floor(forward[1::2], body=False) + floor(forward[2::2], body=True))
-            found["backward"] += count * (floor(backward[1::2], body=False) + floor(backward[::2], body=True))
-    if micro_batch_tokens is not None:
-        found["gradient caching, the extra forward"] = found["prompt, forward"] + found["steps, forward"]
+            seconds["prompt, forward"] += count * floor(forward[:1], body=True)
+            seconds["steps, forward"] += count * (floor(forward[1::2], body=False) + floor(forward[2::2], body=True))
+            seconds["backward"] += count * (floor(backward[1::2], body=False) + floor(backward[::2], body=True))
+    if config.micro_batch_tokens is not None:
+        seconds["gradient caching, the extra forward"] = seconds["prompt, forward"] + seconds["steps, forward"]
     if config.gradient_checkpointing:
-        found["checkpointing, the prompt again"] = found["prompt, forward"]
-    return found
+        seconds["checkpointing, the prompt again"] = seconds["prompt, forward"]
+    return seconds
 
 
 def _heading(
     config: TrainConfig,
     base: Any,
-    batches: Sequence[Batch],
+    prompts: Sequence[PromptShape],
+    parts: Sequence[PromptShape],
     num_steps: int,
     where: str,
-    micro_batch_tokens: int | None,
-    quantization: str | None,
 ) -> tuple[str, ...]:
     adapter = sum(p.numel() for p in base.parameters() if p.requires_grad)
     name = config.model or type(base).__name__
-    dtype = str(base.dtype).removeprefix("torch.") + (f", matrices in {quantization}" if quantization else "")
-    queries, passages = batches
+    dtype = str(base.dtype).removeprefix("torch.")
+    dtype += f", matrices in {config.quantization}" if config.quantization else ""
+    queries, passages = prompts
     divided_into = "not divided"
-    if micro_batch_tokens is not None:
-        micro = [divided(batch, micro_batch_tokens, num_steps).rows for batch in batches]
-        divided_into = f"in micro-batches of {micro[0]} queries or {micro[1]} passages"
+    if config.micro_batch_tokens is not None:
+        divided_into = f"in micro-batches of {parts[0].rows} queries or {parts[1].rows} passages"
     return (
         f"{name} ({dtype}) on {where}; LoRA of {adapter / 1e6:.1f}M parameters, K = {num_steps}"
         + (", gradient checkpointing" if config.gradient_checkpointing else ""),
         f"a rank has {queries.rows} queries of {queries.length} tokens and {passages.rows} passages of "
         f"{passages.length}, {divided_into}",
     )
-
-
-def _check(**values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None:
-            check_integer(name, value, least=1)

@@ -12,9 +12,8 @@ from bench.shapes import SHAPES
 from gircse.cli import main
 from gircse.roofline import ModelFacts
 from gircse.train.config import TrainConfig
-from gircse.train.plan.gpus import GPUS, find_gpu
-from gircse.train.plan.meta_step import Batch
-from gircse.train.plan.predict import USABLE, divided, info_nce_bytes, plan
+from gircse.train.plan.gpus import GPUS
+from gircse.train.plan.predict import USABLE, ceilings, info_nce_bytes, plan
 from tests.tiny_models import tiny_model
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -42,17 +41,17 @@ def planned(gpu="h100", checkpointing=False, batch_size=16, micro=None, quantiza
 
 
 def test_fixed_parts_are_the_parameters():
-    found = planned()
+    one = planned()
     hidden, inner, kv = 3584, 18944, 512
     matrices = LAYERS * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner)
     small = LAYERS * (2 * hidden + hidden + 2 * kv) + hidden  # norms and the biases of q, k, v
-    assert found.memory["frozen weights"] == 2 * (matrices + small + 2 * 152064 * hidden)
+    assert one.memory["frozen weights"] == 2 * (matrices + small + 2 * 152064 * hidden)
     sides = LAYERS * (4 * hidden + 2 * (hidden + kv) + 3 * (hidden + inner))
     lora = 4 * 16 * sides  # float32, rank 16
-    assert found.memory["LoRA weights"] == found.memory["LoRA gradients"] == lora
-    assert found.memory["AdamW moments"] == 2 * lora
-    assert found.total_bytes == sum(found.memory.values())
-    assert found.allocated_bytes == found.total_bytes - found.memory["CUDA context"]
+    assert one.memory["LoRA weights"] == one.memory["LoRA gradients"] == lora
+    assert one.memory["AdamW moments"] == 2 * lora
+    assert one.total_bytes == sum(one.memory.values())
+    assert one.allocated_bytes == one.total_bytes - one.memory["CUDA context"]
 
 
 def test_quantized_matrices():
@@ -70,13 +69,10 @@ def test_sharding_divides_what_belongs_to_the_model():
     assert eight.memory["AdamW moments"] == pytest.approx(one.memory["AdamW moments"] / 8, abs=16)
     assert eight.memory["gathered layers"] > 0
     assert eight.network_seconds > 0 == one.network_seconds
+    # and the batch is divided among the ranks
+    assert one.memory["prompt keys and values"] * 8 == planned().memory["prompt keys and values"]
+    assert sum(one.seconds.values()) < sum(planned().seconds.values())
     assert eight.step_seconds == max(sum(eight.seconds.values()), eight.network_seconds)
-
-
-def test_the_batch_is_divided_among_the_ranks():
-    one, four = (planned(world_size=ranks) for ranks in (1, 4))
-    assert four.memory["prompt keys and values"] * 4 == one.memory["prompt keys and values"]
-    assert sum(four.seconds.values()) < sum(one.seconds.values())
 
 
 def test_gradient_caching_bounds_memory_and_costs_one_forward():
@@ -102,22 +98,22 @@ def test_the_largest_micro_batch_fits_and_one_more_row_does_not():
 
 
 def test_a_model_that_does_not_fit_at_all():
-    found = plan(
+    prediction = plan(
         settings(dtype="float32", batch_size=1), gpu="rtx4090", model_config=SHAPES["qwen2.5-7b"].config(28), length=64
     )
-    assert not found.fits
-    assert found.largest_micro_batch_tokens is None
-    assert "not even a micro-batch of one row fits" in str(found)
+    assert not prediction.fits
+    assert prediction.largest_micro_batch_tokens is None
+    assert "not even a micro-batch of one row fits" in str(prediction)
 
 
 def test_the_floor_is_that_of_the_benchmarks():
     """One phase after the other at the GPU's ceilings, as `bench/run.py` computes it."""
     from bench.shapes import meta_model
 
-    found = planned("a100-80gb")
-    facts, ceilings = ModelFacts.of(meta_model(SHALLOW, torch.bfloat16)), GPUS["a100-80gb"].ceilings(torch.bfloat16)
-    expected = sum(ceilings.seconds(facts.training([512] * rows, 1)) for rows in (16, 32))
-    assert found.step_seconds == pytest.approx(expected, rel=1e-12)
+    prediction = planned("a100-80gb")
+    facts, rates = ModelFacts.of(meta_model(SHALLOW, torch.bfloat16)), ceilings(GPUS["a100-80gb"], torch.bfloat16)
+    expected = sum(rates.seconds(facts.training([512] * rows, 1)) for rows in (16, 32))
+    assert prediction.step_seconds == pytest.approx(expected, rel=1e-12)
 
 
 def test_checkpointing_adds_a_prompt_and_takes_memory():
@@ -129,13 +125,6 @@ def test_checkpointing_adds_a_prompt_and_takes_memory():
 def test_lengths_are_capped_by_the_config():
     assert str(planned(length=4000)) == str(planned())
     assert str(planned(length=128)) != str(planned())
-
-
-def test_micro_batches_have_at_least_a_row():
-    assert divided(Batch(8, 512), 1034, 5) == Batch(2, 512)
-    assert divided(Batch(8, 512), 1033, 5) == Batch(1, 512)
-    assert divided(Batch(8, 512), 100, 5) == Batch(1, 512)
-    assert divided(Batch(8, 512), 10**9, 5) == Batch(8, 512)
 
 
 def test_the_loss_stays_within_its_budget():
@@ -156,11 +145,6 @@ def test_the_loss_stays_within_its_budget():
 def test_wrong_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         plan(settings(), **{"gpu": "h100", "model_config": SHALLOW, **options})
-
-
-def test_half_precision_has_its_own_ceiling():
-    gpu = find_gpu("H100")
-    assert gpu.ceilings(torch.bfloat16).flops_per_s > 5 * gpu.ceilings(torch.float32).flops_per_s
 
 
 def test_the_command(tmp_path, capsys):
