@@ -21,13 +21,14 @@ from tqdm.auto import tqdm
 from gircse.data import installed_code
 from gircse.data.retrieval_task import RetrievalTask
 from gircse.data.rows import load_rows
+from gircse.demo.plots import plot_losses, plot_quality
 from gircse.demo.smollm2 import smollm2_path
-from gircse.evaluation.retrieval import DEFAULT_STEPS, evaluate_retrieval
+from gircse.evaluation import STEPS
+from gircse.evaluation.retrieval import evaluate_retrieval
 from gircse.files.atomic import new_file
 from gircse.files.lock import folder_lock
 from gircse.inspect.table import inspection_table
 from gircse.model import GIRCSE
-from gircse.show.plots import plot_losses, plot_quality
 from gircse.show.tables import text_table
 from gircse.train import train
 from gircse.train.config import TrainConfig
@@ -149,9 +150,7 @@ def run_demo(output: Path, *, max_steps: int | None = None, seed: int = 0, dtype
 
 
 def evaluate(model: GIRCSE, task: RetrievalTask) -> dict[int, dict[str, float]]:
-    return evaluate_retrieval(
-        model, task, steps=DEFAULT_STEPS, max_length=EVALUATION_MAX_LENGTH, show_progress_bar=True
-    )
+    return evaluate_retrieval(model, task, steps=STEPS, max_length=EVALUATION_MAX_LENGTH, show_progress_bar=True)
 
 
 def reload(model: GIRCSE, adapter: Path, texts: list[str], dtype: str) -> GIRCSE:

@@ -1,7 +1,7 @@
 """Six small mteb tasks that need no download: their text is the standard library of the running Python.
 
-They are real tasks (mteb's own classes, metrics and JSON), one of each kind that MTEB(eng, v2) has much of, for smoke
-tests and for comparing checkpoints on a machine without a network. Their scores say nothing about the benchmark's.
+They are real tasks (with mteb's classes, metrics and JSON), one of each frequent kind of MTEB(eng, v2), for smoke tests
+and for comparing checkpoints on a machine without a network. Their scores say nothing about MTEB(eng, v2).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mteb.abstasks.sts import AbsTaskSTS  # noqa: E402
 from mteb.abstasks.task_metadata import TaskMetadata  # noqa: E402
 from mteb.benchmarks.benchmark import Benchmark  # noqa: E402
 
-OFFLINE = "offline"  # the name of the benchmark of all of them
+OFFLINE = "offline"  # the name of the benchmark that has all six
 
 
 def _metadata(name: str, type: str, score: str, prompt: str | dict[str, str], description: str) -> TaskMetadata:
@@ -51,7 +51,7 @@ def _metadata(name: str, type: str, score: str, prompt: str | dict[str, str], de
 
 
 class _Local(AbsTask):
-    """A task whose data are built, not downloaded."""
+    """A task that builds its data instead of downloading them."""
 
     data_loaded: bool
 
@@ -102,7 +102,7 @@ class StdlibCodeReranking(_Local, AbsTaskRetrieval):
 
 
 class StdlibAreaClassification(_Local, AbsTaskClassification):
-    """Eight areas; 12 texts of each to learn from, 12 others to tell."""
+    """Eight areas, with 12 texts of each for training and 12 others for the test."""
 
     metadata = _metadata(
         "StdlibAreaClassification",
@@ -140,7 +140,7 @@ class StdlibAreaClustering(_Local, AbsTaskClustering):
 
 
 class StdlibPairClassification(_Local, AbsTaskPairClassification):
-    """100 pairs of a description and a function of the same area; every second one belongs together."""
+    """100 pairs of a description and a function of the same area. In every second pair the two belong together."""
 
     metadata = _metadata(
         "StdlibPairClassification",
@@ -165,7 +165,7 @@ class StdlibPairClassification(_Local, AbsTaskPairClassification):
 
 
 class StdlibRelatednessSTS(_Local, AbsTaskSTS):
-    """120 pairs of descriptions, scored by how near their functions lie to each other: 0, 1, 2 or 3."""
+    """120 pairs of descriptions, scored 0 to 3 by how near their functions lie to each other."""
 
     min_score = 0
     max_score = 3
@@ -194,7 +194,7 @@ class StdlibRelatednessSTS(_Local, AbsTaskSTS):
 
 
 def offline_benchmark() -> Benchmark:
-    """The six tasks, fresh."""
+    """A benchmark of new instances of the six tasks."""
     kinds = (
         StdlibCodeRetrieval,
         StdlibCodeReranking,
@@ -227,7 +227,7 @@ def _by_area(count: int, seed: int) -> dict[str, list[FunctionText]]:
 
 def _labelled(texts: list[FunctionText], text_column: str, label_column: str) -> Dataset:
     names = sorted({text.area for text in texts})
-    texts = draw(texts, len(texts), seed=7)  # not one area after the other
+    texts = draw(texts, len(texts), seed=7)  # otherwise one area would follow the other
     return Dataset.from_dict(
         {text_column: [t.summary for t in texts], label_column: [names.index(t.area) for t in texts]}
     )
@@ -236,7 +236,8 @@ def _labelled(texts: list[FunctionText], text_column: str, label_column: str) ->
 def _ranking(
     queries: list[FunctionText], documents: list[FunctionText], candidates: list[list[FunctionText]] | None
 ) -> RetrievalSplitData:
-    """Each query's own function is the relevant one. The documents come in another order than the queries."""
+    """Ranking data in which each query's own function is the relevant document. Documents are in another order than
+    queries."""
     documents = draw(documents, len(documents), seed=8)
     names = {text: f"d{number}" for number, text in enumerate(documents)}
     return RetrievalSplitData(

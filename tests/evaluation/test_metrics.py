@@ -103,9 +103,9 @@ def test_excluded_documents_are_as_if_they_were_not_there():
     steps = metrics_by_step(queries[:, None], docs[:, None], wanted, excluded=left_out)
     assert steps[1] == retrieval_metrics(queries, docs, wanted, excluded=left_out)
     for excluded, message in (
-        ([{0}] * 1100, r"excluded\[0\] must hold no relevant document, got 0"),
-        ([{40}] * 1100, r"excluded\[0\] must lie in 0..39"),
-        ([set()], r"excluded must have one entry per query \(1100\), got 1"),
+        ([{0}] * 1100, r"excluded\[0\]: got the relevant document 0"),
+        ([{40}] * 1100, r"excluded\[0\]: got 40..40, expected indices in 0..39"),
+        ([set()], "excluded: got 1 entries, expected 1100"),
     ):
         with pytest.raises(ValueError, match=message):
             relevant_ranks(queries, docs, wanted, excluded=excluded)
@@ -114,22 +114,21 @@ def test_excluded_documents_are_as_if_they_were_not_there():
 def test_wrong_arguments_are_named():
     q, d = np.ones((2, 3)), np.ones((4, 3))
     cases = [
-        ((q[0], d, [0]), "query_emb must have 2"),
-        ((q, d[:0], [0, 0]), "doc_emb must have 2 non-empty"),
-        ((q, d[:, :2], [0, 1]), "same width, got 3 and 2"),
-        ((q, d, [0]), r"one entry per query \(2\), got 1"),
-        ((q, d, [set(), {1}]), r"relevant\[0\] is empty"),
-        ((q, d, [{0}, {4}]), r"relevant\[1\] must lie in 0..3"),
-        ((q, d, [{-1}, {2}]), r"relevant\[0\] must lie in 0..3"),
-        ((q * np.nan, d, [0, 1]), "query_emb has NaN"),
-        ((q.astype(int), d, [0, 1]), "query_emb must be floating point"),
+        ((q[0], d, [0]), r"query_emb: got shape \(3,\), expected 2"),
+        ((q, d[:0], [0, 0]), "doc_emb: got shape"),
+        ((q, d[:, :2], [0, 1]), "doc_emb: got width 2, expected 3"),
+        ((q, d, [0]), "relevant: got 1 entries, expected 2"),
+        ((q, d, [set(), {1}]), r"relevant\[0\]: got no document"),
+        ((q, d, [{0}, {4}]), r"relevant\[1\]: got 4..4, expected indices in 0..3"),
+        ((q, d, [{-1}, {2}]), r"relevant\[0\]: got -1..-1, expected"),
+        ((q * np.nan, d, [0, 1]), "query_emb: got NaN"),
+        ((q.astype(int), d, [0, 1]), "query_emb: got torch.int64, expected floating point"),
+        ((q, d, [0, 1], 0), "k: got 0, expected an integer >= 1"),
     ]
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             retrieval_metrics(*arguments)
-    with pytest.raises(ValueError, match="k must be at least 1"):
-        retrieval_metrics(q, d, [0, 1], 0)
-    with pytest.raises(ValueError, match=r"steps must lie in 1..3, got 4"):
+    with pytest.raises(ValueError, match=r"steps\[0\]: got 4, expected at most 3"):
         metrics_by_step(np.ones((2, 3, 3)), np.ones((4, 3, 3)), [0, 1], steps=[4])
-    with pytest.raises(ValueError, match="same steps and width"):
+    with pytest.raises(ValueError, match="doc_steps: got steps and width"):
         metrics_by_step(np.ones((2, 3, 3)), np.ones((4, 2, 3)), [0, 1])

@@ -1,10 +1,10 @@
-"""The plot of a training run's losses."""
+"""The plot of a training's losses."""
 
 from __future__ import annotations
 
 import pytest
 
-from gircse.show import plots
+from gircse.demo import plots
 
 
 @pytest.fixture
