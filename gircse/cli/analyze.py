@@ -39,7 +39,7 @@ def _analyze(arguments: argparse.Namespace) -> None:
     from gircse.analysis.table import analysis_table
     from gircse.data.labelled_texts import LabelledTexts
     from gircse.data.retrieval_task import RetrievalTask
-    from gircse.data.rows import load_rows
+    from gircse.data.sources import load_rows
     from gircse.files.atomic import new_file
     from gircse.files.lock import folder_lock
 

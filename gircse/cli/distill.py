@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
 
 def _distill(arguments: argparse.Namespace) -> None:
     from gircse.data.retrieval_task import RetrievalTask
-    from gircse.data.rows import load_rows
+    from gircse.data.sources import load_rows
     from gircse.train.distill import distill
     from gircse.train.distill_config import DistillConfig
 

@@ -53,7 +53,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _evaluate_rows(arguments: argparse.Namespace) -> None:
     from gircse.data.retrieval_task import RetrievalTask
-    from gircse.data.rows import load_rows
+    from gircse.data.sources import load_rows
     from gircse.evaluation.retrieval import evaluate_retrieval
     from gircse.show.tables import metrics_table
 

@@ -20,7 +20,6 @@ from tqdm.auto import tqdm
 
 from gircse.data import installed_code
 from gircse.data.retrieval_task import RetrievalTask
-from gircse.data.rows import load_rows
 from gircse.demo.plots import plot_losses, plot_quality
 from gircse.demo.smollm2 import smollm2_path
 from gircse.evaluation import STEPS
@@ -103,7 +102,7 @@ def run_demo(output: Path, *, max_steps: int | None = None, seed: int = 0, dtype
         say(
             f"\ntraining: {config.max_steps} steps of {config.batch_size}, LoRA r={config.lora_r}, K={config.num_steps}"
         )
-        result = train(config, rows=load_rows(installed_code.to_rows(split.train)), model=model)
+        result = train(config, rows=installed_code.to_rows(split.train), model=model)
         say(f"{len(result.log)} steps, loss {result.log[0]['loss']:.3f} -> {result.log[-1]['loss']:.3f}")
 
         adapter = output / "adapter"

@@ -23,8 +23,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gircse.data.retrieval_task import RetrievalTask
-from gircse.data.rows import Row, format_row, load_rows
+from gircse.data.rows import Row, format_row
 from gircse.data.sampling import BatchSampler
+from gircse.data.sources import load_rows
 from gircse.encode.instruction_length import warn_of_rows
 from gircse.encode.tokens import pad, prompt_limit, tokenize
 from gircse.evaluation.retrieval import evaluate_retrieval

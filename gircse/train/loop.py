@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from gircse.data.retrieval_task import RetrievalTask
-from gircse.data.rows import Row, load_rows
+from gircse.data.rows import Row
+from gircse.data.sources import load_rows
 from gircse.evaluation.retrieval import evaluate_retrieval
 from gircse.files.atomic import remove_leftovers
 from gircse.files.lock import folder_lock

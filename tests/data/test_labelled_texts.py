@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from gircse.data.errors import DataError
 from gircse.data.labelled_texts import LabelledTexts
-from gircse.data.rows import DataError
 
 
 def test_texts_and_labels_are_read(tmp_path):
