@@ -16,8 +16,8 @@ from scipy.stats import spearmanr
 from bench.quality_arms import UNTRAINED, Arm, Scale
 from bench.quality_corpora import StudyCorpus
 from gircse.analysis.anatomy import anatomy
-from gircse.analysis.clustering import kmeans, v_measure
 from gircse.data.rows import parse_row
+from gircse.evaluation.clustering import kmeans, v_measure
 from gircse.evaluation.metrics import metrics_of, relevant_ranks
 from gircse.model import GIRCSE
 from gircse.ops.pooling import POOLINGS, pool_steps

@@ -5,7 +5,6 @@
 | `analyze.py` | all checks, as the contents of `analysis.json` |
 | `movement.py` | how far every step moves an embedding, and where texts settle |
 | `anatomy.py` | what soft tokens are made of |
-| `clustering.py` | k-means and the V-measure |
 | `statistics.py` | differences paired over queries, and the smallest K that is good enough |
 | `table.py`, `plots.py` | the result as text and as plots |
 

@@ -16,11 +16,11 @@ import numpy as np
 
 from gircse.analysis import SAMPLE, STEPS
 from gircse.analysis.anatomy import anatomy
-from gircse.analysis.clustering import kmeans, v_measure
 from gircse.analysis.movement import Movement
 from gircse.analysis.statistics import paired_difference, plateau
 from gircse.data.labelled_texts import LabelledTexts
 from gircse.data.retrieval_task import RetrievalTask
+from gircse.evaluation.clustering import kmeans, v_measure
 from gircse.evaluation.metrics import metrics_of, relevant_ranks
 from gircse.evaluation.step_store import StepStore, check_steps, encode_steps
 from gircse.inspect.failures import SHARE, Finding, near_one_hot, no_gain, redundant
@@ -90,12 +90,10 @@ def analyze(
 
             return store.embeddings(texts, k, encode, key=name)
 
-        ranks = {
-            k: relevant_ranks(
-                *(embed(name, *group, k) for name, group in groups.items()), task.relevant, excluded=task.own_documents
-            )
-            for k in (0, *steps)
-        }
+        ranks = {}
+        for k in (0, *steps):
+            queries, documents = (embed(name, *group, k) for name, group in groups.items())
+            ranks[k] = relevant_ranks(queries, documents, task.relevant, excluded=task.own_documents)
         clustering = None
         if clusters is not None:
             group = (clusters.texts, clusters.instruction)

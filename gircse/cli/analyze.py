@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--labels", help='texts to cluster: JSONL of {"text": str, "label": str or int}')
     parser.add_argument("--labels-instruction", help="instruction for the texts to cluster")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="numbers of steps K")
-    parser.add_argument("--sample", type=int, default=SAMPLE, help="texts whose soft tokens are taken apart")
+    parser.add_argument("--sample", type=int, default=SAMPLE, help="texts whose soft tokens are examined")
     parser.add_argument("--instruction", help='stands in for rows without "prompt", "" for none')
     parser.add_argument("--max-rows", type=int, help="only the first rows of the data")
     parser.add_argument("--output", default="runs/analysis", help="folder of analysis.json and the plots")

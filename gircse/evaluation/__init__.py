@@ -1,4 +1,4 @@
-"""Quality of a model at many numbers of steps: rows of your own, mteb's benchmarks, offline tasks, instructions.
+"""Quality of a model at many numbers of steps, on the user's rows, on mteb's benchmarks and on tasks without a network.
 
 | file | what is in it |
 |---|---|
@@ -8,13 +8,14 @@
 | `encoder.py` | the model as mteb's encoder |
 | `fingerprint.py` | a name for the weights, by which mteb's cache tells models apart |
 | `instructions.py` | the instruction of each task of MTEB(eng, v2) |
+| `clustering.py` | k-means and the V-measure |
 | `step_store.py` | embeddings after several numbers of steps, on disk |
 | `offline_tasks.py`, `stdlib_text.py` | tasks that need no download, and their text |
 | `instruction_following.py` | whether an embedding follows its instruction |
 | `results.py` | scores as a table, a JSON file and a plot |
 
-Imports `model`, `data`, `lm`, `ops`, `files` and `show`. Modules that need mteb or scikit-learn call `require`, so that
-all others work without the extra `eval`.
+Imports `model`, `data`, `lm`, `ops`, `files` and `show`. Modules that need mteb call `require`, so that all others
+work without the extra `eval`.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gircse.evaluation import STEPS, require
+from gircse.evaluation import STEPS
+from gircse.evaluation.clustering import kmeans, v_measure
 from gircse.evaluation.stdlib_text import ACTIONS, balanced_grid
 from gircse.evaluation.step_store import check_steps
 from gircse.show.tables import text_table
@@ -121,10 +122,8 @@ def evaluate_instruction_following(
 
     Raises:
         ValueError: `steps` is wrong.
-        ModuleNotFoundError: scikit-learn is not installed.
     """
     steps = check_steps(steps)
-    cluster = require("sklearn.cluster")  # an error must come before the encoding
     data = data or stdlib_instruction_set()
     options: dict[str, Any] = {
         "num_steps": steps[-1],
@@ -137,13 +136,11 @@ def evaluate_instruction_following(
         model.encode(list(data.texts), instruction=criterion.instruction, **options)
         for criterion in (data.first, data.second)
     ]
-    return {k: _scores(data, [steps_of[:, max(k, 1) - 1] for steps_of in embeddings], cluster) for k in steps}
+    return {k: _scores(data, [steps_of[:, max(k, 1) - 1] for steps_of in embeddings]) for k in steps}
 
 
-def _scores(data: InstructionSet, embeddings: Sequence[np.ndarray], cluster: Any) -> dict[str, float]:
+def _scores(data: InstructionSet, embeddings: Sequence[np.ndarray]) -> dict[str, float]:
     """Scores of normalised embeddings [n, D] under the first and under the second instruction."""
-    from sklearn.metrics import v_measure_score
-
     anchors, firsts, seconds = np.array(data.triplets).T
     # How much nearer the text is that shares the first label. A tie is right under neither instruction.
     leads = [((e[anchors] * e[firsts]).sum(1) - (e[anchors] * e[seconds]).sum(1)) for e in embeddings]
@@ -151,8 +148,8 @@ def _scores(data: InstructionSet, embeddings: Sequence[np.ndarray], cluster: Any
     criteria = (data.first, data.second)
     measures = []
     for criterion, vectors in zip(criteria, embeddings, strict=True):
-        means = cluster.KMeans(n_clusters=len(set(criterion.labels)), n_init=10, random_state=0)
-        measures.append(float(v_measure_score(criterion.labels, means.fit_predict(vectors))))
+        clusters = kmeans(vectors, len(set(criterion.labels)), seed=0, restarts=10)
+        measures.append(v_measure(criterion.labels, clusters.tolist()))
     accuracies = [float(hits.mean()) for hits in right]
     scores = {f"{c.name} triplets": value for c, value in zip(criteria, accuracies, strict=True)}
     scores["both"] = float((right[0] & right[1]).mean())

@@ -184,37 +184,3 @@ def metrics_of(ranks: list[list[int]], k: int) -> dict[str, float]:
         "success@1": math.fsum(row[0] == 1 for row in ranks),
     }
     return {name: total / len(ranks) for name, total in sums.items()}
-
-
-def metrics_by_step(
-    query_steps: Any,
-    doc_steps: Any,
-    relevant: Relevant,
-    steps: Sequence[int] | None = None,
-    k: int = 10,
-    *,
-    excluded: Relevant | None = None,
-) -> dict[int, dict[str, float]]:
-    """{s: `retrieval_metrics` after s steps}, out of one encoding with all prefixes, in the order of `steps`.
-
-    Args:
-        query_steps: [n, K, D] of `encode(return_steps=True)`; entry [:, s - 1] is the embedding after s steps.
-        doc_steps: [m, K, D], likewise.
-        steps: numbers of steps from 1 to K; default: all.
-    """
-    queries, docs = finite_tensor("query_steps", query_steps, 3), finite_tensor("doc_steps", doc_steps, 3)
-    if queries.shape[1:] != docs.shape[1:]:
-        raise ValueError(
-            f"doc_steps: got steps and width {tuple(docs.shape[1:])}, expected {tuple(queries.shape[1:])}, those of "
-            "query_steps"
-        )
-    available = queries.shape[1]
-    k = check_integer("k", k, least=1)
-    if steps is not None and not isinstance(steps, Iterable):
-        raise TypeError(f"steps: got {steps!r}, expected a list of integers")
-    wanted = range(1, available + 1) if steps is None else steps
-    chosen = [check_integer(f"steps[{i}]", step, least=1, most=available) for i, step in enumerate(wanted)]
-    return {
-        step: retrieval_metrics(queries[:, step - 1], docs[:, step - 1], relevant, k, excluded=excluded)
-        for step in chosen
-    }

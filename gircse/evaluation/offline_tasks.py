@@ -28,6 +28,20 @@ from mteb.benchmarks.benchmark import Benchmark  # noqa: E402
 OFFLINE = "offline"  # the name of the benchmark that has all six
 
 
+class _Local(AbsTask):
+    """A task that builds its data instead of downloading them."""
+
+    data_loaded: bool
+
+    def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
+        if not self.data_loaded:
+            self.dataset = self.build()
+            self.data_loaded = True
+
+    def build(self) -> Any:
+        raise NotImplementedError
+
+
 def _metadata(name: str, type: str, score: str, prompt: str | dict[str, str], description: str) -> TaskMetadata:
     values: dict[str, Any] = {
         "dataset": {"path": "gircse/python-standard-library", "revision": REVISION},
@@ -50,18 +64,8 @@ def _metadata(name: str, type: str, score: str, prompt: str | dict[str, str], de
     return TaskMetadata(**values)
 
 
-class _Local(AbsTask):
-    """A task that builds its data instead of downloading them."""
-
-    data_loaded: bool
-
-    def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
-        if not self.data_loaded:
-            self.dataset = self.build()
-            self.data_loaded = True
-
-    def build(self) -> Any:
-        raise NotImplementedError
+_TO_CODE = {"query": "Given a description of what a function does, retrieve its code"}
+_AREA = "Identify the area of the standard library that a function's description belongs to"
 
 
 class StdlibCodeRetrieval(_Local, AbsTaskRetrieval):
@@ -71,7 +75,7 @@ class StdlibCodeRetrieval(_Local, AbsTaskRetrieval):
         "StdlibCodeRetrieval",
         "Retrieval",
         "ndcg_at_10",
-        {"query": "Given a description of what a function does, retrieve its code"},
+        _TO_CODE,
         "Find a function of Python's standard library, its name masked, by the first paragraph of its docstring.",
     )
 
@@ -87,7 +91,7 @@ class StdlibCodeReranking(_Local, AbsTaskRetrieval):
         "StdlibCodeReranking",
         "Reranking",
         "map_at_1000",
-        {"query": "Given a description of what a function does, retrieve its code"},
+        _TO_CODE,
         "Rank eight functions of one area of Python's standard library by the description of one of them.",
     )
 
@@ -108,7 +112,7 @@ class StdlibAreaClassification(_Local, AbsTaskClassification):
         "StdlibAreaClassification",
         "Classification",
         "accuracy",
-        "Identify the area of the standard library that a function's description belongs to",
+        _AREA,
         "Tell the area (e-mail, web, ..) of Python's standard library from the description of a function.",
     )
 
@@ -130,7 +134,7 @@ class StdlibAreaClustering(_Local, AbsTaskClustering):
         "StdlibAreaClustering",
         "Clustering",
         "v_measure",
-        "Identify the area of the standard library that a function's description belongs to",
+        _AREA,
         "Group descriptions of functions by the area of Python's standard library that they come from.",
     )
 
@@ -195,19 +199,10 @@ class StdlibRelatednessSTS(_Local, AbsTaskSTS):
 
 def offline_benchmark() -> Benchmark:
     """A benchmark of new instances of the six tasks."""
-    kinds = (
-        StdlibCodeRetrieval,
-        StdlibCodeReranking,
-        StdlibAreaClassification,
-        StdlibAreaClustering,
-        StdlibPairClassification,
-        StdlibRelatednessSTS,
-    )
-    return Benchmark(
-        name=OFFLINE,
-        tasks=[kind() for kind in kinds],
-        description="Tasks over Python's standard library, without a download.",
-    )
+    kinds: tuple[type[AbsTask], ...] = (StdlibCodeRetrieval, StdlibCodeReranking, StdlibAreaClassification)
+    kinds += (StdlibAreaClustering, StdlibPairClassification, StdlibRelatednessSTS)
+    description = "Tasks over Python's standard library, without a download."
+    return Benchmark(name=OFFLINE, tasks=[kind() for kind in kinds], description=description)
 
 
 def _relatedness(first: FunctionText, second: FunctionText) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from gircse.data.retrieval_task import RetrievalTask
 from gircse.evaluation import STEPS
-from gircse.evaluation.metrics import metrics_by_step
+from gircse.evaluation.metrics import retrieval_metrics
 from gircse.evaluation.step_store import check_steps
 
 if TYPE_CHECKING:
@@ -46,6 +46,9 @@ def evaluate_retrieval(
     for_queries, for_documents = limits if max_length is None else (max_length, max_length)
     queries = model.encode(task.queries, instruction=task.instruction, max_length=for_queries, **options)
     documents = model.encode(task.documents, instruction=task.document_instruction, max_length=for_documents, **options)
-    entries = [max(k, 1) for k in steps]  # K = 0 gives one entry, too
-    by_entry = metrics_by_step(queries, documents, task.relevant, entries, excluded=task.own_documents)
-    return {k: by_entry[max(k, 1)] for k in steps}
+    own = task.own_documents
+    return {
+        # K = 0 gives one entry, too
+        k: retrieval_metrics(queries[:, max(k, 1) - 1], documents[:, max(k, 1) - 1], task.relevant, excluded=own)
+        for k in steps
+    }

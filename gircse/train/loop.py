@@ -190,6 +190,7 @@ def train(
 
 def _evaluation(config: TrainConfig) -> Evaluation:
     """Retrieval on `config.eval_data`, at the K that the model is saved with."""
+    assert config.eval_data is not None
     task = RetrievalTask.from_rows(load_rows(config.eval_data, instruction=config.eval_instruction))
     steps = [config.gircse_config().num_steps]
 

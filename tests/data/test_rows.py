@@ -93,7 +93,7 @@ def test_what_is_in_no_doubt_is_not_warned_of(row):
 
 
 def test_joined_files(tmp_path):
-    """A byte order mark in the middle: where a file's first line is a line, it is read; otherwise it is named."""
+    """A byte order mark in the middle of a file is skipped at the beginning of a line, and an error elsewhere."""
     bom = b"\xef\xbb\xbf"
     path = write(tmp_path / "a.jsonl", bom + LINE, bom + LINE, LINE)
     assert load_rows(path) == [ROW] * 3

@@ -1,4 +1,4 @@
-"""Orders of rows and of sources: pure functions of seed and step, each a permutation, shares by weight."""
+"""Orders of rows and of sources are pure functions of seed and step. Each is a permutation, and weights give shares."""
 
 from __future__ import annotations
 

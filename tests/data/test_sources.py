@@ -1,4 +1,4 @@
-"""Rows by offset: the same as read at once, in little memory, and never other than those that were checked."""
+"""Rows read by offset are those of the file and those that were checked, and take little memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever bytes a file of rows or texts holds: the right rows, or an error that names file and line."""
+"""A file of rows or texts that holds any bytes gives the right rows, or an error that names file and line."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ contents = st.lists(lines(), max_size=6).map(b"\n".join) | st.binary(max_size=40
 
 
 def expected_rows(content: bytes) -> list[Row] | None:
-    """What is in it by Python's own reader, line by line; None: something is wrong."""
+    """The rows by Python's own reader, line by line, or None if something is wrong."""
     try:
         plain = gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
         parts = plain.removeprefix(b"\xef\xbb\xbf").split(b"\n")
         return [parse_row(json.loads(part.decode())) for part in parts if part.strip()]
-    except Exception:  # of whatever kind
+    except Exception:  # of any kind
         return None
 
 
@@ -88,28 +88,28 @@ def test_texts_to_encode(path, data):
     content = damaged(data.draw(contents), data.draw)
     for name in (path, path.with_suffix(".txt")):
         name.write_bytes(content)
-        found, error = outcome(lambda name=name: list(chain(*read_texts(str(name)))), ValueError)
+        texts, error = outcome(lambda name=name: list(chain(*read_texts(str(name)))), ValueError)
         if error is not None:
             assert re.match(rf"{re.escape(str(name))}:\d+: ", str(error))
             continue
         lines = re.split("\r\n|\r|\n", content.decode("utf-8-sig"))
         if name is path:
             records = [json.loads(line) for line in lines if line.strip()]
-            assert found == [record["text"] if isinstance(record, dict) else record for record in records]
+            assert texts == [record["text"] if isinstance(record, dict) else record for record in records]
         else:
-            assert found == (lines if lines[-1] else lines[:-1])
+            assert texts == (lines if lines[-1] else lines[:-1])
 
 
 @fuzz(80)
 @given(data=st.data())
 def test_labelled_texts(path, data):
     path.write_bytes(damaged(data.draw(contents), data.draw))
-    found, error = outcome(lambda: LabelledTexts.read(str(path)), DataError)
+    labelled, error = outcome(lambda: LabelledTexts.read(str(path)), DataError)
     if error is not None:
         assert all(str(path) in problem for problem in error.problems)
     else:
-        assert len(found.texts) == len(found.labels)
-        assert len(set(found.labels)) > 1
+        assert len(labelled.texts) == len(labelled.labels)
+        assert len(set(labelled.labels)) > 1
 
 
 @fuzz(60)

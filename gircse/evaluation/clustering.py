@@ -1,6 +1,6 @@
 """Clustering quality of embeddings: k-means, and the V-measure of its clusters against labels.
 
-MTEB scores clustering tasks in this way (k-means with as many clusters as labels). This module needs no scikit-learn.
+MTEB scores clustering tasks in this way, with as many clusters as labels, but by scikit-learn, which is an extra.
 """
 
 from __future__ import annotations
