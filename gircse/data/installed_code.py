@@ -16,11 +16,11 @@ import gc
 import os
 import re
 import sysconfig
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 from zlib import crc32
 
 from gircse.data.functions import CodePair, pairs_of_file
@@ -32,7 +32,7 @@ INSTRUCTION = "Given a description of what a function does, retrieve its code"
 STDLIB = "stdlib"
 
 MAX_SAME_SUMMARY = 3  # a summary that more functions share describes none of them
-NEAR_DUPLICATE = 0.8  # share of equal lines from which two functions count as copies of each other
+NEAR_DUPLICATE = 0.8  # two functions are copies from this share of equal lines on
 
 _OWN = frozenset({"gircse", "gircse_kernels"})  # the corpus must not change when this package does
 _SKIPPED_DIRS = re.compile(
@@ -83,63 +83,63 @@ def _files(root: Path, owners: dict[str, str]) -> Iterator[tuple[Path, str, str]
 
 
 def _normal(text: str) -> str:
-    """Letters and digits in lower case, with one blank for anything between. Texts count as the same if these are."""
+    """Letters and digits in lower case, with one blank for anything between."""
     return " ".join(re.findall(r"[^\W_]+", text.lower()))
 
 
-def _line_keys(code: str) -> list[int]:
-    """A number for each distinct line of a function that is long enough to tell something. It is the CRC-32, because
-    `hash` of a string differs from run to run."""
-    kept = (re.sub(r"\s+", "", line) for line in code.split("\n")[1:])
-    return sorted({crc32(line.encode()) for line in kept if len(line) >= 10 and line[0] != "#"})
+class _Content(NamedTuple):
+    """What decides whether two pairs are copies. Lines are numbers, because `hash` of a string differs between runs."""
+
+    summary: str
+    code: str
+    lines: list[int]
+
+    @classmethod
+    def of(cls, pair: CodePair) -> _Content:
+        stripped = (re.sub(r"\s+", "", line) for line in pair.code.split("\n")[1:])
+        lines = sorted({crc32(line.encode()) for line in stripped if len(line) >= 10 and line[0] != "#"})
+        return cls(_normal(pair.summary), _normal(pair.code), lines)
 
 
-class _NearDuplicates:
-    """Finds functions that share most of their lines with an earlier one, through an index from line to function."""
+class _Seen:
+    """The contents of pairs, among which it finds copies: the same summary, the same code, or most lines of a code."""
 
-    _FULL = 32  # a line that more functions have says nothing about copying, and costs most
+    _MOST = 32  # functions kept for a line; a line that more functions have says nothing about copying
 
     def __init__(self) -> None:
-        self._where: defaultdict[int, list[int]] = defaultdict(list)
+        self._texts: set[str] = set()
+        self._where: defaultdict[int, list[int]] = defaultdict(list)  # {line: functions that have it}
         self._sizes: list[int] = []
 
-    def find(self, keys: Sequence[int]) -> bool:
+    def __contains__(self, content: _Content) -> bool:
+        if content.summary in self._texts or content.code in self._texts:
+            return True
         shared: Counter[int] = Counter()
-        for key in keys:
-            shared.update(self._where.get(key, ()))
-        return any(n >= 2 and n >= NEAR_DUPLICATE * max(self._sizes[i], len(keys)) for i, n in shared.items())
+        for line in content.lines:
+            shared.update(self._where.get(line, ()))
+        size = len(content.lines)
+        return any(n >= 2 and n >= NEAR_DUPLICATE * max(self._sizes[i], size) for i, n in shared.items())
 
-    def add(self, keys: Sequence[int]) -> None:
-        for key in keys:
-            where = self._where[key]
-            if len(where) < self._FULL:
+    def add(self, content: _Content) -> None:
+        self._texts |= {content.summary, content.code}
+        for line in content.lines:
+            where = self._where[line]
+            if len(where) < self._MOST:
                 where.append(len(self._sizes))
-        self._sizes.append(len(keys))
+        self._sizes.append(len(content.lines))
 
 
 def deduplicate(pairs: Iterable[CodePair]) -> list[CodePair]:
-    """The pairs whose summary and code (normalised) occur for the first time, and which copy no earlier function.
-
-    Summaries that more than MAX_SAME_SUMMARY different functions share are dropped.
-    """
+    """The pairs that copy no earlier one. Summaries that more than MAX_SAME_SUMMARY different functions share are
+    dropped."""
     pairs = list(pairs)
-    summaries = [_normal(p.summary) for p in pairs]
-    codes = [_normal(p.code) for p in pairs]
-    different = Counter(summary for summary, _ in dict.fromkeys(zip(summaries, codes, strict=True)))
-    seen_summaries: set[str] = set()
-    seen_codes: set[str] = set()
-    near = _NearDuplicates()
-    kept = []
-    for pair, summary, code in zip(pairs, summaries, codes, strict=True):
-        if different[summary] > MAX_SAME_SUMMARY or summary in seen_summaries or code in seen_codes:
-            continue
-        keys = _line_keys(pair.code)
-        if near.find(keys):
-            continue
-        seen_summaries.add(summary)
-        seen_codes.add(code)
-        near.add(keys)
-        kept.append(pair)
+    contents = [_Content.of(pair) for pair in pairs]
+    functions = Counter(summary for summary, _ in {content[:2]: None for content in contents})
+    seen, kept = _Seen(), []
+    for pair, content in zip(pairs, contents, strict=True):
+        if functions[content.summary] <= MAX_SAME_SUMMARY and content not in seen:
+            seen.add(content)
+            kept.append(pair)
     return kept
 
 
@@ -169,10 +169,8 @@ def harvest(
     collecting = gc.isenabled()
     gc.disable()  # syntax nodes have no cycles, so that the collector only costs time
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes and the like in other people's code
-            for path, package, module in files:
-                pairs += pairs_of_file(path, package, module)
+        for path, package, module in files:
+            pairs += pairs_of_file(path, package, module)
     finally:
         if collecting:
             gc.enable()
@@ -227,8 +225,7 @@ def split(
 ) -> Split:
     """Holds out whole packages (default: `default_test_packages`); both sides are in the order of `pairs`.
 
-    A training pair is dropped if its summary or code (normalised) occurs in the held-out packages, or if it copies most
-    lines of a held-out function. So nothing that is tested was trained on.
+    A training pair that copies a held-out one is dropped, so that nothing that is tested was trained on.
 
     Raises:
         ValueError: one side would be empty.
@@ -237,18 +234,10 @@ def split(
     held = tuple(sorted(set(test_packages))) if test_packages is not None else None
     held = held or default_test_packages(pairs, fraction=fraction, seed=seed)
     test = [p for p in pairs if p.package in held]
-    texts = {_normal(p.summary) for p in test} | {_normal(p.code) for p in test}
-    near = _NearDuplicates()
+    seen = _Seen()
     for pair in test:
-        near.add(_line_keys(pair.code))
-    train = [
-        p
-        for p in pairs
-        if p.package not in held
-        and _normal(p.summary) not in texts
-        and _normal(p.code) not in texts
-        and not near.find(_line_keys(p.code))
-    ]
+        seen.add(_Content.of(pair))
+    train = [p for p in pairs if p.package not in held and _Content.of(p) not in seen]
     if not train or not test:
         raise ValueError(f"test_packages: got {held}, which leave {len(train)} training and {len(test)} test pairs")
     return Split(train, test, held)

@@ -136,9 +136,8 @@ def _evaluate_task(
         random.seed(task.seed)
         np.random.seed(task.seed)  # noqa: NPY002 - scikit-learn's default, which mteb seeds as well
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UndefinedMetricWarning
-            )  # scikit-learn warns of each class that is never predicted
+            # scikit-learn warns of every class that is never predicted.
+            warnings.simplefilter("ignore", UndefinedMetricWarning)
             mteb.evaluate(
                 encoders[k],
                 task,
@@ -149,9 +148,7 @@ def _evaluate_task(
             )
         result = cache.load_task_result(task.metadata.name, encoders[k].mteb_model_meta, raise_if_not_found=True)
         assert result is not None
-        scores[k] = float(
-            result.get_score()
-        )  # read from the file, which has six digits, so that the next run gives the same
+        scores[k] = float(result.get_score())  # of the file, with six digits, so that the next run gives the same
     if loads:
         task.unload_data()
     assert encoder.store is not None
@@ -166,6 +163,9 @@ def _is_current(cache: ResultCache, task: AbsTask, encoder: GIRCSEEncoder) -> bo
     return result is not None and not result.get_missing_evaluations(task) and result.is_mergeable(task)
 
 
+_HUB = ("datasets", "huggingface_hub", "httpx", "httpx2", "requests")  # errors of these say that a download failed
+
+
 def _load(task: AbsTask) -> None:
     try:
         task.load_data()
@@ -178,12 +178,3 @@ def _load(task: AbsTask) -> None:
             f"be downloaded ({error}). With a network: unset HF_HUB_OFFLINE and start again, finished tasks are kept; "
             f"without one: copy the Hugging Face cache (HF_HOME) here, or take --benchmark {OFFLINE}"
         ) from error
-
-
-_HUB = (
-    "datasets",
-    "huggingface_hub",
-    "httpx",
-    "httpx2",
-    "requests",
-)  # the packages whose errors say that a download failed

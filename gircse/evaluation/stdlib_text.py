@@ -12,7 +12,6 @@ import platform
 import random
 import re
 import sysconfig
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -73,15 +72,13 @@ def function_texts() -> tuple[FunctionText, ...]:
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     pairs: list[CodePair] = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in other people's code
-        for area, modules in AREAS.items():
-            for module in modules:
-                folder = root / module
-                for path in sorted(folder.rglob("*.py")) if folder.is_dir() else [root / f"{module}.py"]:
-                    parts = path.relative_to(root).with_suffix("").parts
-                    if not {"test", "tests"} & set(parts):
-                        pairs += pairs_of_file(path, area, ".".join(parts).removesuffix(".__init__"))
+    for area, modules in AREAS.items():
+        for module in modules:
+            folder = root / module
+            for path in sorted(folder.rglob("*.py")) if folder.is_dir() else [root / f"{module}.py"]:
+                parts = path.relative_to(root).with_suffix("").parts
+                if not {"test", "tests"} & set(parts):
+                    pairs += pairs_of_file(path, area, ".".join(parts).removesuffix(".__init__"))
     if not pairs:
         raise FileNotFoundError(f"no documented functions in the standard library at {root}")
     return tuple(
