@@ -18,6 +18,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import harmonic_mean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -154,12 +155,8 @@ def _scores(data: InstructionSet, embeddings: Sequence[np.ndarray]) -> dict[str,
     scores = {f"{c.name} triplets": value for c, value in zip(criteria, accuracies, strict=True)}
     scores["both"] = float((right[0] & right[1]).mean())
     scores |= {f"{c.name} v_measure": value for c, value in zip(criteria, measures, strict=True)}
-    scores["score"] = (_harmonic(accuracies) + _harmonic(measures)) / 2
+    scores["score"] = (harmonic_mean(accuracies) + harmonic_mean(measures)) / 2
     return scores
-
-
-def _harmonic(values: Sequence[float]) -> float:
-    return len(values) / sum(1 / value for value in values) if min(values) > 0 else 0.0
 
 
 def instruction_table(scores: Mapping[int, Mapping[str, float]]) -> str:

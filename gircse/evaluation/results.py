@@ -96,11 +96,9 @@ def write_results(evaluation: Evaluation, folder: Path) -> None:
         "revision": evaluation.revision,
         "benchmark": evaluation.benchmark,
         "steps": evaluation.steps,
-        "tasks": [
-            {"task": t.task, "type": t.type, "metric": t.metric, "scores": _keys(t.scores)} for t in evaluation.tasks
-        ],
-        "mean": _keys(evaluation.mean),
-        "mean_by_type": {name: _keys(scores) for name, scores in evaluation.mean_by_type.items()},
+        "tasks": [vars(task) for task in evaluation.tasks],
+        "mean": evaluation.mean,
+        "mean_by_type": evaluation.mean_by_type,
         "paper": dict(evaluation.paper),
     }
     with new_file(folder / "summary.json") as partial:
@@ -109,10 +107,6 @@ def write_results(evaluation: Evaluation, folder: Path) -> None:
         partial.write_text(scores_table(evaluation) + "\n", encoding="utf-8")
     if len(evaluation.steps) > 1:
         plot_scores(evaluation, [folder / "scores.png", folder / "scores.svg"])
-
-
-def _keys(scores: Mapping[int, float]) -> dict[str, float]:
-    return {str(k): value for k, value in scores.items()}
 
 
 def plot_scores(evaluation: Evaluation, paths: Sequence[Path]) -> None:
