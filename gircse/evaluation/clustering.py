@@ -17,7 +17,7 @@ from gircse.integers import check_integer
 
 _MAX_ITERATIONS = 100
 _MAX_RESTARTS = 1000
-_CHUNK = 1 << 22  # distances held at once, in numbers
+_DISTANCES = 1 << 22  # numbers of distances that are held at once
 
 
 def v_measure(labels: Sequence[Any], clusters: Sequence[Any]) -> float:
@@ -121,7 +121,7 @@ def _nearest(points: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.nd
     """The nearest centre of each point and its squared distance, both [n]."""
     clusters = np.empty(len(points), dtype=np.int64)
     distances = np.empty(len(points), dtype=np.float32)
-    size = max(1, _CHUNK // len(centres))
+    size = max(1, _DISTANCES // len(centres))
     squares = (centres**2).sum(1)
     for start in range(0, len(points), size):
         part = points[start : start + size]
