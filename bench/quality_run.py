@@ -16,8 +16,8 @@ from scipy.stats import spearmanr
 from bench.quality_arms import UNTRAINED, Arm, Scale
 from bench.quality_corpora import StudyCorpus
 from gircse.analysis.anatomy import anatomy
-from gircse.analysis.clustering import kmeans, v_measure
-from gircse.data.rows import load_rows
+from gircse.data.rows import parse_row
+from gircse.evaluation.clustering import kmeans, v_measure
 from gircse.evaluation.metrics import metrics_of, relevant_ranks
 from gircse.model import GIRCSE
 from gircse.ops.pooling import POOLINGS, pool_steps
@@ -62,7 +62,7 @@ def run(
             resume=(output / "train_config.json").is_file(),
             progress=False,
         )
-        result = train(config, rows=load_rows(corpus.rows()), model=model)
+        result = train(config, rows=[parse_row(row) for row in corpus.rows()], model=model)
         model = result.model
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
         record |= {

@@ -1,8 +1,8 @@
-"""The least time a job can take on a machine: a model of its FLOPs and bytes, and the machine's two ceilings.
+"""The floor of a job on a machine: the least time that it can take, by its FLOPs and bytes and the machine's ceilings.
 
-The job is GIRCSE's, whatever the engine: each row's n_i prompt tokens once, then K positions per row on cached keys and
-values. A phase cannot be faster than its arithmetic at the machine's best matrix-product rate, nor than its traffic
-at the machine's best memory rate; phases follow one another::
+The job is the method's, not that of an engine: each row's n_i prompt tokens once, then K positions for each row on
+cached keys and values. A phase cannot be faster than its arithmetic at the machine's best rate of matrix products, nor
+faster than its traffic at the machine's best rate of memory. Phases follow one another::
 
     floor = sum over phases of max(flops / peak, bytes / bandwidth)
 
@@ -17,9 +17,9 @@ values), V the vocabulary, D the hidden size, s bytes per element, S_k = sum_i (
                      2.5 times, the vocabulary 2 B V (D + 2 E) (scores are recomputed: docs/method.md §11);
                      bytes as forward
 
-`pairs(n) = n (n + 1) / 2` visible pairs, fewer under a sliding window. Activations, norms and launches are left out:
-they are what an implementation may save. Bytes count what must come from memory at least once, so a model that
-stays in the processor's cache can be faster than its floor.
+`pairs(n) = n (n + 1) / 2` are the visible pairs; there are fewer under a sliding window. Activations, norms and
+launches are not counted, because an implementation may save them. Bytes are those that must come from memory once, so
+a model that stays in the processor's cache can be faster than its floor.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine reached in this run: FLOP/s of a large matrix product in that dtype, bytes/s of memory."""
+    """The rates that the machine reached: FLOP/s of a large matrix product in the dtype, bytes/s of memory."""
 
     flops_per_s: float
     bytes_per_s: float
@@ -59,16 +59,16 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the FLOPs and bytes of a model depend on.
+    """The facts of a model on which its FLOPs and bytes depend.
 
     Attributes:
-        parameters: all of the model's, tied ones once (no adapters).
-        matrix: elements of the decoder's matrices, without the vocabulary ones and the position table.
+        parameters: number of all parameters, tied ones once, without adapters.
+        matrix: elements of the decoder's matrices, without the vocabulary matrices and the position table.
         vocab, hidden, embed: V, D, E.
         tied: whether head and embedding table are one matrix.
-        layers, heads, kv_heads, head_dim: attention.
-        window: sliding window of every layer, or None.
-        itemsize: bytes per element.
+        layers, heads, kv_heads, head_dim: the sizes of attention.
+        window: the sliding window of every layer, or None.
+        itemsize: bytes of an element.
     """
 
     parameters: int
@@ -86,13 +86,13 @@ class ModelFacts:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelFacts:
-        """Read from a plain causal LM (it may be on the meta device)."""
+        """The facts of a plain causal LM, which may be on the meta device."""
         config, matrices = model.config, vocabulary_matrices(model)
         lookups = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
         outside = lookups | {id(matrix) for matrix in matrices}
         heads = config.num_attention_heads
         types = set(getattr(config, "layer_types", None) or [])
-        sliding = not types or types == {"sliding_attention"}  # mixed layers: the model counts them as full
+        sliding = not types or types == {"sliding_attention"}  # mixed layers count as full ones
         return cls(
             parameters=sum(p.numel() for p in model.parameters()),
             matrix=sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in outside),
@@ -112,7 +112,7 @@ class ModelFacts:
         return asdict(self)
 
     def _visible(self, position: int) -> int:
-        """Keys that the query at `position` (counted from 1) sees."""
+        """How many keys the query at `position` (from 1) sees."""
         return position if self.window is None else min(position, self.window)
 
     def _pairs(self, length: int) -> int:
@@ -120,10 +120,10 @@ class ModelFacts:
         return inside * (inside + 1) // 2 + (length - inside) * inside
 
     def prompt(self, lengths: Sequence[int], shared_prefix: int = 0) -> Work:
-        """Encoding prompts of those lengths, once; the `shared_prefix` tokens that all start with are one prompt's."""
-        spared = len(lengths) - 1
-        tokens = sum(lengths) - spared * shared_prefix
-        pairs = sum(map(self._pairs, lengths)) - spared * self._pairs(shared_prefix)
+        """Encoding prompts of the given lengths. The first `shared_prefix` tokens, equal in all, are encoded once."""
+        others = len(lengths) - 1
+        tokens = sum(lengths) - others * shared_prefix
+        pairs = sum(map(self._pairs, lengths)) - others * self._pairs(shared_prefix)
         kept = 2 * self.layers * self.kv_heads * self.head_dim * tokens
         return Work(
             2 * self.matrix * tokens + 4 * self.layers * self.heads * self.head_dim * pairs,
@@ -136,7 +136,7 @@ class ModelFacts:
         return Work(2 * rows * self.vocab * (self.hidden + self.embed), self.itemsize * elements)
 
     def body(self, lengths: Sequence[int], step: int) -> Work:
-        """The decoder on the soft token of step 1.., each row on its own keys and values."""
+        """The decoder on the soft token of a step (from 1), each row on its own keys and values."""
         seen = sum(self._visible(length + step) for length in lengths)
         return Work(
             2 * self.matrix * len(lengths) + 4 * self.layers * self.heads * self.head_dim * seen,
@@ -144,12 +144,13 @@ class ModelFacts:
         )
 
     def inference(self, lengths: Sequence[int], num_steps: int, *, shared_prefix: int = 0) -> list[Work]:
-        """Prompt, then (vocabulary, body) K times. A shared prefix is encoded once; in the steps every row reads it."""
+        """The prompt, then (vocabulary, body) K times. A shared prefix is encoded once, and every row reads it in each
+        step."""
         steps = [(self.vocabulary(len(lengths)), self.body(lengths, k)) for k in range(1, num_steps + 1)]
         return [self.prompt(lengths, shared_prefix), *(work for step in steps for work in step)]
 
     def training(self, lengths: Sequence[int], num_steps: int) -> list[Work]:
-        """Forward and backward with a frozen base; the adapters themselves are not counted."""
+        """Forward and backward with a frozen base. The adapters' own products are not counted."""
         forward = self.inference(lengths, num_steps)
         tokens, rows = sum(lengths), len(lengths)
         again = [self._backward(forward[0], 2 * self.matrix * tokens)]
@@ -166,7 +167,7 @@ class ModelFacts:
 
 
 def vocabulary_matrices(model: PreTrainedModel) -> list[Tensor]:
-    """Input embedding [V, E] and output head [V, D]; one entry where they are tied."""
+    """Input embedding [V, E] and output head [V, D], or only one of them if they are tied."""
     modules: tuple[Any, Any] = model.get_input_embeddings(), model.get_output_embeddings()
     table, head = (module.weight for module in modules)
     return [table] if head is table else [table, head]

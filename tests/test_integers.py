@@ -1,4 +1,4 @@
-"""An integer is whatever Python takes for an index, at every entrance; what leaves is Python's own."""
+"""Every setting and argument accepts each value that Python accepts as an index, and keeps it as a Python int."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from gircse import GIRCSE, GircseConfig, ops
-from gircse.analysis.analyze import _checked_steps
-from gircse.analysis.clustering import kmeans
 from gircse.data.retrieval_task import RetrievalTask
 from gircse.engine.config import EngineConfig
-from gircse.evaluation.metrics import metrics_by_step
+from gircse.evaluation.clustering import kmeans
+from gircse.evaluation.metrics import retrieval_metrics
 from gircse.evaluation.retrieval import evaluate_retrieval
+from gircse.evaluation.step_store import check_steps
 from gircse.integers import as_integer, check_integer
 from gircse.ops import VocabShard
 from gircse.train.config import TrainConfig
@@ -24,7 +24,7 @@ from tests.tiny_models import tiny_model, tiny_tokenizer
 
 
 class Index:
-    """An integer of somebody else's."""
+    """An integer of another class."""
 
     def __index__(self) -> int:
         return 2
@@ -58,8 +58,8 @@ def test_every_entrance_takes_it(value):
 
     task = RetrievalTask("retrieve", ["red"], ["fox"], [{0}])
     assert list(evaluate_retrieval(model, task, steps=[value])) == [2]
-    assert list(metrics_by_step(np.ones((1, 2, 3)), np.ones((1, 2, 3)), [0], [value], k=value)) == [2]
-    assert _checked_steps([value, 1]) == (1, 2)
+    assert "ndcg@2" in retrieval_metrics(np.ones((1, 3)), np.ones((1, 3)), [0], value)
+    assert check_steps([value, 1]) == (1, 2)
     assert kmeans(np.eye(3), value, seed=value).shape == (3,)
 
     hidden, head = torch.randn(1, 4), torch.randn(5, 4)

@@ -129,8 +129,9 @@ def _die_at(place: str) -> None:
         remove = checkpoint.remove_folder
 
         def half(path: Any, **_: Any) -> None:
-            next(Path(path).rglob("*.safetensors")).unlink()
-            kill()
+            for weights in Path(path).rglob("*.safetensors"):
+                weights.unlink()
+                kill()
 
         def removing(path: Path) -> None:
             atomic.shutil.rmtree = half

@@ -1,4 +1,4 @@
-"""What soft tokens are made of, step by step: entropy, tail, movement of state and embedding, over many texts."""
+"""What soft tokens are made of, step by step, over many texts: entropy, highest probability, tail, change of state."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def anatomy(
     """Statistics over texts for each of `num_steps` soft tokens.
 
     Args:
-        groups: (texts, their instruction).
+        groups: pairs of texts and their instruction.
         num_steps: K >= 1.
 
     Returns:
         {"texts", "tail_tokens", "entropy", "max_probability", "tail_mass", "state_cosine": each {"mean": [K],
         "quantiles": {"0.1": [K], ..}}, "near_one_hot_share": of all soft tokens, "redundant_share": of all steps
-        from the second on, None for K = 1, and their thresholds}.
+        from the second on, or None for K = 1, "one_hot_probability" and "same_state": the thresholds of the two}.
     """
     inspections: list[TextInspection] = []
     for texts, instruction in groups:

@@ -1,7 +1,7 @@
 """Plots of `gircse analyze`, as PNG and SVG.
 
-Okabe and Ito's colours, and a marker and a dash of its own for each line: they can be told apart by everyone and in
-print.
+Colours are those of Okabe and Ito, and every line has another marker and dash, so that readers who see no colours and
+prints in black can tell the lines apart.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gircse.show.plots import new_figure, save_figure
+from gircse.show.plots import mark_steps, new_figure, save_figure
 
 STYLES: list[dict[str, Any]] = [
     {"color": "#0072B2", "marker": "o", "linestyle": "-"},
@@ -23,10 +23,13 @@ _QUIET = "#444444"
 
 
 def plot_analysis(result: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Writes quality, movement, soft_tokens and, where texts were clustered, clustering, each .png and .svg: -> files.
+    """Writes quality, movement, soft_tokens and, if texts were clustered, clustering, each as .png and .svg.
 
     Args:
         result: of `gircse.analysis.analyze`.
+
+    Returns:
+        The paths of the files.
     """
     plots = {"quality": plot_quality_of_steps, "movement": plot_movement, "soft_tokens": plot_soft_tokens}
     if result["clustering"] is not None:
@@ -39,30 +42,62 @@ def plot_analysis(result: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def plot_quality_of_steps(result: Mapping[str, Any]) -> Any:
-    """nDCG@10 against K with the baseline as a level; bars are the standard error of the difference to the baseline."""
-    figure, axes = new_figure()
-    steps, metric = result["steps"], result["metric"]
-    values = [result["quality"][k][metric] for k in steps]
-    differences = [result["baseline"]["differences"][k]["standard_error"] for k in steps]
-    axes.errorbar(steps, values, yerr=differences, capsize=3, label="after K soft tokens", **STYLES[0], **_LINE)
-    _level(axes, result["baseline"]["metrics"][metric], "encoder-only, K = 0")
-    _log_steps(axes, steps)
-    _trained(axes, result)
-    axes.set(xlabel="soft tokens K at inference", ylabel=metric)
-    refinement = result["refinement"]
+    """nDCG@10 against K. A level shows the baseline, bars the standard error of the difference to it."""
+    metric, base, refinement = result["metric"], result["baseline"], result["refinement"]
+    figure, axes = _against_steps(
+        result,
+        [result["quality"][k][metric] for k in result["steps"]],
+        [base["differences"][k]["standard_error"] for k in result["steps"]],
+        base["metrics"][metric],
+        metric,
+    )
     _titles(
         axes,
         "Where does refinement stop?",
         f"best K = {refinement['best_steps']}; K = {refinement['enough_steps']} is not worse by more than a standard "
         "error\nbars: standard error of the difference to the encoder-only baseline",
     )
-    axes.set_ylim(bottom=0)
-    axes.legend(loc="lower right")
     return figure
 
 
+def plot_clustering(result: Mapping[str, Any]) -> Any:
+    """V-measure of k-means against K. A level shows the baseline, bars the standard deviation over seeds."""
+    clustering = result["clustering"]
+    scores = [clustering["v_measure"][k] for k in result["steps"]]
+    figure, axes = _against_steps(
+        result,
+        [score["mean"] for score in scores],
+        [score["std"] for score in scores],
+        clustering["baseline"]["mean"],
+        "V-measure of k-means",
+    )
+    _titles(
+        axes,
+        "Clustering quality of each prefix",
+        f"{clustering['texts']:,} texts, {clustering['labels']} labels; bars: standard deviation over seeds",
+    )
+    return figure
+
+
+def _against_steps(
+    result: Mapping[str, Any], values: Sequence[float], errors: Sequence[float], baseline: float, label: str
+) -> tuple[Any, Any]:
+    """A figure of values with error bars against K, beside those of the encoder-only baseline; and its axes."""
+    figure, axes = new_figure()
+    steps = result["steps"]
+    axes.errorbar(steps, values, yerr=errors, capsize=3, label="after K soft tokens", **STYLES[0], **_LINE)
+    _level(axes, baseline, "encoder-only, K = 0")
+    _log_steps(axes, steps)
+    if result["trained_steps"]:
+        mark_steps(axes, result["trained_steps"], f"the model's K = {result['trained_steps']}")
+    axes.set(xlabel="soft tokens K at inference", ylabel=label)
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="lower right")
+    return figure, axes
+
+
 def plot_movement(result: Mapping[str, Any]) -> Any:
-    """1 - cos(z_k, z_{k-1}) against k, queries and documents, with the threshold of `num_steps="auto"`."""
+    """1 - cos(z_k, z_{k-1}) against k for queries and documents, with the threshold of `num_steps="auto"`."""
     figure, axes = new_figure()
     threshold = None
     for (name, part), style in zip(result["movement"].items(), STYLES, strict=False):
@@ -86,36 +121,8 @@ def plot_movement(result: Mapping[str, Any]) -> Any:
     return figure
 
 
-def plot_clustering(result: Mapping[str, Any]) -> Any:
-    """V-measure of k-means against K, with the baseline as a level; bars are the standard deviation over seeds."""
-    figure, axes = new_figure()
-    clustering, steps = result["clustering"], result["steps"]
-    scores = [clustering["v_measure"][k] for k in steps]
-    axes.errorbar(
-        steps,
-        [score["mean"] for score in scores],
-        yerr=[score["std"] for score in scores],
-        capsize=3,
-        label="after K soft tokens",
-        **STYLES[0],
-        **_LINE,
-    )
-    _level(axes, clustering["baseline"]["mean"], "encoder-only, K = 0")
-    _log_steps(axes, steps)
-    _trained(axes, result)
-    axes.set(xlabel="soft tokens K at inference", ylabel="V-measure of k-means")
-    axes.set_ylim(bottom=0)
-    _titles(
-        axes,
-        "Clustering quality of each prefix",
-        f"{clustering['texts']:,} texts, {clustering['labels']} labels; bars: standard deviation over seeds",
-    )
-    axes.legend(loc="lower right")
-    return figure
-
-
 def plot_soft_tokens(result: Mapping[str, Any]) -> Any:
-    """Anatomy: entropy, highest probability and tail, change of the state; medians and the middle 80%."""
+    """Entropy, highest probability and tail, and change of the state against k: medians and the middle 80% of texts."""
     figure, panels = new_figure(columns=3)
     tokens = result["soft_tokens"]
     steps = list(range(1, len(tokens["entropy"]["mean"]) + 1))
@@ -133,7 +140,7 @@ def plot_soft_tokens(result: Mapping[str, Any]) -> Any:
         _log_steps(axes, [k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500) if k <= steps[-1]])
         axes.set(xlabel="step k")
     spread.set_ylim(bottom=0)
-    for axes in (probability, state):  # above the axes: no corner is free for sure
+    for axes in (probability, state):  # above the axes, because each corner may hold data
         axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0.2)
     _titles(spread, "What the soft tokens are made of", f"{tokens['texts']} texts: median and middle 80%")
     return figure
@@ -142,7 +149,7 @@ def plot_soft_tokens(result: Mapping[str, Any]) -> Any:
 def _band(
     axes: Any, result: Mapping[str, Any], name: str, label: str, style: dict[str, Any], *, change: bool = False
 ) -> None:
-    """Median and the middle 80% of an entry of the anatomy; with `change` of 1 minus it."""
+    """The median and the middle 80% of a statistic of the soft tokens, or with `change` of 1 minus it."""
     quantiles = [result["soft_tokens"][name]["quantiles"][q] for q in ("0.1", "0.5", "0.9")]
     low, middle, high = ([max(1 - v, 1e-8) if change else v for v in values] for values in quantiles)
     steps = list(range(1, len(middle) + 1))
@@ -159,23 +166,8 @@ def _level(axes: Any, value: float, label: str) -> None:
     axes.axhline(value, color="#222222", linewidth=1.4, linestyle=":", label=label)
 
 
-def _trained(axes: Any, result: Mapping[str, Any]) -> None:
-    steps = result["trained_steps"]
-    if steps:
-        axes.axvline(steps, color="0.55", linewidth=1, zorder=0)
-        axes.annotate(
-            f"the model's K = {steps}",
-            (steps, 0.02),
-            xycoords=("data", "axes fraction"),
-            xytext=(4, 0),
-            textcoords="offset points",
-            color=_QUIET,
-            fontsize=9,
-        )
-
-
 def _log_steps(axes: Any, ticks: Sequence[int]) -> None:
-    """A logarithmic axis of steps with plain numbers."""
+    """A logarithmic axis of steps whose ticks are plain numbers."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
     axes.set_xscale("log")
@@ -186,5 +178,5 @@ def _log_steps(axes: Any, ticks: Sequence[int]) -> None:
 
 
 def _marked(steps: Sequence[int], at: Sequence[int]) -> list[int]:
-    """Indices of the points that get a marker: on a logarithmic axis a hundred of them run together."""
+    """Indices of the points that get a marker. On a logarithmic axis the markers of all points would run together."""
     return [i for i, k in enumerate(steps) if k in set(at)]

@@ -1,4 +1,4 @@
-"""What `gircse analyze` prints."""
+"""The result of an analysis as the text that `gircse analyze` prints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gircse.show.tables import text_table
 
 
 def analysis_table(result: Mapping[str, Any]) -> str:
-    """A line a K (quality, difference to the baseline, movement, clustering), then the answers and the warnings.
+    """One line for each K (quality, difference to the baseline, movement, clustering), the answers, and the warnings.
 
     Args:
         result: of `gircse.analysis.analyze`.

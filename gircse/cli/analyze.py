@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gircse.analysis import SAMPLE, STEPS
 from gircse.cli.common import add_model_options, command, load_model
 from gircse.integers import check_integer
 
@@ -26,10 +27,8 @@ def add(commands: Any) -> None:
     parser.add_argument("--baseline", help="encoder-only model, run with K = 0 (default: K = 0 of the model itself)")
     parser.add_argument("--labels", help='texts to cluster: JSONL of {"text": str, "label": str or int}')
     parser.add_argument("--labels-instruction", help="instruction for the texts to cluster")
-    parser.add_argument(
-        "--steps", type=int, nargs="+", default=[1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100], help="numbers of steps K"
-    )
-    parser.add_argument("--sample", type=int, default=64, help="texts whose soft tokens are taken apart")
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="numbers of steps K")
+    parser.add_argument("--sample", type=int, default=SAMPLE, help="texts whose soft tokens are examined")
     parser.add_argument("--instruction", help='stands in for rows without "prompt", "" for none')
     parser.add_argument("--max-rows", type=int, help="only the first rows of the data")
     parser.add_argument("--output", default="runs/analysis", help="folder of analysis.json and the plots")
@@ -41,7 +40,7 @@ def _analyze(arguments: argparse.Namespace) -> None:
     from gircse.analysis.table import analysis_table
     from gircse.data.labelled_texts import LabelledTexts
     from gircse.data.retrieval_task import RetrievalTask
-    from gircse.data.rows import load_rows
+    from gircse.data.sources import load_rows
     from gircse.files.atomic import new_file
     from gircse.files.lock import folder_lock
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gircse.cli.common import add_model_options, command, load_model
+from gircse.evaluation import MAX_LENGTH, STEPS
 
 
 def add(commands: Any) -> None:
@@ -30,7 +31,7 @@ def add(commands: Any) -> None:
     what.add_argument(
         "--instruction-following", action="store_true", help="the same texts under different instructions (no network)"
     )
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 3, 5, 7, 10, 15, 20], help="numbers of steps K")
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="numbers of steps K")
     parser.add_argument(
         "--output",
         help="--data, --instruction-following: write the metrics to this JSON file. --benchmark, --tasks: folder of "
@@ -52,7 +53,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _evaluate_rows(arguments: argparse.Namespace) -> None:
     from gircse.data.retrieval_task import RetrievalTask
-    from gircse.data.rows import load_rows
+    from gircse.data.sources import load_rows
     from gircse.evaluation.retrieval import evaluate_retrieval
     from gircse.show.tables import metrics_table
 
@@ -98,7 +99,7 @@ def _evaluate_tasks(arguments: argparse.Namespace) -> None:
         steps=arguments.steps,
         benchmark=arguments.benchmark,
         name=arguments.name,
-        max_length=512 if arguments.max_length is None else arguments.max_length,  # as benchmarks are compared
+        max_length=MAX_LENGTH if arguments.max_length is None else arguments.max_length,  # as benchmarks are compared
         batch_size=arguments.batch_size,
         overwrite=arguments.overwrite,
     )

@@ -1,4 +1,4 @@
-"""How bad data are reported: the first problems by place, the rest counted."""
+"""How bad data are reported: the first problems with their places, and the number of the others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ MAX_REPORTED = 10
 
 
 class DataError(ValueError):
-    """Data that cannot be used. `problems` are the first ones, one line each; `total` counts all of them."""
+    """Data that cannot be used.
+
+    Attributes:
+        problems: the first problems, one line each.
+        total: how many problems there are.
+    """
 
     def __init__(self, problems: Iterable[str], total: int | None = None) -> None:
         self.problems = tuple(problems)
@@ -18,17 +23,18 @@ class DataError(ValueError):
         more = self.total - len(self.problems)
         super().__init__("\n".join(self.problems) + (f"\nand {more} more" if more else ""))
 
-    def __reduce__(self) -> tuple[Any, ...]:  # survives the way back from a worker process
+    def __reduce__(self) -> tuple[Any, ...]:  # so that the error can be sent from a worker process
         return type(self), (self.problems, self.total)
 
 
 class Problems:
-    """Keeps the first `MAX_REPORTED` problems and counts the rest; beside them what may be meant otherwise."""
+    """Collects problems: it keeps the first `MAX_REPORTED` and counts the others. Doubts are probable mistakes in data
+    that can be used."""
 
     def __init__(self) -> None:
         self.first: list[str] = []
         self.total = 0
-        self._doubts: dict[str, tuple[str, int]] = {}  # what: its first place, and how many there are
+        self._doubts: dict[str, tuple[str, int]] = {}  # {what: (its first place, how many places)}
 
     def add(self, place: str, reason: object) -> None:
         self.total += 1
@@ -36,7 +42,7 @@ class Problems:
             self.first.append(f"{place}: {reason}")
 
     def doubt(self, place: str, what: str) -> None:
-        """Something that can be used, and is probably a mistake: one warning for all places."""
+        """Adds a probable mistake in data that can be used; `check` gives one warning for all its places."""
         first, count = self._doubts.get(what, (place, 0))
         self._doubts[what] = first, count + 1
 
@@ -44,8 +50,14 @@ class Problems:
         self.total += error.total
         self.first = [*self.first, *error.problems][:MAX_REPORTED]
 
-    def check(self) -> None:
-        """Raises DataError if there was any; otherwise warns of the doubts."""
+    def check(self, name: str, count: int) -> None:
+        """Warns of the doubts.
+
+        Raises:
+            DataError: there was a problem, or the data `name` have no row (`count` is 0).
+        """
+        if not self.total and not count:
+            self.add(name, "no rows in it")
         if self.total:
             raise DataError(self.first, self.total)
         for what, (first, count) in self._doubts.items():

@@ -1,4 +1,4 @@
-"""Which candidates of a contrastive batch are right answers that would be punished as wrong ones."""
+"""Which candidates of a contrastive batch are right answers, and must not count as negatives."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ def false_negatives(
 ) -> Tensor | None:
     """The `mask` of `gircse.ops.stepwise_info_nce` for a batch whose texts may repeat.
 
-    Right for a row are its query itself and the positives of every row of the batch with that query. What is right for
-    a row and is not its own target does not count for it. Texts are told apart by whatever they are given as (strings,
-    tuples of token ids, ..): the same text must be an equal value.
+    Right for a row are its query and the positives of every row of the batch that has the same query. A candidate that
+    is right for a row, and is not its target, does not count for it. Texts may be given as any values (strings, tuples
+    of token ids, ..), as long as the same text is an equal value.
 
     Args:
-        queries: of B rows.
-        candidates: M of them.
-        target: B places among the candidates, each row's positive.
-        other_positives: for each row the positives that are not among the candidates; empty: there are none.
-        include_queries: the other queries are candidates too.
+        queries: those of the B rows.
+        candidates: M candidates.
+        target: for each row the index of its positive among the candidates.
+        other_positives: for each row its positives that are not among the candidates; empty if there are none.
+        include_queries: the queries of the other rows are candidates, too.
 
     Returns:
-        [B, M] bool, with `include_queries` [B, M + B], True where a candidate does not count; None where all count.
+        [B, M] bool, with `include_queries` [B, M + B], True where a candidate does not count; None if all count.
     """
     import torch
 

@@ -1,7 +1,7 @@
-"""From a Python source file to (what a function does, its code) pairs, clean enough for a person to match them.
+"""Pairs of summary and code out of a Python source file, clean enough for a person to match them.
 
-The docstring's first paragraph becomes the summary; the function without docstring, comments and its own name becomes
-the code. Summaries that say nothing, and functions that do nothing, are dropped.
+The docstring's first paragraph becomes the summary. The function without its docstring and its own name becomes the
+code. Summaries that say nothing, and functions that do nothing, are dropped.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 MIN_WORDS, MAX_WORDS = 5, 64
 MIN_LINES, MAX_LINES = 3, 80
-MAX_LINE_CHARS = 300  # beyond it lies data, not code
+MAX_LINE_CHARS = 300  # longer lines hold data
 MAX_FILE_BYTES = 4_000_000
 
 # Most files that cannot hold a documented function are recognised without parsing them.
@@ -24,7 +25,7 @@ _HAS_DOCSTRING = re.compile(r"^(?![ \t]*class\b)[^\n#]*:[ \t]*(?:#[^\n]*)?\n\s*[
 
 @dataclass(frozen=True)
 class CodePair:
-    """One function: `summary` says what `code` does. `package`: its distribution; `name`: the hidden name."""
+    """One function. `summary` says what `code` does; `package` is its distribution, and `name` its hidden name."""
 
     package: str
     module: str
@@ -48,29 +49,11 @@ _MARKUP = re.compile(
 )  # quotes, bold, citations
 _SIGNATURE = re.compile(r"[\w.]+\s*\(.*\)\s*(?:->.*)?\.?$", re.DOTALL)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z`'\"(\[])")
-# Where a formula, a list or a link was cut off: "... given by", "... of the", "..., which is", "..., e.g."
-_LOOSE_END = frozenset(
-    [
-        "e.g.",
-        "i.e.",
-        "an",
-        "the",
-        "of",
-        "to",
-        "in",
-        "for",
-        "with",
-        "and",
-        "or",
-        "is",
-        "are",
-        "by",
-        "as",
-        "that",
-        "which",
-    ]
+# Words at which a summary ends after a formula, a list or a link was cut off: "... given by", "..., which is"
+_LOOSE_END = re.compile(
+    r"e\.g\.|i\.e\.|an|the|of|to|in|for|with|and|or|is|are|by|as|that|which", re.IGNORECASE | re.ASCII
 )
-# The summary says nothing, or nothing about this function: it starts with one of these ...
+# A summary that starts with one of these says nothing about this function.
 _CONTENTLESS = re.compile(
     r"\W*(?:(?:please )?(?:see|refer to|cf\.?|same as|(?:just )?like|as)|identical to|equivalent (?:of|to)|"
     r"(?:an )?alias(?:es)?|inherited from|overrid(?:e|es|den|ing)|overloads?|calls? (?:the )?(?:super|parent|base)|"
@@ -92,7 +75,7 @@ _CONTENTLESS = re.compile(
     r"gh-?\d+|issue #?\d+|bug|(?:new|changed|added) in version)\b",
     re.IGNORECASE,
 )
-# ... or points elsewhere anywhere.
+# A summary that contains one of these refers to another text.
 _POINTS_ELSEWHERE = re.compile(
     r"\b(?:(?:see|refer to|consult) (?:the )?(?:base|parent|super ?class|docs?|documentation|docstring|help|class)|"
     r"for (?:more|further) (?:info|detail)|(?:is|are|was|been) (?:now )?deprecated|deprecated (?:since|in|alias|and)|"
@@ -103,7 +86,7 @@ _POINTS_ELSEWHERE = re.compile(
 
 
 def summarise(docstring: str, name: str) -> str | None:
-    """The docstring's first paragraph as one line of 5 to 64 words, or None where it says nothing about the code."""
+    """The docstring's first paragraph as one line of 5 to 64 words, or None if it says nothing about the code."""
     paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(docstring).strip())
     first = paragraphs[0]
     if _SIGNATURE.match(first) and len(paragraphs) > 1:  # numpy and C style: the signature, then the text
@@ -116,12 +99,12 @@ def summarise(docstring: str, name: str) -> str | None:
         lines = lines[1:]
     text = _ROLE.sub(lambda m: m[1].split("<")[0].strip().lstrip("~!").rsplit(".", 1)[-1] or m[1], " ".join(lines))
     text = " ".join(_MARKUP.sub("", text).split())
-    # "name(args) -> result: text", "name: text", "name -- text": the name is hidden in the code, so it is only noise
-    # here.
+    # The name before the text is removed ("name(args) -> result: text", "name: text", "name -- text"), because the code
+    # does not show it.
     if name in text[:80]:
         text = re.sub(rf"^(?:\w+\.)*{name}\s*(?:\([^)]*\))?\s*(?:->[^:.]*[.:]|[:=]|--?)\s+", "", text)
     sentences = _SENTENCE_END.split(text)
-    # Not "Valid formats are" without the list that followed, nor "See the notes."
+    # A sentence such as "Valid formats are" is removed with its list, and so is "See the notes."
     while len(sentences) > 1 and (cut or text.endswith(":")) and not sentences[-1].endswith((".", "!", "?")):
         sentences.pop()
     while len(sentences) > 1 and re.match(r"\(?(?:See|Cf|Refer to|For (?:more|details|example))\b", sentences[-1]):
@@ -130,7 +113,7 @@ def summarise(docstring: str, name: str) -> str | None:
     if len(text.split()) > MAX_WORDS:
         text = sentences[0]
     text = text.rstrip(" :;,-")
-    while text.rpartition(" ")[2].lower() in _LOOSE_END:
+    while _LOOSE_END.fullmatch(text.rpartition(" ")[2]):
         text = text.rpartition(" ")[0].rstrip(" :;,-")
     words = re.findall(r"[^\W\d_]{2,}", text)
     if not MIN_WORDS <= len(text.split()) <= MAX_WORDS or len(words) < MIN_WORDS - 1:
@@ -151,7 +134,7 @@ _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def _functions(body: Sequence[ast.stmt], owner: str = "") -> Iterator[tuple[_Function, str]]:
-    """Functions and methods with their qualified names; not those nested in functions, which lean on them."""
+    """Functions and methods with their qualified names, without those nested in functions, which depend on them."""
     for node in body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             yield node, owner + node.name
@@ -164,7 +147,7 @@ def _functions(body: Sequence[ast.stmt], owner: str = "") -> Iterator[tuple[_Fun
 
 
 def _is_trivial(body: Sequence[ast.stmt]) -> bool:
-    """Whether a body (without docstring) does nothing: pass, ..., a raise, NotImplemented."""
+    """Whether a body (without docstring) does nothing but pass, raise, or return NotImplemented."""
     if len(body) != 1:
         return not body
     node = body[0]
@@ -176,9 +159,9 @@ def _is_trivial(body: Sequence[ast.stmt]) -> bool:
 
 
 def _own_name_spans(node: _Function) -> tuple[list[tuple[int, int]], bool]:
-    """(line, utf-8 column) of every use of the function's own name in its body, and whether `f` is taken there.
+    """(line, UTF-8 column) of every use of the function's own name in its body, and whether the body uses `f`.
 
-    A use is the bare name, or the attribute of self, cls or super(). Where the name is also a parameter or a local
+    A use is the bare name, or the attribute of self, cls or super(). If the name is also a parameter or a local
     variable, the bare name means that one and stays.
     """
     name, size = node.name, len(node.name.encode())
@@ -199,16 +182,17 @@ def _own_name_spans(node: _Function) -> tuple[list[tuple[int, int]], bool]:
             if isinstance(value, ast.Call):
                 value = value.func
             if isinstance(value, ast.Name) and value.id in ("self", "cls", "super"):
-                # A chained call may put the attribute on a later line: its end is what is known exactly.
+                # In a chained call the attribute may be on a later line; only its end is known exactly.
                 attributes.append((child.end_lineno or child.lineno, (child.end_col_offset or 0) - size))
     return attributes + ([] if rebound else bare), taken
 
 
 def mask_code(node: _Function, lines: Sequence[str]) -> str | None:
-    """The function's source without decorators, docstring and name; None if it is too short, too long or does
-    nothing.
+    """The function's source without decorators, docstring and name, dedented; or None if it is too short, too long or
+    does nothing. Comments stay.
 
-    `lines` are the file's lines; the text is dedented, and comments stay.
+    Args:
+        lines: the lines of the file.
     """
     doc, rest = node.body[0], node.body[1:]
     doc_end = doc.end_lineno or doc.lineno
@@ -219,39 +203,40 @@ def mask_code(node: _Function, lines: Sequence[str]) -> str | None:
         return None
     kept = [n for n in range(node.lineno, end + 1) if not doc.lineno <= n <= doc_end]
     text = "\n".join(lines[n - 1] for n in kept)
-    # Walking the syntax tree is the slow part, and most functions neither call themselves nor say `f`.
+    # The syntax tree is walked only if needed, because that is slow: most functions use neither their name nor `f`.
     spans, taken = _own_name_spans(node) if text.count(node.name) > 1 or _SAYS_F.search(text) else ([], False)
     mask = "func" if taken else "f"
     header, name = f"def {node.name}", node.name.encode()
     raw = {n: lines[n - 1].encode() for n in kept}
     for row, column in sorted(set(spans), reverse=True):  # from the right, so that columns stay true
-        found = raw.get(row)
-        # Name mangling or an f-string of Python < 3.12 (whose inner columns are wrong) may point elsewhere: then
-        # leave it.
-        if found is not None and found[column : column + len(name)] == name:
-            raw[row] = found[:column] + mask.encode() + found[column + len(name) :]
+        line = raw.get(row)
+        # Name mangling, and f-strings of Python < 3.12 (whose inner columns are wrong), may point to other text.
+        if line is not None and line[column : column + len(name)] == name:
+            raw[row] = line[:column] + mask.encode() + line[column + len(name) :]
     raw[node.lineno] = raw[node.lineno].replace(header.encode(), f"def {mask}".encode(), 1)
     indent = node.col_offset
     out: list[str] = []
     for number in kept:
-        line = raw[number].decode()
-        line = (line[indent:] if not line[:indent].strip() else line).rstrip()
-        if line:
-            out.append(line)
+        text = raw[number].decode()
+        text = (text[indent:] if not text[:indent].strip() else text).rstrip()
+        if text:
+            out.append(text)
     if not MIN_LINES <= len(out) <= MAX_LINES or max(map(len, out)) > MAX_LINE_CHARS:
         return None
     return "\n".join(out)
 
 
 def pairs_of_file(path: Path, package: str, module: str) -> list[CodePair]:
-    """The pairs of one source file, in its order; none if it cannot be read, decoded or parsed."""
+    """The pairs of one source file, in its order; none if the file cannot be read, decoded or parsed."""
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             return []
         text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
         if not _HAS_DOCSTRING.search(text):
             return []
-        tree = ast.parse(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes and the like in other people's code
+            tree = ast.parse(text)
     except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):
         return []
     lines = text.split("\n")

@@ -1,4 +1,4 @@
-"""Lines of a JSONL file: plain or gzip, read once from front to back, every mistake with its line."""
+"""Lines of a JSONL file, plain or gzip, read once from front to back. Every mistake is reported with its line."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
 
 from gircse.data.errors import DataError, Problems
 
-MAX_LINE_BYTES = 64 * 2**20  # a line beyond it is a mistake, and would otherwise be read into memory whole
+MAX_LINE_BYTES = 64 * 2**20  # a longer line is a mistake; without a limit it would be read into memory
 BOM = b"\xef\xbb\xbf"
 
 
 class Line(NamedTuple):
-    """A line that is not blank: its number (from 1), where it starts in the unpacked file, its bytes as they stand."""
+    """A line that is not blank: its number (from 1), its offset in the unpacked file, and its bytes."""
 
     number: int
     offset: int
@@ -41,7 +41,7 @@ _DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_no_d
 
 
 def parse_line(line: bytes) -> object:
-    """The JSON value of a line. Raises ValueError with the reason."""
+    """The JSON value of a line. Raises ValueError with the reason why there is none."""
     line = line.strip()
     try:
         text = line.decode("utf-8")
@@ -53,24 +53,27 @@ def parse_line(line: bytes) -> object:
         if text[error.pos : error.pos + 1] == "\ufeff":
             what = "a byte order mark, as if two files had been joined without a line break between them,"
         else:
-            what = error.msg.removesuffix(" at")  # some of the messages end with it
+            what = error.msg.removesuffix(" at")  # some messages end with " at"
         raise ValueError(f"invalid JSON: {what} at column {error.colno}") from None
     except RecursionError:
         raise ValueError("invalid JSON: nested too deeply") from None
 
 
 def check_unicode(text: str, field: str) -> str:
-    """The text. Raises ValueError where JSON's escapes left half of a surrogate pair, which no tokenizer takes."""
+    """The text. Raises ValueError if JSON's escapes left half of a surrogate pair, which no tokenizer accepts."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{field} has a lone surrogate at character {error.start}, which is no Unicode text") from None
+        raise ValueError(
+            f"{field} has a lone surrogate at character {error.start}, which is not Unicode text"
+        ) from None
     return text
 
 
 @contextmanager
 def open_jsonl(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """(the bytes, unpacked if they are gzip; the file itself). Gzip is told by the content, because names lie.
+    """Yields two files: the bytes, unpacked if they are gzip, and the file itself. Whether it is gzip is decided by the
+    content, because names may be wrong.
 
     Raises:
         DataError: there is no such file, or it cannot be read.
@@ -95,31 +98,29 @@ def open_jsonl(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             yield raw, raw
 
 
-def read_lines(
-    file: BinaryIO, path: Path, problems: Problems, *, max_line_bytes: int = MAX_LINE_BYTES
-) -> Iterator[Line]:
-    """The lines of a file that are not blank, without a byte order mark (of joined files, later lines may begin with
-    one, too); what is wrong goes to `problems`.
+def read_lines(file: BinaryIO, path: Path, problems: Problems) -> Iterator[Line]:
+    """The lines that are not blank, without a byte order mark at their beginning (in joined files any line may have
+    one). What is wrong is added to `problems`.
 
-    A line that is too long is passed over without being kept; a file that breaks off ends there.
+    A line longer than `MAX_LINE_BYTES` is skipped without being kept in memory. A gzip file ends where it is broken.
     """
     number, offset = 0, 0
     while True:
         try:
-            line = file.readline(max_line_bytes + 1)
+            line = file.readline(MAX_LINE_BYTES + 1)
             length = len(line)
-            too_long = length > max_line_bytes and not line.endswith(b"\n")
+            too_long = length > MAX_LINE_BYTES and not line.endswith(b"\n")
             while too_long and line and not line.endswith(b"\n"):
-                line = file.readline(max_line_bytes)
+                line = file.readline(MAX_LINE_BYTES)
                 length += len(line)
-        except (EOFError, OSError, zlib.error) as error:  # what was read so far may be good: the file is not
+        except (EOFError, OSError, zlib.error) as error:  # the file is bad, even if all lines so far are good
             problems.add(f"{path}:{number + 1}", f"cannot be read on from here: {str(error) or 'broken file'}")
             return
         if not length:
             return
         number += 1
         if too_long:
-            problems.add(f"{path}:{number}", f"the line is longer than {max_line_bytes:,} bytes")
+            problems.add(f"{path}:{number}", f"the line is longer than {MAX_LINE_BYTES:,} bytes")
         else:
             content = line.removeprefix(BOM)
             if content.strip():

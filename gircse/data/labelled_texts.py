@@ -11,7 +11,7 @@ from gircse.data.jsonl import check_unicode, open_jsonl, parse_line, read_lines
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """Texts to cluster and their labels, one each."""
+    """Texts to cluster, and a label for each."""
 
     texts: list[str]
     labels: list[str]
@@ -22,7 +22,7 @@ class LabelledTexts:
         """JSON Lines of {"text": str, "label": str or int}, plain or gzip; blank lines are allowed.
 
         Raises:
-            DataError: lines that are not that (named), fewer than two labels, no such file.
+            DataError: bad lines, as `file:line: reason`; fewer than two labels; a file that cannot be read.
         """
         texts, labels, problems = [], [], Problems()
         with open_jsonl(Path(path)) as (file, _):
@@ -34,7 +34,7 @@ class LabelledTexts:
                     continue
                 texts.append(text)
                 labels.append(label)
-        problems.check()
+        problems.check(path, len(texts))
         if len(set(labels)) < 2:
             raise DataError([f"{path}: got {len(set(labels))} different labels, expected two or more"])
         return cls(texts, labels, instruction)

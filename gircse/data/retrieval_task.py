@@ -19,22 +19,30 @@ class RetrievalTask:
     relevant: list[set[int]]
 
     @property
+    def document_instruction(self) -> str | None:
+        """The instruction that documents carry, too: the task's if it is symmetric (docs/method.md §2), else None."""
+        return self.instruction if is_symmetric(self.instruction) else None
+
+    @property
     def own_documents(self) -> list[set[int]]:
-        """For each query the document that is the query itself, which search does not count: its text, where the task
-        is symmetric (otherwise a query is not written as a document is), unless it is named as relevant."""
+        """For each query the documents that are the query itself; a ranking leaves them out.
+
+        There are none unless the task is symmetric, because otherwise the model reads a query and a document of the
+        same text differently. A document that is named as relevant stays.
+        """
         places: dict[str, set[int]] = {}
         if is_symmetric(self.instruction):
             for place, text in enumerate(self.documents):
                 places.setdefault(text, set()).add(place)
         own = [places.get(query, set()) for query in self.queries]
-        return [found - set(relevant) for found, relevant in zip(own, self.relevant, strict=True)]
+        return [same - set(relevant) for same, relevant in zip(own, self.relevant, strict=True)]
 
     @classmethod
     def from_rows(cls, rows: Iterable[Row]) -> RetrievalTask:
-        """Training rows as a task: all their distinct positives and negatives are the documents.
+        """Training rows as a task whose documents are all their different positives and negatives.
 
         Raises:
-            ValueError: the rows have more than one instruction (evaluate them apart).
+            ValueError: the rows have more than one instruction; they must be evaluated one instruction at a time.
         """
         rows = list(rows)
         instructions = sorted({row.instruction for row in rows})

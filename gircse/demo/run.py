@@ -20,14 +20,14 @@ from tqdm.auto import tqdm
 
 from gircse.data import installed_code
 from gircse.data.retrieval_task import RetrievalTask
-from gircse.data.rows import load_rows
+from gircse.demo.plots import plot_losses, plot_quality
 from gircse.demo.smollm2 import smollm2_path
-from gircse.evaluation.retrieval import DEFAULT_STEPS, evaluate_retrieval
+from gircse.evaluation import STEPS
+from gircse.evaluation.retrieval import evaluate_retrieval
 from gircse.files.atomic import new_file
 from gircse.files.lock import folder_lock
 from gircse.inspect.table import inspection_table
 from gircse.model import GIRCSE
-from gircse.show.plots import plot_losses, plot_quality
 from gircse.show.tables import text_table
 from gircse.train import train
 from gircse.train.config import TrainConfig
@@ -102,7 +102,7 @@ def run_demo(output: Path, *, max_steps: int | None = None, seed: int = 0, dtype
         say(
             f"\ntraining: {config.max_steps} steps of {config.batch_size}, LoRA r={config.lora_r}, K={config.num_steps}"
         )
-        result = train(config, rows=load_rows(installed_code.to_rows(split.train)), model=model)
+        result = train(config, rows=installed_code.to_rows(split.train), model=model)
         say(f"{len(result.log)} steps, loss {result.log[0]['loss']:.3f} -> {result.log[-1]['loss']:.3f}")
 
         adapter = output / "adapter"
@@ -149,9 +149,7 @@ def run_demo(output: Path, *, max_steps: int | None = None, seed: int = 0, dtype
 
 
 def evaluate(model: GIRCSE, task: RetrievalTask) -> dict[int, dict[str, float]]:
-    return evaluate_retrieval(
-        model, task, steps=DEFAULT_STEPS, max_length=EVALUATION_MAX_LENGTH, show_progress_bar=True
-    )
+    return evaluate_retrieval(model, task, steps=STEPS, max_length=EVALUATION_MAX_LENGTH, show_progress_bar=True)
 
 
 def reload(model: GIRCSE, adapter: Path, texts: list[str], dtype: str) -> GIRCSE:

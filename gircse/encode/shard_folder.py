@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -138,14 +137,6 @@ def complete_folder(shards: Shards) -> None:
         _write_manifest(shards.folder, manifest["settings"], shards, complete=True)
     for left in (*shards.folder.glob(".shard-*.partial.npy"), *shards.folder.glob("shard-*.lock")):
         left.unlink(missing_ok=True)
-
-
-def remove_folder(folder: Path) -> None:
-    """At once for everybody who looks, and never half: a half would be taken for shards still to do."""
-    away = folder.with_name(f".{folder.name}.removed")
-    shutil.rmtree(away, ignore_errors=True)
-    folder.rename(away)
-    shutil.rmtree(away)
 
 
 def join_shards(folder: str | Path, output: str, *, on_shard: Callable[[], None] | None = None) -> None:

@@ -28,7 +28,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from gircse.encode.files import read_texts
-from gircse.encode.shard_folder import MANIFEST, Shards, begin, complete_folder, join_shards, named, remove_folder
+from gircse.encode.shard_folder import MANIFEST, Shards, begin, complete_folder, join_shards, named
+from gircse.files.atomic import remove_folder
 from gircse.integers import check_integer
 from gircse.lm.environment import environment_integer
 

@@ -1,11 +1,11 @@
-"""A GIRCSE model as an encoder of mteb, one number of steps an encoder.
+"""A GIRCSE model as an encoder of mteb. Each encoder has one number of steps.
 
     encoder = GIRCSEEncoder(model, num_steps=20)
     mteb.evaluate(encoder, mteb.get_tasks(["STS12"]), cache=mteb.ResultCache("runs/mteb"))
 
-mteb's result cache knows a model by its name, revision and `experiment_kwargs`, and of what `encode` is given the
+mteb's result cache tells models apart by name, revision and `experiment_kwargs`, and of the arguments of `encode` by
 `precision` only. So everything that changes an embedding goes into these: the weights into the revision, K and the rest
-into the `experiment_kwargs`.
+into `experiment_kwargs`. Otherwise the cache would return scores of another setting.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gircse.evaluation import require
+from gircse.evaluation import MAX_LENGTH, require
 from gircse.evaluation.fingerprint import fingerprint
 from gircse.evaluation.instructions import ENGLISH_V2, text_instruction
-from gircse.evaluation.step_store import StepStore
+from gircse.evaluation.step_store import StepStore, encode_steps
 from gircse.lm.config import GircseConfig
 
 require("mteb")
@@ -44,33 +45,32 @@ if TYPE_CHECKING:
 _DECIDED = frozenset(
     ("loader", "loader_kwargs", "max_tokens", "embed_dim", "similarity_fn_name", "experiment_kwargs", "modalities")
 )
-_WINDOW_BYTES = 2**28  # of embeddings after all steps, held while they are encoded
 
 
 class GIRCSEEncoder(AbsEncoder):
     """Embeds the texts of mteb's tasks after `num_steps` soft tokens.
 
-    Queries carry the task's instruction, documents are bare where the task is not symmetric, and the texts of all
-    other tasks carry it on every side (docs/method.md §2, `gircse.evaluation.instructions`).
+    Queries carry the task's instruction, and documents carry none unless the task is symmetric. The texts of all other
+    tasks carry it (docs/method.md §2, `gircse.evaluation.instructions`).
 
     Args:
         model: the model; not changed.
         num_steps: K; default: the model's own. 0 is the encoder-only baseline.
-        name: what mteb calls the model, "organisation/name"; default: made from the checkpoint's name.
-        instructions: {task name: instruction}, over the table of MTEB(eng, v2).
+        name: the model's name in mteb, "organisation/name"; default: made from the checkpoint's name.
+        instructions: {task name: instruction}; they replace those of the table of MTEB(eng, v2).
         max_length: tokens of a prompt, instruction included.
-        batch_size: rows per batch; default: as many as fit. (mteb's own `batch_size` only sets how texts are handed
-            over; it has no bearing on the result or the memory.)
+        batch_size: rows of a batch; default: as many as fit. (mteb's own `batch_size` only decides in which portions
+            mteb passes texts. It changes neither the result nor the memory.)
         store: keeps embeddings after several numbers of steps, `num_steps` among them; see `at_steps`.
-        revision: what mteb calls these weights; default: their fingerprint, taken anew at each look at
-            `mteb_model_meta`. A name that is given here is theirs alone: once they change, it is refused.
+        revision: a name for these weights; default: their fingerprint, computed anew whenever `mteb_model_meta` is
+            read. A name given here is an error once the weights have changed.
         fields: further fields of mteb's `ModelMeta`: languages (["eng-Latn"]), license, release_date, adapted_from,
-            n_embedding_parameters, open_weights, reference, training_datasets, citation, contacts and the like.
+            n_embedding_parameters, open_weights, reference, training_datasets, citation, contacts and others.
 
     Raises:
-        ModuleNotFoundError: mteb is not installed (when the module is imported); says how to install it.
+        ModuleNotFoundError: mteb is not installed (raised when the module is imported).
         TypeError: a field that `ModelMeta` does not have, or that the encoder decides itself.
-        ValueError: `num_steps` is negative or not in the store; a `name` without a slash; a field that is not valid.
+        ValueError: `num_steps` is negative or not in the store; `name` has no slash; a field is not valid.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class GIRCSEEncoder(AbsEncoder):
         num_steps: int | None = None,
         name: str | None = None,
         instructions: Mapping[str, str] | None = None,
-        max_length: int = 512,
+        max_length: int = MAX_LENGTH,
         batch_size: int | None = None,
         store: StepStore | None = None,
         revision: str | None = None,
@@ -98,10 +98,11 @@ class GIRCSEEncoder(AbsEncoder):
 
     @property
     def mteb_model_meta(self) -> ModelMeta:
-        """What mteb's cache goes by, of the weights as they are now. Reads every weight (see `with_these_weights`).
+        """What mteb's cache knows the model by, with the fingerprint of the weights as they are now. This reads every
+        weight, unless the encoder comes from `with_these_weights`.
 
         Raises:
-            ValueError: the weights are not those that `revision` names.
+            ValueError: the weights have changed since `revision` named them.
         """
         weights = revision = self._weights or fingerprint(self.model)
         if self._revision is not None:
@@ -125,18 +126,19 @@ class GIRCSEEncoder(AbsEncoder):
         )
 
     @mteb_model_meta.setter
-    def mteb_model_meta(self, meta: ModelMeta) -> None:  # mteb's wrappers put their settings into it
+    def mteb_model_meta(self, meta: ModelMeta) -> None:  # mteb's wrappers write their settings here
         self._meta = meta
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
-        """The cosine, as the metadata say; mteb's own method would look at them, so at all weights, for each batch."""
+        """The cosine, which the metadata name. mteb's own method reads the metadata, and with them all weights, for
+        each batch."""
         return cos_sim(embeddings1, embeddings2)
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
         return pairwise_cos_sim(embeddings1, embeddings2)
 
     def with_these_weights(self) -> GIRCSEEncoder:
-        """The same encoder for as long as nobody changes the weights: it looks at them now and not again."""
+        """The same encoder with the fingerprint of the weights as they are now. It must not be used after a change."""
         other = self.at_steps(self.num_steps)
         other._weights = fingerprint(self.model)
         return other
@@ -145,7 +147,7 @@ class GIRCSEEncoder(AbsEncoder):
         """The same encoder at another K, with the same store.
 
         Raises:
-            ValueError: negative, or not in the store.
+            ValueError: `num_steps` is negative, or not in the store.
         """
         other = object.__new__(GIRCSEEncoder)
         other.__dict__.update(self.__dict__, num_steps=GircseConfig(num_steps=num_steps).num_steps)
@@ -163,11 +165,11 @@ class GIRCSEEncoder(AbsEncoder):
         prompt_type: PromptType | None = None,
         **kwargs: Any,
     ) -> np.ndarray:
-        """float32 [n, D], normalised, in the order of `inputs` (mteb calls this). With `precision` ("int8", "uint8",
-        "binary", "ubinary") quantised as sentence-transformers does it.
+        """The embeddings, float32 [n, D], normalised, in the order of `inputs`; mteb calls this. With `precision`
+        ("int8", "uint8", "binary", "ubinary") they are quantised as sentence-transformers does it.
 
         Raises:
-            ValueError: an encode argument that would change the result; mteb's cache could not tell the scores apart.
+            ValueError: an argument that would change the result without changing the result's name in mteb's cache.
         """
         refused = sorted(set(kwargs) - {"batch_size", "show_progress_bar", "precision"})
         if refused:
@@ -192,28 +194,19 @@ class GIRCSEEncoder(AbsEncoder):
                 show_progress_bar=show_progress_bar,
             )
         key = json.dumps([self._weights or fingerprint(self.model), self.max_length, instruction])
-        return self.store.embeddings(
-            texts, self.num_steps, lambda missing: self._all_steps(missing, instruction), key=key
-        )
-
-    def _all_steps(self, texts: list[str], instruction: str | None) -> Iterator[np.ndarray]:
-        """[K, D] a text at the store's largest K, a bounded number of them at once."""
-        assert self.store is not None
-        steps = max(self.store.steps)
-        row_bytes = 4 * max(steps, 1) * self.model.embedding_dimension
-        return self.model.encode_stream(
-            texts,
+        encode = partial(
+            encode_steps,
+            self.model,
+            num_steps=self.store.steps[-1],
             instruction=instruction,
-            num_steps=steps,
             batch_size=self.batch_size,
             max_length=self.max_length,
-            return_steps=True,
-            window=min(16384, max(64, _WINDOW_BYTES // row_bytes)),
         )
+        return self.store.embeddings(texts, self.num_steps, encode, key=key)
 
 
 def _model_meta(encoder: GIRCSEEncoder, name: str | None, fields: Mapping[str, Any]) -> ModelMeta:
-    """What does not change with the weights or the settings."""
+    """The metadata that depend neither on the weights nor on the settings."""
     model = encoder.model
     unknown = sorted(set(fields) - (set(ModelMeta.model_fields) - _DECIDED))
     if unknown:

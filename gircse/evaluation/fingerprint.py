@@ -1,4 +1,4 @@
-"""A name for the weights themselves, so that no cache gives the scores of yesterday's model."""
+"""A name for the weights of a model, so that no cache returns the scores of other weights."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 
 def fingerprint(model: GIRCSE) -> str:
-    """16 hexadecimal digits of everything that decides an embedding but the arguments of `encode`.
+    """16 hexadecimal digits of everything that decides an embedding, except the arguments of `encode`.
 
-    Parameters and buffers (names, dtypes, shapes, bytes), which adapters are active and how strong, the tokenizer, the
-    base's config, and ours without `num_steps` and the token limits. An adapter that is folded in counts as other
-    weights than the same one apart: they round differently. Reads every weight once, at 1 to 2 GB/s.
+    That is parameters and buffers (names, dtypes, shapes, bytes), which adapters are active and how strong, the
+    tokenizer, the base's config, and ours without `num_steps` and the token limits. A model with a merged adapter has
+    another fingerprint than with the same adapter apart, because the two round differently. Every weight is read once,
+    at 1 to 2 GB/s.
     """
     digest = hashlib.sha256()
     arguments = {"num_steps", "query_max_length", "passage_max_length"}
@@ -28,7 +29,7 @@ def fingerprint(model: GIRCSE) -> str:
     digest.update(_tokenizer_state(model.tokenizer))
     digest.update(json.dumps(_base_config(model), sort_keys=True, default=str).encode())
     for name, layer in model.base.named_modules():
-        if hasattr(layer, "active_adapters") and hasattr(layer, "merged_adapters"):  # one of peft's
+        if hasattr(layer, "active_adapters") and hasattr(layer, "merged_adapters"):  # a layer of peft
             state = [layer.active_adapters, layer.disable_adapters, layer.merged_adapters, getattr(layer, "scaling", 0)]
             digest.update(json.dumps([name, state], sort_keys=True, default=str).encode())
     for name, tensor in [*model.base.named_parameters(), *model.base.named_buffers()]:
@@ -39,15 +40,15 @@ def fingerprint(model: GIRCSE) -> str:
 
 
 def _base_config(model: GIRCSE) -> dict[str, Any]:
-    """Of the transformers config what a checkpoint could change without changing a weight (a soft-cap, a window, ..),
-    without what says where, by which version and for what use it was loaded."""
+    """The entries of the transformers config that change an embedding (a soft-cap, a window, ..). Left out is what
+    depends on how the model was loaded: path, version, dtype, cache."""
     volatile = {"transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
     config = model._unwrapped().config.to_dict()
     return {name: value for name, value in config.items() if name not in volatile and not name.startswith("_")}
 
 
 def _plain_parts(tensor: Tensor) -> list[Tensor]:
-    """The ordinary tensors that a quantised weight is made of; of an ordinary one, itself."""
+    """The ordinary tensors that a quantised weight consists of, or the tensor itself if it is an ordinary one."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor.detach()]
     names, _ = tensor.__tensor_flatten__()
@@ -59,6 +60,6 @@ def _tokenizer_state(tokenizer: Any) -> bytes:
     if backend is None:
         return json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()
     state = json.loads(backend.to_str())
-    for name in ("padding", "truncation"):  # what the last call happened to leave there
+    for name in ("padding", "truncation"):  # settings of the last call
         state.pop(name, None)
     return json.dumps(state, sort_keys=True).encode()

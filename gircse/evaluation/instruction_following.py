@@ -1,14 +1,16 @@
-"""Does an embedding follow its instruction? The same texts, told apart by one criterion or by another.
+"""Whether an embedding follows its instruction: the same texts must group by one criterion or by another.
 
-The protocol of the paper's instruction-following average (IntentEmotion and NYTClustering of Peng et al., "Answer is
-All You Need", 2024): every text has a label under each of two criteria, and is embedded under the instruction of each.
+This is the protocol of the paper's instruction-following average (IntentEmotion and NYTClustering of Peng et al.,
+"Answer is All You Need", 2024). Every text has a label under each of two criteria, and is embedded under the
+instruction of each.
 
-- Triplets: an anchor, a text that shares only its first label, a text that shares only its second. Under the first
+- Triplets: an anchor, a text that shares only its first label, and a text that shares only its second. Under the first
   instruction the former must be nearer (cosine), under the second the latter.
 - Clusters: k-means under each instruction is compared with that criterion's labels (V-measure).
 
-A model that ignores instructions ranks a triplet one way under both: its two shares add up to 1, and `both` is 0. One
-that the instruction merely shakes adds up to 1 as well, with `both` up to 1/4. Following shows in a sum above 1.
+A model that ignores its instruction ranks a triplet the same way under both: its two shares add up to 1, and `both` is
+0. In a model that the instruction changes at random they also add up to 1, with `both` up to 1/4. A model that follows
+instructions has a sum above 1.
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import harmonic_mean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gircse.evaluation import STEPS, require
+from gircse.evaluation import STEPS
+from gircse.evaluation.clustering import kmeans, v_measure
 from gircse.evaluation.stdlib_text import ACTIONS, balanced_grid
 from gircse.evaluation.step_store import check_steps
 from gircse.show.tables import text_table
@@ -35,7 +39,7 @@ _ACTIONS = tuple(name for name in ACTIONS if name not in ("check a condition", "
 
 @dataclass(frozen=True)
 class Criterion:
-    """One way to tell the texts apart: what the model is told, and each text's label."""
+    """One way to group the texts: the instruction that the model gets, and each text's label."""
 
     name: str
     instruction: str
@@ -44,7 +48,7 @@ class Criterion:
 
 @dataclass(frozen=True)
 class InstructionSet:
-    """Texts, two criteria, and triplets (anchor, shares only the first label, shares only the second) of indices."""
+    """Texts, two criteria, and triplets of indices: (anchor, shares only the first label, shares only the second)."""
 
     texts: tuple[str, ...]
     first: Criterion
@@ -58,7 +62,7 @@ class InstructionSet:
         """Draws `per_text` triplets for each text as the anchor.
 
         Raises:
-            ValueError: a criterion without one label a text, or no triplet to be had.
+            ValueError: a criterion has not one label for each text, or no three texts make a triplet.
         """
         for criterion in (first, second):
             if len(criterion.labels) != len(texts):
@@ -79,9 +83,9 @@ class InstructionSet:
 
 
 def stdlib_instruction_set() -> InstructionSet:
-    """What functions of Python's standard library do, by the area they belong to or by the action they perform.
+    """Descriptions of functions of Python's standard library, by area or by action (see `stdlib_text`).
 
-    Five areas x five actions, equally many texts each (see `stdlib_text`), about 175 texts and 700 triplets.
+    Five areas times five actions with equally many texts each: about 175 texts and 700 triplets.
     """
     texts = balanced_grid(_AREAS, _ACTIONS)
     area = Criterion(
@@ -106,21 +110,21 @@ def evaluate_instruction_following(
     max_length: int | None = None,
     show_progress_bar: bool | None = None,
 ) -> dict[int, dict[str, float]]:
-    """{K: scores in 0..1} at each K of `steps`; every text is encoded twice, once under each instruction.
+    """{K: scores in 0..1} for each K of `steps`. Every text is encoded twice, once under each instruction.
 
     Args:
         data: default: `stdlib_instruction_set()`.
         steps: numbers of steps >= 1, or [0] alone.
 
     Returns:
-        For each K: "CRITERION triplets" (share of triplets ranked right under its instruction), "both" (right under
-        both), "CRITERION v_measure", and "score": the mean of the two harmonic means, of triplets and of V-measures.
+        For each K: "CRITERION triplets" (share of triplets that are ranked right under its instruction), "both" (share
+        ranked right under both), "CRITERION v_measure", and "score": the mean of the two harmonic means, that of the
+        triplets and that of the V-measures.
 
     Raises:
-        ValueError: bad `steps`. ModuleNotFoundError: scikit-learn is not installed.
+        ValueError: `steps` is wrong.
     """
     steps = check_steps(steps)
-    cluster = require("sklearn.cluster")  # before anything is encoded
     data = data or stdlib_instruction_set()
     options: dict[str, Any] = {
         "num_steps": steps[-1],
@@ -133,36 +137,30 @@ def evaluate_instruction_following(
         model.encode(list(data.texts), instruction=criterion.instruction, **options)
         for criterion in (data.first, data.second)
     ]
-    return {k: _scores(data, [steps_of[:, max(k, 1) - 1] for steps_of in embeddings], cluster) for k in steps}
+    return {k: _scores(data, [steps_of[:, max(k, 1) - 1] for steps_of in embeddings]) for k in steps}
 
 
-def _scores(data: InstructionSet, embeddings: Sequence[np.ndarray], cluster: Any) -> dict[str, float]:
-    """embeddings: [n, D] normalised, under the first and the second instruction."""
-    from sklearn.metrics import v_measure_score
-
+def _scores(data: InstructionSet, embeddings: Sequence[np.ndarray]) -> dict[str, float]:
+    """Scores of normalised embeddings [n, D] under the first and under the second instruction."""
     anchors, firsts, seconds = np.array(data.triplets).T
-    # how much nearer the text is that shares the first label; a tie is right under neither
+    # How much nearer the text is that shares the first label. A tie is right under neither instruction.
     leads = [((e[anchors] * e[firsts]).sum(1) - (e[anchors] * e[seconds]).sum(1)) for e in embeddings]
     right = [leads[0] > 0, leads[1] < 0]
     criteria = (data.first, data.second)
     measures = []
     for criterion, vectors in zip(criteria, embeddings, strict=True):
-        means = cluster.KMeans(n_clusters=len(set(criterion.labels)), n_init=10, random_state=0)
-        measures.append(float(v_measure_score(criterion.labels, means.fit_predict(vectors))))
+        clusters = kmeans(vectors, len(set(criterion.labels)), seed=0, restarts=10)
+        measures.append(v_measure(criterion.labels, clusters.tolist()))
     accuracies = [float(hits.mean()) for hits in right]
     scores = {f"{c.name} triplets": value for c, value in zip(criteria, accuracies, strict=True)}
     scores["both"] = float((right[0] & right[1]).mean())
     scores |= {f"{c.name} v_measure": value for c, value in zip(criteria, measures, strict=True)}
-    scores["score"] = (_harmonic(accuracies) + _harmonic(measures)) / 2
+    scores["score"] = (harmonic_mean(accuracies) + harmonic_mean(measures)) / 2
     return scores
 
 
-def _harmonic(values: Sequence[float]) -> float:
-    return len(values) / sum(1 / value for value in values) if min(values) > 0 else 0.0
-
-
 def instruction_table(scores: Mapping[int, Mapping[str, float]]) -> str:
-    """One line a number of steps, one column a score, x 100."""
+    """One line for each number of steps, one column for each score, times 100."""
     names = list(next(iter(scores.values())))
     return text_table(
         ["K", *names], [[k, *(f"{100 * values[name]:.2f}" for name in names)] for k, values in scores.items()]

@@ -1,8 +1,7 @@
 """The instruction of each task of MTEB(eng, v2), and which side of the task carries it (docs/method.md §2).
 
-The wording decides more than it seems to: an instruction that says "retrieve" and not "semantic" leaves the documents
-bare (`gircse.lm.prompts.is_symmetric`), as in training. Retrieval and reranking say it, all others do not or say
-"semantic".
+The wording decides: with an instruction that says "retrieve" and not "semantic", documents carry no instruction, as in
+training (`gircse.lm.prompts.is_symmetric`). The instructions of retrieval and reranking are worded so, all others not.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ ENGLISH_V2: dict[str, str] = {
 
 
 def task_instruction(metadata: TaskMetadata, instructions: Mapping[str, str] = ENGLISH_V2) -> str:
-    """The instruction of a task: from `instructions` by its name, else mteb's own for the task, else for its type."""
+    """The instruction of a task: that of `instructions`, else mteb's own for the task, else mteb's for its type."""
     if metadata.name in instructions:
         return instructions[metadata.name]
     prompt = metadata.prompt
@@ -87,10 +86,13 @@ def task_instruction(metadata: TaskMetadata, instructions: Mapping[str, str] = E
 def text_instruction(
     metadata: TaskMetadata, prompt_type: PromptType | None, instructions: Mapping[str, str] = ENGLISH_V2
 ) -> str | None:
-    """The instruction that the texts of one side carry; None: they are embedded bare.
+    """The instruction that the texts of one side of a task carry, or None if they carry none.
 
-    prompt_type: mteb's "query" or "document"; None in tasks whose texts are all of one kind. Documents are bare unless
-    the task is symmetric, or mteb's metadata has an instruction for documents and `instructions` has none.
+    Documents carry none unless the task is symmetric, or mteb has an instruction for them and `instructions` has none
+    for the task.
+
+    Args:
+        prompt_type: mteb's "query" or "document"; None in tasks whose texts are all of one kind.
     """
     instruction = task_instruction(metadata, instructions)
     if prompt_type is None or prompt_type.value != "document":

@@ -1,7 +1,7 @@
 """Six small mteb tasks that need no download: their text is the standard library of the running Python.
 
-They are real tasks (mteb's own classes, metrics and JSON), one of each kind that MTEB(eng, v2) has much of, for smoke
-tests and for comparing checkpoints on a machine without a network. Their scores say nothing about the benchmark's.
+They are real tasks (with mteb's classes, metrics and JSON), one of each frequent kind of MTEB(eng, v2), for smoke tests
+and for comparing checkpoints on a machine without a network. Their scores say nothing about MTEB(eng, v2).
 """
 
 from __future__ import annotations
@@ -25,7 +25,21 @@ from mteb.abstasks.sts import AbsTaskSTS  # noqa: E402
 from mteb.abstasks.task_metadata import TaskMetadata  # noqa: E402
 from mteb.benchmarks.benchmark import Benchmark  # noqa: E402
 
-OFFLINE = "offline"  # the name of the benchmark of all of them
+OFFLINE = "offline"  # the name of the benchmark that has all six
+
+
+class _Local(AbsTask):
+    """A task that builds its data instead of downloading them."""
+
+    data_loaded: bool
+
+    def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
+        if not self.data_loaded:
+            self.dataset = self.build()
+            self.data_loaded = True
+
+    def build(self) -> Any:
+        raise NotImplementedError
 
 
 def _metadata(name: str, type: str, score: str, prompt: str | dict[str, str], description: str) -> TaskMetadata:
@@ -50,18 +64,8 @@ def _metadata(name: str, type: str, score: str, prompt: str | dict[str, str], de
     return TaskMetadata(**values)
 
 
-class _Local(AbsTask):
-    """A task whose data are built, not downloaded."""
-
-    data_loaded: bool
-
-    def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
-        if not self.data_loaded:
-            self.dataset = self.build()
-            self.data_loaded = True
-
-    def build(self) -> Any:
-        raise NotImplementedError
+_TO_CODE = {"query": "Given a description of what a function does, retrieve its code"}
+_AREA = "Identify the area of the standard library that a function's description belongs to"
 
 
 class StdlibCodeRetrieval(_Local, AbsTaskRetrieval):
@@ -71,7 +75,7 @@ class StdlibCodeRetrieval(_Local, AbsTaskRetrieval):
         "StdlibCodeRetrieval",
         "Retrieval",
         "ndcg_at_10",
-        {"query": "Given a description of what a function does, retrieve its code"},
+        _TO_CODE,
         "Find a function of Python's standard library, its name masked, by the first paragraph of its docstring.",
     )
 
@@ -87,7 +91,7 @@ class StdlibCodeReranking(_Local, AbsTaskRetrieval):
         "StdlibCodeReranking",
         "Reranking",
         "map_at_1000",
-        {"query": "Given a description of what a function does, retrieve its code"},
+        _TO_CODE,
         "Rank eight functions of one area of Python's standard library by the description of one of them.",
     )
 
@@ -102,13 +106,13 @@ class StdlibCodeReranking(_Local, AbsTaskRetrieval):
 
 
 class StdlibAreaClassification(_Local, AbsTaskClassification):
-    """Eight areas; 12 texts of each to learn from, 12 others to tell."""
+    """Eight areas, with 12 texts of each for training and 12 others for the test."""
 
     metadata = _metadata(
         "StdlibAreaClassification",
         "Classification",
         "accuracy",
-        "Identify the area of the standard library that a function's description belongs to",
+        _AREA,
         "Tell the area (e-mail, web, ..) of Python's standard library from the description of a function.",
     )
 
@@ -130,7 +134,7 @@ class StdlibAreaClustering(_Local, AbsTaskClustering):
         "StdlibAreaClustering",
         "Clustering",
         "v_measure",
-        "Identify the area of the standard library that a function's description belongs to",
+        _AREA,
         "Group descriptions of functions by the area of Python's standard library that they come from.",
     )
 
@@ -140,7 +144,7 @@ class StdlibAreaClustering(_Local, AbsTaskClustering):
 
 
 class StdlibPairClassification(_Local, AbsTaskPairClassification):
-    """100 pairs of a description and a function of the same area; every second one belongs together."""
+    """100 pairs of a description and a function of the same area. In every second pair the two belong together."""
 
     metadata = _metadata(
         "StdlibPairClassification",
@@ -165,7 +169,7 @@ class StdlibPairClassification(_Local, AbsTaskPairClassification):
 
 
 class StdlibRelatednessSTS(_Local, AbsTaskSTS):
-    """120 pairs of descriptions, scored by how near their functions lie to each other: 0, 1, 2 or 3."""
+    """120 pairs of descriptions, scored 0 to 3 by how near their functions lie to each other."""
 
     min_score = 0
     max_score = 3
@@ -194,20 +198,11 @@ class StdlibRelatednessSTS(_Local, AbsTaskSTS):
 
 
 def offline_benchmark() -> Benchmark:
-    """The six tasks, fresh."""
-    kinds = (
-        StdlibCodeRetrieval,
-        StdlibCodeReranking,
-        StdlibAreaClassification,
-        StdlibAreaClustering,
-        StdlibPairClassification,
-        StdlibRelatednessSTS,
-    )
-    return Benchmark(
-        name=OFFLINE,
-        tasks=[kind() for kind in kinds],
-        description="Tasks over Python's standard library, without a download.",
-    )
+    """A benchmark of new instances of the six tasks."""
+    kinds: tuple[type[AbsTask], ...] = (StdlibCodeRetrieval, StdlibCodeReranking, StdlibAreaClassification)
+    kinds += (StdlibAreaClustering, StdlibPairClassification, StdlibRelatednessSTS)
+    description = "Tasks over Python's standard library, without a download."
+    return Benchmark(name=OFFLINE, tasks=[kind() for kind in kinds], description=description)
 
 
 def _relatedness(first: FunctionText, second: FunctionText) -> int:
@@ -227,7 +222,7 @@ def _by_area(count: int, seed: int) -> dict[str, list[FunctionText]]:
 
 def _labelled(texts: list[FunctionText], text_column: str, label_column: str) -> Dataset:
     names = sorted({text.area for text in texts})
-    texts = draw(texts, len(texts), seed=7)  # not one area after the other
+    texts = draw(texts, len(texts), seed=7)  # otherwise one area would follow the other
     return Dataset.from_dict(
         {text_column: [t.summary for t in texts], label_column: [names.index(t.area) for t in texts]}
     )
@@ -236,7 +231,8 @@ def _labelled(texts: list[FunctionText], text_column: str, label_column: str) ->
 def _ranking(
     queries: list[FunctionText], documents: list[FunctionText], candidates: list[list[FunctionText]] | None
 ) -> RetrievalSplitData:
-    """Each query's own function is the relevant one. The documents come in another order than the queries."""
+    """Ranking data in which each query's own function is the relevant document. Documents are in another order than
+    queries."""
     documents = draw(documents, len(documents), seed=8)
     names = {text: f"d{number}" for number, text in enumerate(documents)}
     return RetrievalSplitData(

@@ -1,4 +1,4 @@
-"""Scores at several numbers of steps as a table, a JSON file and a plot, next to the paper's figures."""
+"""Scores at several numbers of steps as a table, a JSON file and a plot, beside the paper's figures."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gircse.files.atomic import new_file
+from gircse.show.plots import new_figure, save_figure
 from gircse.show.tables import text_table
 
 ENGLISH_BENCHMARK = "MTEB(eng, v2)"
@@ -30,7 +31,11 @@ class TaskScores:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All tasks of a run. `encoded_texts`: how many were encoded for it (none, where every result was there)."""
+    """The scores of all tasks of a run.
+
+    Attributes:
+        encoded_texts: how many texts the run encoded; 0 if every result was there already.
+    """
 
     model: str
     revision: str
@@ -54,7 +59,7 @@ class Evaluation:
 
     @property
     def paper(self) -> Mapping[str, float]:
-        """The paper's averages, where all tasks of its benchmark were run."""
+        """The paper's averages, or nothing unless all tasks of its benchmark were run."""
         whole = self.benchmark in ENGLISH_NAMES and len(self.tasks) == ENGLISH_TASKS
         return PAPER if whole else {}
 
@@ -64,8 +69,8 @@ def _mean(tasks: Sequence[TaskScores], steps: Sequence[int]) -> dict[int, float]
 
 
 def scores_table(evaluation: Evaluation) -> str:
-    """One line a task, then the means by type (where they differ from the tasks) and over all, x 100; the paper's
-    figures below where they compare."""
+    """One line for each task, the means by type (unless they are the tasks) and over all, and the paper's averages
+    (`Evaluation.paper`); all times 100."""
 
     def line(name: str, metric: str, scores: Mapping[int, float]) -> list[object]:
         return [name, metric, *(f"{100 * scores[k]:.2f}" for k in evaluation.steps)]
@@ -81,21 +86,19 @@ def scores_table(evaluation: Evaluation) -> str:
 
 
 def write_results(evaluation: Evaluation, folder: Path) -> None:
-    """Writes summary.json, scores.txt and, where there are two numbers of steps or more, scores.png and scores.svg.
+    """Writes summary.json and scores.txt, and for two numbers of steps or more scores.png and scores.svg.
 
     Raises:
-        ModuleNotFoundError: matplotlib, for the plots, is not installed; the other files are there.
+        ModuleNotFoundError: matplotlib is not installed; the files without plots were written.
     """
     summary: dict[str, Any] = {
         "model": evaluation.model,
         "revision": evaluation.revision,
         "benchmark": evaluation.benchmark,
         "steps": evaluation.steps,
-        "tasks": [
-            {"task": t.task, "type": t.type, "metric": t.metric, "scores": _keys(t.scores)} for t in evaluation.tasks
-        ],
-        "mean": _keys(evaluation.mean),
-        "mean_by_type": {name: _keys(scores) for name, scores in evaluation.mean_by_type.items()},
+        "tasks": [vars(task) for task in evaluation.tasks],
+        "mean": evaluation.mean,
+        "mean_by_type": evaluation.mean_by_type,
         "paper": dict(evaluation.paper),
     }
     with new_file(folder / "summary.json") as partial:
@@ -106,23 +109,14 @@ def write_results(evaluation: Evaluation, folder: Path) -> None:
         plot_scores(evaluation, [folder / "scores.png", folder / "scores.svg"])
 
 
-def _keys(scores: Mapping[int, float]) -> dict[str, float]:
-    return {str(k): value for k, value in scores.items()}
-
-
 def plot_scores(evaluation: Evaluation, paths: Sequence[Path]) -> None:
-    """Score versus K: a line for each type of task, a heavy one for the mean, dashed ones for the paper's averages.
+    """Score versus K: a line for each type of task, a heavy line for the mean, dashed lines for the paper's averages.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    from gircse.evaluation import require
-
-    require("matplotlib").use("Agg")
-    from matplotlib import pyplot
-
     steps, types = evaluation.steps, evaluation.mean_by_type
-    figure, axes = pyplot.subplots(figsize=(7, 4.3), layout="constrained")
+    figure, axes = new_figure()
     if len(evaluation.tasks) > 1:
         for (name, scores), marker in zip(types.items(), "osD^vPX*<>hp" * 3, strict=False):
             count = sum(task.type == name for task in evaluation.tasks)
@@ -136,10 +130,5 @@ def plot_scores(evaluation: Evaluation, paths: Sequence[Path]) -> None:
     axes.set(xlabel="soft tokens K at inference", ylabel="main score x 100")
     axes.set_title(f"{evaluation.benchmark or 'mteb tasks'}: {evaluation.model}", fontsize=10)
     axes.set_xticks(steps)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    for path in paths:
-        with new_file(path) as partial:
-            figure.savefig(partial, dpi=150)
-    pyplot.close(figure)
+    save_figure(figure, *paths)

@@ -1,4 +1,4 @@
-"""mteb's tasks at several numbers of steps, every text encoded once."""
+"""mteb's tasks at several numbers of steps. Every text is encoded once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gircse.evaluation import STEPS, require
+from gircse.evaluation import MAX_LENGTH, STEPS, require
 from gircse.evaluation.results import ENGLISH_BENCHMARK, Evaluation, TaskScores, write_results
 from gircse.evaluation.step_store import StepStore, check_steps
 from gircse.files.lock import folder_lock
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 def find_tasks(benchmark: str | None = None, names: Sequence[str] = ()) -> list[AbsTask]:
     """The tasks of a benchmark (mteb's, or "offline"), or tasks by name (mteb's, or those of the offline benchmark).
 
-    A task of MTEB(eng, v2) is what it is there: its English part, its test split.
+    A task of MTEB(eng, v2) that is asked for by name has the languages and splits that it has in that benchmark.
 
     Raises:
-        ValueError: no such benchmark or task; mteb's message names similar ones.
+        ValueError: there is no such benchmark or task; mteb's message names similar ones.
     """
     try:
         if benchmark is not None:
@@ -58,35 +58,36 @@ def evaluate_tasks(
     benchmark: str | None = None,
     name: str | None = None,
     instructions: Mapping[str, str] | None = None,
-    max_length: int = 512,
+    max_length: int = MAX_LENGTH,
     batch_size: int | None = None,
     overwrite: bool = False,
     log: bool = True,
 ) -> Evaluation:
-    """Scores of a model on mteb's tasks at each K of `steps`, for the price of encoding at the largest.
+    """Scores of a model on mteb's tasks at each K of `steps`; every text is encoded once, at the largest K.
 
-    Task by task: texts are encoded when the task first asks for them and kept on disk after each of `steps` until the
-    task is done (texts x steps x D x 4 bytes below `output`). Results lie in `output` as mteb writes them
-    (results/MODEL/REVISION/experiments/..num_steps_K/TASK.json); those that are there already are not computed again,
-    so an interrupted run goes on where it stopped. summary.json, scores.txt and the plots are written anew.
+    Tasks run one after the other. A text is encoded when its task first asks for it, and its embeddings after each of
+    `steps` stay on disk until the task is done (texts x steps x D x 4 bytes below `output`). Results lie in `output` as
+    mteb writes them (results/MODEL/REVISION/experiments/..num_steps_K/TASK.json). A result that is there already is not
+    computed again, so an interrupted run continues where it stopped. summary.json, scores.txt and the plots are always
+    written.
 
     Args:
         tasks: mteb tasks; see `find_tasks`.
         steps: numbers of steps >= 1, or [0] alone.
-        benchmark: what the tasks are together; "MTEB(eng, v2)" puts the paper's figures beside them.
+        benchmark: the benchmark that the tasks are; with "MTEB(eng, v2)" the result has the paper's figures.
         name, instructions, max_length, batch_size: see `GIRCSEEncoder`.
         overwrite: compute results that are there already.
-        log: a line on standard error per task.
+        log: print a line for each task on standard error.
 
     Raises:
-        ValueError: bad `steps`.
-        ModuleNotFoundError: matplotlib, for the plots, is not installed.
+        ValueError: `steps` is wrong.
+        ModuleNotFoundError: matplotlib is not installed.
         FolderInUse: another process writes to `output` (an OSError).
-        ConnectionError: a task's data are neither on this machine nor to be had; results so far are kept.
+        ConnectionError: a task's data are not on this machine and cannot be downloaded; results so far are kept.
     """
     output, steps = Path(output), check_steps(steps)
     if len(steps) > 1:
-        require("matplotlib")  # now rather than after hours
+        require("matplotlib")  # an error must come before the hours of encoding
     cache = ResultCache(output)
     scores: list[TaskScores] = []
     with folder_lock(output), StepStore(steps, output) as store:
@@ -116,17 +117,18 @@ def _evaluate_task(
 ) -> TaskScores:
     encoders = {k: encoder.at_steps(k) for k in steps}
     if isinstance(task, AbsTaskAggregate):
-        for part in task.metadata.tasks:  # one by one, so that only one of them lies on disk
+        for part in task.metadata.tasks:  # one by one, so that the embeddings of one only lie on disk
             _evaluate_task(encoder, part, steps, cache, overwrite)
-        for k in steps:  # put together anew, from the parts' results
+        for k in steps:  # mteb puts the result together from those of the parts
             cache.get_task_result_path(task.metadata.name, encoders[k].mteb_model_meta).unlink(missing_ok=True)
         stale = set()
     else:
         stale = {k for k in steps if overwrite or not _is_current(cache, task, encoders[k])}
-    ours = bool(stale) and not task.data_loaded
-    if ours:
+    loads = bool(stale) and not task.data_loaded
+    if loads:
         _load(task)
-    # A task draws its samples from generators of its own: every K gets the same ones, and those of a run by itself.
+    # A task draws samples from its own generators and from the global ones. Every K must get the same samples, namely
+    # those of a run with this K only.
     generators = copy.deepcopy((task.rng_state, task.np_rng))
     scores = {}
     for k in steps:
@@ -134,7 +136,8 @@ def _evaluate_task(
         random.seed(task.seed)
         np.random.seed(task.seed)  # noqa: NPY002 - scikit-learn's default, which mteb seeds as well
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UndefinedMetricWarning)  # a class that is never predicted, many times
+            # scikit-learn warns of every class that is never predicted.
+            warnings.simplefilter("ignore", UndefinedMetricWarning)
             mteb.evaluate(
                 encoders[k],
                 task,
@@ -145,8 +148,8 @@ def _evaluate_task(
             )
         result = cache.load_task_result(task.metadata.name, encoders[k].mteb_model_meta, raise_if_not_found=True)
         assert result is not None
-        scores[k] = float(result.get_score())  # of the file, which has six digits: the same in the next run
-    if ours:
+        scores[k] = float(result.get_score())  # of the file, with six digits, so that the next run gives the same
+    if loads:
         task.unload_data()
     assert encoder.store is not None
     encoder.store.clear()
@@ -154,10 +157,13 @@ def _evaluate_task(
 
 
 def _is_current(cache: ResultCache, task: AbsTask, encoder: GIRCSEEncoder) -> bool:
-    """Whether the cache has the whole result, of this revision of the data (mteb itself takes a complete result of any
-    revision)."""
+    """Whether the cache has the whole result for this revision of the data. (mteb takes a complete result of any
+    revision.)"""
     result = cache.load_task_result(task.metadata.name, encoder.mteb_model_meta)
     return result is not None and not result.get_missing_evaluations(task) and result.is_mergeable(task)
+
+
+_HUB = ("datasets", "huggingface_hub", "httpx", "httpx2", "requests")  # errors of these say that a download failed
 
 
 def _load(task: AbsTask) -> None:
@@ -172,6 +178,3 @@ def _load(task: AbsTask) -> None:
             f"be downloaded ({error}). With a network: unset HF_HUB_OFFLINE and start again, finished tasks are kept; "
             f"without one: copy the Hugging Face cache (HF_HOME) here, or take --benchmark {OFFLINE}"
         ) from error
-
-
-_HUB = ("datasets", "huggingface_hub", "httpx", "httpx2", "requests")  # who raises when a download fails

@@ -1,8 +1,8 @@
-"""Text for evaluation that every machine has: what the functions of Python's standard library do, by area and action.
+"""Text for evaluation that every machine has: descriptions of the functions of Python's standard library.
 
 Each text is the first paragraph of a docstring (see `gircse.data.functions`). It has two labels: the *area* of the
-library that it comes from, and the *action* that its first words name; knowing one says little about the other. The
-same Python release gives the same texts in the same order. Another release has slightly other ones, so its number is
+library that it comes from, and the *action* that its first words name. One label says little about the other. The same
+Python release gives the same texts in the same order. Another release has slightly different texts, so its number is
 part of the data's revision.
 """
 
@@ -12,7 +12,6 @@ import platform
 import random
 import re
 import sysconfig
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -38,8 +37,8 @@ AREAS: dict[str, tuple[str, ...]] = {
     "text formats": ("configparser", "csv", "difflib", "json", "plistlib", "string", "textwrap", "xml"),
 }
 
-# Verbs, with or without a final s. The first match counts: "Return True if" checks, "Return a new" creates, "Return"
-# gives back.
+# Verbs, with or without a final s. The first entry that matches counts, so that "Return True if" checks, "Return a new"
+# creates, and any other "Return" gives back.
 ACTIONS: dict[str, str] = {
     "check a condition": "returns? true|returns? false|returns? whether|returns? if|test|check|determine if|true",
     "create something": "create|construct|make|build|generate|returns? an? new",
@@ -55,7 +54,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class FunctionText:
-    """A function: what it does in words, its masked code, and its labels. `action` is None where no verb says it."""
+    """A function: its description, its masked code, and its labels. `action` is None if no verb names one."""
 
     summary: str
     code: str
@@ -66,22 +65,20 @@ class FunctionText:
 
 @cache
 def function_texts() -> tuple[FunctionText, ...]:
-    """All functions of `AREAS` that say what they do; about 2,000, in the order of areas and files. Reads files only.
+    """All documented functions of `AREAS`, about 2,000, in the order of areas and files. Nothing is imported.
 
     Raises:
-        FileNotFoundError: the standard library lies there without its source files.
+        FileNotFoundError: the standard library has no source files on this machine.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     pairs: list[CodePair] = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in other people's code
-        for area, modules in AREAS.items():
-            for module in modules:
-                folder = root / module
-                for path in sorted(folder.rglob("*.py")) if folder.is_dir() else [root / f"{module}.py"]:
-                    parts = path.relative_to(root).with_suffix("").parts
-                    if not {"test", "tests"} & set(parts):
-                        pairs += pairs_of_file(path, area, ".".join(parts).removesuffix(".__init__"))
+    for area, modules in AREAS.items():
+        for module in modules:
+            folder = root / module
+            for path in sorted(folder.rglob("*.py")) if folder.is_dir() else [root / f"{module}.py"]:
+                parts = path.relative_to(root).with_suffix("").parts
+                if not {"test", "tests"} & set(parts):
+                    pairs += pairs_of_file(path, area, ".".join(parts).removesuffix(".__init__"))
     if not pairs:
         raise FileNotFoundError(f"no documented functions in the standard library at {root}")
     return tuple(
@@ -91,19 +88,19 @@ def function_texts() -> tuple[FunctionText, ...]:
 
 
 def _action(summary: str) -> str | None:
-    found = (name for name, verbs in ACTIONS.items() if re.match(rf"(?:{verbs})(?:e?s)?\b", summary, re.IGNORECASE))
-    return next(found, None)
+    names = (name for name, verbs in ACTIONS.items() if re.match(rf"(?:{verbs})(?:e?s)?\b", summary, re.IGNORECASE))
+    return next(names, None)
 
 
 def draw(items: Iterable[_T], count: int, seed: int) -> list[_T]:
-    """At most `count` of the items, in an order that depends on nothing but `seed` and the items' own text."""
+    """At most `count` of the items, in an order that depends only on `seed` and on the items' text."""
     return sorted(items, key=lambda item: crc32(f"{seed} {item}".encode("utf-8", "surrogatepass")))[:count]
 
 
 def balanced_grid(
     areas: Sequence[str], actions: Sequence[str], *, seed: int = 0, at_most: int = 8
 ) -> list[FunctionText]:
-    """Equally many texts of each area and action, so that neither says anything about the other; in a mixed order.
+    """Equally many texts of each area and action, in a random order, so that neither says anything about the other.
 
     Raises:
         ValueError: a combination has fewer than three texts.

@@ -7,29 +7,36 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import islice
-from numbers import Integral
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-_BUFFER = 2**26  # bytes of embeddings that are collected before they are written
+from gircse.integers import as_integer
 
-Encode = Callable[[list[str]], Iterable[np.ndarray]]  # texts -> one float32 [K, D] a text, in order
+if TYPE_CHECKING:
+    from gircse.model import GIRCSE
+
+_BUFFER = 2**26  # bytes of embeddings that are collected before they are written
+_WINDOW = 2**28  # bytes of embeddings after all steps that `encode_steps` holds
+
+Encode = Callable[[list[str]], Iterable[np.ndarray]]  # texts -> one float32 [K, D] for each text, in order
 
 
 class StepStore:
-    """One file of float32 rows for each of `steps`; an index from prompt to row.
+    """One file of float32 rows for each of `steps`, and an index from text to row.
 
-    Texts, not calls, are the unit: a text that a task asks for again (another K, a bootstrap sample, the other side of
-    a pair) is not encoded again. Held in memory: 16 bytes and a dictionary entry a text, and one buffer. On disk:
-    texts x steps x D x 4 bytes, until `clear` or `close`.
+    A text that is asked for again (at another K, in a bootstrap sample, on the other side of a pair) is not encoded
+    again. Memory holds 16 bytes and a dictionary entry for each text, and one buffer. The disk holds
+    texts x steps x D x 4 bytes until `clear` or `close`. Files are written, not mapped, so that a full disk is an
+    OSError.
 
     Args:
         steps: numbers of steps >= 1, or [0] alone.
-        folder: where to put the files (a temporary folder is made in it, and removed at the end).
+        folder: where the temporary folder of the files is made.
 
     Raises:
-        ValueError: `steps` is empty, or mixes 0 with others.
+        ValueError: `steps` is empty, or has 0 among others.
     """
 
     def __init__(self, steps: Sequence[int], folder: Path) -> None:
@@ -46,10 +53,6 @@ class StepStore:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    @property
-    def bytes_on_disk(self) -> int:
-        return sum(path.stat().st_size for path in self._folder.iterdir())
-
     def clear(self) -> None:
         """Forgets all texts and frees their disk space."""
         self._rows.clear()
@@ -61,14 +64,17 @@ class StepStore:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def embeddings(self, texts: Sequence[str], step: int, encode: Encode, *, key: str | None = None) -> np.ndarray:
-        """float32 [n, D]: the texts' embeddings after `step` steps; texts not met before are encoded first.
+        """float32 [n, D]: the texts' embeddings after `step` steps. Texts that are not in the store are encoded first.
+
+        Where the texts lie one after the other in the file, the result is mapped from it and takes no memory of its
+        own; it may be changed without changing the file. It stays valid after `clear` and `close`.
 
         Args:
-            encode: gives [max(steps), D] a text ([1, D] with steps [0]).
-            key: what else the embedding depends on (the instruction); the same text under another key is another text.
+            encode: gives [max(steps), D] for each text ([1, D] if `steps` is [0]).
+            key: what else the embedding depends on (the instruction); under another key a text is another text.
 
         Raises:
-            ValueError: `step` is not among `steps`.
+            ValueError: `step` is not among `steps`, or `encode` gave another number of embeddings than texts.
         """
         if step not in self.steps:
             raise ValueError(f"step: got {step}, expected one of {self.steps}")
@@ -78,8 +84,10 @@ class StepStore:
             self._add(list(missing), encode(list(missing.values())))
         if not names:
             return np.empty((0, self._width), np.float32)
-        rows = np.memmap(self._path(step), np.float32, mode="r", shape=(len(self._rows), self._width))
-        return np.asarray(rows[[self._rows[name] for name in names]])
+        file = np.memmap(self._path(step), np.float32, mode="c", shape=(len(self._rows), self._width))
+        rows = [self._rows[name] for name in names]
+        first, last = rows[0], rows[-1]
+        return np.asarray(file[first : last + 1] if rows == list(range(first, last + 1)) else file[rows])
 
     def _add(self, names: list[bytes], vectors: Iterable[np.ndarray]) -> None:
         columns = [max(step, 1) - 1 for step in self.steps]
@@ -89,35 +97,62 @@ class StepStore:
             self._width = part.shape[2]
             for step, rows in zip(self.steps, part, strict=True):
                 with self._path(step).open("r+b" if self._path(step).exists() else "wb") as file:
-                    file.seek(4 * self._width * len(self._rows))  # over what a failure may have left half written
+                    file.seek(4 * self._width * len(self._rows))  # over what a failure may have left half-written
                     file.write(np.ascontiguousarray(rows, np.float32).tobytes())
             for name in names[start : start + len(block)]:
                 self._rows[name] = len(self._rows)
             start += len(block)
             self.encoded += len(block)
         if start != len(names):
-            raise ValueError(f"encode: gave {start} embeddings for {len(names)} texts")
+            raise ValueError(f"encode: got {start} embeddings, expected {len(names)}, one for each text")
 
     def _path(self, step: int) -> Path:
         return self._folder / f"{step}.f32"
 
 
-def _blocks(vectors: Iterator[np.ndarray]) -> Iterator[list[np.ndarray]]:
-    """The vectors in lists of at most `_BUFFER` bytes (one vector at least)."""
-    for first in vectors:
-        yield [first, *islice(vectors, max(0, _BUFFER // max(first.nbytes, 1) - 1))]
+def encode_steps(
+    model: GIRCSE,
+    texts: list[str],
+    num_steps: int,
+    *,
+    instruction: str | None,
+    batch_size: int | None,
+    max_length: int | None,
+) -> Iterator[np.ndarray]:
+    """The embeddings of each text after 1, .., `num_steps` steps, float32 [K, D] ([1, D] for K = 0), in order.
+
+    Only so many texts are encoded ahead that their embeddings fit into `_WINDOW` bytes (64 texts at least).
+    """
+    row_bytes = 4 * max(num_steps, 1) * model.embedding_dimension
+    return model.encode_stream(
+        texts,
+        instruction=instruction,
+        num_steps=num_steps,
+        batch_size=batch_size,
+        max_length=max_length,
+        return_steps=True,
+        window=min(16384, max(64, _WINDOW // row_bytes)),
+    )
 
 
-def check_steps(steps: Sequence[int]) -> tuple[int, ...]:
-    """The numbers of steps, sorted and each once.
+def check_steps(steps: Sequence[int], *, least: int = 0) -> tuple[int, ...]:
+    """The numbers of steps, ascending and each once.
 
     Raises:
-        ValueError: none, or a negative one, or 0 among others (K = 0 is the prompt's own state, not a prefix).
+        ValueError: there is none, one is below `least` or no integer, or 0 is among others (K = 0 is the state of the
+            prompt and not a prefix of a rollout, so that one pass cannot give both).
     """
-    whole = isinstance(steps, Sequence) and all(isinstance(k, Integral) and not isinstance(k, bool) for k in steps)
-    if not whole or not steps or min(steps) < 0 or (0 in steps and len(set(steps)) > 1):
-        raise ValueError(f"steps: got {steps!r}, expected a list of integers >= 1, or 0 alone")
-    return tuple(sorted(set(steps)))
+    numbers = [as_integer(k) for k in steps] if isinstance(steps, Sequence) else []
+    valid = {k for k in numbers if k is not None and k >= least}
+    if not valid or not valid.issuperset(numbers) or (0 in valid and len(valid) > 1):
+        raise ValueError(f"steps: got {steps!r}, expected a list of integers >= 1{'' if least else ', or 0 alone'}")
+    return tuple(sorted(valid))
+
+
+def _blocks(vectors: Iterator[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    """The vectors in lists of at most `_BUFFER` bytes, or of one vector that is larger."""
+    for first in vectors:
+        yield [first, *islice(vectors, max(0, _BUFFER // max(first.nbytes, 1) - 1))]
 
 
 def _digest(text: str, key: str | None) -> bytes:

@@ -1,4 +1,7 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all: each is written beside its place and then renamed.
+
+What a killed process leaves has a name that begins with a dot and holds `.partial`.
+"""
 
 from __future__ import annotations
 
@@ -14,79 +17,84 @@ from pathlib import Path
 def new_folder(path: Path) -> Iterator[Path]:
     """Yields an empty folder beside `path`; when the block ends well it becomes `path`, which must not exist yet.
 
-    If the block raises, or the process dies, `path` does not appear. Where another process was first, its folder stays.
+    If the block raises, or the process dies, `path` does not appear. If another process was first, its folder stays.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    try:
-        yield temporary
-        _sync_tree(temporary)
-        temporary.chmod(0o777 & ~_umask())
+    with _partial_folder(path) as partial:
+        yield partial
+        _sync_tree(partial)
+        partial.chmod(0o777 & ~_umask())
         try:
-            temporary.rename(path)
+            partial.rename(path)
         except OSError:
             if not path.is_dir():
                 raise
         _sync(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
 def into_folder(path: Path) -> Iterator[Path]:
     """Yields an empty folder beside `path`; when the block ends well its files are moved into `path`, one by one.
 
-    Each file is replaced atomically and other files in `path` stay. If the block raises, `path` is untouched.
+    Each file is replaced atomically, and other files in `path` stay. If the block raises, `path` is not changed.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"path: {path} is a file, expected a folder or a new name")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    try:
-        yield temporary
-        _sync_tree(temporary)
-        for source in sorted(p for p in temporary.rglob("*") if p.is_file()):
-            target = path / source.relative_to(temporary)
+    with _partial_folder(path) as partial:
+        yield partial
+        _sync_tree(partial)
+        for source in sorted(p for p in partial.rglob("*") if p.is_file()):
+            target = path / source.relative_to(partial)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(source, target)
         _sync(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yields a name beside `path` to write to; when the block ends well it replaces `path`."""
+    """Yields a name beside `path` to write to; when the block ends well that file replaces `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".partial{path.suffix}", dir=path.parent)
     os.close(handle)
-    temporary = Path(name)
+    partial = Path(name)
     try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        _sync(temporary)
-        os.replace(temporary, path)
+        yield partial
+        partial.chmod(0o666 & ~_umask())
+        _sync(partial)
+        os.replace(partial, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def remove_folder(path: Path) -> None:
-    """Deletes a folder that others may take for whole as long as it has its name: the name goes first."""
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    path.rename(temporary / path.name)
-    shutil.rmtree(temporary, ignore_errors=True)
+    """Deletes a folder. It is renamed first, because a reader would take a half-deleted folder for a whole one."""
+    away = path.with_name(f".{path.name}.partial")  # one name, so that the next call clears what a killed one left
+    shutil.rmtree(away, ignore_errors=True)
+    path.rename(away)
+    shutil.rmtree(away, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Deletes what a killed process left half-written in `folder`; only for the one process that writes there."""
+    """Deletes what killed processes left half-written in `folder`. Only the one process that writes there may call it,
+    because it would delete what another one is writing."""
     for path in folder.glob(".*.partial*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _partial_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path`, deleted at the end unless it was renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def sha256_of_file(path: Path) -> str:
-    """64 hex digits."""
+    """The SHA-256 of the file's bytes, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -1,8 +1,7 @@
-"""One process at a time in an output folder: a second one is told so, at once, and touches nothing.
+"""One process at a time in an output folder. A second process gets an error at once and touches nothing.
 
-The lock is the kernel's (flock) on a file `.lock` in the folder: it is freed however its process ends, so what a killed
-one leaves behind never has to be cleared away by hand. On a file system without locks there is none, and the user has
-to see to it.
+The lock is the kernel's (flock) on the file `.lock` in the folder. The kernel frees it however its process ends, so the
+user never has to clear away what a killed process left. On a file system without locks nothing is protected.
 """
 
 from __future__ import annotations
@@ -19,17 +18,21 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 class FolderInUse(OSError):
-    """Another process is at work in the folder."""
+    """Another process works in the folder."""
 
 
 @contextmanager
 def folder_lock(folder: str | os.PathLike[str] | None) -> Iterator[None]:
-    """Inside, no other block on the same folder runs, in this process or another. None: nothing is locked.
+    """While the block runs, no other block on the same folder does, in this process or another.
 
-    The folder is made if need be, and goes again if nothing was put into it.
+    The folder is made if it does not exist, and deleted again if nothing was put into it.
+
+    Args:
+        folder: the folder to lock; with None nothing is locked.
 
     Raises:
-        FolderInUse: there is another one. OSError: the folder cannot be made or written to.
+        FolderInUse: another block on the folder runs.
+        OSError: the folder cannot be made or written to.
     """
     if folder is None:
         yield
@@ -40,16 +43,17 @@ def folder_lock(folder: str | os.PathLike[str] | None) -> Iterator[None]:
     try:
         yield
     finally:
-        # while it is still ours: whoever has opened the file by now sees that it is no longer the one of that name
+        # The file is unlinked before it is unlocked. A process that has opened it by now sees in `_held` that the name
+        # no longer belongs to the file that it locked.
         with suppress(OSError):
             (folder / LOCK_NAME).unlink()
             if new:
-                folder.rmdir()  # if it is empty
+                folder.rmdir()  # fails if the folder is not empty
         os.close(handle)
 
 
 def try_lock(handle: int) -> bool:
-    """Whether this open file is now locked by us; also True where the file system has no locks."""
+    """Locks an open file without waiting. False: another process has locked it. A file system without locks: True."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -58,7 +62,7 @@ def try_lock(handle: int) -> bool:
 
 
 def _held(path: Path) -> int:
-    """The open and locked file of that name."""
+    """Opens and locks the file of that name, and returns its handle."""
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +70,7 @@ def _held(path: Path) -> int:
         except (FileNotFoundError, FileExistsError):
             if path.parent.exists() and not path.parent.is_dir():
                 raise
-            continue  # its owner removed the folder in between
+            continue  # another process removed the folder between the two calls
         try:
             if not try_lock(handle):
                 raise FolderInUse(
@@ -79,4 +83,4 @@ def _held(path: Path) -> int:
         except BaseException:
             os.close(handle)
             raise
-        os.close(handle)  # its owner removed it between our opening and locking
+        os.close(handle)  # another process removed the file between opening and locking

@@ -1,7 +1,8 @@
-"""Any string as safe, visible text: for a terminal and for HTML.
+"""Any string as safe, visible text for a terminal and for HTML.
 
-Texts and tokens come from anywhere. An escape sequence must not reach a terminal, markup must not reach a page, and a
-right-to-left override must not turn what stands beside it. What cannot be seen is written out instead of dropped.
+Texts and tokens come from files of any origin. An escape sequence must not reach a terminal, markup must not reach a
+page, and a right-to-left override must not turn the text beside it. Characters that cannot be seen are written out, so
+that the reader knows that they are there.
 """
 
 from __future__ import annotations
@@ -9,22 +10,22 @@ from __future__ import annotations
 import html
 import unicodedata
 
-_JOINERS = "\u200c\u200d"  # shape scripts and emoji, and cannot do harm
+_JOINERS = "\u200c\u200d"  # they shape scripts and emoji, and are harmless
 
 
 def terminal_text(text: str) -> str:
-    """On one line: runs of white space become one blank, what is not printable becomes an escape such as \\x1b."""
+    """The text on one line. Runs of white space become one blank, and unprintable characters escapes such as \\x1b."""
     return "".join(c if c.isprintable() or c in _JOINERS else _escape(c) for c in " ".join(text.split()))
 
 
 def html_text(text: str) -> str:
-    """HTML of a whole text; line breaks and tabs stay (style it `white-space: pre-wrap`)."""
+    """HTML of a whole text. Line breaks and tabs stay, so the style must be `white-space: pre-wrap`."""
     text = text.replace("\r\n", "\n")
     return "".join(c if c in "\n\t" else _html_character(c) for c in text)
 
 
 def html_token(token: str) -> str:
-    """HTML of one token: blanks at its ends, line breaks and everything invisible are shown as signs."""
+    """HTML of one token. Signs show blanks at its ends, line breaks and every other invisible character."""
     inner = token.strip(" ")
     before = len(token) - len(token.lstrip(" "))
     after = len(token) - before - len(inner)
@@ -47,7 +48,7 @@ def _is_visible(character: str) -> bool:
 
 
 def _mark(sign: str, name: str) -> str:
-    # its own left-to-right island: inside right-to-left text the backslash would change sides
+    # Isolated from its surroundings, because inside right-to-left text the backslash would change sides.
     return f'<bdi dir="ltr" class="mark" title="{html.escape(name)}">{sign}</bdi>'
 
 

@@ -1,71 +1,18 @@
-"""Plots of a training run, and the one way in which figures are made and written."""
+"""How figures are made and written, and the mark of a number of steps."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gircse.files.atomic import new_file
 
 
-def plot_quality(
-    curves: Mapping[str, Mapping[int, Mapping[str, float]]], path: Path, *, metric: str = "ndcg@10", trained_steps: int
-) -> None:
-    """Quality versus number of steps at inference, one line a model; the K it was trained with is marked."""
-    figure, axes = new_figure()
-    for (name, curve), marker in zip(curves.items(), "osD^v", strict=False):
-        steps = list(curve)
-        axes.plot(steps, [curve[k][metric] for k in steps], marker=marker, label=name)
-    axes.axvline(trained_steps, color="0.5", linestyle=":", linewidth=1)
-    axes.annotate(
-        f"trained with K = {trained_steps}",
-        (trained_steps, 0.03),
-        xycoords=("data", "axes fraction"),
-        xytext=(4, 0),
-        textcoords="offset points",
-        color="0.4",
-        fontsize=9,
-    )
-    axes.set(xlabel="soft tokens K at inference", ylabel=metric, title="Retrieval quality versus number of steps")
-    axes.set_ylim(bottom=0)
-    axes.set_xticks(sorted({k for curve in curves.values() for k in curve}))
-    axes.legend()
-    save_figure(figure, path)
-
-
-def plot_losses(log: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The contrastive losses L_1..L_K over training, smoothed by a running mean of about a tenth of the run.
-
-    Where K was drawn anew for each step, a line has the steps that had its loss, and is smoothed over a tenth of these.
-    """
-    import numpy as np
-
-    figure, axes = new_figure()
-    most = max(len(entry["losses"]) for entry in log)
-    windows = set()
-    for k in range(most):
-        having = [entry for entry in log if len(entry["losses"]) > k]
-        steps = np.array([entry["step"] for entry in having])
-        losses = np.array([entry["losses"][k] for entry in having], dtype=float)
-        window = max(1, len(having) // 10)
-        windows.add(window)
-        colour = _viridis(1 - (0.15 + 0.7 * k / max(1, most - 1)))
-        axes.plot(steps, losses, color=colour, alpha=0.2, linewidth=1)
-        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-        axes.plot(steps[window - 1 :], smooth, color=colour, label=f"$L_{{{k + 1}}}$", linewidth=1.8)
-    axes.set(xlabel="training step", ylabel="contrastive loss (nats)", title="Loss of each step during training")
-    axes.set_ylim(bottom=0)
-    width = f"{min(windows)} to {max(windows)}" if len(windows) > 1 else str(max(windows))
-    axes.legend(title=f"mean of {width}" if width != "1" else None)
-    save_figure(figure, path)
-
-
 def new_figure(columns: int = 1) -> tuple[Any, Any]:
-    """A figure and its axes, or `columns` axes side by side.
+    """A figure and its axes, or a row of `columns` axes.
 
     Raises:
-        ModuleNotFoundError: no matplotlib; says how to install it.
+        ModuleNotFoundError: matplotlib is not installed; the message has the command that installs it.
     """
     try:
         import matplotlib
@@ -82,16 +29,24 @@ def new_figure(columns: int = 1) -> tuple[Any, Any]:
     return figure, panels[0, 0] if columns == 1 else panels[0]
 
 
-def _viridis(value: float):
-    from matplotlib import colormaps
-
-    return colormaps["viridis"](value)
+def mark_steps(axes: Any, steps: int, label: str) -> None:
+    """A vertical line at a number of steps, with its label at the foot."""
+    axes.axvline(steps, color="0.55", linestyle=":", linewidth=1, zorder=0)
+    axes.annotate(
+        label,
+        (steps, 0.03),
+        xycoords=("data", "axes fraction"),
+        xytext=(4, 0),
+        textcoords="offset points",
+        color="0.3",
+        fontsize=9,
+    )
 
 
 def save_figure(figure: Any, *paths: Path) -> list[Path]:
-    """Writes the figure to each path, in the format of its suffix, and closes it: -> the paths.
+    """Writes the figure to each path in the format of its suffix, closes it, and returns the paths.
 
-    An SVG keeps its text as text, and is the same file for the same figure.
+    An SVG keeps its text as text, and the same figure gives the same file.
     """
     from matplotlib import pyplot, rc_context
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns aligned: the first to the left, the others to the right; floats with four digits."""
+    """Aligned columns: the first to the left, the others to the right. Floats have four digits."""
     cells = [list(header), *([f"{c:.4f}" if isinstance(c, float) else str(c) for c in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = [
@@ -19,6 +19,6 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def metrics_table(metrics: Mapping[int, Mapping[str, float]]) -> str:
-    """One line a number of steps, one column a metric."""
+    """One line for each number of steps, one column for each metric."""
     names = list(next(iter(metrics.values())))
     return text_table(["K", *names], [[k, *(values[name] for name in names)] for k, values in metrics.items()])

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gircse.data.retrieval_task import RetrievalTask
-from gircse.data.rows import Row, load_rows
+from gircse.data.rows import Row
+from gircse.data.sources import load_rows
 from gircse.evaluation.retrieval import evaluate_retrieval
 from gircse.files.atomic import new_file
 from gircse.model import GIRCSE

@@ -24,7 +24,8 @@ from typing import Any, TypeVar
 import torch
 
 from gircse.data.retrieval_task import RetrievalTask
-from gircse.data.rows import Row, load_rows
+from gircse.data.rows import Row
+from gircse.data.sources import load_rows
 from gircse.evaluation.retrieval import evaluate_retrieval
 from gircse.files.atomic import remove_leftovers
 from gircse.files.lock import folder_lock
@@ -256,6 +257,7 @@ def run_steps(
 
 def _evaluation(config: TrainConfig) -> Evaluation:
     """Retrieval on `config.eval_data`, at the K that the model is saved with."""
+    assert config.eval_data is not None
     task = RetrievalTask.from_rows(load_rows(config.eval_data, instruction=config.eval_instruction))
     steps = [config.gircse_config().num_steps]
 

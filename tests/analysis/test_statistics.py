@@ -21,7 +21,7 @@ def test_the_plateau_is_the_smallest_k_within_a_standard_error_of_the_best():
 
 
 def test_paired_difference_is_the_textbook_one():
-    ours, theirs = np.array([1.0, 0.5, 0.0, 0.5]), np.array([0.5, 0.5, 0.5, 0.0])
-    found = paired_difference(ours, theirs)
-    assert found["mean"] == pytest.approx(0.125)
-    assert found["standard_error"] == pytest.approx(np.std([0.5, 0, -0.5, 0.5], ddof=1) / 2)
+    ours, theirs = np.array([1.0, 0.5, 0.0, 0.5]), [0.5, 0.5, 0.5, 0.0]
+    difference = paired_difference(ours, theirs)
+    assert difference["mean"] == pytest.approx(0.125)
+    assert difference["standard_error"] == pytest.approx(np.std([0.5, 0, -0.5, 0.5], ddof=1) / 2)

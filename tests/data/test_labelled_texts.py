@@ -1,17 +1,17 @@
-"""Labelled texts: what is read, and that every bad line is named."""
+"""Labelled texts are read, and every bad line is named."""
 
 from __future__ import annotations
 
 import pytest
 
+from gircse.data.errors import DataError
 from gircse.data.labelled_texts import LabelledTexts
-from gircse.data.rows import DataError
 
 
 def test_texts_and_labels_are_read(tmp_path):
     (tmp_path / "labels.jsonl").write_text('{"text": "a", "label": 1}\n\n{"text": "", "label": "x", "more": 0}\n')
-    found = LabelledTexts.read(str(tmp_path / "labels.jsonl"), instruction="cluster them")
-    assert found == LabelledTexts(["a", ""], ["1", "x"], "cluster them")
+    read = LabelledTexts.read(str(tmp_path / "labels.jsonl"), instruction="cluster them")
+    assert read == LabelledTexts(["a", ""], ["1", "x"], "cluster them")
 
 
 @pytest.mark.parametrize(

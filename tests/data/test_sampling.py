@@ -1,4 +1,4 @@
-"""Orders of rows and of sources: pure functions of seed and step, each a permutation, shares by weight."""
+"""Orders of rows and of sources are pure functions of seed and step. Each is a permutation, and weights give shares."""
 
 from __future__ import annotations
 
@@ -65,14 +65,27 @@ def test_orders_look_uniform():
     assert abs(statistic - 841) < 5 * (2 * 841) ** 0.5
 
 
-def test_wrong_arguments():
-    for rows, size in ((0, 1), (3, 4), (3, 0)):
-        with pytest.raises(ValueError, match=r"batch_size must|a batch needs"):
-            BatchSampler(rows, size)
-    with pytest.raises(ValueError, match="step must not be negative"):
-        BatchSampler(3, 1).batch(-1)
-    with pytest.raises(ValueError, match="count must be at least 1"):
-        BatchSampler(3, 1).positive(0, 0, 0)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: BatchSampler(3, 0), "batch_size: got 0"),
+        (lambda: BatchSampler(3, 4), "data: got 3 rows, expected 4 or more"),
+        (lambda: BatchSampler(3, 1).batch(-1), "step: got -1"),
+        (lambda: BatchSampler(3, 1).positive(0, 0, 0), "count: got 0"),
+        (lambda: SourceSchedule([1], 0), "period: got 0"),
+        (lambda: SourceSchedule([1], 1).draw(-1), "number: got -1"),
+        *(
+            (lambda weights=weights: SourceSchedule(weights, 3), "weights: got .*, expected numbers > 0")
+            for weights in ([], [0.0], [1, -1], [float("inf")], [float("nan")])
+        ),
+    ],
+)
+def test_wrong_arguments_are_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        wrong()
+
+
+def test_any_seed_and_any_step():
     assert len(BatchSampler(3, 1, seed=-(2**70)).batch(10**15)) == 1
 
 
@@ -126,19 +139,6 @@ def test_far_draws_are_found_at_once():
     far = schedule.draw(7 * 10**6)
     assert far[1] == pytest.approx(7 * 10**6 * (1 + far[0]) / 6, abs=10)
     assert schedule.draw(3) == SourceSchedule([1, 2, 3], 7, seed=0).draw(3)
-
-
-@pytest.mark.parametrize("weights", [[], [0.0], [1, -1], [float("inf")], [float("nan")]])
-def test_wrong_weights(weights):
-    with pytest.raises(ValueError, match="weights must be numbers > 0"):
-        SourceSchedule(weights, 3)
-
-
-def test_wrong_numbers():
-    with pytest.raises(ValueError, match="period must be"):
-        SourceSchedule([1], 0)
-    with pytest.raises(ValueError, match="number must not be negative"):
-        SourceSchedule([1], 1).draw(-1)
 
 
 def test_numbers_of_a_range_come_equally_often():

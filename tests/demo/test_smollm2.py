@@ -165,16 +165,8 @@ def test_the_cached_tokenizer(real):
         ids = tokenizer(text, add_special_tokens=False).input_ids
         assert ids == original(text, add_special_tokens=False).input_ids == tokenizer(text).input_ids
         assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|im_end|>",
-    )
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)) == (1, 2, 49152)
     assert tokenizer.chat_template == original.chat_template
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
     )
     assert chat.endswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
-    # digits stand alone, and so does the blank before a number, as in training
-    assert tokenizer.tokenize("x  12") == ["x", "ĠĠ", "1", "2"]

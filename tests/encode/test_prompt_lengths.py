@@ -14,7 +14,7 @@ from gircse import GIRCSE, GircseConfig
 from gircse.cli import main
 from gircse.data.retrieval_task import RetrievalTask
 from gircse.data.rows import Row
-from gircse.evaluation.metrics import metrics_by_step
+from gircse.evaluation.metrics import retrieval_metrics
 from gircse.evaluation.retrieval import evaluate_retrieval
 from gircse.sentence_transformers import GIRCSEModule
 from gircse.train import train
@@ -101,14 +101,14 @@ def test_an_evaluation_cuts_queries_and_documents_where_the_model_does():
     queries = ours.encode(task.queries, instruction=INSTRUCTION, return_steps=True)
     for length in (None, QUERY):
         documents = ours.encode(task.documents, max_length=length or PASSAGE, return_steps=True)
-        expected = metrics_by_step(queries, documents, task.relevant, [1, 2])
+        expected = {k: retrieval_metrics(queries[:, k - 1], documents[:, k - 1], task.relevant) for k in (1, 2)}
         assert evaluate_retrieval(ours, task, steps=[1, 2], max_length=length) == expected
     # cut at the limit of queries all documents are the same, and nothing is found
     assert evaluate_retrieval(ours, task, steps=[1], max_length=QUERY)[1]["mrr@10"] == pytest.approx(1 / len(ROWS))
     symmetric = RetrievalTask("same", task.queries, task.documents, task.relevant)
     documents = ours.encode(task.documents, instruction="same", max_length=PASSAGE, return_steps=True)
     queries = ours.encode(task.queries, instruction="same", return_steps=True)
-    expected = metrics_by_step(queries, documents, task.relevant, [1, 2])
+    expected = {k: retrieval_metrics(queries[:, k - 1], documents[:, k - 1], task.relevant) for k in (1, 2)}
     assert evaluate_retrieval(ours, symmetric, steps=[1, 2]) == expected
 
 

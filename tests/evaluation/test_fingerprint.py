@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 
-import pytest
 import torch
+from peft import LoraConfig
 
 from gircse import GIRCSE, GircseConfig
 from gircse.evaluation.fingerprint import fingerprint
@@ -43,18 +43,25 @@ def test_what_changes_an_embedding_changes_the_name():
     assert len(names) == len(others) + 1
 
 
-def test_an_adapter_counts_apart_and_folded_in():
-    peft = pytest.importorskip("peft")
+def test_adapters_count_by_name_and_strength_and_apart_from_merged():
     base = tiny_model("llama")
-    wrapped = peft.get_peft_model(
-        base, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
-    )
-    adapted = GIRCSE(wrapped, tiny_tokenizer()).eval()
-    apart = fingerprint(adapted)
+    for name in ("other", "default"):
+        base.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), name)
+    adapted = GIRCSE(base, tiny_tokenizer()).eval()
+    names = [fingerprint(model()), fingerprint(adapted)]
+    base.set_adapter("other")
+    names.append(fingerprint(adapted))
+    base.set_adapter("default")
+    assert fingerprint(adapted) == names[1]
     adapted.merge_adapter()
-    assert len({apart, fingerprint(adapted), fingerprint(model())}) == 3
+    names.append(fingerprint(adapted))
     adapted.unmerge_adapter()
-    assert fingerprint(adapted) == apart
+    assert fingerprint(adapted) == names[1]
+    for layer in base.modules():
+        if hasattr(layer, "active_adapters") and hasattr(layer, "scaling"):
+            layer.scaling["default"] *= 3
+    names.append(fingerprint(adapted))
+    assert len(set(names)) == 5
 
 
 def test_quantised_weights_are_read_by_their_parts():

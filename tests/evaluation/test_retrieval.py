@@ -1,4 +1,4 @@
-"""Retrieval out of rows: which documents are ranked for a query, and under which instruction."""
+"""A task out of rows: which documents are ranked for a query, and under which instruction."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def test_a_text_is_not_ranked_against_itself(model, instruction):
     for query, answer in PAIRS:
         similar = {text: embeddings[query] @ embeddings[text] for text in WORDS if text != query}
         ranks.append(sorted(similar, key=similar.__getitem__, reverse=True).index(answer) + 1)
-    found = evaluate_retrieval(model, task, steps=[2])[2]
-    assert found["mrr@10"] == pytest.approx(sum(1 / rank for rank in ranks) / len(ranks))
-    assert found["success@1"] == pytest.approx(sum(rank == 1 for rank in ranks) / len(ranks))
+    metrics = evaluate_retrieval(model, task, steps=[2])[2]
+    assert metrics["mrr@10"] == pytest.approx(sum(1 / rank for rank in ranks) / len(ranks))
+    assert metrics["success@1"] == pytest.approx(sum(rank == 1 for rank in ranks) / len(ranks))
 
 
 def test_a_query_that_is_its_own_answer_stays():

@@ -26,7 +26,7 @@ MOCKS = [task for task in mocks.MOCK_TASK_TEST_GRID_MONOLINGUAL if task.metadata
 
 @pytest.fixture(autouse=True)
 def _no_plots(monkeypatch):
-    """They are looked at in test_results and test_cli."""
+    """test_results and test_cli test the plots."""
     monkeypatch.setattr("gircse.evaluation.results.plot_scores", lambda evaluation, paths: None)
 
 

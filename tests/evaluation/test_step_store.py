@@ -35,12 +35,26 @@ def test_every_text_is_encoded_once_and_read_at_each_step(tmp_path, monkeypatch,
         np.testing.assert_array_equal(got, [vectors(text)[2] for text in ("text 3", "new", "text 0")])
         assert encode.asked == [[f"text {i}" for i in range(10)], ["new"]]
         assert store.encoded == 11
-        assert store.bytes_on_disk == 11 * 3 * D * 4
+        assert sum(path.stat().st_size for path in tmp_path.rglob("*.f32")) == 11 * 3 * D * 4
         store.clear()
-        assert store.bytes_on_disk == 0
+        assert not list(tmp_path.rglob("*.f32"))
         store.embeddings(["new"], 1, encode)
         assert encode.asked[-1] == ["new"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_neighbours_are_mapped_and_stay_as_they_are(tmp_path):
+    texts, encode = [f"text {i}" for i in range(9)], Encoder()
+    with StepStore([2], tmp_path) as store:
+        whole = store.embeddings(texts, 2, encode)
+        part = store.embeddings(texts[3:7], 2, encode)
+        assert all(isinstance(array.base, np.memmap) for array in (whole, part))
+        np.testing.assert_array_equal(store.embeddings(texts[::-1], 2, encode), whole[::-1])
+        part[:] = 0
+        np.testing.assert_array_equal(whole, store.embeddings(texts, 2, encode))
+        store.clear()
+        store.embeddings(["other"], 2, encode)
+    np.testing.assert_array_equal(whole, [vectors(text)[1] for text in texts])
 
 
 def test_the_key_tells_equal_texts_apart(tmp_path):
@@ -69,7 +83,7 @@ def test_a_pass_that_fails_leaves_nothing_half_done(tmp_path, monkeypatch):
     with StepStore([1, 7], tmp_path) as store:
         with pytest.raises(RuntimeError, match="out of memory"):
             store.embeddings(["a", "b"], 7, failing)
-        with pytest.raises(ValueError, match="gave 1 embeddings for 2 texts"):
+        with pytest.raises(ValueError, match="got 1 embeddings, expected 2"):
             store.embeddings(["c", "d"], 7, lambda texts: [vectors(texts[0])])
         encode = Encoder()
         got = store.embeddings(["b", "a", "c"], 7, encode)

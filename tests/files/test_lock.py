@@ -1,4 +1,4 @@
-"""One process at a time in a folder; nothing is left behind, and a killed one keeps nobody out."""
+"""One process at a time works in a folder. The lock leaves nothing behind, and a killed process locks nobody out."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_killed_process_keeps_nobody_out(tmp_path):
 
 
 def test_only_one_at_a_time_however_they_come_and_go(tmp_path):
-    """The file is removed and made again all the time; one that locks the removed one must not take it for the lock."""
+    """The lock file is removed and made again all the time. Locking a removed file must not count as the lock."""
     inside, most, entered = 0, 0, 0
     broken: list[BaseException] = []
     counting = threading.Lock()

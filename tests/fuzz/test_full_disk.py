@@ -5,15 +5,12 @@ Training is in tests/train/test_never_lost.py.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 
 import numpy as np
 import pytest
 
 from gircse import GIRCSE
-from gircse.analysis.encoded_steps import EncodedSteps
 from gircse.cli import main
 from gircse.cli.evaluate import _write_json
 from gircse.data.rows import Row
@@ -83,22 +80,6 @@ def test_embeddings_of_steps(tmp_path):
         found = store.embeddings(["3", "4"], 2, lambda texts: [np.full((2, 64), float(t), np.float32) for t in texts])
         np.testing.assert_array_equal(found, np.array([[3.0], [4.0]]) * np.ones(64))
     assert names(tmp_path) == []
-
-
-def test_embeddings_in_mapped_memory(model, tmp_path, monkeypatch):
-    """A page of a mapped file that finds no room is a SIGBUS, so the room is taken before."""
-    calls = []
-
-    def full(*arguments: int) -> None:
-        calls.append(arguments[1:])
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    options = {"instruction": None, "batch_size": None, "max_length": 16}
-    with pytest.raises(OSError, match="No space left"):
-        EncodedSteps.of(model, ["a", "b"], (1, 2), tmp_path / "steps.npy", **options)
-    assert calls == [(0, (tmp_path / "steps.npy").stat().st_size)]
-    assert calls[0][1] > 2 * 2 * 32 * 4
 
 
 def test_distillation(base, tmp_path):

@@ -41,7 +41,6 @@ def test_markup_is_text():
 @pytest.mark.parametrize(
     ("character", "sign", "name"),
     [
-        ("\x00", r"\x00", "U+0000"),
         ("\x1b", r"\x1b", "U+001B"),
         ("\r", r"\r", "U+000D"),
         ("\u202e", r"\u202e", "right-to-left override"),

@@ -1,10 +1,10 @@
-"""The plot of a training run's losses."""
+"""The plot of the losses of a training."""
 
 from __future__ import annotations
 
 import pytest
 
-from gircse.show import plots
+from gircse.demo import plots
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_losses_of_a_run_with_one_k(drawn):
 
 
 def test_losses_of_a_run_whose_k_is_drawn_anew(drawn):
-    """Every line has the steps that had its loss, and no other."""
+    """Every line has exactly the steps that had its loss."""
     log = [_entry(1, 4.0, 3.0, 2.0), _entry(2, 3.5), _entry(3, 3.0, 2.0), _entry(4, 2.5, 1.5, 1.0)]
     lines, title = drawn(log)
     assert lines == {
