@@ -15,7 +15,7 @@ from gircse._version import __version__
 
 if TYPE_CHECKING:
     from gircse.engine import Engine, EngineConfig
-    from gircse.lm.causal_lm import UnsupportedModelError
+    from gircse.ops.head_facts import UnsupportedModelError
     from gircse.lm.config import GircseConfig
     from gircse.model import GIRCSE
     from gircse.sentence_transformers.loading import load
@@ -27,7 +27,7 @@ _HOMES = {
     "EngineConfig": "gircse.engine",
     "GIRCSE": "gircse.model",
     "GircseConfig": "gircse.lm.config",
-    "UnsupportedModelError": "gircse.lm.causal_lm",
+    "UnsupportedModelError": "gircse.ops.head_facts",
     "load": "gircse.sentence_transformers",
 }
 

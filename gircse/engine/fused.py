@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from gircse.lm.attention import RolloutKV
-from gircse.lm.causal_lm import PROBE_TOLERANCE, CausalLM
-
-_PROBE_TOKENS = 5
+from gircse.lm.causal_lm import CausalLM
+from gircse.ops.probe import probe_tokens, relative_error, tolerance_of
 
 
 def has_liger() -> bool:
@@ -60,7 +59,7 @@ class FusedKernels:
         if not found:
             return None
         error = fused._error(lm)
-        if not error <= PROBE_TOLERANCE.get(lm.head_weight.dtype, 6e-2):
+        if not error <= tolerance_of(lm.head_weight.dtype):
             warnings.warn(
                 f"Liger-Kernel's layers change the states of {type(lm.model).__name__} by {error:.1e}; "
                 "the engine runs on the model's own",
@@ -83,13 +82,13 @@ class FusedKernels:
     @torch.inference_mode()
     def _error(self, lm: CausalLM) -> float:
         """Relative difference of the decoder's states with and without."""
-        ids = torch.linspace(0, lm.embed_weight.shape[0] - 1, _PROBE_TOKENS, device=lm.device).long()[None]
-        lengths = torch.full((1,), _PROBE_TOKENS, device=lm.device)
+        ids = probe_tokens(lm.model, lm.facts())
+        lengths = torch.full((1,), ids.shape[1], device=lm.device)
         with torch.enable_grad(), torch.inference_mode(False):  # the rotary embedding's own code
             expected = lm.run_prompt(RolloutKV(lengths), ids.clone()).detach()
         with self.active():
             got = lm.run_prompt(RolloutKV(lengths), ids)
-        return float((got.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
+        return relative_error(got, expected)
 
 
 def _liger(module: str) -> Any:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from gircse import ops
 from gircse.encode.tokens import check_text, check_texts, pad, tokenize
 from gircse.inspect.failures import Finding, diagnose
 from gircse.integers import check_integer
@@ -103,12 +102,12 @@ def _inspect_batch(
     states = rollout(lm, input_ids.to(model.device), mask.to(model.device), num_steps, temperature=temperature)
     # soft token k is spoken by the state before it: h_0, g_1, .., g_{K-1}
     speakers = torch.cat([states.prompt[:, None], states.steps[:, :-1]], dim=1)
-    vocabulary = lm.head_weight.shape[0]
-    token_ids, probabilities = ops.top_tokens(
-        speakers, lm.head_weight, min(max(top_n, TAIL_TOKENS), vocabulary), **lm.head_options(temperature)
+    facts, vocabulary = lm.facts(), lm.vocabulary
+    token_ids, probabilities = facts.top_tokens(
+        speakers, min(max(top_n, TAIL_TOKENS), vocabulary), temperature=temperature
     )
     tail = (1 - probabilities[..., :TAIL_TOKENS].sum(-1)).clamp_min(0) if vocabulary > TAIL_TOKENS else None
-    _, stats = lm.soft_embed(speakers, temperature=temperature, return_stats=True)
+    _, stats = facts.soft_embed(speakers, temperature=temperature, return_stats=True)
     # the embedding after soft token k, and the one before it; without soft tokens it is the prompt's own state
     if model.config.include_prompt_state:
         pooled = model.pool(states.with_prompt)

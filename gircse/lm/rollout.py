@@ -80,9 +80,9 @@ def rollout(
     with _no_checkpointing(lm.body):
         for t in range(num_steps):
             if observer is None or not torch.is_grad_enabled():
-                token = lm.soft_embed(hidden, temperature=temperature, facts=facts)
+                token = facts.soft_embed(hidden, temperature=temperature)
             else:
-                token, stats = lm.soft_embed(hidden, temperature=temperature, return_stats=True, facts=facts)
+                token, stats = facts.soft_embed(hidden, temperature=temperature, return_stats=True)
                 observer.soft_token(t, stats.entropy.detach())
             hidden = lm.run_step(kv, t, token)
             steps.append(hidden)

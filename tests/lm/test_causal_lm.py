@@ -33,7 +33,7 @@ def test_facts_give_the_models_own_soft_token(name):
     hidden = lm.body(input_ids=ids).last_hidden_state[0, -1]
     probs = model(input_ids=ids).logits[0, -1].softmax(-1)
     expected = probs @ model.get_input_embeddings()(torch.arange(model.config.vocab_size))
-    torch.testing.assert_close(lm.soft_embed(hidden), expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(lm.facts().soft_embed(hidden), expected, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -66,7 +66,7 @@ def test_a_head_bias_is_part_of_the_logits():
     model = AutoModelForCausalLM.from_config(config).eval()
     torch.nn.init.normal_(model.lm_head.bias)
     lm = CausalLM.from_model(model)
-    assert lm.head_options()["bias"] is model.lm_head.bias
+    assert lm.facts().bias is model.lm_head.bias
 
 
 def test_a_wrong_embedding_scale_is_refused():
@@ -74,7 +74,7 @@ def test_a_wrong_embedding_scale_is_refused():
     layer = model.get_input_embeddings()
     forward = layer.forward
     layer.forward = lambda ids: 2 * forward(ids)
-    with pytest.raises(UnsupportedModelError, match=r"gemma3.*embed_scale"):
+    with pytest.raises(UnsupportedModelError, match=r"embed_scale.*gemma3"):
         GIRCSE(model, tiny_tokenizer())
 
 
@@ -83,7 +83,7 @@ def test_a_layer_between_body_and_head_is_refused():
     head = model.lm_head
     forward = head.forward
     head.forward = lambda hidden: forward(hidden) + 1
-    with pytest.raises(UnsupportedModelError, match="head_weight"):
+    with pytest.raises(UnsupportedModelError, match="head's weight"):
         GIRCSE(model, tiny_tokenizer())
     del head.forward
     forward_of_model = model.forward
@@ -94,7 +94,7 @@ def test_a_layer_between_body_and_head_is_refused():
         return output
 
     model.forward = changed
-    with pytest.raises(UnsupportedModelError, match="head_weight"):
+    with pytest.raises(UnsupportedModelError, match="head's weight"):
         GIRCSE(model, tiny_tokenizer())
 
 
