@@ -31,8 +31,8 @@ from bench.records import save
 from bench.shapes import SHAPES, random_model
 from bench.timing import seconds
 from gircse import ops
+from gircse.lm.adapter import quiet_peft
 from gircse.lm.causal_lm import CausalLM
-from gircse.lm.quiet import quiet_peft
 from gircse.lm.rollout import rollout
 from gircse.show.tables import text_table
 from gircse.train.config import TrainConfig

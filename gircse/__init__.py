@@ -15,9 +15,9 @@ from gircse._version import __version__
 
 if TYPE_CHECKING:
     from gircse.engine import Engine, EngineConfig
-    from gircse.ops.head_facts import UnsupportedModelError
     from gircse.lm.config import GircseConfig
     from gircse.model import GIRCSE
+    from gircse.ops.head_facts import UnsupportedModelError
     from gircse.sentence_transformers.loading import load
 
 __all__ = ["GIRCSE", "Engine", "EngineConfig", "GircseConfig", "UnsupportedModelError", "__version__", "load", "ops"]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gircse.engine import Engine, EngineConfig
+from gircse.lm.adapter import check_trainable, train_in_float32
 from gircse.lm.causal_lm import CausalLM
 from gircse.lm.config import GircseConfig
 from gircse.lm.device import without_autocast
@@ -18,7 +19,6 @@ from gircse.lm.forking import compute_on_one_thread_in_child, is_lost, rewriting
 from gircse.lm.merged_adapter import MergedAdapter
 from gircse.lm.rollout import RolloutObserver, rollout
 from gircse.lm.token_ids import check_prompt
-from gircse.lm.trained_weights import check_trainable, train_in_float32
 from gircse.ops.head_facts import below_peft
 from gircse.ops.pooling import pool_steps
 

@@ -1,4 +1,4 @@
-"""How an instruction and a text become one prompt (SPEC 1.6)."""
+"""How an instruction and a text become one prompt."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def format_query(instruction: str | None, text: str, template: str = DEFAULT_TEM
     if not instruction:
         return text
     before, after = template.split("{text}")
-    # the two halves are filled apart, so that a text that says "{instruction}" stays as it is
+    # The halves are filled before they are joined, so that "{instruction}" within a text stays as it is.
     return before.replace("{instruction}", instruction) + text + after.replace("{instruction}", instruction)
 
 
 def is_symmetric(instruction: str | None) -> bool:
-    """Whether passages carry the instruction too: all tasks but retrieval, as the reference code decides (SPEC 1.6)."""
+    """Whether passages carry the instruction too. As in the paper's code, they do in all tasks but retrieval."""
     lowered = (instruction or "").lower()
     return not ("retrieve" in lowered and "semantic" not in lowered)

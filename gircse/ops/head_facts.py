@@ -182,7 +182,7 @@ def _embed_scale(embedding: Any, dtype: torch.dtype) -> float:
 
 @torch.compiler.assume_constant_result
 def _number(scale: Tensor) -> float:
-    """The number in a buffer. It is read once, so that no later step waits for the device or is captured with a read."""
+    """The number in a buffer, read once, so that no later step waits for the device or is captured with a read."""
     if scale.is_meta:
         return 1.0
     if scale not in _numbers:

@@ -16,9 +16,9 @@ class SoftEmbedding(nn.Module):
     """Turns hidden states of a model into soft tokens for the same model: mixtures of its embeddings.
 
     The module reads the model's head and embedding layer in every call and does not own them: it has no parameters and
-    an empty `state_dict`, tied weights stay tied, and gradients arrive at the model's parameters. A model that is moved,
-    cast or resized, or that gets a LoRA adapter on head or table (`HeadFacts.of`), is followed from the next call on.
-    The module works under autograd and `torch.compile`.
+    an empty `state_dict`, tied weights stay tied, and gradients arrive at the model's parameters. When the model is
+    moved, cast or resized, or gets a LoRA adapter on head or table (`HeadFacts.of`), the next call follows. The module
+    works under autograd and `torch.compile`.
     """
 
     def __init__(self, model: Any) -> None:

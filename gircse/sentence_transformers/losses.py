@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from gircse import ops
 from gircse.data.false_negatives import false_negatives
-from gircse.lm.trained_weights import check_trainable
+from gircse.lm.adapter import check_trainable
 from gircse.ops.objective import REDUCTIONS
 from gircse.sentence_transformers import modeling_gircse
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gircse.lm.quiet import quiet_peft
+from gircse.lm.adapter import quiet_peft
 from gircse.roofline import ModelFacts
 from gircse.train.config import TrainConfig
 from gircse.train.plan.meta_step import Batch, StepMemory, step_memory

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from gircse.lm import load as loading
-from gircse.lm import quantized_base
-from gircse.lm.quantized_base import quantization_config
+from gircse.lm import quantize
+from gircse.lm.quantize import quantization_config
 from gircse.train.config import TrainConfig
 from gircse.train.lora import trainable_model
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 
 def test_what_is_missing_and_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(quantized_base, "find_spec", lambda name: None)
+    monkeypatch.setattr(quantize, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"quantization: got 'nf4'.*pip install bitsandbytes accelerate"):
         quantization_config("nf4", torch.bfloat16)
     with pytest.raises(ValueError, match="quantization: got 'int3', expected one of 'nf4', 'int8'"):
@@ -29,7 +29,7 @@ def test_what_is_missing_and_how_to_get_it(monkeypatch):
 def installed(monkeypatch):
     """transformers asks for bitsandbytes' version, no more, before a model is loaded."""
     version = importlib.metadata.version
-    monkeypatch.setattr(quantized_base, "find_spec", lambda name: object())
+    monkeypatch.setattr(quantize, "find_spec", lambda name: object())
     monkeypatch.setattr(importlib.metadata, "version", lambda n: "0.49.0" if n == "bitsandbytes" else version(n))
 
 
