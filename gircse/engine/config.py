@@ -84,7 +84,7 @@ class Limits:
         cuda = device.type == "cuda"
         # Many rows share one read of the weights. On a CPU, 256 rows already run the matrix products at full speed.
         rows = config.max_rows or (1024 if cuda else 256)
-        # The activations of 1024 tokens stay in a CPU's last cache. A prefill of 4096 takes 1.4 times as long per token.
+        # The activations of 1024 tokens stay in a CPU's last cache; with 4096 a token takes 1.4 times as long.
         prefill = config.prefill_tokens or (32768 if cuda else 1024)
         memory = config.kv_bytes or (
             # The rest holds the activations of a prefill and the tiles of the soft tokens.

@@ -1,9 +1,9 @@
 """Keys and values of a decode batch in static buffers, and the attention of prefill and decoding on them.
 
-Slot j of row r holds position j of text r. Each layer has one flat tensor for keys and one for values. A batch of R rows
-with S slots views the first R * H_kv * S * d elements as [R, H_kv, S, d], so one allocation serves every bucket. The
-buffers are zeroed once. Values from an earlier batch are masked, but a masked NaN would still spread, so all of them
-must stay finite.
+Slot j of row r holds position j of text r. Each layer has one flat tensor for keys and one for values. A batch of R
+rows with S slots views the first R * H_kv * S * d elements as [R, H_kv, S, d], so one allocation serves every bucket.
+The buffers are zeroed once. Values from an earlier batch are masked, but a masked NaN would still spread, so all of
+them must stay finite.
 
     prefill   q, k, v [1, H | H_kv, T, d]   the tokens of several texts, packed; projections, norms and MLPs see no
                                             padding, and only the attention itself pads (texts of a prefill are about
@@ -180,7 +180,7 @@ class PrefillPass(AttentionPass):
         return packed[0].unflatten(1, (-1, self.longest)).transpose(0, 1)
 
     def _mask(self, window: int | None, device: torch.device) -> Tensor | None:
-        """None where plain causality is enough, else [1, 1, longest, before + longest]. All rows share the mask, because
+        """None where plain causality is enough, else [1, 1, longest, before + longest]. One mask serves all rows:
         the slots beyond a text's end are later than each of its tokens."""
         if window is not None and window >= self.before + self.longest:
             window = None

@@ -25,8 +25,7 @@ from tqdm.auto import tqdm
 from gircse.data.retrieval_task import RetrievalTask
 from gircse.data.rows import Row, format_row, load_rows
 from gircse.data.sampling import BatchSampler
-from gircse.encode.instruction_length import warn_of_rows
-from gircse.encode.tokens import pad, prompt_limit, tokenize
+from gircse.encode.tokens import pad, prompt_limit, tokenize, warn_of_rows
 from gircse.evaluation.retrieval import evaluate_retrieval
 from gircse.files.atomic import new_file
 from gircse.files.lock import folder_lock
