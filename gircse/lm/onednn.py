@@ -123,7 +123,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         return F.linear(input, weight, bias)
     rows = input.reshape(-1, input.shape[-1])
     if torch.is_grad_enabled():
-        out = _WithBias.apply(rows, weight.t(), bias) if bias is not None else _WithoutBias.apply(weight.t(), rows)
+        out = _Linear.apply(rows, weight.t(), bias)
     else:
         out = _product(rows, weight, bias)
     return out.reshape(*input.shape[:-1], out.shape[-1])
@@ -153,42 +153,26 @@ def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return onednn_linear(rows, weight, bias, "none", [], "")
 
 
-class _WithBias(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(rows: Tensor, transposed: Tensor, bias: Tensor) -> Tensor:
+    def forward(rows: Tensor, transposed: Tensor, bias: Tensor | None) -> Tensor:
         return _product(rows, transposed.t(), bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        rows, transposed, _ = inputs
+        rows, transposed, bias = inputs
         need_rows, need_weight, _ = ctx.needs_input_grad
-        ctx.save_for_backward(rows if need_weight else None, transposed if need_rows else None)
+        saved = (rows if need_weight else None, transposed if need_rows else None)
+        ctx.order = slice(None, None, 1 if bias is not None else -1)
+        ctx.save_for_backward(*saved[ctx.order])
 
     @staticmethod
     def backward(ctx, grad):
-        rows, transposed = ctx.saved_tensors
-        return *_gradients(ctx, grad, rows, transposed), grad.sum(0) if ctx.needs_input_grad[2] else None
+        rows, transposed = ctx.saved_tensors[ctx.order]
+        return *_gradients(grad, rows, transposed), grad.sum(0) if ctx.needs_input_grad[2] else None
 
 
-class _WithoutBias(torch.autograd.Function):
-    @staticmethod
-    def forward(transposed: Tensor, rows: Tensor) -> Tensor:
-        return _product(rows, transposed.t(), None)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        transposed, rows = inputs
-        need_weight, need_rows = ctx.needs_input_grad
-        ctx.save_for_backward(transposed if need_rows else None, rows if need_weight else None)
-
-    @staticmethod
-    def backward(ctx, grad):
-        transposed, rows = ctx.saved_tensors
-        grad_rows, grad_transposed = _gradients(ctx, grad, rows, transposed)
-        return grad_transposed, grad_rows
-
-
-def _gradients(ctx: Any, grad: Tensor, rows: Tensor | None, transposed: Tensor | None) -> tuple:
+def _gradients(grad: Tensor, rows: Tensor | None, transposed: Tensor | None) -> tuple:
     """The gradients of the rows and of the transposed weight, where they are needed. A gradient that is differentiated
     again or batched by functorch takes PyTorch's own products, which support that."""
     plain = torch.is_grad_enabled() or type(grad) is not Tensor or torch._C._functorch.is_batchedtensor(grad)

@@ -84,9 +84,10 @@ def test_a_folder_that_gircse_saved(base_folder, tmp_path):
 
 @pytest.mark.usefixtures("add_adapter")
 def test_add_adapter_is_saved_and_read_by_both(base_folder, tmp_path):
+    """An adapter of any name, on the head too."""
     st = gircse.load(base_folder, num_steps=3)
     bare = st.encode(TEXTS)
-    st.add_adapter(LORA)
+    st.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["lm_head", "q_proj"]), adapter_name="mine")
     st.save_pretrained(str(tmp_path / "adapted"))
     names = {path.name for path in (tmp_path / "adapted").iterdir()}
     assert names >= {"adapter_config.json", "adapter_model.safetensors"}
@@ -99,8 +100,10 @@ def test_add_adapter_is_saved_and_read_by_both(base_folder, tmp_path):
     st.disable_adapters()
     np.testing.assert_allclose(st.encode(TEXTS), bare, atol=1e-6, rtol=0)
     st.enable_adapters()
-    st.delete_adapter("default")
+    st.delete_adapter("mine")
     np.testing.assert_allclose(st.encode(TEXTS), bare, atol=1e-6, rtol=0)
+    st.save_pretrained(str(tmp_path / "adapted"))
+    same(gircse.load(tmp_path / "adapted"), st)
 
 
 @pytest.mark.usefixtures("add_adapter")
