@@ -1,4 +1,5 @@
-"""The differentiable rollout: the prompt is encoded once, then K soft tokens follow on its keys and values.
+"""The differentiable rollout: the prompt is encoded once, then K soft tokens follow on its keys and values
+(docs/method.md §3).
 
 The paper's code runs the whole sequence again for every step. Here step k costs one position per row, and gradients
 flow through the kept keys and values, so that loss and gradients are those of the uncached computation.

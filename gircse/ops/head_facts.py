@@ -75,8 +75,8 @@ class HeadFacts(NamedTuple):
         return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
 
     def soft_embed(self, hidden: Tensor, **options: Any) -> Any:
-        """The soft token of each hidden state, [..., D] -> [..., E]; options: the other arguments of
-        `gircse.ops.soft_embed`."""
+        """The soft token of each hidden state, [..., D] -> [..., E] (docs/method.md §3); options: the other arguments
+        of `gircse.ops.soft_embed`."""
         return soft_embed(
             hidden,
             self.head_weight,
