@@ -163,12 +163,12 @@ class _Linear(torch.autograd.Function):
         rows, transposed, bias = inputs
         need_rows, need_weight, _ = ctx.needs_input_grad
         saved = (rows if need_weight else None, transposed if need_rows else None)
-        ctx.order = slice(None, None, 1 if bias is not None else -1)
-        ctx.save_for_backward(*saved[ctx.order])
+        ctx.order = 1 if bias is not None else -1
+        ctx.save_for_backward(*(saved if bias is not None else saved[::-1]))
 
     @staticmethod
     def backward(ctx, grad):
-        rows, transposed = ctx.saved_tensors[ctx.order]
+        rows, transposed = ctx.saved_tensors[:: ctx.order]
         return *_gradients(grad, rows, transposed), grad.sum(0) if ctx.needs_input_grad[2] else None
 
 
