@@ -14,6 +14,7 @@ from torch import nn
 
 from gircse.encode.pipeline import WINDOW, EncodeOptions, encode
 from gircse.encode.tokens import check_texts
+from gircse.lm.device import to_device
 
 if TYPE_CHECKING:
     from gircse.embedder import Embedder
@@ -82,10 +83,7 @@ def check_devices(devices: Sequence[str | torch.device]) -> list[torch.device]:
         raise ValueError(f"devices: got {devices!r}, expected a list of at least one device")
     places = []
     for device in wanted:
-        try:
-            place = torch.device(device)
-        except (RuntimeError, TypeError):
-            raise ValueError(f"devices: got {device!r}, expected a device such as 'cuda:0' or 'cpu'") from None
+        place = to_device(device, "devices")
         if place.type == "cuda":
             place = torch.device("cuda", place.index or 0)
             if place.index >= torch.cuda.device_count():

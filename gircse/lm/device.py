@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 
 
-def to_device(device: str | torch.device | None) -> torch.device:
-    """The device of a name; None: CUDA if there is one, else the CPU.
+def to_device(device: str | torch.device | None, name: str = "device") -> torch.device:
+    """The device that an argument `name` gives; None: CUDA if there is one, else the CPU.
 
     Raises:
         ValueError: PyTorch knows no such device.
@@ -17,7 +17,7 @@ def to_device(device: str | torch.device | None) -> torch.device:
     try:
         return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, TypeError):
-        raise ValueError(f"device: got {device!r}, expected None or a device such as 'cuda:0' or 'cpu'") from None
+        raise ValueError(f"{name}: got {device!r}, expected None or a device such as 'cuda:0' or 'cpu'") from None
 
 
 @contextmanager

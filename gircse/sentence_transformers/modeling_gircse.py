@@ -271,42 +271,47 @@ class GIRCSEModule(InputModule):
         local_files_only: bool = False,
         init_defaults: dict[str, Any] | None = None,
         *,
+        backend: str = "torch",
+        **options: Any,
+    ) -> GIRCSEModule:
+        """sentence-transformers calls this to load the module from a folder or a hub repository."""
+        if backend != "torch":
+            raise ValueError(f"backend: got {backend!r}, expected 'torch': ONNX graphs cannot hold soft tokens")
+        where = {"subfolder": subfolder, "token": token, "revision": revision, "local_files_only": local_files_only}
+        return cls._load(model_name_or_path, {**where, "cache_folder": cache_folder}, **options)
+
+    @classmethod
+    def _load(
+        cls,
+        name: str,
+        where: dict[str, Any],
+        *,
         trust_remote_code: bool = False,
         model_kwargs: dict[str, Any] | None = None,
         processor_kwargs: dict[str, Any] | None = None,
         config_kwargs: dict[str, Any] | None = None,
-        backend: str = "torch",
         **kwargs: Any,
     ) -> GIRCSEModule:
-        """See `SentenceTransformer`; `model_kwargs` go to `AutoModelForCausalLM.from_pretrained`."""
-        check_backend(backend)
-        where: dict[str, Any] = {
-            "subfolder": subfolder,
-            "token": token,
-            "revision": revision,
-            "local_files_only": local_files_only,
-        }
-        config = cls.load_config(model_name_or_path, cache_folder=cache_folder, **where)
-        config |= cls.load_config(model_name_or_path, config_filename=LENGTH_CONFIG, cache_folder=cache_folder, **where)
-        source = {**where, "cache_dir": cache_folder, "trust_remote_code": trust_remote_code}
+        """`where` in the folder or repository `name`; `model_kwargs` go to `AutoModelForCausalLM.from_pretrained`."""
+        config = cls.load_config(name, **where) | cls.load_config(name, config_filename=LENGTH_CONFIG, **where)
+        source = {**where, "trust_remote_code": trust_remote_code}
+        source["cache_dir"] = source.pop("cache_folder")
         options = {**source, "dtype": "auto", **(config_kwargs or {}), **(model_kwargs or {})}
-        adapter = cls.load_config(
-            model_name_or_path, config_filename="adapter_config.json", cache_folder=cache_folder, **where
-        )
+        adapter = cls.load_config(name, config_filename="adapter_config.json", **where)
         if adapter:  # its base is another repository, or another folder
             options |= {"subfolder": "", "revision": None}
-            folder = str(cls.load_dir_path(model_name_or_path, cache_folder=cache_folder, **where))
-            name = adapter.get("base_model_name_or_path")
-            if not name:
-                raise ValueError(f"{model_name_or_path}/adapter_config.json names no base model")
-            if name.startswith(".") and Path(folder, name).is_dir():  # the base lies inside the adapter's folder
-                name = str(Path(folder, name))
-            model = put_adapter_on(load_causal_lm(name, options), folder)
+            folder = str(cls.load_dir_path(name, **where))
+            base = adapter.get("base_model_name_or_path")
+            if not base:
+                raise ValueError(f"{name}/adapter_config.json names no base model")
+            if base.startswith(".") and Path(folder, base).is_dir():  # the base lies inside the adapter's folder
+                base = str(Path(folder, base))
+            model = put_adapter_on(load_causal_lm(base, options), folder)
         else:
-            model = load_causal_lm(model_name_or_path, options)
+            model = load_causal_lm(name, options)
         if getattr(model.config, "attn_logit_softcapping", None):  # SDPA has no such argument
             model.set_attn_implementation("eager")
-        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **source, **(processor_kwargs or {}))
+        tokenizer = AutoTokenizer.from_pretrained(name, **source, **(processor_kwargs or {}))
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         return cls(model.eval(), tokenizer, **config)
@@ -361,11 +366,6 @@ def check_steps(num_steps: Any) -> int:
     if isinstance(num_steps, bool) or not isinstance(num_steps, Integral) or num_steps < 0:
         raise ValueError(f"num_steps: got {num_steps!r}, expected an integer >= 0")
     return int(num_steps)
-
-
-def check_backend(backend: str) -> None:
-    if backend != "torch":
-        raise ValueError(f"backend: got {backend!r}, expected 'torch': soft tokens are no graph that ONNX could hold")
 
 
 def blank(module: str) -> GIRCSEModule:

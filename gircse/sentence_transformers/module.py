@@ -15,7 +15,7 @@ from torch import Tensor
 from gircse.lm.load import load_pretrained
 from gircse.model import GIRCSE
 from gircse.sentence_transformers import modeling_gircse
-from gircse.sentence_transformers.modeling_gircse import LENGTH_CONFIG, check_backend
+from gircse.sentence_transformers.modeling_gircse import LENGTH_CONFIG
 from gircse.sentence_transformers.modeling_gircse_folder import name_base_model, save_code, without_wrapper
 
 
@@ -107,30 +107,22 @@ class GIRCSEModule(modeling_gircse.GIRCSEModule):
         save_code(output_path)
 
     @classmethod
-    def load(
+    def _load(
         cls,
-        model_name_or_path: str,
-        subfolder: str = "",
-        token: bool | str | None = None,
-        cache_folder: str | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        init_defaults: dict[str, Any] | None = None,
+        name: str,
+        where: dict[str, Any],
         *,
         trust_remote_code: bool = False,
         model_kwargs: dict[str, Any] | None = None,
         processor_kwargs: dict[str, Any] | None = None,
         config_kwargs: dict[str, Any] | None = None,
-        backend: str = "torch",
         is_trainable: bool = False,
         **kwargs: Any,
     ) -> GIRCSEModule:
-        """sentence-transformers calls this to load the module from a folder or a hub repository; see `gircse.load`.
-
+        """
         Raises:
             ValueError: an option is given that the rollout does not support.
         """
-        check_backend(backend)
         options = dict(model_kwargs or {})
         dtype = options.pop("dtype", None) or options.pop("torch_dtype", None) or "auto"
         attention = options.pop("attn_implementation", None)
@@ -140,16 +132,9 @@ class GIRCSEModule(modeling_gircse.GIRCSEModule):
                 f"model_kwargs, processor_kwargs, config_kwargs: got {', '.join(unknown)}, expected dtype only; "
                 "build a gircse.GIRCSE from a model and tokenizer of your own and put it into a GIRCSEModule"
             )
-        where: dict[str, Any] = {
-            "subfolder": subfolder,
-            "token": token,
-            "cache_folder": cache_folder,
-            "revision": revision,
-            "local_files_only": local_files_only,
-        }
-        folder = cls.load_dir_path(model_name_or_path, **where)
+        folder = cls.load_dir_path(name, **where)
         if folder is None:
-            raise FileNotFoundError(f"model_name_or_path: {model_name_or_path} does not exist")
+            raise FileNotFoundError(f"model_name_or_path: {name} does not exist")
         base, tokenizer, config = load_pretrained(
             folder,
             adapter=None,
