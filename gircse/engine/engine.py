@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gircse.engine.config import STEPS_BUCKET, EngineConfig, Limits, kv_bytes_per_token
 from gircse.engine.fused import FusedKernels, has_liger
-from gircse.engine.kv import KVPool, PrefillPass, Prefix, decode_kernel
+from gircse.engine.kv import KVPool, PrefillPass, decode_kernel
 from gircse.engine.schedule import DecodeBatch, by_length, common_prefix, next_batch
 from gircse.engine.step import DecodeState, StepRunner
 from gircse.lm.attention import RolloutKV
@@ -31,14 +31,15 @@ Settled = Callable[[Tensor], Tensor]
 
 
 class _Job(NamedTuple):
-    """The arguments of one `Engine.run`, and the tokens that all rows start with where they are encoded once."""
+    """The arguments of one `Engine.run`; the number of tokens that all rows start with, and their keys and values."""
 
     rows: Sequence[Sequence[int]]
     num_steps: int
     temperature: float
     settled: Settled | None
     include_prompt: bool
-    prefix: Prefix | None = None
+    shared: int
+    prefix: dict[int, tuple[Tensor, Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class Engine:
         lengths = [len(row) for row in rows]
         order = by_length(lengths)
         shared = common_prefix(rows) if self.config.reuse_prefix else 0
-        job = _Job(rows, num_steps, temperature, settled, include_prompt)
+        job = _Job(rows, num_steps, temperature, settled, include_prompt, shared)
         fused = self._fused.active() if self._fused is not None else nullcontext()
         with self._lock, fused, without_autocast(self.lm.device), torch.inference_mode():
             self._runner.check_weights()
@@ -179,7 +180,7 @@ class Engine:
                 batch: DecodeBatch | None = None
                 try:
                     if shared and job.prefix is None:
-                        job = job._replace(prefix=self._encoded(rows[0][:shared]))
+                        job = job._replace(prefix=self._prefix(rows[0][:shared]))
                     batch = next_batch(order[done:], lengths, self._limits.at_most(max_rows), num_steps, prefix=shared)
                     states, counts = self._run_batch(batch, job)
                 except RuntimeError as error:
@@ -198,8 +199,7 @@ class Engine:
         count = len(batch.rows)
         pool, state = self._buffers(batch, job.num_steps)
         for start, stop in batch.prefills:
-            texts = [job.rows[row] for row in batch.rows[start:stop]]
-            state.hidden[start:stop] = self._prefill(batch, pool, start, texts, job.prefix)
+            state.hidden[start:stop] = self._prefill(batch, pool, start, stop, job)
         if not job.num_steps:
             states, counts = state.hidden[:count, None].clone(), torch.ones(count, dtype=torch.long)
         else:
@@ -216,14 +216,12 @@ class Engine:
             pool.zero_()
         return states, counts
 
-    def _prefill(
-        self, batch: DecodeBatch, pool: KVPool, start: int, texts: list[Sequence[int]], prefix: Prefix | None
-    ) -> Tensor:
-        """The last state [n, D] of each text. Keys and values go to the rows of the pool from `start` on."""
-        before = len(prefix) if prefix is not None else 0
-        lengths = [len(text) - before for text in texts]
-        kv = PrefillPass(pool, batch.buffer_rows, batch.slots, start, lengths, prefix, self.lm.device)
-        ids = torch.tensor([token for text in texts for token in text[before:]])[None].to(self.lm.device)
+    def _prefill(self, batch: DecodeBatch, pool: KVPool, start: int, stop: int, job: _Job) -> Tensor:
+        """The last states [n, D] of rows `start` to `stop`. Keys and values go to the same rows of the pool."""
+        texts = [job.rows[row][job.shared :] for row in batch.rows[start:stop]]
+        lengths = [len(text) for text in texts]
+        kv = PrefillPass(pool, batch.buffer_rows, batch.slots, start, lengths, job.prefix, self.lm.device)
+        ids = torch.tensor([token for text in texts for token in text])[None].to(self.lm.device)
         return self.lm.run_body(kv, kv.positions, input_ids=ids)[0, kv.last]
 
     def _decode(self, batch: DecodeBatch, pool: KVPool, state: DecodeState, job: _Job) -> tuple[Tensor, Tensor]:
@@ -260,12 +258,12 @@ class Engine:
                 states[text] = state.states[row, :num_steps]
         return states, counts
 
-    def _encoded(self, tokens: Sequence[int]) -> Prefix:
-        """The tokens that all rows start with. They are encoded again in every `run`, because weights or adapters may
-        have changed in between, and no cheap check sees every such change."""
+    def _prefix(self, tokens: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
+        """Keys and values of the tokens that all rows start with. Every `run` makes them again, because weights or
+        adapters may have changed in between, and no cheap check sees every such change."""
         kv = RolloutKV(torch.tensor([len(tokens)], device=self.lm.device))
         self.lm.run_prompt(kv, torch.tensor([list(tokens)], device=self.lm.device))
-        return Prefix(len(tokens), kv)
+        return kv.prompt
 
     def _buffers(self, batch: DecodeBatch, num_steps: int) -> tuple[KVPool, DecodeState]:
         """Pool and state for a batch. They are replaced by larger ones only where the batch needs that."""

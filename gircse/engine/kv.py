@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gircse.lm.attention import AttentionPass, RolloutKV, causal_attention, causal_band
+from gircse.lm.attention import AttentionPass, causal_attention, causal_band
 
 _ALIGNMENT = 64  # bytes, of PyTorch's own CPU tensors
 _MAX_VIEWS = 4096  # views are kept to be made once; over all sizes of batches there would be millions
@@ -90,22 +90,6 @@ def _zeros(count: int, like: Tensor) -> Tensor:
     return raw[offset : offset + count * like.itemsize].view(like.dtype)
 
 
-class Prefix:
-    """Keys and values of the tokens that all rows start with.
-
-    Args:
-        length: number of these tokens.
-        kv: a `RolloutKV` with one row of these tokens.
-    """
-
-    def __init__(self, length: int, kv: RolloutKV) -> None:
-        self.length = length
-        self.kv = kv.prompt
-
-    def __len__(self) -> int:
-        return self.length
-
-
 class PrefillPass(AttentionPass):
     """Several texts, packed into one row of tokens.
 
@@ -113,7 +97,7 @@ class PrefillPass(AttentionPass):
         pool, rows, slots: the buffers, viewed as `rows` rows of `slots` slots.
         start: the first text's row; the others follow.
         lengths: tokens of each text without the prefix, longest first.
-        prefix: the tokens before each text, or None.
+        prefix: keys and values of the tokens before each text (`RolloutKV.prompt` of one row), or None.
         device: of the model.
 
     Attributes:
@@ -128,12 +112,13 @@ class PrefillPass(AttentionPass):
         slots: int,
         start: int,
         lengths: Sequence[int],
-        prefix: Prefix | None,
+        prefix: dict[int, tuple[Tensor, Tensor]] | None,
         device: torch.device,
     ) -> None:
         self.pool, self.rows, self.slots, self.prefix = pool, rows, slots, prefix
         self.batch = slice(start, start + len(lengths))
-        self.before, self.longest = len(prefix) if prefix is not None else 0, lengths[0]
+        self.before = 0 if prefix is None else next(iter(prefix.values()))[0].shape[2]
+        self.longest = lengths[0]
         self.uniform = lengths[-1] == lengths[0]
         # The indices are computed on the host and copied once, so that nothing waits for the device.
         count = torch.tensor(lengths)
@@ -152,7 +137,7 @@ class PrefillPass(AttentionPass):
         keys, values = self.pool.layer(layer, self.rows, self.slots)
         end = self.before + self.longest
         if self.prefix is not None:
-            prefix_key, prefix_value = self.prefix.kv[layer]
+            prefix_key, prefix_value = self.prefix[layer]
             keys[self.batch, :, : self.before] = prefix_key
             values[self.batch, :, : self.before] = prefix_value
         if self.uniform:  # without padding, views replace the gathers

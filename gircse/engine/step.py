@@ -92,7 +92,9 @@ class StepRunner:
 
     def __init__(self, lm: CausalLM, *, capture: str, compile: bool, kernel: str) -> None:
         # Shapes are static, so a step is compiled once per bucket. This class captures graphs; the compiler does not.
-        self._lm = dataclasses.replace(lm, body=_compiled(lm.body)) if compile else lm
+        self._lm = (
+            dataclasses.replace(lm, body=cast(nn.Module, torch.compile(lm.body, dynamic=False))) if compile else lm
+        )
         self._kernel = kernel
         self._required = capture == "always"
         self.captures = capture == "always" or (capture == "auto" and lm.device.type == "cuda")
@@ -186,10 +188,6 @@ class StepRunner:
             restore()
         self.graph_bytes += max(0, torch.cuda.memory_reserved(device) - reserved)
         return graph
-
-
-def _compiled(body: nn.Module) -> nn.Module:
-    return cast(nn.Module, torch.compile(body, dynamic=False))
 
 
 def _fingerprint(model: nn.Module) -> tuple:
