@@ -60,7 +60,7 @@ def rollout(
 
     Args:
         lm: the model, taken apart by `CausalLM.from_model`.
-        input_ids: [B, N] integer token ids, padded on either side.
+        input_ids: [B, N] integer token ids; padding may be anywhere in a row.
         attention_mask: [B, N], nonzero at real tokens; every row has at least one.
         num_steps: K >= 0.
         temperature: logit temperature T of the soft tokens, a float or a tensor that broadcasts to [B].

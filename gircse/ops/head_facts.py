@@ -155,7 +155,7 @@ def _weight(layer: Any, what: str) -> Tensor:
         if name in layer.lora_variant:
             raise _refusal(what, f"a variant of LoRA ({type(layer.lora_variant[name]).__name__})")
         if layer.lora_bias[name]:
-            raise _refusal(what, "LoRA with a bias of its own")
+            raise _refusal(what, "LoRA with a bias")
         weight = weight + layer.get_delta_weight(name).to(weight.dtype)
     return weight
 
