@@ -72,7 +72,7 @@ def decode_step(
     lm: CausalLM, kv: DecodePass, state: DecodeState, temperature: float, facts: HeadFacts | None = None
 ) -> None:
     """One soft token for every row, in place. It can be captured: shapes are static and the host never waits."""
-    token = (facts or lm.facts()).soft_embed(state.hidden, temperature=temperature)
+    token = lm.soft_embed(state.hidden, temperature=temperature, facts=facts)
     kv.begin()
     hidden = lm.run_body(kv, state.position[:, None], inputs_embeds=token[:, None])[:, 0]
     state.hidden.copy_(hidden)

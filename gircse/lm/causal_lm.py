@@ -102,6 +102,15 @@ class CausalLM:
         """[V, E]; the same tensor object as `head_weight` when the model ties them."""
         return self.facts().embed_weight
 
+    def soft_embed(self, hidden: Tensor, *, facts: HeadFacts | None = None, **options: Any) -> Any:
+        """`HeadFacts.soft_embed` of hidden states [..., D] -> [..., E].
+
+        Args:
+            facts: `facts()`, for a caller of many steps. An adapter on head or table makes new matrices in each call of
+                it, which every step would keep for backward.
+        """
+        return (facts or self.facts()).soft_embed(hidden, **options)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V], as plain matrix product; for probes and explanations."""
         return self.facts().logits(hidden)

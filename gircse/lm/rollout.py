@@ -81,9 +81,9 @@ def rollout(
     with _no_checkpointing(lm.body):
         for t in range(num_steps):
             if observer is None or not torch.is_grad_enabled():
-                token = facts.soft_embed(hidden, temperature=temperature)
+                token = lm.soft_embed(hidden, temperature=temperature, facts=facts)
             else:
-                token, stats = facts.soft_embed(hidden, temperature=temperature, return_stats=True)
+                token, stats = lm.soft_embed(hidden, temperature=temperature, return_stats=True, facts=facts)
                 observer.soft_token(t, stats.entropy.detach())
             hidden = lm.run_step(kv, t, token)
             steps.append(hidden)

@@ -48,15 +48,6 @@ class GIRCSEModule(modeling_gircse.GIRCSEModule):
 
     __module__ = "modeling_gircse"  # modules.json names the file beside the weights
 
-    num_steps = _of_the_model("num_steps")
-    pooling = _of_the_model("pooling")
-    temperature = _of_the_model("temperature")
-    prompt_template = _of_the_model("prompt_template")
-    append_eos = _of_the_model("append_eos")
-    include_prompt_state = _of_the_model("include_prompt_state")
-    query_max_length = _of_the_model("query_max_length")
-    passage_max_length = _of_the_model("passage_max_length")
-
     def __init__(self, model: GIRCSE, *, max_seq_length: int | None = None) -> None:
         if not isinstance(model, GIRCSE):
             raise TypeError(f"model: got {type(model).__name__}, expected gircse.GIRCSE")
@@ -146,3 +137,7 @@ class GIRCSEModule(modeling_gircse.GIRCSEModule):
         )
         length = cls.load_config(folder, config_filename=LENGTH_CONFIG)
         return cls(GIRCSE(base, tokenizer, config).eval(), **length)
+
+
+for _name in GIRCSEModule.config_keys:
+    setattr(GIRCSEModule, _name, _of_the_model(_name))

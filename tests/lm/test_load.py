@@ -116,11 +116,7 @@ def test_prompt_tuning_is_refused(base):
     [
         ("{", "gircse_config.json"),
         ("[1]", "expected a JSON object"),
-        ('{"num_steps": -2}', "num_steps: got -2"),
         ('{"num_steps": true}', "num_steps: got True"),
-        ('{"pooling": "max"}', "pooling: got 'max'"),
-        ('{"temperature": 0}', "temperature: got 0"),
-        ('{"prompt_template": "no place"}', "prompt_template"),
         ('{"steps": 3}', "unknown keys steps"),
     ],
 )
