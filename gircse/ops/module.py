@@ -70,7 +70,7 @@ def from_model(model: Any, *, probe: bool = True) -> SoftEmbedding:
         model: a `PreTrainedModel` with a language-model head, or a `peft.PeftModel` around one. It is not changed. What
             is done to it later (an adapter, another table) counts from the next call on.
         probe: run a few tokens through the model and compare its own logits and embeddings with those that the facts
-            give (`gircse.ops.probe`).
+            give (`gircse.ops.probe`). False skips that.
 
     Raises:
         gircse.UnsupportedModelError (a ValueError): no head or embedding, an adapter on one of them other than plain
