@@ -17,8 +17,8 @@ from bench.memory import peak_extra_bytes
 from bench.points import Point, Trial, point_row, take_turns
 from bench.timing import Timing, seconds
 from gircse import ops
+from gircse.lm.adapter import quiet_peft
 from gircse.lm.causal_lm import CausalLM
-from gircse.lm.quiet import quiet_peft
 from gircse.ops.reference import icr_objective_reference, info_nce_reference
 from gircse.roofline import Ceilings, ModelFacts
 from gircse.train.config import TrainConfig

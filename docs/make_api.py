@@ -29,7 +29,7 @@ NAMES = {
             *("Embedder.merge_adapter", "Embedder.unmerge_adapter", "Embedder.quantize_weights"),
         ),
         "lm.config": ("GircseConfig",),
-        "lm.causal_lm": ("UnsupportedModelError",),
+        "ops.head_facts": ("UnsupportedModelError",),
         "engine.engine": ("Engine", "Engine.states", "EngineReport"),
         "engine.config": ("EngineConfig",),
         "sentence_transformers.loading": ("load",),

@@ -1,10 +1,10 @@
-"""Generative text embeddings, fast: soft tokens without a [tokens, vocabulary] tensor, a cached differentiable rollout.
+"""Fast generative text embeddings: soft tokens without a [tokens, vocabulary] tensor, a cached differentiable rollout.
 
     import gircse
     model = gircse.GIRCSE.from_pretrained("path-or-name")
     embeddings = model.encode(["a text", "another"], num_steps=5)      # float32 [2, D]
 
-`gircse.ops` stands by itself: it needs torch only, and imports neither transformers nor peft.
+`gircse.ops` needs torch only; it imports neither transformers nor peft.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from gircse._version import __version__
 
 if TYPE_CHECKING:
     from gircse.engine import Engine, EngineConfig
-    from gircse.lm.causal_lm import UnsupportedModelError
     from gircse.lm.config import GircseConfig
     from gircse.model import GIRCSE
+    from gircse.ops.head_facts import UnsupportedModelError
     from gircse.sentence_transformers.loading import load
 
 __all__ = ["GIRCSE", "Engine", "EngineConfig", "GircseConfig", "UnsupportedModelError", "__version__", "load", "ops"]
@@ -27,13 +27,13 @@ _HOMES = {
     "EngineConfig": "gircse.engine",
     "GIRCSE": "gircse.model",
     "GircseConfig": "gircse.lm.config",
-    "UnsupportedModelError": "gircse.lm.causal_lm",
+    "UnsupportedModelError": "gircse.ops.head_facts",
     "load": "gircse.sentence_transformers",
 }
 
 
 def __getattr__(name: str) -> Any:
-    # transformers takes seconds to import; whoever only wants the ops does not pay for it
+    # transformers takes seconds to import, which a user of the ops alone need not wait for.
     import importlib
 
     if name == "ops":

@@ -1,4 +1,4 @@
-"""`Embedder`: the model behind `GIRCSE`: its weights and modes, the rollout, pooling, and the engine."""
+"""`Embedder`, the base class of `GIRCSE`: weights and modes, rollout, pooling, engine and adapter merging."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gircse.engine import Engine, EngineConfig
+from gircse.lm.adapter import check_trainable, train_in_float32
 from gircse.lm.causal_lm import CausalLM
 from gircse.lm.config import GircseConfig
 from gircse.lm.device import without_autocast
@@ -18,7 +19,6 @@ from gircse.lm.forking import compute_on_one_thread_in_child, is_lost, rewriting
 from gircse.lm.merged_adapter import MergedAdapter
 from gircse.lm.rollout import RolloutObserver, rollout
 from gircse.lm.token_ids import check_prompt
-from gircse.lm.trained_weights import check_trainable, train_in_float32
 from gircse.ops.head_facts import below_peft
 from gircse.ops.pooling import pool_steps
 
@@ -27,18 +27,9 @@ if TYPE_CHECKING:
 
 
 class Embedder(nn.Module):
-    """A causal LM with what embedding a text needs: differentiable rollout, pooling, generation engine, adapter.
+    """A causal LM with a differentiable rollout, pooling, the generation engine and the merging of its adapter.
 
-    `GIRCSE` adds what users call on texts and folders.
-
-    Args:
-        base: a `PreTrainedModel` with a language-model head, or a `peft.PeftModel` (LoRA) around one. It is switched to
-            the rollout's attention function; its ordinary calls keep working.
-        tokenizer: its tokenizer.
-        config: K, pooling, temperature and prompt template; the defaults are the paper's.
-
-    Raises:
-        gircse.UnsupportedModelError: the architecture fails a probe (see `gircse.lm.causal_lm`).
+    Arguments and errors are those of `gircse.GIRCSE`, which adds the methods for texts and folders.
     """
 
     def __init__(
@@ -58,13 +49,13 @@ class Embedder(nn.Module):
         self._begin()
 
     def _begin(self) -> None:
-        """What no copy shares."""
+        """Sets up the parts that a copy does not share."""
         self._lock = threading.RLock()
         self._mode_outside: bool | None = None
         tell_after_fork(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave the engine's buffers and graphs behind; they are made anew."""
+        """A copy or pickle leaves out the engine's buffers and graphs, which are made again when they are needed."""
         return {**self.__dict__, "_engine": None, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -72,7 +63,7 @@ class Embedder(nn.Module):
         self._begin()
 
     def after_fork(self) -> None:
-        """Another thread was encoding when this process was forked: its lock is replaced, its eval mode ended."""
+        """If another thread was encoding at the fork, replaces its lock and ends its eval mode."""
         if is_lost(self._lock):
             self._lock = threading.RLock()
             if self._mode_outside is not None:
@@ -103,7 +94,7 @@ class Embedder(nn.Module):
         *,
         observer: RolloutObserver | None = None,
     ) -> Tensor:
-        """The hidden states that are pooled, g_1..g_K, differentiable; the prompt is encoded once.
+        """The hidden states that are pooled, g_1..g_K, differentiable.
 
         Args:
             input_ids: [B, N] integer token ids, padded on either side.
@@ -117,13 +108,13 @@ class Embedder(nn.Module):
             path.
 
         Raises:
-            TypeError, ValueError: wrong ranks, shapes or dtypes, or a row without a token; in training mode a model of
-                which every weight is frozen.
+            TypeError, ValueError: wrong ranks, shapes or dtypes, or a row without a token; in training mode also a
+                model whose weights are all frozen.
         """
         if self.training and torch.is_grad_enabled():
             check_trainable(self)
         steps = self.config.num_steps if num_steps is None else num_steps
-        steps = GircseConfig(num_steps=steps).num_steps  # the same check and message as everywhere
+        steps = GircseConfig(num_steps=steps).num_steps  # checks it
         lm = self.causal_lm
         check_prompt(input_ids, attention_mask, steps, positions=lm.max_positions, vocabulary=lm.vocabulary)
         with_prompt = self.config.include_prompt_state or not steps
@@ -143,9 +134,9 @@ class Embedder(nn.Module):
 
     @contextmanager
     def inference(self) -> Iterator[Engine]:
-        """The generation engine, for as long as the block lasts: eval mode, and no other thread is inside.
+        """The generation engine. During the block the model is in eval mode, and other threads wait.
 
-        Set `engine_config` to change how it runs.
+        `engine_config` sets how it runs.
         """
         with self._lock, without_autocast(self.device):
             compute_on_one_thread_in_child()
@@ -158,7 +149,7 @@ class Embedder(nn.Module):
             self._set_mode(False)
             try:
                 if self._engine is None or not self._engine.fits(self.causal_lm, self.engine_config):
-                    self._engine = None  # its buffers go before new ones come
+                    self._engine = None  # frees its buffers before new ones are made
                     self._engine = Engine(self.causal_lm, self.engine_config)
                 yield self._engine
             finally:
@@ -167,21 +158,23 @@ class Embedder(nn.Module):
                     self._mode_outside = None
 
     def merge_adapter(self) -> None:
-        """Folds the LoRA adapter into the base weights: encoding is faster, `save_pretrained` still saves the adapter.
+        """Merges the LoRA adapter into the base weights: encoding is faster, and `save_pretrained` still saves the
+        adapter.
 
-        `unmerge_adapter` and `train` put the exact original weights back; until then a copy of them stays in the host's
-        memory. Without an adapter, or merged already, nothing happens. `load_state_dict` and `state_dict` work on the
-        weights apart; another adapter or another state of it is merged anew before the next text is encoded.
+        `unmerge_adapter` and `train` restore the exact original weights; until then a copy of them stays in the host's
+        memory. Without an adapter, or when it is merged already, nothing happens. `load_state_dict` and `state_dict`
+        work on the separate weights. When adapters are switched or changed, they are merged again before the next text
+        is encoded.
         """
         with self._lock, rewriting_weights():
             if self._merged is None and hasattr(self.base, "peft_config"):
                 self._merged = MergedAdapter(self.base)
 
     def unmerge_adapter(self) -> None:
-        """Takes the adapter out again, bitwise.
+        """Restores the base weights from before the merge, bitwise.
 
         Raises:
-            RuntimeError: a merged weight was overwritten since, so that nobody knows what it is without the adapter.
+            RuntimeError: a merged weight was overwritten since, so that its value without the adapter is unknown.
         """
         with self._lock, rewriting_weights():
             if self._merged is not None:
@@ -191,15 +184,15 @@ class Embedder(nn.Module):
     def quantize_weights(self, kind: str = "int8") -> None:
         """Stores the decoder's matrices in 8 bits (weight only), for inference: less memory, fewer bytes per step.
 
-        The embedding table and the head stay as they are: soft tokens are made of them. What it costs in quality
-        depends on the model: compare embeddings before and after (docs/engine.md).
+        The embedding table and the head, of which soft tokens are made, keep their dtype. The loss of quality depends
+        on the model: compare embeddings before and after (docs/engine.md).
 
         Args:
             kind: "int8" or "fp8" (torchao's weight-only layouts).
 
         Raises:
             ModuleNotFoundError: torchao is not installed.
-            ValueError: another kind, or an adapter that is not folded in for good.
+            ValueError: another kind, or an adapter that is apart from the base.
         """
         from gircse.lm.quantize import quantize_weights
 
@@ -208,8 +201,8 @@ class Embedder(nn.Module):
             self._engine = None
 
     def train(self, mode: bool = True) -> Embedder:
-        """Training needs the adapter apart from the base: a merged one is taken out. What trains of an adapter in half
-        precision becomes float32."""
+        """Sets the mode. For training, a merged adapter is unmerged, and the trainable weights of adapters in half
+        precision become float32."""
         with self._lock:
             if mode:
                 self.unmerge_adapter()
@@ -223,9 +216,10 @@ class Embedder(nn.Module):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        """Recompute the prompt pass in backward instead of keeping its activations (training only, `model.train()`).
+        """Recomputes the prompt pass in backward instead of keeping its activations, in training mode.
 
-        Non-reentrant, so the gradient through keys and values is exact; the K steps are not checkpointed.
+        Checkpointing is non-reentrant, so that the gradient through keys and values is exact. The K steps are not
+        checkpointed.
 
         Args:
             gradient_checkpointing_kwargs, options: as for the transformers method of that name.
@@ -240,12 +234,12 @@ class Embedder(nn.Module):
                 "rollout's keys and values; expected False"
             )
         base = self._unwrapped()
-        # the newer name of the two where there are both: the older one warns there
+        # Where transformers has both names, the older one warns.
         enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
         enable(kwargs, **options)
 
     def _unwrapped(self) -> PreTrainedModel:
-        """The transformers model, below a PEFT wrapper."""
+        """The transformers model below a PEFT wrapper."""
         base: Any = self.base
         if not hasattr(base, "peft_config"):
             return base

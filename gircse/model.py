@@ -1,16 +1,17 @@
-"""`GIRCSE`: a causal LM that embeds texts by speaking soft tokens; what users call on texts and folders."""
+"""`GIRCSE`: a causal LM that embeds texts by generating soft tokens, with all that users call on texts and folders."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from gircse.embedder import Embedder
 from gircse.encode.devices import encode_on
-from gircse.encode.pipeline import EncodeOptions, encode, encode_stream
+from gircse.encode.pipeline import STREAM_WINDOW, EncodeOptions, encode, encode_stream
 from gircse.inspect.soft_tokens import TextInspection, inspect
 from gircse.lm.load import load_pretrained
 from gircse.lm.save import save_pretrained
@@ -51,16 +52,16 @@ class GIRCSE(Embedder):
             num_steps: K; default: the folder's `gircse_config.json`, else 5.
             dtype: a torch dtype or its name; "auto" takes the checkpoint's.
             device: default: CUDA if there is one, else the CPU.
-            attn_implementation: None or "gircse", the rollout's own attention (SDPA underneath); nothing else can carry
-                its keys and values.
+            attn_implementation: None or "gircse", the rollout's attention (SDPA underneath), which carries its keys and
+                values.
             trust_remote_code: allow the checkpoint to run its own modelling code.
-            merge_adapter: see the method of that name: for encoding only, fastest.
-            is_trainable: the adapter goes on training; otherwise it is frozen, and in training mode `rollout` refuses
-                a model of which nothing trains. Without an adapter all weights train.
+            merge_adapter: call the method of that name, for the fastest encoding.
+            is_trainable: the adapter goes on training. Otherwise it is frozen, and in training mode `rollout` refuses
+                the model. Without an adapter all weights train.
 
         Raises:
-            FileNotFoundError: a folder or a base named by an adapter does not exist.
-            ValueError: bad arguments, or an adapter that does not fit the base.
+            FileNotFoundError: the folder, or the base that an adapter names, does not exist.
+            ValueError: an argument is bad, or the adapter does not fit the base.
             gircse.UnsupportedModelError: the architecture fails a probe.
         """
         base, tokenizer, config = load_pretrained(
@@ -80,12 +81,12 @@ class GIRCSE(Embedder):
     def save_pretrained(self, path: str | Path) -> None:
         """Saves the active LoRA adapter (or, without one, the whole model), the tokenizer and `gircse_config.json`.
 
-        Every file is written aside first and then moved into place; other files in `path` stay. Loaded again, the
-        adapter is called "default", whatever its name is here; its base is known again by some of its numbers
+        Every file is first written elsewhere and then moved into place; other files in `path` stay. Loaded again, the
+        adapter is called "default". A few numbers of its base are saved too, so that loading can refuse another base
         (`gircse.lm.base_fingerprint`).
 
         Raises:
-            ValueError: several adapters are active, or none of those there are; nothing is written.
+            ValueError: the model has adapters of which several or none are active; nothing is written.
         """
         save_pretrained(path, base=self.base, lm=self.causal_lm.model, tokenizer=self.tokenizer, config=self.config)
 
@@ -114,16 +115,16 @@ class GIRCSE(Embedder):
             tolerance: with "auto", a text stops once `1 - cos(z_k, z_{k-1})` was below this twice in a row.
             max_steps: with "auto", the most steps of a text.
             batch_size: rows per batch; default: as many as fit the memory for keys and values.
-            max_length: tokens of a prompt, instruction included; longer ones are cut at the end (at the beginning where
-                the tokenizer's `truncation_side` is "left"), with one warning that counts them. Default: the config's
-                `query_max_length` where there is an instruction, its `passage_max_length` where there is none.
+            max_length: the most tokens of a prompt, instruction included. Longer ones are cut at the end (at the
+                beginning where the tokenizer's `truncation_side` is "left"), with one warning that counts them.
+                Default: the config's `query_max_length` with an instruction, its `passage_max_length` without.
             normalize: scale every embedding to length 1.
             truncate_dim: keep the first dimensions only (before normalisation).
-            return_steps: the embeddings after 1, 2, .., K steps, for the price of the last. Entry k - 1 is exactly
+            return_steps: give the embeddings after 1, 2, .., K steps, in the time of the last. Entry k - 1 is exactly
                 `encode(texts, num_steps=k)` (up to K = 32; beyond, to rounding). A text that stopped early keeps its
                 last embedding.
-            show_progress_bar: default: when there is more than a handful of texts and a terminal.
-            devices: spread the texts over these devices, each with a copy of the model for the time of the call.
+            show_progress_bar: default: on a terminal, for more than 64 texts.
+            devices: spread the texts over these devices, each with a copy of the model during the call.
 
         Returns:
             float32 [n, D], or [n, K, D] with `return_steps` ([n, max_steps, D] with "auto"); in the order of `texts`.
@@ -131,8 +132,8 @@ class GIRCSE(Embedder):
             rounding, whatever it is encoded with.
 
         Raises:
-            TypeError: a text that is not a string (its index is named).
-            ValueError: a text that is no Unicode (half of a surrogate pair), an argument out of range.
+            TypeError: a text is not a string; the message names its index.
+            ValueError: a text is no Unicode (half of a surrogate pair), or an argument is out of range.
         """
         options = EncodeOptions.of(
             self,
@@ -151,45 +152,22 @@ class GIRCSE(Embedder):
         return encode(self, texts, options, show_progress_bar=show_progress_bar)
 
     def encode_stream(
-        self,
-        texts: Iterable[str],
-        *,
-        instruction: str | None = None,
-        num_steps: int | str | None = None,
-        tolerance: float = 1e-3,
-        max_steps: int = 20,
-        batch_size: int | None = None,
-        max_length: int | None = None,
-        normalize: bool = True,
-        truncate_dim: int | None = None,
-        return_steps: bool = False,
-        window: int = 2048,
+        self, texts: Iterable[str], *, window: int = STREAM_WINDOW, **options: Any
     ) -> Iterator[np.ndarray]:
         """Embeds an iterable of unknown length in bounded memory: yields one embedding per text, in order.
 
         Args:
-            texts: strings; read in the caller's thread, at most two windows ahead of what was yielded. Where it raises,
-                the embeddings of all texts before come first, then its exception.
-            window: texts that are sorted by length and batched together, and held at once.
+            texts: strings. They are read in the caller's thread, at most two windows ahead of the embeddings. If the
+                iterable raises, the embeddings of all texts before come first, then its exception.
+            window: number of texts that are held at once, sorted by length and batched together.
+            options: the arguments of `encode` from `instruction` to `return_steps`.
 
-        The other arguments are those of `encode`. The consumer may stop at any time (`close()`, `break`).
+        The consumer may stop at any time (`close()`, `break`).
 
         Yields:
             float32 [D], or [K, D] with `return_steps`.
         """
-        options = EncodeOptions.of(
-            self,
-            instruction=instruction,
-            num_steps=num_steps,
-            tolerance=tolerance,
-            max_steps=max_steps,
-            batch_size=batch_size,
-            max_length=max_length,
-            normalize=normalize,
-            truncate_dim=truncate_dim,
-            return_steps=return_steps,
-        )
-        return encode_stream(self, texts, options, window=window)
+        return encode_stream(self, texts, EncodeOptions.of(self, **options), window=window)
 
     def inspect(
         self,
@@ -200,6 +178,6 @@ class GIRCSE(Embedder):
         top_n: int = 8,
         max_length: int | None = None,
     ) -> list[TextInspection]:
-        """What the soft tokens say: per text and step the top tokens, their probabilities, the entropy, and how far the
-        embedding moved (cosine to the step before). See `gircse.inspect.soft_tokens`."""
+        """Describes the soft tokens: per text and step the top tokens, their probabilities, the entropy, and how far
+        the embedding moved (cosine to the step before). See `gircse.inspect.soft_tokens`."""
         return inspect(self, texts, instruction=instruction, num_steps=num_steps, top_n=top_n, max_length=max_length)

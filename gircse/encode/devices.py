@@ -1,4 +1,4 @@
-"""One process, several devices: a copy of the model on each, all taking windows of texts from one queue."""
+"""One process, several devices: each has a copy of the model, and all take windows of texts from one queue."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from torch import nn
 
 from gircse.encode.pipeline import WINDOW, EncodeOptions, encode
 from gircse.encode.tokens import check_texts
+from gircse.lm.device import to_device
 
 if TYPE_CHECKING:
     from gircse.embedder import Embedder
 
-# A device that gets long texts should not keep the others waiting: each takes several windows.
+# Each device takes several windows, so that the others need not wait long for one that gets long texts.
 _WINDOWS_PER_DEVICE = 4
 
 
@@ -33,19 +34,19 @@ def encode_on(
     """`GIRCSE.encode(devices=...)`.
 
     Raises:
-        ValueError: no device, or one that does not exist here.
+        ValueError: the list is empty, or names a device that does not exist here.
     """
     places = check_devices(devices)
     single = isinstance(texts, str)
     texts = check_texts(texts)
     size = max(1, min(WINDOW, -(-len(texts) // (_WINDOWS_PER_DEVICE * len(places)))))
-    # windows of texts alike in length would all be long ones first; in file order every window is a mixture
+    # The texts stay in the given order, so that every window has short and long ones.
     starts = iter(range(0, len(texts), size))
-    found: np.ndarray | None = None
+    embeddings: np.ndarray | None = None
     lock, failed = threading.Lock(), threading.Event()
 
     def work(replica: Embedder) -> None:
-        nonlocal found
+        nonlocal embeddings
         while not failed.is_set():
             with lock:
                 start = next(starts, None)
@@ -57,9 +58,9 @@ def encode_on(
                 failed.set()
                 raise
             with lock:
-                if found is None:
-                    found = np.empty((len(texts), *block.shape[1:]), dtype=np.float32)
-            found[start : start + len(block)] = block
+                if embeddings is None:
+                    embeddings = np.empty((len(texts), *block.shape[1:]), dtype=np.float32)
+            embeddings[start : start + len(block)] = block
 
     if not texts:
         return encode(model, texts, options, show_progress_bar=False)
@@ -69,8 +70,8 @@ def encode_on(
     with ThreadPoolExecutor(len(places), thread_name_prefix="gircse-encode") as pool:
         for future in [pool.submit(work, replica) for replica in replicas]:
             future.result()
-    assert found is not None
-    return found[0] if single else found
+    assert embeddings is not None
+    return embeddings[0] if single else embeddings
 
 
 def check_devices(devices: Sequence[str | torch.device]) -> list[torch.device]:
@@ -82,10 +83,7 @@ def check_devices(devices: Sequence[str | torch.device]) -> list[torch.device]:
         raise ValueError(f"devices: got {devices!r}, expected a list of at least one device")
     places = []
     for device in wanted:
-        try:
-            place = torch.device(device)
-        except (RuntimeError, TypeError):
-            raise ValueError(f"devices: got {device!r}, expected a device such as 'cuda:0' or 'cpu'") from None
+        place = to_device(device, "devices")
         if place.type == "cuda":
             place = torch.device("cuda", place.index or 0)
             if place.index >= torch.cuda.device_count():
@@ -95,7 +93,7 @@ def check_devices(devices: Sequence[str | torch.device]) -> list[torch.device]:
 
 
 def replica_on(model: Embedder, device: torch.device) -> Embedder:
-    """A copy of the model with its weights on `device`; nothing is copied twice on the way."""
+    """A copy of the model with its weights on `device`. Each weight is copied once, straight to the device."""
     memo: dict[int, object] = {}
     for tensors in (model.parameters(), model.buffers()):
         for tensor in tensors:

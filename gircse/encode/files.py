@@ -1,4 +1,4 @@
-"""Files of texts in, files of embeddings out, a block at a time."""
+"""Reads files of texts and writes files of embeddings, a block at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 from gircse.data.jsonl import check_unicode
 from gircse.files.atomic import new_file
 
-BLOCK = 2048  # texts held at once
+BLOCK = 2048  # number of texts held at once
 
 
 def read_texts(path: str, *, field: str = "text", block: int = BLOCK) -> Iterator[list[str]]:
@@ -23,8 +23,8 @@ def read_texts(path: str, *, field: str = "text", block: int = BLOCK) -> Iterato
     with or without a byte order mark.
 
     Raises:
-        ValueError: a line that is not UTF-8, no JSON, or has no such string; names file and line. OSError: no such
-            file.
+        ValueError: a line is not UTF-8 or not JSON, or has no such string; the message names file and line. OSError:
+            there is no such file.
     """
     with _open(path) as file:
         lines = _numbered(file, path)
@@ -41,7 +41,7 @@ def check_output(path: str) -> None:
 
 @contextmanager
 def embedding_writer(path: str) -> Iterator[Callable[[np.ndarray], None]]:
-    """Yields a function that appends a block of embeddings [b, ..]; the file appears whole, at the end."""
+    """Yields a function that appends a block of embeddings [b, ..]. The complete file appears at the end."""
     check_output(path)
     with new_file(Path(path)) as partial:
         if Path(path).suffix == ".npy":
@@ -57,7 +57,7 @@ def embedding_writer(path: str) -> Iterator[Callable[[np.ndarray], None]]:
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """As float32 in a .npy file. `np.save` writes through C's buffers, and does not say when the disk is full."""
+    """Writes an array as float32 to a .npy file. `np.save` writes through C's buffers and hides that a disk is full."""
     with _npy_writer(path) as write:
         write(array)
 
@@ -66,7 +66,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
 def _npy_writer(partial: Path) -> Iterator[Callable[[np.ndarray], None]]:
     shape: tuple[int, ...] = (0, 0)
     with partial.open("wb") as file:
-        # numpy leaves room in the header for the first axis to grow, so it can be written again at the end
+        # numpy leaves room in the header for a longer first axis, so the header can be written again at the end.
         def header() -> None:
             file.seek(0)
             np.lib.format.write_array_header_1_0(
@@ -86,7 +86,7 @@ def _npy_writer(partial: Path) -> Iterator[Callable[[np.ndarray], None]]:
 
 
 def _open(path: str):
-    # bytes that are not UTF-8 come as lone surrogates: then it is known in which line they are
+    # Bytes that are not UTF-8 become lone surrogates, so that the error can name their line.
     if path != "-":
         return open(path, encoding="utf-8", errors="surrogateescape")
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -95,11 +95,11 @@ def _open(path: str):
 
 
 def _numbered(file: Iterable[str], path: str) -> Iterator[tuple[int, str]]:
-    """(number, line without its end), from 1."""
+    """(number from 1, line without its end)."""
     for number, line in enumerate(file, start=1):
         if number == 1 and line.startswith("\ufeff"):
             line = line[1:]
-            if not line:  # a file of nothing but the mark has no line
+            if not line:  # the file holds only the mark
                 return
         try:
             line.encode("utf-8")
@@ -116,7 +116,7 @@ def _jsonl_texts(lines: Iterable[tuple[int, str]], path: str, field: str) -> Ite
             value = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
-        except (ValueError, RecursionError) as error:  # an integer of thousands of digits, nesting
+        except (ValueError, RecursionError) as error:  # thousands of digits, or deep nesting
             raise ValueError(f"{path}:{number}: not JSON that can be read: {error}") from None
         text = value.get(field) if isinstance(value, dict) else value
         if not isinstance(text, str):

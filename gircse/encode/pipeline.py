@@ -1,4 +1,4 @@
-"""Texts to embeddings: windows of texts, tokenised one ahead in a thread, through the engine, back in order."""
+"""Texts to embeddings: windows of texts, tokenised one ahead in a thread, go through the engine and back in order."""
 
 from __future__ import annotations
 
@@ -16,14 +16,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gircse.encode.instruction_length import warn_if_nothing_is_left
-from gircse.encode.tokens import PromptTokenizer, Tokens, as_iterator, check_text, check_texts, prompt_limit, warn_cut
+from gircse.encode.tokens import (
+    PromptTokenizer,
+    Tokens,
+    as_iterator,
+    check_text,
+    check_texts,
+    prompt_limit,
+    warn_cut,
+    warn_if_nothing_is_left,
+)
 from gircse.integers import check_integer
 
 if TYPE_CHECKING:
     from gircse.embedder import Embedder
 
-# Texts that are sorted and batched together. Larger ones make more even batches, smaller ones give results sooner.
+# Number of texts that are sorted and batched together. More make the batches more even; fewer give results sooner.
 WINDOW = 16384
 STREAM_WINDOW = 2048
 AUTO = "auto"
@@ -31,7 +39,7 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """What `GIRCSE.encode` and `encode_stream` have in common, checked.
+    """The arguments of `GIRCSE.encode` and `encode_stream`, checked.
 
     Attributes:
         num_steps: K, or the most steps of a row where `tolerance` is set.
@@ -53,19 +61,20 @@ class EncodeOptions:
         cls,
         model: Embedder,
         *,
-        instruction: str | None,
-        num_steps: int | str | None,
-        tolerance: float,
-        max_steps: int,
-        batch_size: int | None,
-        max_length: int | None,
-        normalize: bool,
-        truncate_dim: int | None,
-        return_steps: bool,
+        instruction: str | None = None,
+        num_steps: int | str | None = None,
+        tolerance: float = 1e-3,
+        max_steps: int = 20,
+        batch_size: int | None = None,
+        max_length: int | None = None,
+        normalize: bool = True,
+        truncate_dim: int | None = None,
+        return_steps: bool = False,
     ) -> EncodeOptions:
-        """
+        """See `GIRCSE.encode`.
+
         Raises:
-            TypeError, ValueError: an argument out of range, by name.
+            TypeError, ValueError: an argument is out of range; the message names it.
         """
         adaptive = isinstance(num_steps, str)
         if adaptive:
@@ -99,7 +108,7 @@ class EncodeOptions:
 
     @property
     def columns(self) -> int:
-        """Embeddings kept per text."""
+        """Number of embeddings that are kept per text."""
         return max(self.num_steps, 1) if self.return_steps else 1
 
 
@@ -135,7 +144,7 @@ def _stream(model: Embedder, texts: Iterator[str], options: EncodeOptions, windo
 
 
 def _windows(texts: Iterator[str], size: int) -> Iterator[list[str]]:
-    """Blocks of `size` texts. Where the source fails, what it gave before is passed on first."""
+    """Blocks of `size` texts. If the source raises, the texts that it gave before come first."""
     index, failure = 0, None
     while failure is None:
         block: list[str] = []
@@ -156,7 +165,7 @@ def _windows(texts: Iterator[str], size: int) -> Iterator[list[str]]:
 def _embed_windows(
     model: Embedder, windows: Iterator[list[str]], options: EncodeOptions, update: Callable[[int], object]
 ) -> Iterator[np.ndarray]:
-    """[n, columns, dim] of each window, in order; tokenises one window ahead in a thread."""
+    """[n, columns, dim] of each window, in order. A thread tokenises one window ahead."""
     cut = total = 0
     tokenizer = PromptTokenizer(model, options.instruction, options.max_length)
     try:
@@ -168,11 +177,11 @@ def _embed_windows(
 
 
 def _one_ahead(windows: Iterator[list[str]], tokenize: PromptTokenizer) -> Iterator[Tokens]:
-    """The windows tokenised; the next one is in work while the consumer has this one. Only the caller's thread touches
-    the source.
+    """The windows tokenised. A thread works on the next one while the consumer has this one. Only the caller's thread
+    reads the source.
 
     Raises:
-        RuntimeError: in a process that was forked meanwhile: the thread that tokenises stayed in the other one.
+        RuntimeError: the process was forked meanwhile, and the thread that tokenises is in the parent.
     """
     process = os.getpid()
     with ThreadPoolExecutor(1, thread_name_prefix="gircse-tokenize") as pool:
@@ -187,7 +196,7 @@ def _one_ahead(windows: Iterator[list[str]], tokenize: PromptTokenizer) -> Itera
             ahead = None
             try:
                 ahead = pool.submit(tokenize, next(windows))
-            except Exception as error:  # the end, or a source that fails: what it gave before is embedded first
+            except Exception as error:  # the end, or an error of the source, which comes after the texts before it
                 failure = error
             if waiting is not None:
                 yield waiting.result()
@@ -235,7 +244,7 @@ def finish(model: Embedder, states: Tensor, counts: Tensor, options: EncodeOptio
 def _settled(model: Embedder, tolerance: float) -> Callable[[Tensor], Tensor]:
     """[n, k, D] states -> [n] bool: the embedding moved less than `tolerance` in both of the last two steps.
 
-    Two, because one small step is often followed by a larger one.
+    It takes two, because a larger step often follows a single small one.
     """
 
     def settled(states: Tensor) -> Tensor:
@@ -250,8 +259,8 @@ def _settled(model: Embedder, tolerance: float) -> Callable[[Tensor], Tensor]:
 
 @contextmanager
 def _progress(total: int, show: bool | None) -> Iterator[Callable[[int], object]]:
-    """Yields what is told how many more texts are done. Without a bar tqdm and its locks stay out of it: a fork would
-    leave the child with them taken."""
+    """Yields a function that is called with the number of further texts done. Without a bar, tqdm is not imported: a
+    fork could leave the child with its locks held."""
     if not (show if show is not None else total > 64 and sys.stderr.isatty()):
         yield lambda count: None
         return

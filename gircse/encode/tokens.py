@@ -1,4 +1,4 @@
-"""Texts to token ids: the checks of texts, the prompt template, the cut to a length, and padding."""
+"""Texts to token ids: checks, the prompt template, the cut to a length with its warnings, and padding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gircse.integers import check_integer
-from gircse.lm.prompts import format_query
+from gircse.lm.prompts import format_query, is_symmetric
 
 if TYPE_CHECKING:
     from gircse.embedder import Embedder
@@ -20,7 +20,7 @@ def check_texts(texts: str | Sequence[str]) -> list[str]:
     """A list of strings; a single string becomes a list of one.
 
     Raises:
-        TypeError: `texts` is not a sequence, or holds something that is not a string (its index is named).
+        TypeError: `texts` is not a sequence, or one of its items, whose index is named, is not a string.
         ValueError: a string is no Unicode text.
     """
     if isinstance(texts, str):
@@ -36,7 +36,7 @@ def as_iterator(texts: Iterable[str], refused: tuple[type, ...], expected: str) 
     try:
         if not isinstance(texts, refused):
             return iter(texts)
-    except TypeError:  # also of what has an __iter__, such as a 0-dimensional tensor
+    except TypeError:  # a 0-dimensional tensor raises it too, although it has an __iter__
         pass
     raise TypeError(f"texts: got {type(texts).__name__}, expected {expected}")
 
@@ -44,7 +44,7 @@ def as_iterator(texts: Iterable[str], refused: tuple[type, ...], expected: str) 
 def check_text(name: str, text: object, expected: str = "str") -> None:
     """
     Raises:
-        TypeError: not a string. ValueError: it holds half of a surrogate pair, which no tokenizer takes.
+        TypeError: not a string. ValueError: it holds half of a surrogate pair, which tokenizers refuse.
     """
     if not isinstance(text, str):
         raise TypeError(f"{name}: got {type(text).__name__}, expected {expected}")
@@ -80,7 +80,7 @@ class PromptTokenizer:
         prompts = [format_query(self.instruction, text, self.template) for text in texts]
         ids: list[list[int]] = self.tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
         keep = self.max_length - len(self.eos)
-        # an empty prompt has no last token to start from: it is the end-of-sequence (= padding) token
+        # An empty prompt becomes the end-of-sequence (= padding) token, because a rollout starts from a last token.
         rows = [self._cut(row, keep) + self.eos or [self.tokenizer.pad_token_id] for row in ids]
         return Tokens(rows, sum(len(row) > keep for row in ids))
 
@@ -91,10 +91,10 @@ class PromptTokenizer:
 def tokenize(
     model: Embedder, texts: Sequence[str], *, instruction: str | None, max_length: int, num_steps: int
 ) -> list[list[int]]:
-    """Token ids of each prompt, without special tokens, cut to `max_length` with one counted warning.
+    """Token ids of each prompt, without special tokens, cut to `max_length`. One warning counts the prompts cut.
 
     Raises:
-        TypeError, ValueError: an instruction that is not a string, a `max_length` below 1.
+        TypeError, ValueError: the instruction is not a string, or `max_length` is below 1.
     """
     if instruction is not None:
         check_text("instruction", instruction, "str or None")
@@ -105,10 +105,10 @@ def tokenize(
 
 
 def prompt_limit(model: Embedder, max_length: int, num_steps: int) -> int:
-    """`max_length`, or less where the model's positions must hold the steps as well.
+    """`max_length`, or less where the model has too few positions for that many tokens and the steps.
 
     Raises:
-        ValueError: `max_length` below 1, or more steps than positions.
+        ValueError: `max_length` is below 1, or there are more steps than positions.
     """
     max_length = check_integer("max_length", max_length, least=1)
     positions = model.causal_lm.max_positions
@@ -127,6 +127,41 @@ def warn_cut(cut: int, total: int, tokenizer: PromptTokenizer) -> None:
             + end,
             stacklevel=4,
         )
+
+
+def warn_if_nothing_is_left(
+    model: Embedder, instruction: str | None, max_length: int, name: str = "max_length"
+) -> None:
+    """Warns if the instruction alone fills a prompt. Its texts would all be cut to the same prompt.
+
+    Args:
+        max_length: the most tokens of a prompt.
+        name: the argument or setting that gives this limit.
+    """
+    if not instruction or getattr(model.tokenizer, "truncation_side", "right") == "left":  # which cuts the instruction
+        return
+    before = model.config.prompt_template.split("{text}")[0].replace("{instruction}", instruction)
+    keep = max_length - model.config.append_eos
+    if len(before.encode()) < keep:  # no token is shorter than a byte
+        return
+    tokens = len(model.tokenizer(before, add_special_tokens=False, verbose=False)["input_ids"])
+    if tokens >= keep:
+        shown = instruction if len(instruction) <= 60 else instruction[:60] + ".."
+        warnings.warn(
+            f"{name}: got {max_length}, but the instruction {shown!r} alone has {tokens} tokens: nothing of its texts "
+            "is read, and all of them are the same",
+            stacklevel=4,
+        )
+
+
+def warn_of_rows(
+    model: Embedder, instructions: Iterable[str], *, query_max_length: int, passage_max_length: int
+) -> None:
+    """`warn_if_nothing_is_left` for the instructions of training rows, whose passages carry them in symmetric tasks."""
+    for instruction in sorted(set(instructions)):
+        warn_if_nothing_is_left(model, instruction, query_max_length, "query_max_length")
+        if is_symmetric(instruction):
+            warn_if_nothing_is_left(model, instruction, passage_max_length, "passage_max_length")
 
 
 def pad(rows: Sequence[Sequence[int]], *, pad_id: int) -> tuple[Tensor, Tensor]:

@@ -14,25 +14,25 @@ CAPTURES = ("auto", "always", "never")
 FUSED = ("auto", "never")
 ATTENTIONS = ("auto", "sdpa", "flash", "triton")
 
-# Every K up to this one runs in the same batches and buffers, so the first steps of a long run are bitwise a short run.
+# Every K up to this one runs in the same batches and buffers, so a short run is bitwise the beginning of a longer one.
 STEPS_BUCKET = 32
 _MIB = 1 << 20
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How the engine runs; what it computes does not depend on it beyond rounding.
+    """How the engine runs. The settings change its results by rounding only.
 
     Attributes:
-        capture: CUDA graphs of the decode step: "auto" (on a GPU, eager with a warning where a model cannot be
-            captured), "always" (an error instead of the warning) or "never".
+        capture: CUDA graphs of the decode step: "auto" (on a GPU; a model that cannot be captured runs eagerly, with a
+            warning), "always" (with an error instead of the warning) or "never".
         compile: run the decoder body of the step through `torch.compile`.
-        reuse_prefix: encode the tokens that all texts of a window start with (an instruction) once.
+        reuse_prefix: encode once the tokens that all texts of a window start with, such as an instruction.
         decode_attention: on CUDA "flash" (flash-attn's `flash_attn_with_kvcache`), "triton" (our split-KV kernel) or
             "sdpa"; "auto" takes flash where it is installed and the dtype is half precision, else sdpa.
         fused_kernels: "auto" runs norms, rotary embeddings and gated MLPs on Liger-Kernel's kernels where that is
-            installed (`pip install gircse[fast]`) and the model is on a GPU; "never" on the model's own. Not with
-            `compile`, which fuses them itself.
+            installed (`pip install gircse[fast]`) and the model is on a GPU; "never" runs the model's own layers.
+            `compile` fuses them itself and excludes Liger-Kernel's.
         max_rows: rows of a decode batch at most; None: by device.
         prefill_tokens: tokens of one prefill at most (a longer text runs alone); None: by device.
         kv_bytes: memory for keys and values; None: a share of what is free.
@@ -82,12 +82,12 @@ class Limits:
     @classmethod
     def of(cls, config: EngineConfig, device: torch.device, kv_token_bytes: int) -> Limits:
         cuda = device.type == "cuda"
-        # Enough rows to read the weights seldom. On a CPU 256 rows keep the matrix products at their ceiling already.
+        # Many rows share one read of the weights. On a CPU, 256 rows already run the matrix products at full speed.
         rows = config.max_rows or (1024 if cuda else 256)
-        # 1024 tokens' activations stay in a CPU's last cache: a prefill of 4096 takes 1.4 times as long per token
+        # The activations of 1024 tokens stay in a CPU's last cache; with 4096 a token takes 1.4 times as long.
         prefill = config.prefill_tokens or (32768 if cuda else 1024)
         memory = config.kv_bytes or (
-            # activations of a prefill and the soft tokens' tiles live in the rest
+            # The rest holds the activations of a prefill and the tiles of the soft tokens.
             int(0.6 * free_bytes(device)) if cuda else min(2048 * _MIB, free_bytes(device) // 4)
         )
         return cls(rows, prefill, max(1, memory // kv_token_bytes), 64 if cuda else 16, cuda)
@@ -96,7 +96,7 @@ class Limits:
         return self if rows is None else replace(self, rows=min(self.rows, rows))
 
     def halved(self) -> Limits:
-        """After out-of-memory: half the rows, prefill and pool."""
+        """Half the rows, prefill and pool, for use after an out-of-memory error."""
         return replace(
             self,
             rows=max(1, self.rows // 2),
@@ -120,7 +120,7 @@ class Limits:
 
 @torch.inference_mode()
 def kv_bytes_per_token(lm) -> int:
-    """Bytes that one position takes in all layers, read off a prompt of one token."""
+    """Bytes of keys and values of one position in all layers, measured on a prompt of one token."""
     kv = RolloutKV(torch.ones(1, dtype=torch.long, device=lm.device))
     lm.run_prompt(kv, torch.zeros(1, 1, dtype=torch.long, device=lm.device))
     return sum(tensor.nbytes for pair in kv.prompt.values() for tensor in pair)

@@ -7,14 +7,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gircse.engine.config import STEPS_BUCKET, EngineConfig, Limits, kv_bytes_per_token
 from gircse.engine.fused import FusedKernels, has_liger
-from gircse.engine.kv import KVPool, PrefillPass, Prefix, decode_kernel
-from gircse.engine.schedule import Batch, by_length, common_prefix, next_batch
+from gircse.engine.kv import KVPool, PrefillPass, decode_kernel
+from gircse.engine.schedule import DecodeBatch, by_length, common_prefix, next_batch
 from gircse.engine.step import DecodeState, StepRunner
 from gircse.lm.attention import RolloutKV
 from gircse.lm.causal_lm import CausalLM
@@ -22,23 +23,36 @@ from gircse.lm.device import without_autocast
 from gircse.lm.forking import compute_on_one_thread_in_child, is_lost, tell_after_fork
 from gircse.lm.token_ids import check_rows
 
-# rows of a finished batch (indices into the input), their states [n, max(K, 1), D] and how many of them count [n]
+# Receives the rows of a finished batch (indices into the input), their states [n, max(K, 1), D] and the number of
+# valid states of each row [n].
 Sink = Callable[[list[int], Tensor, Tensor], None]
 # states [n, k, D] of running rows after k steps -> bool [n], True where a row has settled
 Settled = Callable[[Tensor], Tensor]
 
 
+class _Job(NamedTuple):
+    """The arguments of one `Engine.run`; the number of tokens that all rows start with, and their keys and values."""
+
+    rows: Sequence[Sequence[int]]
+    num_steps: int
+    temperature: float
+    settled: Settled | None
+    include_prompt: bool
+    shared: int
+    prefix: dict[int, tuple[Tensor, Tensor]] | None = None
+
+
 @dataclass(frozen=True)
 class EngineReport:
-    """Memory that the engine holds between calls, in bytes, and what it runs on.
+    """The memory that the engine holds between calls, in bytes, and its limits.
 
     Attributes:
         kv_bytes: keys and values.
         state_bytes: the state of the step.
-        graph_bytes: what captured graphs reserved.
+        graph_bytes: memory that captured graphs reserved.
         graphs: (rows, slots) of each captured graph.
         not_captured: why the step runs eagerly although it was to be captured, or None.
-        limits: of a decode batch, derived from the free memory.
+        limits: the limits of a decode batch, derived from the free memory.
     """
 
     kv_bytes: int
@@ -53,13 +67,13 @@ class Engine:
     """Generates soft tokens for many prompts.
 
     Args:
-        lm: the model, taken apart by `CausalLM.from_model`; in eval mode here and while the engine runs.
+        lm: the model, taken apart by `CausalLM.from_model`. It must be in eval mode here and while the engine runs.
         config: how to run.
 
     Buffers and captured graphs are kept for the next call. Calls from several threads run one after the other.
 
     Raises:
-        ValueError: the config asks for what this device, dtype or installation cannot do.
+        ValueError: the config asks for something that this device, dtype or installation does not support.
     """
 
     def __init__(self, lm: CausalLM, config: EngineConfig | None = None) -> None:
@@ -77,14 +91,14 @@ class Engine:
         tell_after_fork(self)
 
     def after_fork(self) -> None:
-        """Another thread was at work when this process was forked: its lock is replaced, its buffers hold anything."""
+        """If another thread was computing at the fork, replaces its lock and drops its half-written buffers."""
         if is_lost(self._lock):
             self._lock = threading.RLock()
             self._pool = self._state = None
             self._runner.drop()
 
     def fits(self, lm: CausalLM, config: EngineConfig) -> bool:
-        """Whether this engine can run that model as it is now (it was not moved or cast since)."""
+        """Whether this engine can run the model, which must not have been moved or cast since, with that config."""
         return self.lm is lm and self.config == config and self._where == (lm.device, lm.head_weight.dtype)
 
     def report(self) -> EngineReport:
@@ -112,22 +126,25 @@ class Engine:
             rows: token ids of each prompt, at least one each; no padding.
             num_steps: K >= 0.
             temperature: logit temperature of the soft tokens.
-            include_prompt: the K states are h_0, g_1..g_{K-1}: the prompt's last one first, and a step less.
+            include_prompt: the K states are h_0, g_1..g_{K-1}: the prompt's last state and K - 1 steps.
 
         Returns:
             [n, max(K, 1), D] in the model's dtype, on its device, in the order of `rows`: g_1..g_K, or with K = 0 the
             prompts' last states.
+
+        Raises:
+            ValueError: a row has no token or too many, or the model has no embedding for a token id.
         """
         lm = self.lm
-        found = torch.empty(len(rows), max(num_steps, 1), lm.hidden_size, dtype=lm.head_weight.dtype, device=lm.device)
+        result = torch.empty(len(rows), max(num_steps, 1), lm.hidden_size, dtype=lm.head_weight.dtype, device=lm.device)
 
         def keep(chosen: list[int], states: Tensor, counts: Tensor) -> None:
-            found[torch.tensor(chosen, device=found.device)] = states
+            result[torch.tensor(chosen, device=result.device)] = states
 
         self.run(rows, num_steps, keep, temperature=temperature, include_prompt=include_prompt)
-        return found
+        return result
 
-    @torch.compiler.disable  # a compiled model around it would compile every batch's shape anew
+    @torch.compiler.disable  # a compiled model around it would be compiled again for the shape of every batch
     def run(
         self,
         rows: Sequence[Sequence[int]],
@@ -139,114 +156,91 @@ class Engine:
         max_rows: int | None = None,
         include_prompt: bool = False,
     ) -> None:
-        """`states`, handed over batch by batch as they are done.
+        """`states`, which `sink` receives batch by batch.
 
         Args:
-            include_prompt: the K states are h_0, g_1..g_{K-1}: the prompt's last one first, and a step less.
-            sink: gets (row indices, states [n, max(K, 1), D], counts [n] int64 on the host) of each finished batch; the
-                states are its own. Only the first `counts` of a row's states mean something.
-            settled: asked after every step from the second on; rows it is True for leave the batch. None: all run to K.
-            max_rows: rows of a batch at most, besides the engine's own limit.
+            rows, num_steps, temperature, include_prompt: as for `states`.
+            sink: called with (row indices, states [n, max(K, 1), D], counts [n] int64 on the host) of each finished
+                batch. It may keep the states. Only the first `counts` states of a row are valid.
+            settled: called after every step from the second on; a row for which it gives True leaves the batch. None:
+                all rows run to K.
+            max_rows: the most rows of a batch, besides the engine's own limit.
         """
         check_rows(rows, self.lm.vocabulary, num_steps, positions=self.lm.max_positions)
         compute_on_one_thread_in_child()
-        # sorted where the prefix does not count: it is the same for all
-        order, lengths = by_length([len(row) for row in rows]), [len(row) for row in rows]
+        lengths = [len(row) for row in rows]
+        order = by_length(lengths)
         shared = common_prefix(rows) if self.config.reuse_prefix else 0
+        job = _Job(rows, num_steps, temperature, settled, include_prompt, shared)
         fused = self._fused.active() if self._fused is not None else nullcontext()
         with self._lock, fused, without_autocast(self.lm.device), torch.inference_mode():
             self._runner.check_weights()
-            prefix: Prefix | None = None
             done = 0
             while done < len(order):
-                batch: Batch | None = None
+                batch: DecodeBatch | None = None
                 try:
-                    if shared and prefix is None:
-                        prefix = self._encoded(rows[0][:shared])
-                    limits = self._limits.at_most(max_rows)
-                    before = len(prefix) if prefix is not None else 0
-                    batch = next_batch(order[done:], lengths, limits, num_steps, prefix=before)
-                    states, counts = self._run_batch(
-                        batch, rows, num_steps, temperature, prefix, settled, include_prompt
-                    )
+                    if shared and job.prefix is None:
+                        job = job._replace(prefix=self._prefix(rows[0][:shared]))
+                    batch = next_batch(order[done:], lengths, self._limits.at_most(max_rows), num_steps, prefix=shared)
+                    states, counts = self._run_batch(batch, job)
                 except RuntimeError as error:
                     if not _out_of_memory(error) or self._limits.smallest:
                         raise
                     batch = None
-                if batch is None:  # outside `except`: the traceback would keep the tensors alive
-                    prefix = None
+                if batch is None:  # not within `except`, where the traceback keeps the tensors alive
+                    job = job._replace(prefix=None)
                     self._shrink()
                     continue
                 sink(batch.rows, states, counts)
                 done += len(batch.rows)
 
-    def _run_batch(
-        self,
-        batch: Batch,
-        rows: Sequence[Sequence[int]],
-        num_steps: int,
-        temperature: float,
-        prefix: Prefix | None,
-        settled: Settled | None,
-        include_prompt: bool,
-    ) -> tuple[Tensor, Tensor]:
+    def _run_batch(self, batch: DecodeBatch, job: _Job) -> tuple[Tensor, Tensor]:
+        """The states [n, max(K, 1), D] of the batch's rows, and the number of valid ones of each [n]."""
         count = len(batch.rows)
-        pool, state = self._buffers(batch, num_steps)
+        pool, state = self._buffers(batch, job.num_steps)
         for start, stop in batch.prefills:
-            state.hidden[start:stop] = self._prefill(
-                batch, pool, start, [rows[r] for r in batch.rows[start:stop]], prefix
-            )
-        if not num_steps:
+            state.hidden[start:stop] = self._prefill(batch, pool, start, stop, job)
+        if not job.num_steps:
             states, counts = state.hidden[:count, None].clone(), torch.ones(count, dtype=torch.long)
         else:
+            lengths = [len(job.rows[row]) for row in batch.rows]
             state.hidden[count:] = 0
             state.position.zero_()
-            state.position[:count] = torch.tensor([len(rows[r]) for r in batch.rows], device=state.position.device)
-            state.step.fill_(int(include_prompt))
-            if include_prompt:
+            state.position[:count] = torch.tensor(lengths, device=state.position.device)
+            state.step.fill_(int(job.include_prompt))
+            if job.include_prompt:
                 state.states[:, 0] = state.hidden
-            states, counts = self._decode(batch, pool, state, num_steps, temperature, settled, int(include_prompt))
-        # asked once, where the result is about to be read anyway
+            states, counts = self._decode(batch, pool, state, job)
+        # Checked once, just before the result is read, because the host waits for the device here.
         if not bool(states.isfinite().all()):
             pool.zero_()
         return states, counts
 
-    def _prefill(
-        self, batch: Batch, pool: KVPool, start: int, texts: list[Sequence[int]], prefix: Prefix | None
-    ) -> Tensor:
-        """The last state [n, D] of each text; its keys and values go into rows `start`.. of the pool."""
-        before = len(prefix) if prefix is not None else 0
-        lengths = [len(text) - before for text in texts]
-        kv = PrefillPass(pool, batch.buffer_rows, batch.slots, start, lengths, prefix, self.lm.device)
-        ids = torch.tensor([token for text in texts for token in text[before:]])[None].to(self.lm.device)
+    def _prefill(self, batch: DecodeBatch, pool: KVPool, start: int, stop: int, job: _Job) -> Tensor:
+        """The last states [n, D] of rows `start` to `stop`. Keys and values go to the same rows of the pool."""
+        texts = [job.rows[row][job.shared :] for row in batch.rows[start:stop]]
+        lengths = [len(text) for text in texts]
+        kv = PrefillPass(pool, batch.buffer_rows, batch.slots, start, lengths, job.prefix, self.lm.device)
+        ids = torch.tensor([token for text in texts for token in text])[None].to(self.lm.device)
         return self.lm.run_body(kv, kv.positions, input_ids=ids)[0, kv.last]
 
-    def _decode(
-        self,
-        batch: Batch,
-        pool: KVPool,
-        state: DecodeState,
-        num_steps: int,
-        temperature: float,
-        settled: Settled | None,
-        done: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Up to `num_steps` states of each row, of which `done` are there already, and how many it has."""
-        count = len(batch.rows)
-        step = self._runner.bind(pool, state, batch.slots, temperature)
-        if settled is None:
-            for _ in range(num_steps - done):
+    def _decode(self, batch: DecodeBatch, pool: KVPool, state: DecodeState, job: _Job) -> tuple[Tensor, Tensor]:
+        """Up to K states of each row, and how many it has. With `include_prompt` the first one is there already."""
+        count, num_steps, first = len(batch.rows), job.num_steps, 1 + int(job.include_prompt)
+        step = self._runner.bind(pool, state, batch.slots, job.temperature)
+        if job.settled is None:
+            for _ in range(first, num_steps + 1):
                 step()
             return state.states[:count, :num_steps].clone(), torch.full((count,), num_steps)
 
         states = state.states.new_zeros(count, num_steps, state.states.shape[-1])
         counts = torch.full((count,), num_steps)
-        alive = list(range(count))  # which text each row of the buffers holds; settled ones are -1
-        for taken in range(done + 1, num_steps + 1):
+        alive = list(range(count))  # the text in each row of the buffers; -1 for one that has settled
+        for taken in range(first, num_steps + 1):
             step()
             if taken == num_steps or taken < 2:
                 continue
-            leaving = settled(state.states[: len(alive), :taken]).tolist()
+            leaving = job.settled(state.states[: len(alive), :taken]).tolist()
             for row, text in enumerate(alive):
                 if leaving[row] and text >= 0:
                     states[text, :taken], counts[text], alive[row] = state.states[row, :taken], taken, -1
@@ -257,25 +251,25 @@ class Engine:
             if smaller < len(state.hidden):
                 alive = _compact(alive, left, pool, state, batch.slots)
                 state = state.first(smaller)
-                state.position[left:] = 0  # spare rows must not run out of their slots
-                step = self._runner.bind(pool, state, batch.slots, temperature)
+                state.position[left:] = 0  # otherwise spare rows run beyond their slots
+                step = self._runner.bind(pool, state, batch.slots, job.temperature)
         for row, text in enumerate(alive):
             if text >= 0:
                 states[text] = state.states[row, :num_steps]
         return states, counts
 
-    def _encoded(self, tokens: Sequence[int]) -> Prefix:
-        """What all rows start with. It is kept for one `run` alone: a later one could meet keys and values of weights
-        or of an adapter that were changed since, and no check that is cheap would see every such change."""
+    def _prefix(self, tokens: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
+        """Keys and values of the tokens that all rows start with. Every `run` makes them again, because weights or
+        adapters may have changed in between, and no cheap check sees every such change."""
         kv = RolloutKV(torch.tensor([len(tokens)], device=self.lm.device))
         self.lm.run_prompt(kv, torch.tensor([list(tokens)], device=self.lm.device))
-        return Prefix(len(tokens), kv)
+        return kv.prompt
 
-    def _buffers(self, batch: Batch, num_steps: int) -> tuple[KVPool, DecodeState]:
-        """Pool and state for a batch; larger ones than before only where they are needed."""
+    def _buffers(self, batch: DecodeBatch, num_steps: int) -> tuple[KVPool, DecodeState]:
+        """Pool and state for a batch. They are replaced by larger ones only where the batch needs that."""
         tokens, steps = batch.buffer_rows * batch.slots, max(num_steps, STEPS_BUCKET)
         if self._pool is None or self._pool.tokens < tokens:
-            self._pool = None  # freed before the larger one is taken
+            self._pool = None  # freed before the larger one is allocated
             self._runner.drop()
             self._pool = KVPool(max(tokens, min(1 << (tokens - 1).bit_length(), self._limits.kv_tokens)))
         state = self._state
@@ -288,7 +282,7 @@ class Engine:
         return self._pool, state.first(batch.buffer_rows)
 
     def _shrink(self) -> None:
-        """After out-of-memory: everything is given back and batches become half as large, for good."""
+        """After an out-of-memory error, frees all buffers and halves the batches permanently."""
         self._pool = self._state = None
         self._runner.drop()
         first = self._limits.rows == Limits.of(self.config, self.lm.device, 1).rows
@@ -304,7 +298,7 @@ class Engine:
 
 
 def _compact(alive: list[int], left: int, pool: KVPool, state: DecodeState, slots: int) -> list[int]:
-    """Moves running rows from the tail into the rows of settled ones: -> `alive` of the first `left` rows."""
+    """Moves running rows from the tail into the rows of settled ones. -> `alive` of the first `left` rows."""
     holes = [row for row in range(left) if alive[row] < 0]
     tail = [row for row in range(left, len(alive)) if alive[row] >= 0]
     if holes:

@@ -1,8 +1,8 @@
 """RMSNorm, rotary embedding and gated MLP as one kernel each, from Liger-Kernel where it is installed.
 
-A Hugging Face block runs dozens of tiny kernels around its matrix products; at one token a row they cost more than
-their bytes. Liger's replacements are swapped in only while the engine runs, layer by layer, and only after the decoder
-gave the same states with them: a layer that is not known, or computes something else, stays as it is.
+A Hugging Face block runs dozens of small kernels around its matrix products. At one token per row their launches cost
+more than their bytes. Liger's layers replace the model's only while the engine runs, and only after the decoder gave
+the same states with them. A layer of an unknown kind stays as it is.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from gircse.lm.attention import RolloutKV
-from gircse.lm.causal_lm import PROBE_TOLERANCE, CausalLM
-
-_PROBE_TOKENS = 5
+from gircse.lm.causal_lm import CausalLM
+from gircse.ops.probe import probe_tokens, relative_error, tolerance_of
 
 
 def has_liger() -> bool:
@@ -30,7 +29,7 @@ def has_liger() -> bool:
 
 
 class FusedKernels:
-    """The replacements for the layers of one decoder.
+    """The replacements of the layers of one decoder.
 
     Args:
         replacements: (layer, its `forward` while the engine runs).
@@ -44,23 +43,23 @@ class FusedKernels:
 
     @classmethod
     def of(cls, lm: CausalLM) -> FusedKernels | None:
-        """What Liger-Kernel has for this decoder; None where it has nothing, or something else comes out with it."""
+        """Liger-Kernel's layers for this decoder; None where there are none, or where they change its states."""
         norms, gated = _liger("ops.rms_norm"), (_liger("ops.swiglu"), _liger("ops.geglu"))
-        found: list[tuple[nn.Module, Callable]] = []
+        replacements: list[tuple[nn.Module, Callable]] = []
         namespaces = set()
         for module in lm.body.modules():
             forward = _norm(module, norms) or _mlp(module, *gated)
             if forward is not None:
-                found.append((module, forward))
+                replacements.append((module, forward))
             if hasattr(module, "q_proj") and hasattr(module, "k_proj"):
                 namespaces.add(type(module).__module__)
-        fused = cls(found)
+        fused = cls(replacements)
         for name in namespaces:
             _dispatch_rotary(sys.modules[name])
-        if not found:
+        if not replacements:
             return None
         error = fused._error(lm)
-        if not error <= PROBE_TOLERANCE.get(lm.head_weight.dtype, 6e-2):
+        if not error <= tolerance_of(lm.head_weight.dtype):
             warnings.warn(
                 f"Liger-Kernel's layers change the states of {type(lm.model).__name__} by {error:.1e}; "
                 "the engine runs on the model's own",
@@ -71,7 +70,7 @@ class FusedKernels:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """The layers run fused inside. Calls of the decoder from other threads meanwhile do as well."""
+        """Inside, the layers run fused, in calls of the decoder from other threads too."""
         for module, forward in self._replacements:
             module.__dict__["forward"] = forward
         try:
@@ -82,14 +81,14 @@ class FusedKernels:
 
     @torch.inference_mode()
     def _error(self, lm: CausalLM) -> float:
-        """Relative difference of the decoder's states with and without."""
-        ids = torch.linspace(0, lm.embed_weight.shape[0] - 1, _PROBE_TOKENS, device=lm.device).long()[None]
-        lengths = torch.full((1,), _PROBE_TOKENS, device=lm.device)
+        """The relative difference between the decoder's states with and without the replacements."""
+        ids = probe_tokens(lm.model, lm.facts())
+        lengths = torch.full((1,), ids.shape[1], device=lm.device)
         with torch.enable_grad(), torch.inference_mode(False):  # the rotary embedding's own code
             expected = lm.run_prompt(RolloutKV(lengths), ids.clone()).detach()
         with self.active():
             got = lm.run_prompt(RolloutKV(lengths), ids)
-        return float((got.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
+        return relative_error(got, expected)
 
 
 def _liger(module: str) -> Any:
@@ -101,7 +100,7 @@ def _norm(module: nn.Module, liger: Any) -> Callable | None:
     name = type(module).__name__
     if not name.endswith("RMSNorm") or not isinstance(weight, Tensor) or not isinstance(eps, float):
         return None
-    # Gemma scales by 1 + weight, and in float32
+    # Gemma scales by 1 + weight, in float32.
     offset, casting = (1.0, "gemma") if name.startswith("Gemma") else (0.0, "llama")
 
     def forward(hidden: Tensor) -> Tensor:
@@ -129,8 +128,8 @@ def _mlp(module: nn.Module, swiglu: Any, geglu: Any) -> Callable | None:
 
 
 def _dispatch_rotary(namespace: Any) -> None:
-    """Models look their rotary function up in their own module: there it becomes one that takes Liger's on a GPU
-    outside of training. Once for each module, for good."""
+    """Replaces the rotary function in the module in which a model looks it up, once and permanently. The new function
+    calls Liger's on a GPU outside of training, and the model's own otherwise."""
     own = getattr(namespace, "apply_rotary_pos_emb", None)
     if own is None or hasattr(own, "gircse_own"):
         return

@@ -1,14 +1,16 @@
 """Keys and values of a decode batch in static buffers, and the attention of prefill and decoding on them.
 
-Slot j of row r holds position j of text r. One flat tensor per layer and kind; a batch of R rows with S slots sees its
-first R * H_kv * S * d elements as [R, H_kv, S, d], so one allocation serves every bucket. Buffers are zeroed once: what
-an earlier batch left behind is masked, but a masked NaN would still spread, so it must stay finite.
+Slot j of row r holds position j of text r. Each layer has one flat tensor for keys and one for values. A batch of R
+rows with S slots views the first R * H_kv * S * d elements as [R, H_kv, S, d], so one allocation serves every bucket.
+The buffers are zeroed once. Values from an earlier batch are masked, but a masked NaN would still spread, so all of
+them must stay finite.
 
     prefill   q, k, v [1, H | H_kv, T, d]   the tokens of several texts, packed; projections, norms and MLPs see no
-                                            padding, only the attention itself pads (texts of a prefill are about
-                                            equally long); k and v go to their slots
-    decode    q, k, v [R, H | H_kv, 1, d]   k and v go to slot position[r], then row r looks at slots <= position[r]
-                                            (and > position[r] - window); positions are read on the device
+                                            padding, and only the attention itself pads (texts of a prefill are about
+                                            equally long); k and v are written to their slots
+    decode    q, k, v [R, H | H_kv, 1, d]   k and v are written to slot position[r], then row r attends to slots
+                                            <= position[r] (and > position[r] - window); positions are read on the
+                                            device
 """
 
 from __future__ import annotations
@@ -21,14 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gircse.lm.attention import AttentionPass, RolloutKV, causal_attention, causal_band
+from gircse.lm.attention import AttentionPass, causal_attention, causal_band
 
 _ALIGNMENT = 64  # bytes, of PyTorch's own CPU tensors
-_MAX_VIEWS = 4096  # kept to be made only once; batches of every size would make millions
+_MAX_VIEWS = 4096  # views are kept to be made once; over all sizes of batches there would be millions
 
 
 class KVPool:
-    """The buffers of all layers, allocated when a layer is first written to.
+    """The buffers of all layers. A layer's are allocated when it is first written to.
 
     Args:
         tokens: slots over all rows.
@@ -45,13 +47,13 @@ class KVPool:
         return sum(tensor.nbytes for pair in self._flat.values() for tensor in pair)
 
     def zero_(self) -> None:
-        """Wipes numbers that are not finite (a model overflowed) before another batch meets them."""
+        """Removes numbers that are not finite, from a model that overflowed, before another batch uses the buffers."""
         for pair in self._flat.values():
             for tensor in pair:
                 tensor.zero_()
 
     def allocate(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Buffers for a layer whose keys and values [.., H_kv, n, d] look like these, unless it has them."""
+        """Allocates buffers for a layer with keys and values [.., H_kv, n, d] like these, unless it has them."""
         if layer not in self._flat:
             self._shapes[layer] = (key.shape[1], key.shape[3], value.shape[3])
             self._flat[layer] = (
@@ -61,16 +63,16 @@ class KVPool:
 
     def layer(self, layer: int, rows: int, slots: int) -> tuple[Tensor, Tensor]:
         """Keys [rows, H_kv, slots, d] and values [rows, H_kv, slots, d_v] of a layer that was written to."""
-        found = self._views.get((layer, rows, slots))
-        if found is None:
+        views = self._views.get((layer, rows, slots))
+        if views is None:
             if len(self._views) >= _MAX_VIEWS:
                 self._views.clear()
             (key, value), (heads, dim_k, dim_v) = self._flat[layer], self._shapes[layer]
-            found = self._views[layer, rows, slots] = (
+            views = self._views[layer, rows, slots] = (
                 key[: rows * heads * slots * dim_k].view(rows, heads, slots, dim_k),
                 value[: rows * heads * slots * dim_v].view(rows, heads, slots, dim_v),
             )
-        return found
+        return views
 
     def move_rows(self, source: Tensor, target: Tensor, rows: int, slots: int) -> None:
         """Copies rows `source` [m] onto rows `target` [m] in every layer."""
@@ -80,28 +82,12 @@ class KVPool:
 
 
 def _zeros(count: int, like: Tensor) -> Tensor:
-    """[count] zeros; on a CPU they take memory only where they are written to (calloc)."""
+    """[count] zeros. On a CPU they take memory only where they are written to (calloc)."""
     if like.device.type != "cpu":
         return like.new_zeros(count)
     raw = torch.from_numpy(np.zeros(count * like.itemsize + _ALIGNMENT, dtype=np.uint8))
     offset = -raw.data_ptr() % _ALIGNMENT
     return raw[offset : offset + count * like.itemsize].view(like.dtype)
-
-
-class Prefix:
-    """Keys and values of the tokens that all rows start with.
-
-    Args:
-        length: number of these tokens.
-        kv: a `RolloutKV` that holds one row with them.
-    """
-
-    def __init__(self, length: int, kv: RolloutKV) -> None:
-        self.length = length
-        self.kv = kv.prompt
-
-    def __len__(self) -> int:
-        return self.length
 
 
 class PrefillPass(AttentionPass):
@@ -111,7 +97,7 @@ class PrefillPass(AttentionPass):
         pool, rows, slots: the buffers, viewed as `rows` rows of `slots` slots.
         start: the first text's row; the others follow.
         lengths: tokens of each text without the prefix, longest first.
-        prefix: what stands before each of them, or None.
+        prefix: keys and values of the tokens before each text (`RolloutKV.prompt` of one row), or None.
         device: of the model.
 
     Attributes:
@@ -126,14 +112,15 @@ class PrefillPass(AttentionPass):
         slots: int,
         start: int,
         lengths: Sequence[int],
-        prefix: Prefix | None,
+        prefix: dict[int, tuple[Tensor, Tensor]] | None,
         device: torch.device,
     ) -> None:
         self.pool, self.rows, self.slots, self.prefix = pool, rows, slots, prefix
         self.batch = slice(start, start + len(lengths))
-        self.before, self.longest = len(prefix) if prefix is not None else 0, lengths[0]
+        self.before = 0 if prefix is None else next(iter(prefix.values()))[0].shape[2]
+        self.longest = lengths[0]
         self.uniform = lengths[-1] == lengths[0]
-        # index arithmetic on the host, one copy each: nothing waits for the device
+        # The indices are computed on the host and copied once, so that nothing waits for the device.
         count = torch.tensor(lengths)
         self._text = torch.repeat_interleave(torch.arange(len(lengths)), count)
         first = count.cumsum(0) - count
@@ -150,10 +137,10 @@ class PrefillPass(AttentionPass):
         keys, values = self.pool.layer(layer, self.rows, self.slots)
         end = self.before + self.longest
         if self.prefix is not None:
-            prefix_key, prefix_value = self.prefix.kv[layer]
+            prefix_key, prefix_value = self.prefix[layer]
             keys[self.batch, :, : self.before] = prefix_key
             values[self.batch, :, : self.before] = prefix_value
-        if self.uniform:  # the packed row is the padded batch: views instead of gathers
+        if self.uniform:  # without padding, views replace the gathers
             query = self._unpack(query)
             keys[self.batch, :, self.before : end] = self._unpack(key)
             values[self.batch, :, self.before : end] = self._unpack(value)
@@ -178,8 +165,8 @@ class PrefillPass(AttentionPass):
         return packed[0].unflatten(1, (-1, self.longest)).transpose(0, 1)
 
     def _mask(self, window: int | None, device: torch.device) -> Tensor | None:
-        """Causality alone where that says it; else [1, 1, longest, before + longest]. What lies beyond a text's end is
-        later than each of its tokens, so rows need no masks of their own."""
+        """None where plain causality is enough, else [1, 1, longest, before + longest]. One mask serves all rows:
+        the slots beyond a text's end are later than each of its tokens."""
         if window is not None and window >= self.before + self.longest:
             window = None
         if window is None and not self.before:
@@ -190,11 +177,11 @@ class PrefillPass(AttentionPass):
 
 
 class DecodePass(AttentionPass):
-    """One token of every row. The same object serves every step: call `begin` before each.
+    """One token of every row. The same object serves every step; call `begin` before each.
 
     Args:
         pool, rows, slots: the buffers, viewed as `rows` rows of `slots` slots.
-        position: [rows] int64 on the device, where each row's token stands; read, never changed.
+        position: [rows] int64 on the device, the position of each row's token; it is only read.
         kernel: "sdpa", "flash" or "triton" (see `decode_kernel`).
     """
 
@@ -206,7 +193,7 @@ class DecodePass(AttentionPass):
         self._bias: dict[int | None, Tensor] = {}
 
     def begin(self) -> None:
-        """Positions have moved on: what was computed from them for the step before is void."""
+        """Discards what was computed from the positions of the step before."""
         self._bias.clear()
         self._length = self.position.to(torch.int32)
 
@@ -225,7 +212,7 @@ class DecodePass(AttentionPass):
                 query[:, :, 0], keys, values, self.position, scale=scaling, window=window, softcap=softcap
             )
             return out[:, :, None]
-        # the query heads of one key head as that head's queries: keys and values are read once, never repeated
+        # The query heads of one key head become queries of that head, so that keys and values are not repeated.
         batch, heads, _, head_dim = query.shape
         query = query.reshape(batch, keys.shape[1], heads // keys.shape[1], head_dim)
         bias = self._bias_of(window, query.dtype)
@@ -242,7 +229,7 @@ class DecodePass(AttentionPass):
         return out.reshape(batch, heads, 1, values.shape[-1])
 
     def _bias_of(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """[rows, 1, 1, slots]: 0 where a row may look, else -inf. Once per step and window, not per layer."""
+        """[rows, 1, 1, slots]: 0 where a row may attend, else -inf. Made once per step and window, for all layers."""
         bias = self._bias.get(window)
         if bias is None:
             distance = self.position[:, None] - self._slot
@@ -260,7 +247,7 @@ def has_flash_attention() -> bool:
 
 
 def decode_kernel(choice: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Which attention a decode step runs on for `EngineConfig.decode_attention`.
+    """The attention kernel of a decode step for a value of `EngineConfig.decode_attention`.
 
     Raises:
         ValueError: the choice cannot run on this device, in this dtype or without the package it needs.

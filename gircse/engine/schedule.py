@@ -1,4 +1,4 @@
-"""Which rows make a decode batch, and which of them are prefilled together. Plain integers, no tensors."""
+"""Which rows make a decode batch, and which of them are prefilled together, on plain integers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from gircse.engine.config import Limits
 
-# A shorter common beginning is not worth a pass of its own and the copies.
+# A shorter common beginning is not worth a separate pass and the copies.
 MIN_PREFIX = 4
 
 
 @dataclass(frozen=True)
-class Batch:
+class DecodeBatch:
     """One decode batch.
 
     Attributes:
@@ -29,26 +29,26 @@ class Batch:
 
 
 def by_length(lengths: Sequence[int]) -> list[int]:
-    """Indices, longest first: rows of a batch are alike, the largest batch comes at once, and the time left is
-    overestimated."""
+    """Indices, longest first. The rows of a batch are then about equally long, the first batch is the largest, and a
+    progress bar overestimates the time left."""
     return sorted(range(len(lengths)), key=lambda row: -lengths[row])
 
 
 def next_batch(
     order: Sequence[int], lengths: Sequence[int], limits: Limits, num_steps: int, *, prefix: int = 0
-) -> Batch:
+) -> DecodeBatch:
     """The decode batch at the front of `order` (longest first; not empty).
 
-    Does not depend on K up to `STEPS_BUCKET`. The first `prefix` tokens of every row are prefilled already.
+    It is the same for every K up to `STEPS_BUCKET`. The first `prefix` tokens of every row are already encoded.
     """
     longest = lengths[order[0]]
     slots = limits.slots(longest, num_steps)
     rows = max(1, min(limits.rows, limits.kv_tokens // slots, len(order)))
-    if not num_steps:  # nobody reads the keys and values again: they need not all be kept
+    if not num_steps:  # no step reads the keys and values again, so they need not all be kept
         rows = min(rows, max(1, limits.prefill_tokens // (longest - prefix)))
     buffer_rows = limits.buffer_rows(rows)
     if buffer_rows > rows and buffer_rows * slots > limits.kv_tokens:
-        buffer_rows //= 2  # the spare rows do not fit: the power of two below
+        buffer_rows //= 2  # the spare rows do not fit, so take the power of two below
         rows = min(rows, buffer_rows)
     chosen = list(order[:rows])
     prefills, start = [], 0
@@ -56,14 +56,14 @@ def next_batch(
         count = max(1, limits.prefill_tokens // (lengths[chosen[start]] - prefix))
         prefills.append((start, min(start + count, rows)))
         start += count
-    return Batch(chosen, prefills, slots, buffer_rows)
+    return DecodeBatch(chosen, prefills, slots, buffer_rows)
 
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> int:
-    """Number of tokens that all rows start with, leaving each at least one of its own; 0 where it is not worth it."""
+    """Number of tokens that all rows start with, at most one less than the shortest row; 0 below `MIN_PREFIX`."""
     if len(rows) < 2:
         return 0
-    first, last = min(map(list, rows)), max(map(list, rows))  # every row lies between these two in dictionary order
+    first, last = min(map(list, rows)), max(map(list, rows))  # every row is between these two in dictionary order
     length = min(min(map(len, rows)) - 1, len(first), len(last))
     same = next((i for i in range(length) if first[i] != last[i]), length)
     return same if same >= MIN_PREFIX else 0

@@ -1,9 +1,9 @@
 """The decode step: its state on the device, and its CUDA graphs.
 
-One step reads and writes nothing but static buffers: soft token of `hidden`, decoder body at `position`, then `hidden`
-and `states[:, step]` are written, `position` and `step` counted up. So one captured graph per (rows, slots) serves
-every K and every prompt length, and nothing waits for the device between the prompt and the result. On a CPU the same
-function runs as it is.
+One step reads and writes static buffers only. It makes the soft token of `hidden`, runs the decoder body at `position`,
+writes `hidden` and `states[:, step]`, and adds 1 to `position` and `step`. So one captured graph per (rows, slots)
+serves every K and every prompt length, and the host waits for the device only at the end. On a CPU the same function
+runs eagerly.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from gircse.engine.kv import DecodePass, KVPool
+from gircse.lm.adapter import adapters_at_work
 from gircse.lm.causal_lm import CausalLM
-from gircse.lm.merged_adapter import adapters_at_work
 from gircse.ops.head_facts import HeadFacts
 
-# Beyond these all graphs are dropped and captured again as they are needed: their memory stays bounded.
+# At these counts all graphs or passes are dropped and made again when they are needed, so that memory stays bounded.
 MAX_GRAPHS = 48
 MAX_PASSES = 128  # sizes of batches whose index tensors are kept
 _WARM_UP = 2
@@ -33,9 +33,9 @@ class DecodeState:
     """What a step reads and writes, for R rows.
 
     Attributes:
-        hidden: [R, D], the state that speaks the next soft token.
-        position: [R] int64, where that token will stand.
-        step: [1] int64, how many steps were taken.
+        hidden: [R, D], the state of which the next soft token is made.
+        position: [R] int64, the position of that token.
+        step: [1] int64, the number of steps so far.
         states: [R, K_max, D], g_1..g_step.
     """
 
@@ -56,7 +56,7 @@ class DecodeState:
         )
 
     def first(self, rows: int) -> DecodeState:
-        """The same memory, the first rows only."""
+        """A view of the first rows."""
         return DecodeState(self.hidden[:rows], self.position[:rows], self.step, self.states[:rows])
 
     def move_rows(self, source: Tensor, target: Tensor) -> None:
@@ -71,7 +71,7 @@ class DecodeState:
 def decode_step(
     lm: CausalLM, kv: DecodePass, state: DecodeState, temperature: float, facts: HeadFacts | None = None
 ) -> None:
-    """One soft token for every row, in place. Safe to capture: static shapes, no host synchronisation."""
+    """One soft token for every row, in place. It can be captured: shapes are static and the host never waits."""
     token = lm.soft_embed(state.hidden, temperature=temperature, facts=facts)
     kv.begin()
     hidden = lm.run_body(kv, state.position[:, None], inputs_embeds=token[:, None])[:, 0]
@@ -82,18 +82,19 @@ def decode_step(
 
 
 class StepRunner:
-    """Binds the step to buffers; captures it where that is possible.
+    """Binds the step to buffers, and captures it where that is possible.
 
     Args:
         lm: the model.
-        capture: "auto", "always" or "never" (see `EngineConfig`).
-        compile: run the decoder body through `torch.compile`.
-        kernel: of the attention, see `DecodePass`.
+        capture, compile: see `EngineConfig`.
+        kernel: the attention kernel, see `DecodePass`.
     """
 
     def __init__(self, lm: CausalLM, *, capture: str, compile: bool, kernel: str) -> None:
-        # static shapes: a step is compiled once per bucket; graphs are captured by us, not by the compiler
-        self._lm = dataclasses.replace(lm, body=_compiled(lm.body)) if compile else lm
+        # Shapes are static, so a step is compiled once per bucket. This class captures graphs; the compiler does not.
+        self._lm = (
+            dataclasses.replace(lm, body=cast(nn.Module, torch.compile(lm.body, dynamic=False))) if compile else lm
+        )
         self._kernel = kernel
         self._required = capture == "always"
         self.captures = capture == "always" or (capture == "auto" and lm.device.type == "cuda")
@@ -112,13 +113,13 @@ class StepRunner:
         return [key[:2] for key in self._graphs]
 
     def drop(self) -> None:
-        """Forgets graphs and passes: the buffers they point at are about to go."""
+        """Drops graphs and passes, because the buffers that they point to are about to be freed."""
         self._graphs.clear()
         self._passes.clear()
         self._memory, self.graph_bytes = None, 0
 
     def check_weights(self) -> None:
-        """Drops graphs that would read weights which have moved, or run adapters which were switched since."""
+        """Drops graphs if weights have moved or adapters were switched since they were captured."""
         if self.captures:
             fingerprint = _fingerprint(self._lm.model)
             if fingerprint != self._fingerprint:
@@ -130,11 +131,11 @@ class StepRunner:
         rows = len(state.hidden)
         kv = self._passes.get((rows, slots))
         if kv is None or kv.pool is not pool or kv.position.data_ptr() != state.position.data_ptr():
-            if not self.captures and len(self._passes) >= MAX_PASSES:  # graphs go on reading theirs
+            if not self.captures and len(self._passes) >= MAX_PASSES:  # a captured graph goes on reading its pass
                 self._passes.clear()
             kv = self._passes[rows, slots] = DecodePass(pool, rows, slots, state.position, self._kernel)
 
-        facts = None if self.captures else self._lm.facts()  # a graph lives longer: it reads them in every step
+        facts = None if self.captures else self._lm.facts()  # a graph must read them in every step
 
         def step() -> None:
             decode_step(self._lm, kv, state, temperature, facts)
@@ -149,7 +150,7 @@ class StepRunner:
                 self._graphs[key] = self._capture(step, state)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # whatever a model does in its forward that a capture forbids
+            except Exception as error:  # a model's forward may do many things that a capture forbids
                 if self._required:
                     raise
                 self.captures, self.refusal = False, f"{type(error).__name__}: {str(error).splitlines()[0]}"
@@ -173,15 +174,13 @@ class StepRunner:
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         try:
-            with torch.cuda.stream(
-                stream
-            ):  # kernels are compiled and libraries take their workspaces outside the graph
-                for _ in range(_WARM_UP):
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UP):  # compiles kernels and allocates libraries' workspaces outside the graph
                     step()
                     restore()
             torch.cuda.current_stream(device).wait_stream(stream)
             if self._memory is None:
-                self._memory = torch.cuda.graph_pool_handle()  # graphs run one after the other: one pool for all
+                self._memory = torch.cuda.graph_pool_handle()  # graphs run one after the other and share it
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._memory, stream=stream):
                 step()
@@ -191,11 +190,7 @@ class StepRunner:
         return graph
 
 
-def _compiled(body: nn.Module) -> nn.Module:
-    return cast(nn.Module, torch.compile(body, dynamic=False))
-
-
 def _fingerprint(model: nn.Module) -> tuple:
-    """Where the weights lie, which adapters are at work and how strongly: numbers that a graph has taken in."""
+    """The addresses of the weights and the factors of the active adapters, which a captured graph contains."""
     tensors = tuple(t.data_ptr() for kind in (model.parameters(), model.buffers()) for t in kind)
     return tensors, tuple(adapters_at_work(layer) for layer in model.modules() if hasattr(layer, "merged_adapters"))

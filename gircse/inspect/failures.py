@@ -1,7 +1,7 @@
-"""The three ways in which soft tokens fail, told from their numbers: thresholds, wording, what to do.
+"""The three ways in which soft tokens fail: how numbers show each one, its wording, and what to do.
 
-Every threshold of `gircse inspect` and `gircse analyze` is defined here, once (docs/inspecting.md says where each comes
-from). They tell the clear cases: a text without a warning is not thereby good, measure it (`gircse analyze`).
+This file defines every threshold of `gircse inspect` and `gircse analyze`; docs/inspecting.md gives their origins. They
+detect the clear cases only. The quality of an embedding must be measured (`gircse analyze`).
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# A soft token is near-one-hot when its top token has this probability: the model then reads the embedding of that one
-# word with a tenth of anything else mixed in, and K steps are greedy decoding (Wu et al. 2025, arXiv 2508.03440).
+# A soft token is near-one-hot when its top token has at least this probability. The model then reads nearly the
+# embedding of that one word, and K steps are greedy decoding (Wu et al. 2025, arXiv 2508.03440).
 ONE_HOT_PROBABILITY = 0.9
-# Movement is 1 - cos(z_k, z_{k-1}). Below this, twice in a row, `encode(num_steps="auto")` stops a text (its default
-# tolerance; held by a test). Steps that all together move z_1 by less have gained nothing.
+# Movement is 1 - cos(z_k, z_{k-1}). Below this, twice in a row, `encode(num_steps="auto")` stops a text: it is the
+# default tolerance there. Steps that together move z_1 by less have gained nothing.
 SETTLED = 1e-3
-# A step is redundant when its hidden state is that of the step before: 1 - cos(g_k, g_{k-1}) below this. On the states
-# and not on z, whose running mean settles whatever the steps say. Hidden states lie in a narrow cone, so it must be
-# small: a briefly trained SmolLM2 still gained nDCG where it was 5e-3, and no more where it was below 1e-3.
+# A step is redundant when its hidden state repeats the one before: 1 - cos(g_k, g_{k-1}) is below this. The rule uses
+# states, because the running mean z settles in any case. Hidden states lie in a narrow cone, so the threshold is small:
+# a briefly trained SmolLM2 still gained nDCG at 5e-3, and nothing below 1e-3.
 SAME_STATE = 1e-3
-# Share of a text's steps that must show a sign before it counts for the text (and of texts before it counts for data).
+# The share of a text's steps that must show a sign for the text to have it (and the share of texts for a data set).
 SHARE = 0.5
 
 
@@ -30,7 +30,7 @@ class Finding:
 
     Attributes:
         signature: "near-one-hot", "no-gain" or "redundant".
-        title, message: what it is, and the numbers that show it.
+        title, message: its name in words, and the numbers that show it.
         advice: what to do.
     """
 
@@ -47,11 +47,11 @@ def diagnose(
 
     Args:
         max_probability: of each of the K soft tokens.
-        state_cosine: between g_k and g_{k-1}, for each k; the first entry (to the prompt's state) is not looked at.
+        state_cosine: between g_k and g_{k-1}, for each k; the first entry, to the prompt's state, is ignored.
         cosine_to_first: between z_k and z_1, for each k.
 
     Raises:
-        ValueError: no step, or sequences of different lengths.
+        ValueError: there is no step, or the sequences have different lengths.
     """
     steps = len(max_probability)
     if not steps or len(state_cosine) != steps or len(cosine_to_first) != steps:
@@ -59,12 +59,8 @@ def diagnose(
             f"max_probability, state_cosine, cosine_to_first: got {steps}, {len(state_cosine)} and "
             f"{len(cosine_to_first)} steps, expected the same number >= 1"
         )
-    found = (
-        _near_one_hot(max_probability),
-        _no_gain(cosine_to_first),
-        _redundant(state_cosine),
-    )
-    return [finding for finding in found if finding is not None]
+    findings = _near_one_hot(max_probability), _no_gain(cosine_to_first), _redundant(state_cosine)
+    return [finding for finding in findings if finding is not None]
 
 
 def is_near_one_hot(max_probability: Any) -> Any:
@@ -73,7 +69,7 @@ def is_near_one_hot(max_probability: Any) -> Any:
 
 
 def is_redundant(state_cosine: Any) -> Any:
-    """Elementwise on a number or an array; the prompt's own state is no step."""
+    """Elementwise on a number or an array. Leave out the cosine to the prompt's state, which is not a step."""
     return 1 - state_cosine < SAME_STATE
 
 

@@ -1,8 +1,8 @@
 """`gircse inspect --html`: soft tokens as one HTML page that needs nothing but itself.
 
-No external resource, no server, no script needed to read it (the script only filters). A content security policy
-forbids everything else, so that text that got past the escaping still could not run. Light and dark, narrow and in
-print; tables are tables, colours are never the only sign.
+The page needs no external resource, no server and, except for its filter, no script. A content security policy forbids
+every other script, so that text could not run even if the escaping failed. The page works light and dark, on narrow
+screens and in print; its tables are real tables, and colour is never the only sign.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from gircse.inspect.page_style import SCRIPT, stylesheet
 from gircse.inspect.soft_tokens import TAIL_TOKENS, SoftToken, TextInspection
 from gircse.show.escape import html_text, html_token
 
-# U+FE0E asks for the text form: the sign takes the colour and needs no emoji font
+# U+FE0E selects the text form, which takes the text's colour and needs no emoji font.
 _WARNING_SIGN = '<span aria-hidden="true">\u26a0\ufe0e</span>'
-_COLUMNS = (  # heading, what it is
+_COLUMNS = (  # heading, explanation
     ("k", "number of the soft token"),
     ("entropy", "of its distribution over the vocabulary, in nats; 0 is one-hot"),
     ("top", "probability of the most probable token"),
@@ -36,8 +36,8 @@ def inspection_page(inspections: Sequence[TextInspection], facts: Mapping[str, s
     """The page, a whole HTML document.
 
     Args:
-        inspections: of `GIRCSE.inspect`.
-        facts: what the page says about their origin, for example {"model": "path", "instruction": "retrieve"}.
+        inspections: the result of `GIRCSE.inspect`.
+        facts: their origin, for the head of the page, for example {"model": "path", "instruction": "retrieve"}.
     """
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{_digest(SCRIPT)}'; base-uri 'none'"
     described = {**(facts or {}), "texts": str(len(inspections)), "written by": f"gircse {__version__}"}
@@ -86,7 +86,7 @@ def _digest(script: str) -> str:
 
 
 def _summary(inspections: Sequence[TextInspection]) -> str:
-    """One line a text, linked."""
+    """One line per text, with a link."""
     rows = []
     for i, inspection in enumerate(inspections, start=1):
         names = ", ".join(html.escape(finding.title) for finding in inspection.warnings)
@@ -115,7 +115,7 @@ step 1</abbr></th></tr></thead>
 </section>"""
 
 
-# A narrow screen lays the rows of this table out as grids, which takes table semantics away: the roles give them back
+# On a narrow screen the rows of this table are grids, which removes the semantics of a table; the roles restore them.
 def _article(number: int, inspection: TextInspection, columns: Sequence[tuple[str, str]]) -> str:
     heads = "".join(
         f'<th scope="col" role="columnheader"{" class=words" if i == len(columns) - 1 else ""}><abbr '
@@ -141,7 +141,7 @@ def _article(number: int, inspection: TextInspection, columns: Sequence[tuple[st
 
 
 def _reachable(number: int, text: str) -> str:
-    """A text so long that its box may scroll can be reached by keyboard."""
+    """Makes the box of a long text, which may scroll, reachable by keyboard."""
     long = len(text) > 800 or text.count("\n") > 8
     return f' tabindex="0" role="region" aria-label="text {number}"' if long else ""
 

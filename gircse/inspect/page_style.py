@@ -1,9 +1,9 @@
-"""How the inspection page looks and its one script."""
+"""The style sheet of the inspection page and its one script."""
 
 from __future__ import annotations
 
 # Each scheme: background, raised background, text, quiet text, lines, bars, links, warning text and its background.
-# Text of every kind has a contrast of 4.5 : 1 or more on both backgrounds (WCAG 2.2 AA; held by a test).
+# Every kind of text has a contrast of at least 4.5 : 1 on both backgrounds (WCAG 2.2 AA).
 PALETTES = {
     "light": {
         "page": "#ffffff",
@@ -35,7 +35,7 @@ def stylesheet() -> str:
     return (
         f":root{{color-scheme:light dark;{light}}}"
         f"@media (prefers-color-scheme:dark){{:root{{{dark}}}}}{_RULES}"
-        # last, so that it wins over the dark scheme: paper is white
+        # The rules for print come last, so that they override the dark scheme on white paper.
         f"@media print{{:root{{color-scheme:light;{light}}}{_PRINT}}}"
     )
 

@@ -1,4 +1,4 @@
-"""What soft tokens say: their top tokens, entropy, how far each one moves the embedding, and signs of failure."""
+"""Describes soft tokens: top tokens, entropy, how far each one moves the embedding, and signs of failure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from gircse import ops
 from gircse.encode.tokens import check_text, check_texts, pad, tokenize
 from gircse.inspect.failures import Finding, diagnose
 from gircse.integers import check_integer
@@ -19,8 +18,8 @@ from gircse.lm.token_ids import check_rows
 if TYPE_CHECKING:
     from gircse.embedder import Embedder
 
-TAIL_TOKENS = 256  # what is beyond so many most probable tokens is the tail: what a top-k cut would lose
-_ROWS = 16  # texts rolled out together
+TAIL_TOKENS = 256  # the tail is all but this many most probable tokens: what a top-k cut would lose
+_ROWS = 16  # number of texts rolled out together
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class SoftToken:
 
 @dataclass(frozen=True)
 class TextInspection:
-    """One text, its soft tokens, one entry a step, and the signs of failure in them (see `gircse.inspect.failures`)."""
+    """One text, one soft token per step, and their signs of failure (see `gircse.inspect.failures`)."""
 
     text: str
     steps: list[SoftToken]
@@ -78,7 +77,7 @@ def inspect(
     texts = check_texts(texts)
     num_steps = model.config.with_steps(num_steps).num_steps
     if num_steps < 1:
-        raise ValueError(f"num_steps: got {num_steps}, expected >= 1: there is no soft token to look at")
+        raise ValueError(f"num_steps: got {num_steps}, expected >= 1: without steps there is no soft token")
     top_n = check_integer("top_n", top_n, least=1)
     if instruction is not None:
         check_text("instruction", instruction, "str or None")
@@ -86,7 +85,7 @@ def inspect(
     ids = tokenize(model, texts, instruction=instruction, max_length=length, num_steps=num_steps)
     check_rows(ids, model.causal_lm.vocabulary, num_steps, positions=model.causal_lm.max_positions)
     inspections: list[TextInspection] = []
-    with model.inference():  # for the eval mode, without autocast, and for the other threads that it keeps out
+    with model.inference():  # eval mode, no autocast, and other threads wait
         for start in range(0, len(ids), _ROWS):
             inspections += _inspect_batch(
                 model, texts[start : start + _ROWS], ids[start : start + _ROWS], num_steps, top_n
@@ -101,15 +100,15 @@ def _inspect_batch(
     lm, temperature = model.causal_lm, model.config.temperature
     input_ids, mask = pad(ids, pad_id=model.tokenizer.pad_token_id)
     states = rollout(lm, input_ids.to(model.device), mask.to(model.device), num_steps, temperature=temperature)
-    # soft token k is spoken by the state before it: h_0, g_1, .., g_{K-1}
-    speakers = torch.cat([states.prompt[:, None], states.steps[:, :-1]], dim=1)
-    vocabulary = lm.head_weight.shape[0]
-    token_ids, probabilities = ops.top_tokens(
-        speakers, lm.head_weight, min(max(top_n, TAIL_TOKENS), vocabulary), **lm.head_options(temperature)
+    # Soft token k is made of the state before it: h_0, g_1, .., g_{K-1}.
+    before_step = torch.cat([states.prompt[:, None], states.steps[:, :-1]], dim=1)
+    facts, vocabulary = lm.facts(), lm.vocabulary
+    token_ids, probabilities = facts.top_tokens(
+        before_step, min(max(top_n, TAIL_TOKENS), vocabulary), temperature=temperature
     )
     tail = (1 - probabilities[..., :TAIL_TOKENS].sum(-1)).clamp_min(0) if vocabulary > TAIL_TOKENS else None
-    _, stats = lm.soft_embed(speakers, temperature=temperature, return_stats=True)
-    # the embedding after soft token k, and the one before it; without soft tokens it is the prompt's own state
+    _, stats = facts.soft_embed(before_step, temperature=temperature, return_stats=True)
+    # The embedding after soft token k and the one before it. Without soft tokens it is the prompt's own state.
     if model.config.include_prompt_state:
         pooled = model.pool(states.with_prompt)
         embeddings, before = pooled[:, 1:], pooled[:, :-1]
@@ -122,7 +121,7 @@ def _inspect_batch(
         "tail_mass": torch.zeros_like(stats.entropy) if tail is None else tail,
         "cosine_to_previous": F.cosine_similarity(embeddings, before, dim=-1),
         "cosine_to_first": F.cosine_similarity(embeddings, embeddings[:, :1], dim=-1),
-        "state_cosine": F.cosine_similarity(states.steps.float(), speakers.float(), dim=-1),
+        "state_cosine": F.cosine_similarity(states.steps.float(), before_step.float(), dim=-1),
     }
     numbers = {name: column.tolist() for name, column in columns.items()}
     ids, shares = token_ids[..., :top_n].tolist(), probabilities[..., :top_n].tolist()

@@ -1,4 +1,4 @@
-"""What `GIRCSE.inspect` found, as plain text for the terminal."""
+"""The result of `GIRCSE.inspect` as plain text for the terminal."""
 
 from __future__ import annotations
 

@@ -1,20 +1,20 @@
-"""The attention of a rollout: the prompt once, then one position per soft token, on keys and values of our own.
+"""The attention of a rollout: the prompt is encoded once, then each soft token attends to the kept keys and values.
 
-`transformers` hands every extra keyword of a decoder body's call down to the attention function, so one object per pass
-(an `AttentionPass`; here `RolloutKV.prompt_pass()`, `RolloutKV.step_pass(t)`, in `gircse.engine` the packed prefill and
-the static decoding) carries all state: nothing is kept on the module, no `Cache` class is involved and the model builds
-no mask. Shapes: B rows, H query and H_kv key heads, N prompt slots.
+`transformers` passes every extra keyword of a decoder body's call on to the attention function. So one object per pass,
+an `AttentionPass`, carries all state: the module keeps nothing, no `Cache` is involved, and the model builds no mask. A
+rollout has `RolloutKV.prompt_pass()` and `RolloutKV.step_pass(t)`; `gircse.engine` has a packed prefill and a static
+decoding pass. Shapes: B rows, H query and H_kv key heads, N prompt slots.
 
     prompt pass   q, k, v [B, H|H_kv, N, d]   causal attention within the prompt; k and v are kept, contiguous, once
     step pass t   q, k, v [B, H|H_kv, 1, d]   one softmax over [prompt N | steps 1..t+1]: the prompt's k and v are never
                                               copied, the few generated ones are concatenated
 
-Rows are padded on the *right*, so a causal mask alone hides the padding from every real token and SDPA needs no mask;
-a step masks the slots beyond its row's length. Slot j holds position j; step t has position length + t.
+Rows are padded on the *right*, so the causal mask alone hides the padding from every real token and SDPA needs no other
+mask. A step masks the slots beyond its row's length. Slot j holds position j; step t has position length + t.
 
-Everything is recorded by autograd. Non-reentrant activation checkpointing replays a pass in backward: the replay finds
-its entries already written and leaves them alone. Re-entrant checkpointing runs layers without autograd, which would
-cut the gradient through keys and values silently, so it is refused.
+Autograd records everything. Non-reentrant activation checkpointing replays a pass in backward; the replay finds its
+entries already written and leaves them alone. Re-entrant checkpointing runs layers without autograd, which would
+silently cut the gradient through keys and values, so it is refused.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class RolloutKV:
 
 
 class AttentionPass:
-    """One forward call of the decoder body: what its attention layers look at, and where they leave keys and values.
+    """One forward call of the decoder body: what its attention layers attend to, and where they keep keys and values.
 
     Attributes:
         differentiable: whether a backward pass will follow; then layers must not run without autograd.
-        calls: of the attention function so far; who runs the body sets it to 0 and reads it afterwards.
+        calls: calls of the attention function so far. `CausalLM.run_body` sets it to 0 and reads it afterwards.
     """
 
     differentiable = False
@@ -79,7 +79,7 @@ class AttentionPass:
 
 
 class _RolloutPass(AttentionPass):
-    """Masks are built once per window size and shared by the layers."""
+    """Builds each mask once per window size, for all layers."""
 
     def __init__(self, kv: RolloutKV) -> None:
         self.kv = kv
@@ -90,7 +90,7 @@ class _RolloutPass(AttentionPass):
 class PromptPass(_RolloutPass):
     def attend(self, layer, query, key, value, *, scaling, dropout, window, softcap):
         key, value = key.contiguous(), value.contiguous()
-        self.kv.prompt.setdefault(layer, (key, value))  # a checkpoint's replay finds them there
+        self.kv.prompt.setdefault(layer, (key, value))  # a checkpoint's replay keeps the first ones
         slots = key.shape[2]
         window = window if window is not None and window < slots else None
         if window not in self._masks:
@@ -108,7 +108,7 @@ class StepPass(_RolloutPass):
     def attend(self, layer, query, key, value, *, scaling, dropout, window, softcap):
         prompt_key, prompt_value = self.kv.prompt[layer]
         earlier = self.kv.steps.setdefault(layer, [])
-        if len(earlier) == self.step:  # a checkpoint's replay finds its entry there
+        if len(earlier) == self.step:  # false in a checkpoint's replay, whose entry is there
             earlier.append((key, value))
         earlier = earlier[: self.step]
         key = torch.cat([k for k, _ in earlier] + [key], dim=2)
@@ -124,20 +124,20 @@ class StepPass(_RolloutPass):
         if mask is None:
             mask = self._masks[window] = self._mask(slots, window)
         scores = scores.masked_fill(mask, float("-inf"))
-        # float32 softmax for half precision, as every stock implementation does
+        # Half precision takes its softmax in float32, as in every stock implementation.
         probs = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
         probs = F.dropout(probs, dropout) if dropout else probs
         out = probs[..., :slots] @ prompt_value + probs[..., slots:] @ value
         return out.reshape(batch, heads, 1, value.shape[-1])
 
     def _mask(self, slots: int, window: int | None) -> Tensor:
-        """[B, 1, 1, slots + step + 1], True where step `self.step` must not look."""
+        """[B, 1, 1, slots + step + 1], True where step `self.step` must not attend."""
         lengths = self.kv.lengths[:, None]
         slot = torch.arange(slots, device=lengths.device)
         step = torch.arange(self.step + 1, device=lengths.device).expand(lengths.shape[0], -1)
         hidden = slot >= lengths
         generated = torch.zeros_like(step, dtype=torch.bool)
-        if window is not None:  # a key at distance >= window is out of sight
+        if window is not None:  # a key at distance >= window is hidden
             hidden = hidden | (lengths + self.step - slot >= window)
             generated = self.step - step >= window
         return torch.cat([hidden, generated], dim=1)[:, None, None, :]
@@ -153,16 +153,20 @@ def causal_attention(
     dropout: float = 0.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """Causal grouped-query attention; `mask` (bool, True = visible, [B, H, Q, S] or broadcastable) replaces the causal.
+    """Causal grouped-query attention.
 
-    SDPA where it can express it; a logit soft-cap (Gemma 2) goes through plain matrix products.
+    SDPA computes it, except with a logit soft-cap (Gemma 2), which takes plain matrix products.
+
+    Args:
+        query, key, value: [B, H, Q, d], [B, H_kv, S, d], [B, H_kv, S, d_v].
+        mask: bool, True = visible, [B, H, Q, S] or broadcastable; replaces the causal mask.
     """
     groups = query.shape[1] // key.shape[1]
     if softcap is None and mask is None:
         return F.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=query.shape[2] > 1, scale=scaling, enable_gqa=groups > 1
         )
-    if softcap is None and query.device.type == "cpu":  # CUDA's kernels take either a mask or grouped heads
+    if softcap is None and query.device.type == "cpu":  # on CUDA a kernel takes either a mask or grouped heads
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=groups > 1
         )
@@ -172,15 +176,15 @@ def causal_attention(
     if mask is None:
         mask = causal_band(query.shape[2], key.shape[2] - query.shape[2], device=key.device)
     scores = softcap * torch.tanh((query * scaling) @ key.transpose(-1, -2) / softcap)
-    # a finite floor: in an ordinary call the rows of left padding see nothing, and NaN would spread from their values
+    # Not -inf: in an ordinary call the rows of left padding see no slot, and their NaN would spread.
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     probs = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     return (F.dropout(probs, dropout) if dropout else probs) @ value
 
 
 def causal_band(queries: int, before: int = 0, *, window: int | None = None, device: torch.device) -> Tensor:
-    """[1, 1, queries, before + queries] bool: query i stands at slot before + i and sees slot j when
-    0 <= before + i - j (< window)."""
+    """[1, 1, queries, before + queries] bool: query i is at slot before + i and sees slot j when 0 <= before + i - j
+    (< window)."""
     visible = torch.ones(queries, before + queries, dtype=torch.bool, device=device).tril(before)
     if window is not None:
         visible = visible.triu(before + 1 - window)
@@ -203,7 +207,10 @@ def _attention_function(
 ) -> tuple[Tensor, None]:
     """The function registered with `transformers`: [B, H, Q, d], [B, H_kv, Q, d] twice -> [B, Q, H, d], None.
 
-    Without `kv` (somebody calls the model in the ordinary way) it is SDPA with the model's own mask.
+    Without `kv`, in an ordinary call of the model, it is SDPA with the model's own mask.
+
+    Raises:
+        NotImplementedError: the layer needs more than causal attention. RuntimeError: re-entrant checkpointing.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if kv is None:
@@ -244,10 +251,10 @@ def _attention_function(
 
 
 def no_mask(like: Tensor) -> Tensor:
-    """A 4-D stand-in mask: `transformers` passes 4-D masks through untouched, so the body builds none of its own."""
+    """A 4-D placeholder. `transformers` passes 4-D masks on unchanged, so the body builds no mask."""
     return torch.empty(1, 1, 1, 1, dtype=torch.bool, device=like.device)
 
 
 AttentionInterface.register(ATTENTION_NAME, _attention_function)
-# The ordinary call gets SDPA's masks; a rollout hands in `no_mask` and never comes here.
+# An ordinary call gets SDPA's masks. A rollout passes `no_mask`, for which transformers builds none.
 AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)

@@ -1,8 +1,8 @@
-"""What a rollout must know of a causal LM: its body, head, embedding table, scales, soft-cap, positions.
+"""What a rollout must know of a causal LM: its body, its attention layers and its limit of positions.
 
-A fact that is wrong (a forgotten embedding scale, a layer between the last hidden state and the head) does not crash,
-it quietly gives bad embeddings. So `CausalLM.from_model` checks every fact against the model itself on a few tokens and
-refuses the model when one does not hold.
+A wrong fact, such as a forgotten embedding scale or a layer between the last hidden state and the head, does not crash;
+it quietly gives bad embeddings. So `CausalLM.from_model` compares every fact with the model itself on a few tokens and
+refuses the model when one does not hold. The facts of head and table are those of `gircse.ops.head_facts`.
 """
 
 from __future__ import annotations
@@ -14,33 +14,29 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gircse import ops
 from gircse.lm.attention import ATTENTION_NAME, AttentionPass, RolloutKV, no_mask
 from gircse.lm.device import without_autocast
 from gircse.lm.onednn import onednn_linears
-from gircse.ops.head_facts import HeadFacts, base_layer, text_config, vocabulary_layers
-from gircse.ops.module import PROBE_TOLERANCE
+from gircse.ops.head_facts import HeadFacts, UnsupportedModelError, base_layer, text_config, vocabulary_layers
+from gircse.ops.probe import check_probe, probe_head_and_table, probe_tokens
 
-_PROBE_TOKENS = 6
-_FAR = 1 << 17  # a position beyond every length that models are made for, where the config names none
+__all__ = ["CausalLM", "UnsupportedModelError", "position_limit"]
 
-
-class UnsupportedModelError(ValueError):
-    """The model cannot be rolled out correctly; the message says which probe failed."""
+_FAR = 1 << 17  # a position beyond the length of every known model, for configs that name no limit
 
 
 @dataclass(frozen=True)
 class CausalLM:
     """A causal LM taken apart.
 
-    Head and table are looked at in every call: an adapter that is put on them, taken off or trained, a table that is
-    replaced or resized count from the next call on (see `gircse.ops.head_facts`).
+    Head and table are read in every call, so that an adapter on them and a table of another size count from the next
+    call on.
 
     Attributes:
         model: the whole `PreTrainedModel` (with LoRA layers in place, if any).
         body: its decoder without the head; returns the last hidden state after the final norm.
         max_positions: tokens and soft tokens of a text together, at most; None: no limit is known.
-        attention_calls: of the rollout's attention function in a pass: one for each layer.
+        attention_calls: calls of the rollout's attention function in a pass: one for each layer.
     """
 
     model: PreTrainedModel
@@ -52,17 +48,21 @@ class CausalLM:
     def from_model(cls, model: PreTrainedModel) -> CausalLM:
         """Reads the facts from `model`, probes them, and switches the model to the rollout's attention function.
 
-        Ordinary calls of the model keep working (they run SDPA).
+        Ordinary calls of the model keep working; they run SDPA.
 
         Raises:
-            UnsupportedModelError: no body, head or embedding can be found, or a probe fails.
+            UnsupportedModelError: the model has no body, head or embedding, or a probe fails.
         """
-        lm = cls(model=model, body=_body(model), max_positions=position_limit(text_config(model)))
+        if model.base_model is model:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no decoder body (`base_model`) apart from its head"
+            )
+        lm = cls(model=model, body=model.base_model, max_positions=position_limit(text_config(model)))
         with without_autocast(lm.device):
             return replace(lm, attention_calls=lm._probe())
 
     @property
-    def config(self):
+    def config(self) -> Any:
         return self.model.config
 
     @property
@@ -75,7 +75,7 @@ class CausalLM:
 
     @property
     def vocabulary(self) -> int:
-        """Token ids that there are."""
+        """The number of token ids that the embedding table has a row for."""
         return len(self._table)
 
     @property
@@ -87,12 +87,10 @@ class CausalLM:
         """What logits and embeddings are made of now.
 
         Raises:
-            UnsupportedModelError: no head or table, or an adapter changes one of them in a way that no weight says.
+            UnsupportedModelError: there is no head or table, or an adapter changes one of them otherwise than by its
+                weight.
         """
-        try:
-            return HeadFacts.of(self.model)
-        except ValueError as error:
-            raise UnsupportedModelError(str(error)) from None
+        return HeadFacts.of(self.model)
 
     @property
     def head_weight(self) -> Tensor:
@@ -104,90 +102,57 @@ class CausalLM:
         """[V, E]; the same tensor object as `head_weight` when the model ties them."""
         return self.facts().embed_weight
 
-    def head_options(self, temperature: float | Tensor = 1.0) -> dict:
-        """Keyword arguments of `ops.soft_embed` and `ops.top_tokens` that give this model's logits / temperature."""
-        return {**self.facts().score_options(), "temperature": temperature}
-
-    def soft_embed(
-        self,
-        hidden: Tensor,
-        *,
-        temperature: float | Tensor = 1.0,
-        return_stats: bool = False,
-        facts: HeadFacts | None = None,
-    ):
-        """Soft token of each hidden state: [..., D] -> [..., E], what the embedding layer would give
-        (docs/method.md §3).
+    def soft_embed(self, hidden: Tensor, *, facts: HeadFacts | None = None, **options: Any) -> Any:
+        """`HeadFacts.soft_embed` of hidden states [..., D] -> [..., E].
 
         Args:
-            facts: `facts()`, for a caller of many steps: with an adapter on head or table they are matrices of their
-                own, which otherwise are made, and kept for backward, in every step.
+            facts: `facts()`, for a caller of many steps. An adapter on head or table makes new matrices in each call of
+                it, which every step would keep for backward.
         """
-        facts = facts or self.facts()
-        return ops.soft_embed(
-            hidden,
-            facts.head_weight,
-            facts.tied_or_table,
-            embed_scale=facts.embed_scale,
-            return_stats=return_stats,
-            temperature=temperature,
-            **facts.score_options(),
-        )
+        return (facts or self.facts()).soft_embed(hidden, **options)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., V], plainly; for probes and explanations, never for the rollout."""
+        """[..., D] -> [..., V], as plain matrix product; for probes and explanations."""
         return self.facts().logits(hidden)
 
     def _probe(self) -> int:
         """-> `attention_calls`."""
-        facts, was_training = self.facts(), self.model.training
-        attention = self.config._attn_implementation
+        facts, was_training, attention = self.facts(), self.model.training, self.config._attn_implementation
         self.model.eval()
         try:
+            # The eager attention is the definition; the SDPA of older transformers omits Gemma 2's soft-cap silently.
+            self.model.set_attn_implementation("eager")
+            expected = probe_head_and_table(self.model, facts)
+            ids = probe_tokens(self.model, facts)
+            self.model.set_attn_implementation(ATTENTION_NAME)
             with torch.no_grad():
-                ids = torch.linspace(0, len(facts.embed_weight) - 1, _PROBE_TOKENS, device=self.device).long()[None]
-                self._probe_embedding(ids, facts)
-                # eager is every model's own definition; older SDPA integrations drop Gemma 2's soft-cap without a word
-                self.model.set_attn_implementation("eager")
-                expected = self.body(input_ids=ids, use_cache=False).last_hidden_state
-                theirs = self.model(input_ids=ids, use_cache=False).logits
-                self._check("head_weight and its scale, bias and soft-cap", facts.logits(expected), theirs)
-                self.model.set_attn_implementation(ATTENTION_NAME)
                 calls = self._probe_rollout(ids, expected)
                 self._probe_neighbour(ids, expected)
-                attention = ATTENTION_NAME
-                return calls
+            attention = ATTENTION_NAME
+            return calls
         except (UnsupportedModelError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # whatever a body raises that was not made for this
+        except Exception as error:  # A body that is not made for a rollout may raise anything.
             raise UnsupportedModelError(
                 f"{self._name} cannot be rolled out: a probe raised {type(error).__name__}: {error}"
             ) from error
         finally:
-            self.model.set_attn_implementation(attention)  # a refused model keeps what it came with
+            self.model.set_attn_implementation(attention)  # a refused model keeps the one that it came with
             self.model.train(was_training)
 
-    def _probe_embedding(self, ids: Tensor, facts: HeadFacts) -> None:
-        one_hot = torch.nn.functional.one_hot(ids, len(facts.embed_weight)).to(facts.embed_weight.dtype)
-        self._check(
-            "embed_scale (one_hot @ embedding matrix)",
-            facts.embed_scale * (one_hot @ facts.embed_weight),
-            self.model.get_input_embeddings()(ids),
-        )
-
     def _probe_rollout(self, ids: Tensor, expected: Tensor) -> int:
-        """Two prompt tokens, then the rest one by one through the step pass, against the stock body's hidden states."""
+        """Compares two prompt tokens and the rest, one step pass each, with the stock body's hidden states."""
         prompt = 2
         kv = RolloutKV(torch.full((1,), prompt, device=ids.device))
         states = [self.run_prompt(kv, ids[:, :prompt])]
         embeds = self.model.get_input_embeddings()(ids)
         states += [self.run_step(kv, t, embeds[:, prompt + t])[:, None] for t in range(ids.shape[1] - prompt)]
-        self._check("the cached rollout (attention, positions)", torch.cat(states, dim=1), expected)
+        check_probe(self.model, "the cached rollout (attention, positions)", torch.cat(states, dim=1), expected)
         return len(kv.prompt)
 
     def _probe_neighbour(self, ids: Tensor, expected: Tensor) -> None:
-        """The same text beside another one at the last positions there are: rotary frequencies that follow the longest
-        row of a batch would change it."""
+        """Runs the text beside another one at the last positions that are allowed. Rotary frequencies that follow the
+        longest row of a batch would change the states of the first."""
         count = ids.shape[1]
         last = _FAR if self.max_positions is None else self.max_positions
         if last < count:
@@ -195,7 +160,7 @@ class CausalLM:
         positions = torch.stack([torch.arange(count), torch.arange(last - count, last)]).to(ids.device)
         kv = RolloutKV(torch.full((2,), count, device=ids.device))
         states = self.run_body(kv.prompt_pass(), positions, input_ids=ids.expand(2, -1))
-        self._check("a text beside a long one (positions)", states[:1], expected)
+        check_probe(self.model, "a text beside a long one (positions)", states[:1], expected)
 
     def run_prompt(self, kv: RolloutKV, input_ids: Tensor) -> Tensor:
         """The prompt pass of the decoder body: token ids [B, N] -> last hidden states [B, N, D]."""
@@ -209,7 +174,11 @@ class CausalLM:
 
     def run_body(self, kv_pass: AttentionPass, position_ids: Tensor, **inputs: Tensor) -> Tensor:
         """Any pass of the decoder body: `input_ids` [B, Q] or `inputs_embeds` [B, Q, D] at `position_ids` [B or 1, Q]
-        -> last hidden states [B, Q, D]."""
+        -> last hidden states [B, Q, D].
+
+        Raises:
+            ValueError: another attention function was set on the model or on some of its layers since.
+        """
         attention = text_config(self.model)._attn_implementation
         if attention != ATTENTION_NAME:
             raise _wrong_attention(attention)
@@ -230,20 +199,6 @@ class CausalLM:
     def _name(self) -> str:
         return f"{type(self.model).__name__} (model_type {self.config.model_type!r})"
 
-    def _check(self, fact: str, ours: Tensor, theirs: Tensor) -> None:
-        if ours.shape != theirs.shape:
-            raise UnsupportedModelError(
-                f"{self._name}: probe of {fact} failed: got shape {tuple(ours.shape)}, "
-                f"the model gives {tuple(theirs.shape)}"
-            )
-        error = (ours.double() - theirs.double()).norm() / theirs.double().norm().clamp_min(1e-30)
-        tolerance = PROBE_TOLERANCE.get(theirs.dtype, 6e-2)
-        if not error <= tolerance:
-            raise UnsupportedModelError(
-                f"{self._name}: probe of {fact} failed: relative difference {error:.2e} to the model's own output, "
-                f"expected <= {tolerance:.0e}"
-            )
-
 
 def _wrong_attention(got: str) -> ValueError:
     return ValueError(
@@ -255,9 +210,9 @@ def _wrong_attention(got: str) -> ValueError:
 def position_limit(config: Any) -> int | None:
     """`max_position_embeddings`, or less where the rotary frequencies change for texts beyond some length.
 
-    Under "longrope" and "dynamic" they are one set for a whole call, chosen by its longest row, and chosen anew while a
-    row grows: rows would change each other, and keys that are kept would belong to another set. Up to the original
-    length there is one set for all; "linear", "yarn", "llama3" and "proportional" have one set anyhow.
+    "longrope" and "dynamic" choose one set of frequencies for a whole call by its longest row, and choose again while a
+    row grows. Rows would change each other, and cached keys would belong to another set. Up to the original length
+    there is one set for all. "linear", "yarn", "llama3" and "proportional" have one set at every length.
     """
     whole = getattr(config, "max_position_embeddings", None)
     limits = [whole]
@@ -268,11 +223,5 @@ def position_limit(config: Any) -> int | None:
             original = kind.get("original_max_position_embeddings")
             limits.append(original or getattr(config, "original_max_position_embeddings", None))
         if "dynamic" in name and whole is not None:
-            limits.append(whole - 1)  # what somebody's longer call left behind is put right below that
+            limits.append(whole - 1)  # below it, transformers restores the frequencies after a longer call
     return min((limit for limit in limits if limit is not None), default=None)
-
-
-def _body(model: PreTrainedModel) -> nn.Module:
-    if model.base_model is model:
-        raise UnsupportedModelError(f"{type(model).__name__} has no decoder body (`base_model`) apart from its head")
-    return model.base_model

@@ -1,4 +1,4 @@
-"""What makes a causal LM a GIRCSE model besides its weights: `gircse_config.json` in a saved folder."""
+"""`GircseConfig`: the settings of a GIRCSE model besides its weights, `gircse_config.json` in a saved folder."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class GircseConfig:
         num_steps: K, soft tokens per text; 0 is the encoder-only baseline (the prompt's last hidden state).
         pooling: how the steps become one vector: "mean" (default), "last" or "weighted" (docs/method.md §4).
         temperature: logit temperature T of the soft tokens, > 0.
-        prompt_template: how an instruction and a text become a prompt; holds {instruction} and {text}.
+        prompt_template: how an instruction and a text become a prompt; holds {instruction} and {text} once each.
         append_eos: append the end-of-sequence token to every prompt (EOS pooling of encoder-only baselines).
         include_prompt_state: pool the prompt's last state h_0 too, as the first of K states: h_0, g_1..g_{K-1}, made
             by K - 1 soft tokens (as LaSER does). The default pools g_1..g_K.
-        query_max_length, passage_max_length: tokens of a prompt with and without an instruction, where a call names no
-            limit of its own; what the model was trained with.
+        query_max_length, passage_max_length: the most tokens of a prompt with and without an instruction, as in
+            training; a call's `max_length` overrides them.
     """
 
     num_steps: int = 5
@@ -48,7 +48,7 @@ class GircseConfig:
         number = isinstance(self.temperature, Real) and not isinstance(self.temperature, bool)
         try:
             temperature = float(self.temperature) if number else 0.0
-        except OverflowError:  # an integer past every float
+        except OverflowError:  # an integer beyond the range of floats
             temperature = math.inf
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature: got {self.temperature!r}, expected a finite number > 0")
@@ -60,10 +60,10 @@ class GircseConfig:
 
     @classmethod
     def load(cls, folder: str | Path) -> GircseConfig | None:
-        """The config of a saved folder, or None if it has none (a plain PEFT adapter, a plain causal LM).
+        """The config of a saved folder, or None if it has none, as a plain PEFT adapter or causal LM.
 
         Raises:
-            ValueError: the file is no JSON object, or holds an unknown key or an impossible value; names the file.
+            ValueError: the file is no JSON object, or holds an unknown key or a bad value; the message names the file.
         """
         path = Path(folder) / CONFIG_NAME
         if not path.is_file():
@@ -83,7 +83,7 @@ class GircseConfig:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
 
     def max_length(self, instruction: str | None, given: int | None = None) -> int:
-        """Tokens of a prompt under an instruction, or without one (None or ""), unless a limit is given."""
+        """The most tokens of a prompt: the given limit, else the config's for one with or without instruction."""
         if given is not None:
             return given
         return self.query_max_length if instruction else self.passage_max_length

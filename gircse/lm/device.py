@@ -1,4 +1,4 @@
-"""Which device a user means, and computing on it in the weights' own precision."""
+"""The device that a user names, and computing in the weights' own precision."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from contextlib import contextmanager
 import torch
 
 
-def to_device(device: str | torch.device | None) -> torch.device:
-    """The device; None: CUDA if there is one, else the CPU.
+def to_device(device: str | torch.device | None, name: str = "device") -> torch.device:
+    """The device that an argument `name` gives; None: CUDA if there is one, else the CPU.
 
     Raises:
-        ValueError: it is none.
+        ValueError: PyTorch knows no such device.
     """
     try:
         return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, TypeError):
-        raise ValueError(f"device: got {device!r}, expected None or a device such as 'cuda:0' or 'cpu'") from None
+        raise ValueError(f"{name}: got {device!r}, expected None or a device such as 'cuda:0' or 'cpu'") from None
 
 
 @contextmanager
 def without_autocast(device: torch.device) -> Iterator[None]:
-    """The caller's autocast does not count inside, for the device and for the CPU: what is computed here comes out the
-    same with and without it, and nothing that is kept is in half precision because of it."""
+    """Switches the caller's autocast off, for the device and for the CPU. So the result does not depend on it, and no
+    tensor that is kept comes out in half precision because of it."""
     with torch.autocast("cpu", enabled=False), torch.autocast(device.type, enabled=False):
         yield

@@ -1,4 +1,4 @@
-"""What a launcher such as torchrun says in the environment about the processes of a job."""
+"""The environment variables by which a launcher such as torchrun describes the processes of a job."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 
 def environment_integer(name: str, default: int, environment: Mapping[str, str] = os.environ) -> int:
-    """The number in a variable; the default where it is not set, or empty.
+    """The number in a variable, or the default where it is not set or empty.
 
     Raises:
-        ValueError: it is no number >= 0.
+        ValueError: the variable holds something else than an integer >= 0.
     """
     value = environment.get(name, "").strip()
     if not value:
@@ -21,5 +21,5 @@ def environment_integer(name: str, default: int, environment: Mapping[str, str] 
 
 
 def first_process(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process speaks for its job: RANK counts only where WORLD_SIZE says that there are others."""
+    """Whether this is the process of rank 0. RANK counts only where WORLD_SIZE says that there are other processes."""
     return environment_integer("WORLD_SIZE", 1, environment) <= 1 or environment_integer("RANK", 0, environment) == 0

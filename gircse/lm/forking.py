@@ -1,7 +1,8 @@
-"""What a forked process finds: a copy of everything but the other threads, whose locks stay taken for good.
+"""Forks: the child has a copy of everything except the other threads, so a lock that one of them held stays locked.
 
-Whoever guards work with a lock is told in the child (`tell_after_fork`) and takes a new one. Weights are rewritten
-under one lock that a fork waits for (`rewriting_weights`), so that no child gets an adapter that is merged by half.
+An object that guards work with a lock registers with `tell_after_fork`; in the child, its `after_fork` replaces the
+lock. Weights are rewritten under one lock that a fork waits for (`rewriting_weights`), so that no child gets a
+half-merged adapter.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ def tell_after_fork(owner: Forked) -> None:
 
 
 def is_lost(lock: threading.RLock) -> bool:
-    """Whether a lock was held, when this process was forked, by a thread that it does not have: nobody gives it back.
+    """Whether another thread held the lock at the fork, so that it is never released in this process.
 
-    A lock that the forking thread held itself is its own in the child as well.
+    A lock that the forking thread held belongs to it in the child as well.
     """
     if lock.acquire(blocking=False):
         lock.release()
@@ -45,16 +46,16 @@ def is_lost(lock: threading.RLock) -> bool:
 
 @contextmanager
 def rewriting_weights() -> Iterator[None]:
-    """A fork waits until the block is left; short, unlike encoding."""
+    """A fork waits until the block has ended. The block must be short, unlike encoding."""
     with _rewriting:
         yield
 
 
 def compute_on_one_thread_in_child() -> None:
-    """To be called before a forked process computes with a model of its parent.
+    """Call this before a forked process computes with a model of its parent.
 
-    GNU's OpenMP, on which PyTorch runs, has no threads in a child that was forked after they had been used, and waits
-    for them for ever. With one thread nothing waits.
+    PyTorch runs on GNU's OpenMP. If the parent has used its threads, the child waits for them for ever, because it does
+    not have them. With one thread nothing waits.
     """
     global _in_child
     if _in_child and torch.get_num_threads() > 1:
@@ -75,7 +76,7 @@ def _after_fork_in_child() -> None:
         owner.after_fork()
 
 
-if hasattr(os, "register_at_fork"):  # no Windows
+if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(
         before=_rewriting.acquire, after_in_parent=_rewriting.release, after_in_child=_after_fork_in_child
     )

@@ -1,6 +1,6 @@
-"""From a name or folder to a base model, tokenizer and config. The way back is `gircse.lm.save`.
+"""Loads a base model, its tokenizer and its config from a name or a folder. `gircse.lm.save` writes such a folder.
 
-A folder is a causal LM, a PEFT LoRA adapter (its config names the base), or one of these with our `gircse_config.json`.
+A folder holds a causal LM or a PEFT LoRA adapter, whose config names the base, and may hold a `gircse_config.json`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from gircse.lm.adapter import quiet_peft
 from gircse.lm.attention import ATTENTION_NAME
 from gircse.lm.base_fingerprint import check_base
 from gircse.lm.config import GircseConfig
 from gircse.lm.device import to_device
-from gircse.lm.quiet import quiet_peft
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -35,7 +35,7 @@ def load_pretrained(
 ) -> tuple[Any, PreTrainedTokenizerBase, GircseConfig]:
     """See `GIRCSE.from_pretrained`: -> base (with the adapter on it), tokenizer, config.
 
-    quantization: see `gircse.lm.quantized_base`.
+    quantization: of the frozen base, see `gircse.lm.quantize.quantization_config`.
     """
     if attn_implementation not in (None, ATTENTION_NAME):
         raise ValueError(
@@ -48,14 +48,14 @@ def load_pretrained(
     _check_exists("adapter", adapter)
     _check_exists("name_or_path", base_name)
     if Path(base_name).is_dir():
-        base_name = Path(base_name).resolve()  # what is saved later names it, wherever that happens
+        base_name = Path(base_name).resolve()  # a folder that is saved later names it and may lie anywhere
 
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "low_cpu_mem_usage": True}
     if quantization is not None:
-        from gircse.lm.quantized_base import quantization_config
+        from gircse.lm.quantize import quantization_config
 
         compute = torch.bfloat16 if isinstance(dtype, str) else dtype
-        # quantised weights are made on their device, and cannot be moved there
+        # Quantised weights are made on their device; they cannot be moved.
         options |= {"quantization_config": quantization_config(quantization, compute), "device_map": {"": device}}
     base = _load_base(base_name, options)
     if quantization is None:
@@ -68,10 +68,10 @@ def load_pretrained(
 
 
 def _load_base(name: str | Path, options: dict[str, Any]) -> Any:
-    with _readable("name_or_path", name):
+    with _one_error("name_or_path", name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(str(name), output_loading_info=True, **options)
-    base, found = loaded
-    if missing := sorted(found["missing_keys"]):  # transformers draws them at random, and goes on
+    base, report = loaded
+    if missing := sorted(report["missing_keys"]):  # transformers draws them at random and goes on
         raise ValueError(
             f"name_or_path: {name} lacks {len(missing)} weights of {type(base).__name__}, for example {missing[0]}"
         )
@@ -79,8 +79,8 @@ def _load_base(name: str | Path, options: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def _readable(argument: str, name: str | Path) -> Iterator[None]:
-    """Whatever damaged files provoke inside (JSON, headers, zip, unpickling, shapes) as one error that names them."""
+def _one_error(argument: str, name: str | Path) -> Iterator[None]:
+    """Turns the many errors of damaged files (JSON, headers, zip, unpickling, shapes) into one that names the files."""
     try:
         yield
     except (ImportError, torch.OutOfMemoryError):
@@ -97,11 +97,11 @@ def load_tokenizer(
     """The adapter's tokenizer if its folder holds one, else the base's; padding is the end-of-sequence token if unset.
 
     Raises:
-        ValueError: one that cannot be read, or that has neither a padding nor an end-of-sequence token.
+        ValueError: the tokenizer cannot be read, or has neither a padding nor an end-of-sequence token.
     """
     own = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
     name = str(adapter if own else base_name)
-    with _readable("adapter" if own else "name_or_path", name):
+    with _one_error("adapter" if own else "name_or_path", name):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -111,7 +111,8 @@ def load_tokenizer(
 
 
 def _base_and_adapter(name_or_path: str | Path, adapter: str | Path | None) -> tuple[str | Path, str | Path | None]:
-    """A folder (or hub repository) with an adapter_config.json is an adapter, and names its base."""
+    """The base and the adapter that a name stands for. A folder or hub repository with an adapter_config.json is an
+    adapter, whose config names the base."""
     if not _is_adapter(name_or_path):
         return name_or_path, adapter
     if adapter is not None:
@@ -120,14 +121,14 @@ def _base_and_adapter(name_or_path: str | Path, adapter: str | Path | None) -> t
         )
     from peft import PeftConfig
 
-    with _readable("name_or_path", name_or_path):
+    with _one_error("name_or_path", name_or_path):
         base = PeftConfig.from_pretrained(str(name_or_path)).base_model_name_or_path
     if not isinstance(base, str) or not base:
         raise ValueError(
             f"name_or_path: {name_or_path}/{ADAPTER_CONFIG} names no base model; "
             f"load it with from_pretrained(base, adapter={str(name_or_path)!r})"
         )
-    if base.startswith(".") and (Path(name_or_path) / base).is_dir():  # it lies inside the adapter's folder
+    if base.startswith(".") and (Path(name_or_path) / base).is_dir():  # the base lies inside the adapter's folder
         base = str(Path(name_or_path) / base)
     if (Path(base).is_absolute() or base.startswith(".")) and not Path(base).is_dir():
         raise FileNotFoundError(
@@ -144,18 +145,18 @@ def _is_adapter(name_or_path: str | Path) -> bool:
         raise FileNotFoundError(f"name_or_path: {name_or_path} does not exist")
     from transformers.utils import cached_file
 
-    found = cached_file(
+    file = cached_file(
         str(name_or_path),
         ADAPTER_CONFIG,
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    return found is not None
+    return file is not None
 
 
 def is_local(name: str | Path) -> bool:
-    """Whether a name can only mean a folder: a Path, or more or other than the hub's `owner/name`."""
+    """Whether a name can only mean a folder: a Path, or a string of another form than the hub's `owner/name`."""
     return isinstance(name, Path) or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1
 
 
@@ -165,11 +166,14 @@ def _check_exists(argument: str, name: str | Path | None) -> None:
 
 
 def with_adapter(base: Any, adapter: str | Path, *, is_trainable: bool) -> Any:
-    """Puts the adapter on the base, frozen or to be trained, and refuses one whose weights do not all find their
-    place."""
+    """Puts the adapter on the base, frozen or to be trained.
+
+    Raises:
+        ValueError: the adapter cannot be read, lacks weights that its layers need, or has weights without a layer.
+    """
     from peft import PeftModel, get_peft_model_state_dict
 
-    with _readable("adapter", adapter):
+    with _one_error("adapter", adapter):
         stored = _stored_shapes(adapter)
         _resize(base, stored or {})
         try:
@@ -189,7 +193,7 @@ def with_adapter(base: Any, adapter: str | Path, *, is_trainable: bool) -> Any:
 
 
 def _resize(base: Any, stored: dict[str, list[int]]) -> None:
-    """A table of another size, which PEFT saves with the adapter, was resized for the training."""
+    """Gives the base's table the size of the one that PEFT saved with the adapter: it was resized for the training."""
     table = base.get_input_embeddings().weight
     name = next((name for name, parameter in base.named_parameters() if parameter is table), None)
     shape = stored.get(f"base_model.model.{name}")
@@ -199,7 +203,7 @@ def _resize(base: Any, stored: dict[str, list[int]]) -> None:
 
 def _stored_shapes(adapter: str | Path) -> dict[str, list[int]] | None:
     path = Path(adapter) / "adapter_model.safetensors"
-    if not path.is_file():  # a hub name, or the older .bin layout, which PEFT reads by itself
+    if not path.is_file():  # PEFT itself reads a hub name or the older .bin layout
         return None
     from safetensors import safe_open
 
@@ -210,7 +214,7 @@ def _stored_shapes(adapter: str | Path) -> dict[str, list[int]] | None:
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
-    found = getattr(torch, str(dtype).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    named = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
         raise ValueError(f"dtype: got {dtype!r}, expected 'auto', 'float32', 'bfloat16' or 'float16'")
-    return found
+    return named

@@ -1,4 +1,4 @@
-"""LoRA folded into the base for inference, and taken out again bitwise."""
+"""LoRA merged into the base weights for inference, and taken out again bitwise."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gircse.lm.adapter import adapted_layers, adapters_at_work
 from gircse.lm.forking import rewriting_weights
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class _Weight(NamedTuple):
-    """A base weight under an adapter: what it was before the merge, on the host, and the sum of its bits after it."""
+    """A base weight under an adapter: its copy on the host from before the merge, and the sum of its bits after it."""
 
     layer: Any
     name: str
@@ -24,24 +25,24 @@ class _Weight(NamedTuple):
     merged_bits: int
 
     def is_overwritten(self) -> bool:
-        """By somebody else than PEFT, which takes one adapter out by itself before another one is set."""
+        """Whether something other than PEFT wrote to the weight. PEFT unmerges when another adapter is set."""
         cast = self.parameter.dtype != self.original.dtype
         return self.layer.merged and not cast and _bits(self.parameter) != self.merged_bits
 
 
 class MergedAdapter:
-    """A PEFT model whose active adapters are merged, and what its weights were before.
+    """A PEFT model whose active adapters are merged, and its weights from before the merge.
 
-    PEFT unmerges by subtraction, which does not give back the same bits; so the originals are kept, on the host.
-    Meanwhile `load_state_dict` takes the adapter out first, `state_dict` gives the weights without it, and `refresh`
-    merges anew what was loaded, edited, switched on or off. Whoever calls holds `rewriting_weights`.
+    PEFT unmerges by subtraction, which does not restore the same bits, so the original weights are kept on the host.
+    While the adapter is merged, `load_state_dict` takes it out first and `state_dict` gives the weights without it.
+    `refresh` merges again after adapters were loaded, edited or switched. Callers hold `rewriting_weights`.
     """
 
     def __init__(self, base: Any) -> None:
         """
         Raises:
-            ValueError: the adapter was merged by somebody else, or cannot be merged (one on a tied matrix, or with
-                numbers that are not finite).
+            ValueError: the adapter is merged already, or cannot be merged because it is on a tied matrix or has
+                numbers that are not finite.
         """
         self._base = base
         self._weights: list[_Weight] = []
@@ -49,16 +50,16 @@ class MergedAdapter:
         self._merge()
 
     def refresh(self) -> None:
-        """Makes the merged weights those of the adapters as they are now. Cheap where nothing was changed."""
+        """Merges the adapters as they are now. Where nothing has changed this is cheap."""
         if self._adapters() != self._merged_adapters:
             self.undo()
             self._merge()
 
     def undo(self) -> None:
-        """Puts the weights back that were there before the merge.
+        """Restores the weights from before the merge.
 
         Raises:
-            RuntimeError: a merged weight was overwritten: neither its old value nor the new one is that of the base.
+            RuntimeError: a merged weight was overwritten, so that the base's value is unknown.
         """
         if overwritten := [weight for weight in self._present() if weight.is_overwritten()]:
             weight = overwritten[0]
@@ -70,7 +71,7 @@ class MergedAdapter:
         self._restore()
 
     def close(self) -> None:
-        """`undo` for good."""
+        """`undo`, and remove the hooks."""
         self.undo()
         self._forget_hooks()
 
@@ -92,7 +93,7 @@ class MergedAdapter:
         self._merged_adapters = self._adapters()
         for layer in layers:
             self._handles.append(layer.register_load_state_dict_pre_hook(self._before_load))
-            # PyTorch writes on this hook that it is a public one, which a method does not take
+            # PyTorch sets an attribute on this hook, which a bound method does not allow.
             self._handles.append(layer.register_state_dict_post_hook(partial(self._with_originals)))
 
     def _fold_in(self, layers: list[Any]) -> None:
@@ -104,10 +105,10 @@ class MergedAdapter:
         try:
             if hasattr(self._base, "merge_adapter"):
                 self._base.merge_adapter(safe_merge=True)
-            else:  # layers that transformers' `add_adapter` put into the model
+            else:  # transformers' `add_adapter` put the layers into the model
                 for layer in layers:
                     layer.merge(safe_merge=True)
-        except BaseException as error:  # half of the layers may be merged by now
+        except BaseException as error:  # some of the layers may be merged by now
             self._restore()
             if isinstance(error, ValueError):
                 raise ValueError(f"base: its adapter cannot be merged: {error}") from error
@@ -125,23 +126,24 @@ class MergedAdapter:
         self._weights = []
 
     def _present(self) -> list[_Weight]:
-        """Without the layers that somebody has taken out of the model: `merge_and_unload` keeps what is merged."""
+        """The weights whose layers are still in the model. `merge_and_unload` takes layers out and keeps the merge."""
         layers = set(adapted_layers(self._base)) if self._weights else set()
         return [weight for weight in self._weights if weight.layer in layers]
 
     def _adapters(self) -> list[tuple]:
-        """Which adapters are at work in each layer, how strongly, and the versions of their weights, which count what
-        is written in place, unless through `.data` or made in inference mode."""
+        """Which adapters are at work in each layer, by what factor, and the versions of their weights. A version counts
+        in-place writes, but not those through `.data` or to a tensor made in inference mode."""
         versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self._parameters]
         return [adapters_at_work(layer) for layer in self._layers] + versions
 
     def _before_load(self, *_: Any) -> None:
-        """What is loaded next are weights without the adapter. A hook of every adapted layer: the first undoes all."""
+        """A hook of every adapted layer: a state dict that is about to be loaded holds weights without the adapter. The
+        first call restores all layers."""
         with rewriting_weights():
             self._restore()
 
     def _with_originals(self, layer: Any, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-        """A state dict holds the adapter by itself: with the merged weights beside it, it would count twice."""
+        """A state dict holds the adapter apart from the base. With merged base weights it would count twice."""
         for weight in self._weights:
             key = f"{prefix}base_layer.{weight.name}"
             if weight.layer is layer and key in state_dict:
@@ -153,24 +155,11 @@ class MergedAdapter:
 
 
 def _bits(parameter: Tensor) -> int:
-    """The sum of a tensor's bits as integers: exact in any order, on any device; nearly any edit changes it."""
+    """The sum of a tensor's bits as integers: exact in any order on any device, and changed by nearly any edit."""
     return int(parameter.detach().view(_BITS[parameter.itemsize]).sum(dtype=torch.int64))
 
 
 def _own_parameters(layer: Any) -> list[nn.Parameter]:
-    """The adapters' weights of a layer."""
+    """The weights of the adapters in a layer."""
     base = set(layer.get_base_layer().parameters())
     return [parameter for parameter in layer.parameters() if parameter not in base]
-
-
-def adapters_at_work(layer: Any) -> tuple:
-    """Which adapters of a layer count, and by what factor."""
-    scaling = getattr(layer, "scaling", None)
-    factors = tuple(scaling.items()) if isinstance(scaling, dict) else ()
-    return layer.disable_adapters, tuple(layer.active_adapters), tuple(layer.merged_adapters), factors
-
-
-def adapted_layers(base: Any) -> list[Any]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return [module for module in base.modules() if isinstance(module, BaseTunerLayer)]

@@ -1,11 +1,11 @@
 """float32 linear layers through oneDNN on x86 CPUs, during this package's own passes of a model.
 
-PyTorch sends a float32 `nn.Linear` to MKL, which leaves AVX-512 unused on AMD processors; oneDNN, which PyTorch ships
-as well and uses under `torch.compile`, does not, and is faster from about a hundred rows on. The products are the same
-float32 ones in another order.
+PyTorch sends a float32 `nn.Linear` to MKL, which does not use AVX-512 on AMD processors. oneDNN, which PyTorch ships
+too and uses under `torch.compile`, does use it and is faster from about a hundred rows on. It computes the same float32
+products in another order.
 
-No layer is changed: inside `onednn_linears` a thread-local `TorchFunctionMode` takes over the calls of `F.linear` that
-oneDNN is faster at. Everybody else who calls the model, in another thread or afterwards, finds it as it came.
+No layer is changed: inside `onednn_linears` a thread-local `TorchFunctionMode` replaces the calls of `F.linear` that
+are faster with oneDNN. Calls of the model from other threads or outside the block are ordinary ones.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from gircse.ops.tiles_torch import matmul_nt, onednn_linear
 
-# Up to so many rows MKL is as fast or faster, 4 times for one row: oneDNN rearranges the weight in every call.
+# Up to this many rows MKL is as fast or faster (4 times for one row): oneDNN rearranges the weight in every call.
 FEW_ROWS = 64
 
 _HERE = platform.machine() in ("x86_64", "AMD64") and onednn_linear is not None
@@ -33,14 +33,14 @@ _here = threading.local()
 
 @contextmanager
 def onednn_linears(body: nn.Module, inputs: Tensor) -> Iterator[None]:
-    """Inside, linear layers use oneDNN wherever they meet enough rows of float32 on the CPU.
+    """Inside, linear layers use oneDNN for enough rows of float32 on the CPU.
 
-    Elsewhere (other dtypes, other devices, few rows, autocast, functorch's transforms, forward-mode derivatives,
-    `torch.compile` and `torch.export`) a linear layer is an ordinary one.
+    In all other cases (other dtypes and devices, few rows, autocast, functorch's transforms, forward-mode derivatives,
+    `torch.compile` and `torch.export`) a linear layer computes as usual.
 
     Args:
-        body: the module that is called inside. Its layers that are checkpointed recompute in backward, long after the
-            block has ended, what they computed inside it.
+        body: the module that is called inside. Its checkpointed layers recompute in backward, after the block has
+            ended, with the same products.
         inputs: [B, Q] or [B, Q, D] tokens of the pass.
     """
     rows = inputs.shape[0] * inputs.shape[1]
@@ -59,17 +59,17 @@ def onednn_linears(body: nn.Module, inputs: Tensor) -> Iterator[None]:
 
 
 def _is_compiled(body: nn.Module) -> bool:
-    """The compiler chooses products of its own, and would have to look into the mode."""
+    """A compiled body is left alone: the compiler chooses its own products and would have to trace the mode."""
     return (
         torch.compiler.is_compiling()
-        or hasattr(body, "_orig_mod")  # what `torch.compile(body)` gives
+        or hasattr(body, "_orig_mod")  # `torch.compile(body)` wraps the body
         or body._compiled_call_impl is not None
     )
 
 
 def _checkpointed(body: nn.Module) -> list[Any]:
-    """The modules of transformers that go through `torch.utils.checkpoint`; not those that another thread's pass of
-    the same model has in hand."""
+    """The modules of transformers that call `torch.utils.checkpoint`, without those that another thread's pass of the
+    same model has replaced at the moment."""
     return [
         module
         for module in body.modules()
@@ -80,10 +80,10 @@ def _checkpointed(body: nn.Module) -> list[Any]:
 
 
 class _RecomputedAlike:
-    """A checkpointing function whose recomputation in backward takes the products of the forward pass.
+    """A checkpointing function whose recomputation in backward uses the products of the forward pass.
 
-    Checkpointing that somebody else put around a layer recomputes with PyTorch's own products instead. They keep the
-    same tensors for backward, in the same order (see `_linear`), so it works as well, to rounding.
+    Checkpointing from elsewhere recomputes with PyTorch's own products instead. They save the same tensors for backward
+    in the same order (see `_linear`), so it works too, to rounding.
     """
 
     def __init__(self, checkpoint: Callable) -> None:
@@ -99,7 +99,7 @@ class _RecomputedAlike:
 
 @contextmanager
 def _mode() -> Iterator[None]:
-    """At most one mode in a thread: each costs a little for every call of PyTorch."""
+    """Enters at most one mode in a thread, because each makes every call of PyTorch a little slower."""
     if getattr(_here, "active", False):
         yield
         return
@@ -117,13 +117,13 @@ class _OneDNN(TorchFunctionMode):
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`. For backward it keeps what `F.linear` keeps: the rows of the input for a trainable weight, the
-    transposed weight for a wanted input gradient, in that order where there is a bias and in the other without."""
+    """`F.linear`. For backward it saves what `F.linear` saves: the rows of the input for a trainable weight and the
+    transposed weight for an input gradient, in that order with a bias and in the other order without."""
     if not _usable(input, weight, bias):
         return F.linear(input, weight, bias)
     rows = input.reshape(-1, input.shape[-1])
     if torch.is_grad_enabled():
-        out = _WithBias.apply(rows, weight.t(), bias) if bias is not None else _WithoutBias.apply(weight.t(), rows)
+        out = _Linear.apply(rows, weight.t(), bias)
     else:
         out = _product(rows, weight, bias)
     return out.reshape(*input.shape[:-1], out.shape[-1])
@@ -153,44 +153,28 @@ def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return onednn_linear(rows, weight, bias, "none", [], "")
 
 
-class _WithBias(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(rows: Tensor, transposed: Tensor, bias: Tensor) -> Tensor:
+    def forward(rows: Tensor, transposed: Tensor, bias: Tensor | None) -> Tensor:
         return _product(rows, transposed.t(), bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        rows, transposed, _ = inputs
+        rows, transposed, bias = inputs
         need_rows, need_weight, _ = ctx.needs_input_grad
-        ctx.save_for_backward(rows if need_weight else None, transposed if need_rows else None)
+        saved = (rows if need_weight else None, transposed if need_rows else None)
+        ctx.order = 1 if bias is not None else -1
+        ctx.save_for_backward(*(saved if bias is not None else saved[::-1]))
 
     @staticmethod
     def backward(ctx, grad):
-        rows, transposed = ctx.saved_tensors
-        return *_gradients(ctx, grad, rows, transposed), grad.sum(0) if ctx.needs_input_grad[2] else None
+        rows, transposed = ctx.saved_tensors[:: ctx.order]
+        return *_gradients(grad, rows, transposed), grad.sum(0) if ctx.needs_input_grad[2] else None
 
 
-class _WithoutBias(torch.autograd.Function):
-    @staticmethod
-    def forward(transposed: Tensor, rows: Tensor) -> Tensor:
-        return _product(rows, transposed.t(), None)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        transposed, rows = inputs
-        need_weight, need_rows = ctx.needs_input_grad
-        ctx.save_for_backward(transposed if need_rows else None, rows if need_weight else None)
-
-    @staticmethod
-    def backward(ctx, grad):
-        transposed, rows = ctx.saved_tensors
-        grad_rows, grad_transposed = _gradients(ctx, grad, rows, transposed)
-        return grad_transposed, grad_rows
-
-
-def _gradients(ctx: Any, grad: Tensor, rows: Tensor | None, transposed: Tensor | None) -> tuple:
-    """Of the rows and of the transposed weight, whichever are wanted. Where the gradient is itself differentiated, or
-    comes for many vectors at once, PyTorch's own products are taken: those it can do that with."""
+def _gradients(grad: Tensor, rows: Tensor | None, transposed: Tensor | None) -> tuple:
+    """The gradients of the rows and of the transposed weight, where they are needed. A gradient that is differentiated
+    again or batched by functorch takes PyTorch's own products, which support that."""
     plain = torch.is_grad_enabled() or type(grad) is not Tensor or torch._C._functorch.is_batchedtensor(grad)
 
     def product(a: Tensor, b: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def format_query(instruction: str | None, text: str, template: str = DEFAULT_TEM
     if not instruction:
         return text
     before, after = template.split("{text}")
-    # the two halves are filled apart, so that a text that says "{instruction}" stays as it is
+    # The halves are filled before they are joined, so that "{instruction}" within a text stays as it is.
     return before.replace("{instruction}", instruction) + text + after.replace("{instruction}", instruction)
 
 

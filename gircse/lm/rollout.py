@@ -1,7 +1,8 @@
-"""The differentiable rollout: the prompt once, then K soft tokens on its keys and values (docs/method.md §3).
+"""The differentiable rollout: the prompt is encoded once, then K soft tokens follow on its keys and values
+(docs/method.md §3).
 
-The reference runs the whole sequence again for every step. Here the prompt is encoded once; step k costs one position
-per row, and gradients flow through the kept keys and values: loss and gradients are those of the uncached computation.
+The paper's code runs the whole sequence again for every step. Here step k costs one position per row, and gradients
+flow through the kept keys and values, so that loss and gradients are those of the uncached computation.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ class Rollout(NamedTuple):
 
 
 class RolloutObserver(Protocol):
-    """Whoever wants to know how a rollout goes (`gircse.train.step_monitor`)."""
+    """Is told about the progress of a rollout (`gircse.train.step_monitor`)."""
 
     def enter(self, phase: str) -> None:
-        """Called where the "prompt" pass and the "steps" begin, in forward and again in backward."""
+        """Called when the "prompt" pass and the "steps" begin, in forward and again in backward."""
 
     def soft_token(self, step: int, entropy: Tensor) -> None:
-        """The entropies [B] of the soft tokens of step 0..K-1, in nats, without gradient; in passes with autograd, of
-        which gradient caching makes one for each text."""
+        """Called with the entropies [B] of the soft tokens of step 0..K-1, in nats, detached, in passes with autograd.
+        Gradient caching makes one such pass for each text."""
 
 
 def rollout(
@@ -59,14 +60,14 @@ def rollout(
 
     Args:
         lm: the model, taken apart by `CausalLM.from_model`.
-        input_ids: [B, N] integer token ids; padding may stand anywhere, left or right.
+        input_ids: [B, N] integer token ids; padding may be anywhere in a row.
         attention_mask: [B, N], nonzero at real tokens; every row has at least one.
         num_steps: K >= 0.
         temperature: logit temperature T of the soft tokens, a float or a tensor that broadcasts to [B].
         observer: is told when the phases begin and how certain the soft tokens are; changes no result.
 
-    Differentiable in every parameter of the model. With activation checkpointing switched on in the model
-    (`gradient_checkpointing_enable`, non-reentrant) the prompt pass is checkpointed, the K short steps are not.
+    The result is differentiable in every parameter of the model. With activation checkpointing switched on in the model
+    (`gradient_checkpointing_enable`, non-reentrant) the prompt pass is checkpointed and the K short steps are not.
     """
     if observer is not None:
         observer.enter("prompt")
@@ -95,7 +96,7 @@ def rollout(
 
 
 def _observe_backward(states: Rollout, observer: RolloutObserver) -> None:
-    """Backward goes through the steps first, then through the prompt pass; a hook on a tensor runs in between."""
+    """Registers hooks that report the phases of backward, which goes through the steps and then the prompt pass."""
     for phase, tensor in (("steps", states.steps), ("prompt", states.prompt)):
         if tensor.requires_grad:
             tensor.register_hook(lambda _, phase=phase: observer.enter(phase))
@@ -110,7 +111,7 @@ def _pad_right(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tenso
 
 @contextmanager
 def _no_checkpointing(body: nn.Module) -> Iterator[None]:
-    """Switches layer checkpointing off inside: a step's activations are one position, not worth a second forward."""
+    """Switches layer checkpointing off inside: the activations of one position are not worth a second forward."""
     layers = [m for m in body.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
     for layer in layers:
         layer.gradient_checkpointing = False

@@ -1,4 +1,4 @@
-"""Token ids that come in: whether the model can take them, checked before anything is computed."""
+"""Checks of token ids that are handed in, before anything is computed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def check_rows(
 ) -> None:
     """
     Raises:
-        ValueError: a row without a token or with too many, or a token id that the embedding table has no row for.
+        ValueError: a row has no token or too many, or the embedding table has no row for a token id.
     """
     for index, row in enumerate(rows):
         if not len(row):
@@ -28,7 +28,7 @@ def check_rows(
 
 
 def check_ids(low: int, high: int, vocabulary: int) -> None:
-    """Raises ValueError if token ids from `low` to `high` are not all in the embedding table."""
+    """Raises ValueError unless all token ids from `low` to `high` are in the embedding table."""
     if low < 0 or high >= vocabulary:
         why = (
             ": the tokenizer has tokens that the model has no embeddings for (base.resize_token_embeddings makes them)"
@@ -41,10 +41,10 @@ def check_ids(low: int, high: int, vocabulary: int) -> None:
 def check_prompt(
     input_ids: Tensor, attention_mask: Tensor, num_steps: int, *, positions: int | None, vocabulary: int
 ) -> None:
-    """Of `GIRCSE.rollout`. Values are looked at only where that is cheap.
+    """Checks the arguments of `GIRCSE.rollout`, and their values where reading them is cheap.
 
     Raises:
-        TypeError, ValueError: wrong ranks, shapes or dtypes, a row without a token, too many tokens, unknown ones.
+        TypeError, ValueError: wrong ranks, shapes or dtypes, a row without a token, too many tokens or unknown ones.
     """
     for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
         if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
@@ -71,5 +71,5 @@ def check_prompt(
 
 
 def _readable(tensor: Tensor) -> bool:
-    """Where looking at values costs no device synchronisation and no break in a compiled graph."""
+    """Whether reading values costs no device synchronisation and no break in a compiled graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -1,8 +1,8 @@
 """How a causal LM turns a hidden state into logits, and a token into its embedding: the facts behind its soft tokens.
 
-They are read from the model's own layers and config by name, so that nothing here needs to know the library or the
-class that the model is of, and they are read again for each use: an adapter that is put on the head, a table that is
-resized or replaced, a model that is cast count from the next call on.
+They are read from the model's own layers and config by name, so that this file depends on neither a library nor a class
+of models. They are read again for each use, so that an adapter on the head, a table of another size and a cast of the
+model count from the next call on.
 """
 
 from __future__ import annotations
@@ -14,9 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-# T5 and its kin scale the last hidden state by d^-1/2 where head and table are tied; some have a setting for it
+from .soft_embed import soft_embed
+from .top_tokens import top_tokens
+
+# These relatives of T5 scale the last hidden state by d^-1/2 where head and table are tied; the others have a setting.
 _SCALED_WHERE_TIED = ("umt5", "switch_transformers", "udop")
 _numbers = WeakIdKeyDictionary()
+
+
+class UnsupportedModelError(ValueError):
+    """The soft tokens of the model cannot be computed correctly; the message says which fact or probe failed."""
 
 
 class HeadFacts(NamedTuple):
@@ -35,18 +42,18 @@ class HeadFacts(NamedTuple):
     @classmethod
     def of(cls, model: Any) -> HeadFacts:
         """The facts of a language model (`get_input_embeddings`, `get_output_embeddings`, `config`) as it is now,
-        unchecked. An active LoRA adapter on the head or the table is part of its weight, differentiably; the dropout of
-        such an adapter falls on the model's own logits only.
+        without probes. An active LoRA adapter on the head or the table is part of its weight, differentiably; the
+        dropout of such an adapter acts on the model's own logits only.
 
         Raises:
-            ValueError: there is no head or table with a weight, they are of different vocabularies, or an adapter
-                changes one of them in a way that no weight says.
+            UnsupportedModelError: there is no head or table with a weight, they are of different vocabularies, or an
+                adapter changes one of them otherwise than by its weight.
         """
         name = type(model).__name__
         head, embedding = vocabulary_layers(model)
         head_weight, embed_weight = _weight(head, f"output head of {name}"), _weight(embedding, f"table of {name}")
         if len(head_weight) != len(embed_weight):
-            raise ValueError(
+            raise UnsupportedModelError(
                 f"model: got {name} with an output head of {len(head_weight)} rows and an input embedding of "
                 f"{len(embed_weight)}, expected one row for each token in both (resize_token_embeddings)"
             )
@@ -67,28 +74,44 @@ class HeadFacts(NamedTuple):
         """Keyword arguments of `soft_embed` and `top_tokens` that give this model's logits."""
         return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
 
+    def soft_embed(self, hidden: Tensor, **options: Any) -> Any:
+        """The soft token of each hidden state, [..., D] -> [..., E] (docs/method.md §3); options: the other arguments
+        of `gircse.ops.soft_embed`."""
+        return soft_embed(
+            hidden,
+            self.head_weight,
+            self.tied_or_table,
+            embed_scale=self.embed_scale,
+            **self.score_options(),
+            **options,
+        )
+
+    def top_tokens(self, hidden: Tensor, n: int, **options: Any) -> tuple[Tensor, Tensor]:
+        """Ids and probabilities [..., n] of the most probable tokens; options: temperature, backend."""
+        return top_tokens(hidden, self.head_weight, n, **self.score_options(), **options)
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., V], plainly; for probes and explanations."""
+        """[..., D] -> [..., V], as plain matrix product; for probes and explanations."""
         logits = self.logit_scale * nn.functional.linear(hidden, self.head_weight, self.bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 def vocabulary_layers(model: Any) -> tuple[nn.Module, nn.Module]:
-    """The output head and the input embedding, adapters and all.
+    """The output head and the input embedding, with any adapter around them.
 
     Raises:
-        ValueError: there is none, or it has no weight.
+        UnsupportedModelError: one of them is missing, or the head has no weight.
     """
     name = type(model).__name__
     layers = [getattr(model, f"get_{kind}_embeddings", None) for kind in ("output", "input")]
     head, embedding = (layer() if callable(layer) else None for layer in layers)
     if head is None or embedding is None or getattr(base_layer(head), "weight", None) is None:
-        raise ValueError(f"{name} has no language-model head with a weight: load a causal LM")
+        raise UnsupportedModelError(f"{name} has no language-model head with a weight: load a causal LM")
     return head, embedding
 
 
 def below_peft(model: Any) -> Any:
-    """The model itself, below one of PEFT's wrappers (also a mixed one, which has no `get_base_model`)."""
+    """The transformers model below one of PEFT's wrappers (also a mixed one, which has no `get_base_model`)."""
     tuner = getattr(model, "base_model", None)
     if hasattr(tuner, "inject_adapter"):
         return tuner.model  # type: ignore[union-attr]
@@ -96,7 +119,7 @@ def below_peft(model: Any) -> Any:
 
 
 def base_layer(layer: Any) -> Any:
-    """The layer itself: below an adapter's layers, or the trained copy that stands in its place."""
+    """The layer that an adapter wraps, or the trained copy that replaces it."""
     tokens = _token_adapter(layer)
     if tokens is not None:
         return base_layer(tokens.base_layer)
@@ -109,15 +132,15 @@ def base_layer(layer: Any) -> Any:
 
 
 def text_config(model: Any) -> Any:
-    """The config of the language model: of a model of text and images, the one for text."""
+    """The config of the language model. A model of text and images has one for the text alone."""
     config = model.config
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
 def _weight(layer: Any, what: str) -> Tensor:
-    """The weight that a layer computes with: W + scale * B A under LoRA, with the rows of trained tokens put in."""
+    """The weight that a layer computes with: W + scale * B A under LoRA, with the rows of trained tokens inserted."""
     tokens = _token_adapter(layer)
-    if tokens is not None:  # some rows of the table, trained by themselves
+    if tokens is not None:  # PEFT trains single rows of the table
         apart = tokens.disable_adapters or tokens.merged
         return tokens.base_layer.weight if apart else tokens.get_merged_weights(tokens.active_adapters)
     weight = base_layer(layer).weight
@@ -128,22 +151,22 @@ def _weight(layer: Any, what: str) -> Tensor:
         if not any(name in table for table in tables):
             if any(name in getattr(layer, kind, ()) for kind in layer.adapter_layer_names):
                 raise _refusal(what, f"a layer of {type(layer).__module__}")
-            continue  # an adapter that leaves this layer alone
+            continue  # this adapter does not change this layer
         if name in layer.lora_variant:
             raise _refusal(what, f"a variant of LoRA ({type(layer.lora_variant[name]).__name__})")
         if layer.lora_bias[name]:
-            raise _refusal(what, "LoRA with a bias of its own")
+            raise _refusal(what, "LoRA with a bias")
         weight = weight + layer.get_delta_weight(name).to(weight.dtype)
     return weight
 
 
 def _token_adapter(layer: Any) -> Any:
-    """PEFT's layer of trained tokens: inside a wrapper beside LoRA, or the layer itself; None where there is none."""
+    """PEFT's layer of trained tokens, which is the layer itself or, beside LoRA, inside its wrapper; else None."""
     return getattr(layer, "token_adapter", layer if hasattr(layer, "trainable_tokens_delta") else None)
 
 
-def _refusal(what: str, kind: str) -> ValueError:
-    return ValueError(
+def _refusal(what: str, kind: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
         f"model: an adapter changes the {what}: got {kind}, expected plain LoRA or a trained copy (modules_to_save); "
         "merge it first (merge_and_unload), or leave head and table out of its target modules"
     )
@@ -159,7 +182,7 @@ def _embed_scale(embedding: Any, dtype: torch.dtype) -> float:
 
 @torch.compiler.assume_constant_result
 def _number(scale: Tensor) -> float:
-    """The number in a buffer, read once: no step waits for the device, none is captured with a read in it."""
+    """The number in a buffer, read once, so that no later step waits for the device or is captured with a read."""
     if scale.is_meta:
         return 1.0
     if scale not in _numbers:

@@ -1,9 +1,14 @@
 """GIRCSE as a sentence-transformers (6.x) model: the module, its losses, loading.
 
-modeling_gircse.py   the module in plain PyTorch; saved beside the weights, runs without this package
-module.py            `GIRCSEModule`: the same module on our engine (encoding) and rollout (training)
-losses.py            `GIRCSELoss`, `CachedGIRCSELoss` for `SentenceTransformerTrainer`
-loading.py           `load`, which is `gircse.load`
+    modeling_gircse.py          the module in plain PyTorch, which is saved beside the weights and runs without gircse
+    modeling_gircse_encode.py   its `encode` with `return_steps`; saved with it
+    modeling_gircse_folder.py   its loading, saving and model card; saved with it
+    modeling_gircse_math.py     its soft token, pooling and padding; saved with it
+    module.py                   `GIRCSEModule`: the same module on the engine (encoding) and the rollout (training)
+    losses.py                   `GIRCSELoss`, `CachedGIRCSELoss` for `SentenceTransformerTrainer`
+    loading.py                  `load`, which is `gircse.load`
+
+Imports `gircse.model`, `gircse.data` and what is below them.
 """
 
 from __future__ import annotations
@@ -12,14 +17,14 @@ from importlib.metadata import PackageNotFoundError, version
 
 _INSTALL = "pip install 'sentence-transformers>=6'"
 try:
-    _found = version("sentence-transformers")
+    _version = version("sentence-transformers")
 except PackageNotFoundError:
     raise ModuleNotFoundError(
         f"gircse.load and gircse.sentence_transformers need sentence-transformers: {_INSTALL}",
         name="sentence_transformers",
     ) from None
-if int(_found.split(".")[0]) < 6:
-    raise ImportError(f"gircse.sentence_transformers needs sentence-transformers 6 or newer, got {_found}: {_INSTALL}")
+if int(_version.split(".")[0]) < 6:
+    raise ImportError(f"gircse.sentence_transformers needs sentence-transformers >= 6, got {_version}: {_INSTALL}")
 
 from gircse.sentence_transformers.loading import load  # noqa: E402
 from gircse.sentence_transformers.losses import CachedGIRCSELoss, GIRCSELoss  # noqa: E402

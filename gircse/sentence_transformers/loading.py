@@ -36,25 +36,25 @@ def load(
     merge_adapter: bool = False,
     is_trainable: bool = False,
 ) -> SentenceTransformer:
-    """Loads a causal LM, a LoRA folder, or a folder that `GIRCSE` or a `SentenceTransformer` of ours has saved, as a
-    `SentenceTransformer` on the generation engine. The folder's own modelling file is not run.
+    """Loads a causal LM, a LoRA folder, or a folder that a `GIRCSE` or its `SentenceTransformer` has saved, as a
+    `SentenceTransformer` on the generation engine. The modelling files in the folder are not run.
 
     Args:
         name_or_path: a folder or a hub name.
         adapter, num_steps, dtype, device, trust_remote_code, merge_adapter: as for `GIRCSE.from_pretrained`.
-        is_trainable: the adapter goes on training; otherwise it is frozen, and our losses refuse to train it. Without
-            an adapter all weights can be trained either way.
-        instruction: what queries are for: the model's "query" prompt, so that `encode_query(texts)` is
-            `GIRCSE.encode(texts, instruction=instruction)`. Documents stay bare.
-        prompts: sentence-transformers prompts (prefixes) by name; they go before the saved ones. See
+        is_trainable: the adapter goes on training. Otherwise it is frozen, and the losses of this package refuse to
+            train it. Without an adapter all weights can be trained.
+        instruction: the purpose of queries. It becomes the "query" prompt, so that `encode_query(texts)` is
+            `GIRCSE.encode(texts, instruction=instruction)`. Documents get no prompt.
+        prompts: sentence-transformers prompts (prefixes) by name; they override the saved ones. See
             `GIRCSEModule.format_prompt`.
         default_prompt_name, similarity_fn_name, truncate_dim: as for `SentenceTransformer`; default: the saved ones.
-        max_seq_length: tokens of a text, its prompt included; default: the saved limit, else the two that the model was
-            trained with, for texts with and without a prompt, else 512.
+        max_seq_length: the most tokens of a text, its prompt included; default: the saved limit, else the two limits of
+            the model's config, for texts with and without a prompt.
 
     Raises:
-        FileNotFoundError: a folder or a base named by an adapter does not exist.
-        ValueError: bad arguments, or a sentence-transformers folder of another kind of model.
+        FileNotFoundError: the folder, or the base that an adapter names, does not exist.
+        ValueError: an argument is bad, or the sentence-transformers folder holds another kind of model.
         gircse.UnsupportedModelError: the architecture fails a probe.
     """
     if is_trainable and merge_adapter:
@@ -104,10 +104,10 @@ def load(
 
 
 def _router(name: str, subfolder: str, dtype: str | torch.dtype, trust_remote_code: bool, is_trainable: bool) -> Any:
-    """A `Router` with our modules on its routes, where there are modules of the saved modelling file.
+    """A `Router` in which modules of this package replace those of the saved modelling files.
 
     Raises:
-        ValueError: there are none.
+        ValueError: no route has such a module.
     """
     types = (_saved(name, (Path(subfolder) / Router.config_file_name).as_posix()) or {}).get("types", {})
     loader: Any = SimpleNamespace(load=partial(GIRCSEModule.load, is_trainable=is_trainable))
@@ -124,16 +124,16 @@ def _router(name: str, subfolder: str, dtype: str | torch.dtype, trust_remote_co
 
 
 def _saved(name: str, filename: str) -> Any:
-    """What a JSON file of the folder or repository holds, an object, or None where there is none."""
+    """The object in a JSON file of the folder or repository; None where there is no such file."""
     return _json(name, filename, dict)
 
 
 def _json(name: str, filename: str, kind: type) -> Any:
-    found = load_file_path(name, filename)
-    if found is None:
+    path = load_file_path(name, filename)
+    if path is None:
         return None
     try:
-        value = json.loads(Path(found).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(value, kind):
             raise ValueError(f"got {type(value).__name__}, expected {kind.__name__}")
     except (ValueError, RecursionError) as error:
@@ -142,7 +142,7 @@ def _json(name: str, filename: str, kind: type) -> Any:
 
 
 def _modules(name: str) -> list[dict[str, str]]:
-    """The entries of modules.json, whose paths stay inside the folder."""
+    """The entries of modules.json. Their paths must stay inside the folder."""
     entries = _json(name, "modules.json", list) or []
     for entry in entries:
         whole = isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("type", "path"))
@@ -152,6 +152,6 @@ def _modules(name: str) -> list[dict[str, str]]:
 
 
 def _module(entry: dict[str, str], name: str, trust_remote_code: bool) -> Any:
-    """A module that follows the first one."""
-    found: Any = import_module_class(entry["type"], model_name_or_path=name, trust_remote_code=trust_remote_code)
-    return found.load(name, subfolder=entry["path"])
+    """One of the modules after the first."""
+    kind: Any = import_module_class(entry["type"], model_name_or_path=name, trust_remote_code=trust_remote_code)
+    return kind.load(name, subfolder=entry["path"])

@@ -1,19 +1,18 @@
 """Losses for `SentenceTransformerTrainer`: the ICR objective (docs/method.md §5-6), plain and cached.
 
 Columns follow sentence-transformers' convention: anchor, positive, any number of negatives. All positives and negatives
-of the batch are candidates of every anchor, but for those that are right answers themselves
+of the batch are candidates of every anchor, except those that are right answers themselves
 (`gircse.data.false_negatives`).
 
-Both losses work on `step_embeddings` [B, K, D], the embeddings z_1..z_K that `GIRCSEModule` adds to its output, and use
-as many of their dimensions as `sentence_embedding` has. `MatryoshkaLoss` shortens only the latter; so inside it every
-step is shortened with it, and the loss is the right one for each dimension.
+Both losses use `step_embeddings` [B, K, D], the embeddings z_1..z_K that `GIRCSEModule` adds to its output, and of them
+as many dimensions as `sentence_embedding` has. `MatryoshkaLoss` shortens only the latter, so within it the loss is
+right for each dimension.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -24,7 +23,8 @@ from torch import Tensor, nn
 
 from gircse import ops
 from gircse.data.false_negatives import false_negatives
-from gircse.lm.trained_weights import check_trainable
+from gircse.integers import check_integer
+from gircse.lm.adapter import check_trainable
 from gircse.ops.objective import REDUCTIONS
 from gircse.sentence_transformers import modeling_gircse
 
@@ -49,8 +49,8 @@ class GIRCSELoss(nn.Module):
         reg_weight: weight of the penalty on steps that do not improve.
         reduction: "mean" (the reference code) or "sum" (the paper's formula) over the steps.
         filter_false_negatives: a candidate does not count for a row if its text is the row's anchor, or the positive of
-            a row of the batch with the same anchor, and it is not the row's own positive. Texts are the same if the
-            model reads the same tokens.
+            another row with the same anchor, unless it is the row's own positive. Texts with the same tokens are the
+            same.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class GIRCSELoss(nn.Module):
         """One dict of features for each column -> the loss, a scalar.
 
         Raises:
-            ValueError: fewer than two columns, labels, or a model of which nothing can be trained.
+            ValueError: there are fewer than two columns, there are labels, or all weights of the model are frozen.
         """
         columns = self.check(sentence_features, labels)
         return self.objective([embed_steps(self.model, features) for features in columns], self.mask_of(columns))
@@ -88,7 +88,7 @@ class GIRCSELoss(nn.Module):
     def check(
         self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None
     ) -> list[dict[str, Tensor]]:
-        """The columns; see `forward` for what is refused."""
+        """The columns; raises the errors of `forward`."""
         columns = list(sentence_features)
         if len(columns) < 2:
             raise ValueError(
@@ -113,7 +113,7 @@ class GIRCSELoss(nn.Module):
         return None if mask is None else mask.to(columns[0]["input_ids"].device)
 
     def objective(self, columns: list[Tensor], mask: Tensor | None = None) -> Tensor:
-        """[B, K, D] embeddings after 1..K steps of each column, and what `mask_of` gives -> the loss, a scalar."""
+        """[B, K, D] embeddings after 1..K steps of each column, and the mask of `mask_of` -> the loss, a scalar."""
         anchors, candidates = columns[0], torch.cat(columns[1:])
         target = torch.arange(len(anchors), device=anchors.device)
         losses = ops.stepwise_info_nce(
@@ -132,11 +132,11 @@ class GIRCSELoss(nn.Module):
 
 class CachedGIRCSELoss(CachedLossMixin, GIRCSELoss):
     """`GIRCSELoss` with gradient caching (GradCache, arXiv 2101.06983): the same loss and gradient for a batch of any
-    size, in the memory of `mini_batch_size` texts, for one more forward pass.
+    size, in the memory of `mini_batch_size` texts, at the cost of one more forward pass.
 
-    A first pass embeds the batch without gradients. The loss over the whole batch gives the gradient of each embedding;
-    then every mini-batch is embedded again, with the random numbers of the first pass (dropout), and takes its share
-    back.
+    A first pass embeds the batch without gradients. The loss over the whole batch gives the gradient of each embedding.
+    Then every mini-batch is embedded again, with the random numbers of the first pass (dropout), and its part of the
+    gradient goes backward.
 
     Args:
         mini_batch_size: texts embedded at once.
@@ -161,9 +161,7 @@ class CachedGIRCSELoss(CachedLossMixin, GIRCSELoss):
             reduction=reduction,
             filter_false_negatives=filter_false_negatives,
         )
-        if isinstance(mini_batch_size, bool) or not isinstance(mini_batch_size, Integral) or mini_batch_size < 1:
-            raise ValueError(f"mini_batch_size: got {mini_batch_size!r}, expected an integer >= 1")
-        self.mini_batch_size = int(mini_batch_size)
+        self.mini_batch_size = check_integer("mini_batch_size", mini_batch_size, least=1)
         self.show_progress_bar = show_progress_bar
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
@@ -173,9 +171,9 @@ class CachedGIRCSELoss(CachedLossMixin, GIRCSELoss):
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
-        """[b, K, D] step embeddings of each column's mini-batches -> the loss; with its gradient put on them.
+        """[b, K, D] step embeddings of each column's mini-batches -> the loss, with backward if asked for.
 
-        What the library carries here as `labels` is the mask of false negatives.
+        The library passes the mask of false negatives as `labels`.
         """
         loss = self.objective([torch.cat(column) for column in reps], labels)
         if with_backward:
@@ -192,7 +190,7 @@ class CachedGIRCSELoss(CachedLossMixin, GIRCSELoss):
         copy_random_state: bool,
         random_state: RandContext | None = None,
     ) -> tuple[Tensor, RandContext | None]:
-        """As the library's, with the embeddings after every number of steps in place of the last one."""
+        """The library's method, with the embeddings after every number of steps instead of the last one."""
         features = minibatch(sentence_feature, begin, end)
         with random_state or nullcontext(), nullcontext() if with_grad else torch.no_grad():
             state = RandContext(*features.values()) if copy_random_state else None
@@ -215,7 +213,7 @@ def _texts(features: dict[str, Tensor]) -> list[tuple[int, ...]]:
 
 
 def _check_modules(model: SentenceTransformer) -> None:
-    """The steps are those of the first module: nothing after it may change the embedding."""
+    """Checks that no module after the first changes the embedding, because the losses use the first one's steps."""
     if not isinstance(model[0], modeling_gircse.GIRCSEModule):
         raise TypeError(f"model: its first module is {type(model[0]).__name__}, expected GIRCSEModule")
     other = [type(module).__name__ for module in list(model)[1:] if not isinstance(module, Normalize)]

@@ -1,7 +1,7 @@
 """`GIRCSEModule`: the sentence-transformers module on the engine (encoding) and the differentiable rollout (training).
 
-Texts, prompts, settings and what comes out are those of `modeling_gircse.GIRCSEModule`, which a saved folder carries
-along; here only the generation is another one, and so are saving and loading.
+Inputs, settings and outputs are those of `modeling_gircse.GIRCSEModule`, which is saved with a model. Generation,
+saving and loading are those of this package.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from torch import Tensor
 from gircse.lm.load import load_pretrained
 from gircse.model import GIRCSE
 from gircse.sentence_transformers import modeling_gircse
-from gircse.sentence_transformers.modeling_gircse import LENGTH_CONFIG, check_backend, name_base_model, save_code
+from gircse.sentence_transformers.modeling_gircse import LENGTH_CONFIG
+from gircse.sentence_transformers.modeling_gircse_folder import name_base_model, save_code, without_wrapper
 
 
 def _of_the_model(name: str) -> Any:
-    """A setting of the module that is the one of its GIRCSE model's config, both ways."""
+    """A property of the module that reads and writes a setting in its GIRCSE model's config."""
 
     def read(module: GIRCSEModule) -> Any:
         return getattr(module.model.config, name)
@@ -35,39 +36,24 @@ class GIRCSEModule(modeling_gircse.GIRCSEModule):
 
         model = SentenceTransformer(modules=[GIRCSEModule(GIRCSE.from_pretrained(path))])
 
-    In eval mode without gradients it runs the generation engine; in training mode, or wherever a gradient is recorded,
-    the differentiable rollout (so the two passes of gradient caching see the same function).
+    In eval mode without gradients it runs the generation engine. In training mode, or when a gradient is recorded, it
+    runs the differentiable rollout, so that both passes of gradient caching compute the same function.
 
     Args:
-        model: the GIRCSE model. A LoRA adapter on it is handed to transformers' own adapter methods (`add_adapter`,
-            `set_adapter`, ... of the `SentenceTransformer`): `model.base` becomes the transformers model that the
-            `PeftModel` wrapped, with the same LoRA layers in it.
-        max_seq_length: tokens of a text, its prompt included; None: the config's `query_max_length` where there is a
-            prompt, its `passage_max_length` where there is none.
+        model: the GIRCSE model. Its `PeftModel` wrapper, if any, is removed: `model.base` becomes the transformers
+            model with the same LoRA layers, whose adapter methods (`add_adapter`, ..) a `SentenceTransformer` calls.
+        max_seq_length: the most tokens of a text, its prompt included; None: the config's `query_max_length` with a
+            prompt, its `passage_max_length` without.
     """
 
-    __module__ = "modeling_gircse"  # what a saved folder names is the file beside the weights
-
-    num_steps = _of_the_model("num_steps")
-    pooling = _of_the_model("pooling")
-    temperature = _of_the_model("temperature")
-    prompt_template = _of_the_model("prompt_template")
-    append_eos = _of_the_model("append_eos")
-    include_prompt_state = _of_the_model("include_prompt_state")
-    query_max_length = _of_the_model("query_max_length")
-    passage_max_length = _of_the_model("passage_max_length")
+    __module__ = "modeling_gircse"  # modules.json names the file beside the weights
 
     def __init__(self, model: GIRCSE, *, max_seq_length: int | None = None) -> None:
         if not isinstance(model, GIRCSE):
             raise TypeError(f"model: got {type(model).__name__}, expected gircse.GIRCSE")
         if hasattr(model.base, "get_base_model"):
-            model.base = modeling_gircse.without_wrapper(model.base)
+            model.base = without_wrapper(model.base)
         super().__init__(model, model.tokenizer, max_seq_length=max_seq_length, **asdict(model.config))
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        if type(self) is not GIRCSEModule:
-            return super().__reduce_ex__(protocol)
-        return _blank, (), self.__dict__.copy()  # pickling by name would look for a module "modeling_gircse"
 
     @property
     def causal_lm(self) -> Any:
@@ -100,11 +86,11 @@ class GIRCSEModule(modeling_gircse.GIRCSEModule):
             )
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
-        """Writes what `GIRCSE.save_pretrained` writes (the adapter, or without one the whole model), the token limit
-        and the plain modelling file.
+        """Writes what `GIRCSE.save_pretrained` writes (the adapter, or the whole model where it has none), the token
+        limit and the plain modelling files.
 
         Raises:
-            ValueError: an adapter whose base model has no name or path to load it from again.
+            ValueError: the base model of an adapter has no name or path to load it from again.
         """
         name_base_model(self.causal_lm, output_path)
         self.model.save_pretrained(output_path)
@@ -112,30 +98,22 @@ class GIRCSEModule(modeling_gircse.GIRCSEModule):
         save_code(output_path)
 
     @classmethod
-    def load(
+    def _load(
         cls,
-        model_name_or_path: str,
-        subfolder: str = "",
-        token: bool | str | None = None,
-        cache_folder: str | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        init_defaults: dict[str, Any] | None = None,
+        name: str,
+        where: dict[str, Any],
         *,
         trust_remote_code: bool = False,
         model_kwargs: dict[str, Any] | None = None,
         processor_kwargs: dict[str, Any] | None = None,
         config_kwargs: dict[str, Any] | None = None,
-        backend: str = "torch",
         is_trainable: bool = False,
         **kwargs: Any,
     ) -> GIRCSEModule:
-        """What sentence-transformers calls to load this module out of a folder or a hub repository; see `gircse.load`.
-
-        Raises:
-            ValueError: options that the rollout cannot follow.
         """
-        check_backend(backend)
+        Raises:
+            ValueError: an option is given that the rollout does not support.
+        """
         options = dict(model_kwargs or {})
         dtype = options.pop("dtype", None) or options.pop("torch_dtype", None) or "auto"
         attention = options.pop("attn_implementation", None)
@@ -145,16 +123,9 @@ class GIRCSEModule(modeling_gircse.GIRCSEModule):
                 f"model_kwargs, processor_kwargs, config_kwargs: got {', '.join(unknown)}, expected dtype only; "
                 "build a gircse.GIRCSE from a model and tokenizer of your own and put it into a GIRCSEModule"
             )
-        where: dict[str, Any] = {
-            "subfolder": subfolder,
-            "token": token,
-            "cache_folder": cache_folder,
-            "revision": revision,
-            "local_files_only": local_files_only,
-        }
-        folder = cls.load_dir_path(model_name_or_path, **where)
+        folder = cls.load_dir_path(name, **where)
         if folder is None:
-            raise FileNotFoundError(f"model_name_or_path: {model_name_or_path} does not exist")
+            raise FileNotFoundError(f"model_name_or_path: {name} does not exist")
         base, tokenizer, config = load_pretrained(
             folder,
             adapter=None,
@@ -168,5 +139,5 @@ class GIRCSEModule(modeling_gircse.GIRCSEModule):
         return cls(GIRCSE(base, tokenizer, config).eval(), **length)
 
 
-def _blank() -> GIRCSEModule:
-    return GIRCSEModule.__new__(GIRCSEModule)
+for _name in GIRCSEModule.config_keys:
+    setattr(GIRCSEModule, _name, _of_the_model(_name))

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from gircse.lm.adapter import quiet_peft
 from gircse.lm.base_fingerprint import check_base
 from gircse.lm.config import GircseConfig
 from gircse.lm.load import load_pretrained, with_adapter
 from gircse.lm.prompts import DEFAULT_TEMPLATE
-from gircse.lm.quiet import quiet_peft
 from gircse.model import GIRCSE
 from gircse.train.config import TrainConfig
 from gircse.train.ranks import Ranks

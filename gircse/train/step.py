@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from gircse import ops
-from gircse.encode.instruction_length import warn_of_rows
-from gircse.encode.tokens import PromptTokenizer, prompt_limit, warn_cut
+from gircse.encode.tokens import PromptTokenizer, prompt_limit, warn_cut, warn_of_rows
 from gircse.model import GIRCSE
 from gircse.train.batches import Example, mask_of
 from gircse.train.config import TrainConfig

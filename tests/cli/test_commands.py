@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 
 from gircse import GIRCSE
 from gircse.cli import main
-from gircse.lm.quiet import quiet_peft
+from gircse.lm.adapter import quiet_peft
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 TEXTS = ["one text", "another, longer text", "x", "{braces} stay"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import resource
 import threading
 import warnings
@@ -15,6 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from gircse import GIRCSE, GircseConfig
+from gircse.encode.pipeline import EncodeOptions
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 TEXTS = [f"{i} " + "lorem ipsum dolor "[: i % 17] for i in range(23)]
@@ -32,6 +34,9 @@ def test_equals_encode_in_order(model, window):
 
 
 def test_options_are_those_of_encode(model):
+    options = dict(inspect.signature(EncodeOptions.of).parameters)
+    del options["model"]
+    assert options.items() <= dict(inspect.signature(GIRCSE.encode).parameters).items()  # names, defaults and types
     options = {"instruction": "find", "num_steps": 3, "truncate_dim": 8, "normalize": False, "return_steps": True}
     stream = np.stack(list(model.encode_stream(TEXTS, window=7, **options)))
     np.testing.assert_allclose(stream, model.encode(TEXTS, **options), atol=1e-4)

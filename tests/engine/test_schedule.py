@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gircse.engine.config import EngineConfig, Limits
+from gircse.engine.config import Limits
 from gircse.engine.schedule import MIN_PREFIX, by_length, common_prefix, next_batch
 
 lengths_of_texts = st.lists(st.integers(1, 300), min_size=1, max_size=80)
@@ -83,19 +82,3 @@ def test_common_prefix_is_the_longest_that_leaves_a_token(rows, shared):
 
 def test_one_row_has_no_prefix_in_common():
     assert common_prefix([[1, 2, 3, 4, 5, 6, 7]]) == 0
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"capture": "yes"}, "capture: got 'yes', expected one of"),
-        ({"decode_attention": "eager"}, "decode_attention: got 'eager', expected one of"),
-        ({"compile": 1}, "compile: got 1, expected True or False"),
-        ({"max_rows": 0}, "max_rows: got 0, expected an integer >= 1"),
-        ({"kv_bytes": 2.5}, "kv_bytes: got 2.5"),
-        ({"prefill_tokens": True}, "prefill_tokens: got True"),
-    ],
-)
-def test_bad_settings_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        EngineConfig(**options)

@@ -20,53 +20,17 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gircse import GIRCSE, GircseConfig, UnsupportedModelError
 from gircse.lm.attention import ATTENTION_NAME, _attention_function
-from gircse.lm.causal_lm import CausalLM
 from tests.plain import plain_rollout
 from tests.tiny_models import _COMMON, CONFIGS, definition, tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_facts_give_the_models_own_soft_token(name):
-    model = tiny_model(name, dtype=torch.float64)
-    lm = CausalLM.from_model(model)
-    ids = torch.tensor([[3, 17, 99]])
-    hidden = lm.body(input_ids=ids).last_hidden_state[0, -1]
-    probs = model(input_ids=ids).logits[0, -1].softmax(-1)
-    expected = probs @ model.get_input_embeddings()(torch.arange(model.config.vocab_size))
-    torch.testing.assert_close(lm.soft_embed(hidden), expected, rtol=1e-6, atol=1e-8)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_architecture_passes_in_every_dtype(name, dtype):
-    model = GIRCSE(tiny_model(name).to(dtype), tiny_tokenizer())
+def test_every_architecture_passes_in_bfloat16(name):
+    model = GIRCSE(tiny_model(name).to(torch.bfloat16), tiny_tokenizer())
     ids = torch.tensor([[3, 17, 99]])
     steps = model.rollout(ids, torch.ones_like(ids), 2)
-    assert steps.dtype == dtype
+    assert steps.dtype == torch.bfloat16
     assert steps.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("kind", "extra", "fact", "value"),
-    [
-        ("cohere", {"logit_scale": 0.25}, "logit_scale", 0.25),
-        ("granite", {"logits_scaling": 4.0, "embedding_multiplier": 3.0}, "logit_scale", 0.25),
-        ("gemma2", {"head_dim": 8, "final_logit_softcapping": 2.0}, "softcap", 2.0),
-    ],
-)
-def test_scales_and_caps_of_the_config_are_read(kind, extra, fact, value):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **_COMMON, **extra)).eval()
-    assert getattr(CausalLM.from_model(model).facts(), fact) == value
-
-
-def test_a_head_bias_is_part_of_the_logits():
-    torch.manual_seed(0)
-    config = AutoConfig.for_model("phi", **{k: v for k, v in _COMMON.items() if k != "num_key_value_heads"})
-    model = AutoModelForCausalLM.from_config(config).eval()
-    torch.nn.init.normal_(model.lm_head.bias)
-    lm = CausalLM.from_model(model)
-    assert lm.head_options()["bias"] is model.lm_head.bias
 
 
 def test_a_wrong_embedding_scale_is_refused():
@@ -74,7 +38,7 @@ def test_a_wrong_embedding_scale_is_refused():
     layer = model.get_input_embeddings()
     forward = layer.forward
     layer.forward = lambda ids: 2 * forward(ids)
-    with pytest.raises(UnsupportedModelError, match=r"gemma3.*embed_scale"):
+    with pytest.raises(UnsupportedModelError, match=r"embed_scale.*gemma3"):
         GIRCSE(model, tiny_tokenizer())
 
 
@@ -83,7 +47,7 @@ def test_a_layer_between_body_and_head_is_refused():
     head = model.lm_head
     forward = head.forward
     head.forward = lambda hidden: forward(hidden) + 1
-    with pytest.raises(UnsupportedModelError, match="head_weight"):
+    with pytest.raises(UnsupportedModelError, match="head's weight"):
         GIRCSE(model, tiny_tokenizer())
     del head.forward
     forward_of_model = model.forward
@@ -94,7 +58,7 @@ def test_a_layer_between_body_and_head_is_refused():
         return output
 
     model.forward = changed
-    with pytest.raises(UnsupportedModelError, match="head_weight"):
+    with pytest.raises(UnsupportedModelError, match="head's weight"):
         GIRCSE(model, tiny_tokenizer())
 
 
@@ -105,13 +69,6 @@ def test_a_model_without_attention_interface_is_refused():
     )
     with pytest.raises(UnsupportedModelError, match="mamba"):
         GIRCSE(AutoModelForCausalLM.from_config(config).eval(), tiny_tokenizer())
-
-
-def test_a_head_and_a_table_of_different_vocabularies_are_refused():
-    model = tiny_model("llama")
-    model.set_input_embeddings(torch.nn.Embedding(140, 32))
-    with pytest.raises(UnsupportedModelError, match="output head of 131 rows and an input embedding of 140"):
-        GIRCSE(model, tiny_tokenizer())
 
 
 def test_a_model_without_head_is_refused():
@@ -255,15 +212,16 @@ def test_frequencies_that_follow_the_longest_row_are_refused_whatever_their_name
         GIRCSE(rotary_model("longrope"), tiny_tokenizer())
 
 
-@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["q_proj", "lm_head", "embed_tokens"]])
-def test_lora_put_on_head_or_table_after_wrapping_is_spoken_with(targets):
+def test_lora_put_on_head_and_table_after_wrapping_makes_the_soft_tokens():
     """States, embeddings and gradients of the plain method; the soft tokens of before would be off by 10% and more."""
     model = GIRCSE(tiny_model("llama", dtype=torch.float64), tiny_tokenizer())
     model.base.get_input_embeddings().padding_idx = None  # the layer's own gradient leaves it out
     ids = torch.randint(3, 131, (1, 7))
     before = model.rollout(ids, torch.ones_like(ids), 3)
     torch.manual_seed(5)
-    model.base.add_adapter(LoraConfig(r=4, lora_alpha=16, init_lora_weights=False, target_modules=targets))
+    model.base.add_adapter(
+        LoraConfig(r=4, lora_alpha=16, init_lora_weights=False, target_modules=["q_proj", "lm_head", "embed_tokens"])
+    )
     model.base.double()
     lora = [parameter for parameter in model.parameters() if parameter.requires_grad]
     got = model.rollout(ids, torch.ones_like(ids), 3)[0]

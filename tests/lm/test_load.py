@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from gircse import GIRCSE, GircseConfig
 from tests.tiny_models import tiny_model, tiny_tokenizer
@@ -16,27 +17,12 @@ TEXTS = ["a text", "another, longer text", "x"]
 
 
 @pytest.fixture
-def base(tmp_path):
-    folder = tmp_path / "base"
-    tiny_model("llama").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def lora(model, **options):
-    torch.manual_seed(3)
-    return get_peft_model(
-        model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **options)
-    )
-
-
-@pytest.fixture
 def adapter(base, tmp_path):
     """A plain PEFT LoRA folder, as the official adapters are: no file of ours in it."""
     folder = tmp_path / "adapter"
-    from transformers import AutoModelForCausalLM
-
-    lora(AutoModelForCausalLM.from_pretrained(base)).save_pretrained(folder)
+    torch.manual_seed(3)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(folder)
     assert not (folder / "gircse_config.json").exists()
     return folder
 
@@ -57,34 +43,6 @@ def test_adapter_by_argument_and_by_its_own_folder(base, adapter):
     assert isinstance(by_folder.base, PeftModel)
     assert not np.allclose(plain, by_argument.encode(TEXTS), atol=1e-3)
     assert np.array_equal(by_argument.encode(TEXTS), by_folder.encode(TEXTS))
-
-
-def test_our_folder_keeps_adapter_config_and_tokenizer(base, tmp_path):
-    config = GircseConfig(num_steps=3, pooling="weighted", temperature=0.7, prompt_template="{instruction} => {text}")
-    from transformers import AutoModelForCausalLM
-
-    model = GIRCSE(lora(AutoModelForCausalLM.from_pretrained(base)), tiny_tokenizer(), config).eval()
-    folder = tmp_path / "saved"
-    model.save_pretrained(folder)
-    assert {p.name for p in folder.iterdir()} >= {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "gircse_config.json",
-        "tokenizer.json",
-    }
-    again = GIRCSE.from_pretrained(folder)
-    assert again.config == config
-    assert np.array_equal(again.encode(TEXTS, instruction="i"), model.encode(TEXTS, instruction="i"))
-    model.save_pretrained(folder)  # over itself
-    assert np.array_equal(GIRCSE.from_pretrained(folder).encode(TEXTS), model.encode(TEXTS))
-
-
-def test_a_whole_model_without_adapter(tmp_path):
-    model = GIRCSE(tiny_model("qwen2"), tiny_tokenizer(), GircseConfig(num_steps=2))
-    model.save_pretrained(tmp_path / "whole")
-    again = GIRCSE.from_pretrained(tmp_path / "whole")
-    assert again.num_steps == 2
-    assert np.array_equal(again.encode(TEXTS), model.encode(TEXTS))
 
 
 def test_other_files_in_the_folder_stay(tmp_path):
@@ -146,8 +104,6 @@ def test_an_adapter_of_another_model_is_refused(adapter, other, tmp_path):
 
 
 def test_prompt_tuning_is_refused(base):
-    from transformers import AutoModelForCausalLM
-
     tuned = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     )
@@ -160,11 +116,7 @@ def test_prompt_tuning_is_refused(base):
     [
         ("{", "gircse_config.json"),
         ("[1]", "expected a JSON object"),
-        ('{"num_steps": -2}', "num_steps: got -2"),
         ('{"num_steps": true}', "num_steps: got True"),
-        ('{"pooling": "max"}', "pooling: got 'max'"),
-        ('{"temperature": 0}', "temperature: got 0"),
-        ('{"prompt_template": "no place"}', "prompt_template"),
         ('{"steps": 3}', "unknown keys steps"),
     ],
 )

@@ -83,12 +83,9 @@ def test_saving_a_merged_model_saves_the_same_adapter(model, tmp_path):
         assert (tmp_path / "apart" / file).read_bytes() == (tmp_path / "merged" / file).read_bytes()
 
 
-def test_from_pretrained_merges_on_request(tmp_path):
-    tiny_model("llama").save_pretrained(tmp_path / "base")
-    tiny_tokenizer().save_pretrained(tmp_path / "base")
-    lora = with_lora(tiny_model("llama"))
-    lora.save_pretrained(tmp_path / "adapter")
-    load = {"name_or_path": tmp_path / "base", "adapter": tmp_path / "adapter"}
+def test_from_pretrained_merges_on_request(base, tmp_path):
+    with_lora(tiny_model("llama")).save_pretrained(tmp_path / "adapter")
+    load = {"name_or_path": base, "adapter": tmp_path / "adapter"}
     apart = GIRCSE.from_pretrained(**load)
     merged = GIRCSE.from_pretrained(**load, merge_adapter=True)
     assert merged._merged is not None

@@ -101,12 +101,10 @@ def test_it_differs_from_the_default_and_is_saved(tmp_path):
     assert GIRCSE.from_pretrained(tmp_path / "model").config.include_prompt_state is False
 
 
-def test_training(tmp_path):
-    tiny_model("llama").save_pretrained(tmp_path / "base")
-    tiny_tokenizer().save_pretrained(tmp_path / "base")
+def test_training(base, tmp_path):
     rows = [Row("echo", f"{a} {b}", (f"{b} {a}",), ()) for a in ("red", "blue", "fox") for b in ("sea", "hill")]
     config = TrainConfig(
-        model=str(tmp_path / "base"),
+        model=str(base),
         output=str(tmp_path / "run"),
         num_steps=3,
         include_prompt_state=True,
@@ -119,8 +117,3 @@ def test_training(tmp_path):
     trained = GIRCSE.from_pretrained(result.folder)
     assert trained.config.include_prompt_state
     assert trained.num_steps == 3
-
-
-def test_bad_value():
-    with pytest.raises(ValueError, match="include_prompt_state: got 1, expected true or false"):
-        GircseConfig(include_prompt_state=1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from gircse import GIRCSE, ops
+from gircse import GIRCSE, GircseConfig, ops
 from tests.plain import plain_losses, plain_objective, plain_rollout
 from tests.tiny_models import CONFIGS, VOCAB, definition, tiny_model, tiny_tokenizer
 
@@ -154,16 +154,6 @@ def test_rows_do_not_depend_on_their_batch_or_on_the_padding_side(name):
         assert torch.equal(model.rollout(right, right_mask, 3), together)
 
 
-def test_zero_steps_is_the_last_prompt_state():
-    stock = tiny_model("llama", dtype=torch.float64, attn="eager")
-    model = GIRCSE(copy.deepcopy(stock), tiny_tokenizer())
-    ids, mask = left_padded([5, 8], 0)
-    got = model.rollout(ids, mask, 0)
-    assert got.shape == (2, 1, 32)
-    expected, _ = plain_rollout(stock, ids[0, -5:], 0)
-    torch.testing.assert_close(got[0, 0], expected, rtol=1e-6, atol=1e-6)
-
-
 def test_a_padded_prompt_may_have_its_padding_in_the_middle():
     model = GIRCSE(tiny_model("llama", dtype=torch.float64), tiny_tokenizer())
     ids = torch.tensor([[5, 0, 6, 7, 0]])
@@ -173,8 +163,6 @@ def test_a_padded_prompt_may_have_its_padding_in_the_middle():
 
 def test_temperature_reaches_the_soft_tokens():
     stock = tiny_model("llama", dtype=torch.float64, attn="eager")
-    from gircse import GircseConfig
-
     model = GIRCSE(copy.deepcopy(stock), tiny_tokenizer(), GircseConfig(num_steps=3, temperature=0.5))
     ids, mask = left_padded([6], 0)
     _, expected = plain_rollout(stock, ids[0], 3, temperature=0.5)

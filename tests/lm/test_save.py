@@ -26,11 +26,6 @@ def base_folder(path, name="llama", **overrides):
     return path
 
 
-@pytest.fixture
-def base(tmp_path):
-    return base_folder(tmp_path / "base")
-
-
 def lora(seed=3, targets=("q_proj", "v_proj"), **options):
     torch.manual_seed(seed)
     return LoraConfig(r=4, target_modules=list(targets), init_lora_weights=False, **options)
@@ -41,15 +36,16 @@ def loaded(base):
 
 
 def wrapped(model):
-    return GIRCSE(model, tiny_tokenizer(), GircseConfig(num_steps=3)).eval()
+    config = GircseConfig(num_steps=3, pooling="weighted", temperature=0.7, prompt_template="{instruction} => {text}")
+    return GIRCSE(model, tiny_tokenizer(), config).eval()
 
 
 def assert_comes_back(model, folder):
-    expected = model.encode(TEXTS)
+    expected = model.encode(TEXTS, instruction="i")
     model.save_pretrained(folder)
     again = GIRCSE.from_pretrained(folder)
-    assert again.num_steps == 3
-    assert np.array_equal(again.encode(TEXTS), expected)
+    assert again.config == model.config
+    assert np.array_equal(again.encode(TEXTS, instruction="i"), expected)
 
 
 def test_an_adapter_of_another_name(base, tmp_path):

@@ -270,11 +270,12 @@ def test_a_ban_that_a_soft_cap_would_lift_is_refused():
         soft(hidden, bias=bias)
 
 
-def test_a_mixed_peft_model():
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_peft_model(mixed):
     model, hidden = tiny_model("llama"), torch.randn(4, 32)
     expected = from_model(model)(hidden)
-    mixed = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]), mixed=True)
-    assert torch.equal(from_model(mixed)(hidden), expected)
+    peft = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]), mixed=mixed)
+    assert torch.equal(from_model(peft)(hidden), expected)
 
 
 def test_facts_are_read_without_the_model_class():

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import gircse
 from gircse import GIRCSE, GircseConfig
 from gircse.sentence_transformers import GIRCSEModule
+from gircse.sentence_transformers.modeling_gircse_folder import CODE
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 TEXTS = ["a text", "another, longer text", "x"]
@@ -47,7 +48,7 @@ def test_a_whole_model(tmp_path):
         "config_sentence_transformers.json",
         "gircse_config.json",
         "model.safetensors",
-        "modeling_gircse.py",
+        *CODE,
         "sentence_bert_config.json",
         "tokenizer.json",
     }
@@ -83,9 +84,10 @@ def test_a_folder_that_gircse_saved(base_folder, tmp_path):
 
 @pytest.mark.usefixtures("add_adapter")
 def test_add_adapter_is_saved_and_read_by_both(base_folder, tmp_path):
+    """An adapter of any name, on the head too."""
     st = gircse.load(base_folder, num_steps=3)
     bare = st.encode(TEXTS)
-    st.add_adapter(LORA)
+    st.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["lm_head", "q_proj"]), adapter_name="mine")
     st.save_pretrained(str(tmp_path / "adapted"))
     names = {path.name for path in (tmp_path / "adapted").iterdir()}
     assert names >= {"adapter_config.json", "adapter_model.safetensors"}
@@ -98,8 +100,10 @@ def test_add_adapter_is_saved_and_read_by_both(base_folder, tmp_path):
     st.disable_adapters()
     np.testing.assert_allclose(st.encode(TEXTS), bare, atol=1e-6, rtol=0)
     st.enable_adapters()
-    st.delete_adapter("default")
+    st.delete_adapter("mine")
     np.testing.assert_allclose(st.encode(TEXTS), bare, atol=1e-6, rtol=0)
+    st.save_pretrained(str(tmp_path / "adapted"))
+    same(gircse.load(tmp_path / "adapted"), st)
 
 
 @pytest.mark.usefixtures("add_adapter")
@@ -133,10 +137,9 @@ def test_an_adapter_must_name_its_base(base_folder, tmp_path):
     assert not (base_folder / "adapter_config.json").exists()
 
 
-@pytest.mark.usefixtures("add_adapter")
-def test_modules_in_a_router(base_folder, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("add_adapter", "modules_cache")
+def test_modules_in_a_router(base_folder, tmp_path):
     """Two of ours, one with an adapter; by both readers, and what the plain one saves again."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     adapted = gircse.load(base_folder, num_steps=3, device="cpu")
     adapted.add_adapter(LORA)
     other = GIRCSEModule(GIRCSE(tiny_model("llama", seed=1), tiny_tokenizer(), GircseConfig(num_steps=2)).eval())
@@ -172,9 +175,9 @@ def test_modules_in_a_router(base_folder, tmp_path, monkeypatch):
         gircse.load(tmp_path / "stock")
 
 
+@pytest.mark.usefixtures("modules_cache")
 @pytest.mark.parametrize("instruction", [None, "Find it"])  # the cards of a symmetric model and of a search model
-def test_the_cards_lines_work(base_folder, tmp_path, monkeypatch, instruction):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_the_cards_lines_work(base_folder, tmp_path, instruction):
     st = gircse.load(base_folder, instruction=instruction, device="cpu")
     names: dict = {"gircse": gircse}
     st.save_pretrained(str(tmp_path / "saved"))

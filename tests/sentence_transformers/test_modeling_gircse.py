@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 import gircse
 from gircse import GIRCSE, GircseConfig
 from gircse.lm.causal_lm import position_limit
-from gircse.sentence_transformers import GIRCSEModule, modeling_gircse
+from gircse.sentence_transformers import GIRCSEModule, modeling_gircse, modeling_gircse_math
 from tests.lm.test_causal_lm import ROTARY, rotary_model
 from tests.tiny_models import CONFIGS, definition, tiny_model, tiny_tokenizer
 
@@ -57,12 +57,12 @@ def test_every_architecture(name):
 def test_scaled_logits(facts):
     lm = tiny_model("llama")
     hidden = torch.randn(3, 32)
-    stock = modeling_gircse.soft_token(lm, hidden, 0.7)
+    stock = modeling_gircse_math.soft_token(lm, hidden, 0.7)
     for key, value in facts.items():
         setattr(lm.config, key, value)
     factor = facts.get("logit_scale", 1.0) / facts.get("logits_scaling", 1.0)
     expected = torch.softmax(factor * lm.lm_head(hidden) / 0.7, -1) @ lm.get_input_embeddings().weight
-    assert torch.allclose(modeling_gircse.soft_token(lm, hidden, 0.7), expected, atol=1e-6)
+    assert torch.allclose(modeling_gircse_math.soft_token(lm, hidden, 0.7), expected, atol=1e-6)
     assert not torch.allclose(stock, expected, atol=1e-4)
 
 
@@ -278,4 +278,4 @@ def test_an_adapter_on_head_or_table_is_spoken_with(targets):
 def test_positions_are_those_of_the_package():
     for kind in ROTARY:
         config = rotary_model(kind).config
-        assert modeling_gircse.position_limit(config) == position_limit(config)
+        assert modeling_gircse_math.position_limit(config) == position_limit(config)

@@ -10,11 +10,9 @@ import pytest
 import torch
 
 pytest.importorskip("sentence_transformers")
-from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize
 
-import gircse
 from gircse import GIRCSE, GircseConfig
 from gircse.sentence_transformers import GIRCSEModule, modeling_gircse
 from tests.tiny_models import tiny_model, tiny_tokenizer
@@ -214,13 +212,6 @@ def test_a_chat_template_does_not_wrap_plain_text(model, st):
         st.encode([[{"role": "user", "content": "a text"}]])
 
 
-def test_similarity_and_progress_bar(st, capfd):
-    queries, documents = st.encode_query(TEXTS[:2]), st.encode_document(TEXTS)
-    close(st.similarity(queries, documents).numpy(), queries @ documents.T)
-    st.encode(TEXTS, show_progress_bar=True)
-    assert "Batches" in capfd.readouterr().err
-
-
 def test_what_runs_underneath(model, st, monkeypatch):
     st.encode(TEXTS)
     assert model._engine is not None
@@ -315,19 +306,3 @@ def test_a_multi_process_pool(model, st):
             close(found.numpy(), model.encode(TEXTS, **options))
     finally:
         st.stop_multi_process_pool(pool)
-
-
-def test_an_adapter_on_the_head_that_came_later_is_saved_under_any_name(tmp_path):
-    tiny_model("llama").save_pretrained(tmp_path / "base")
-    tiny_tokenizer().save_pretrained(tmp_path / "base")
-    model, folder = gircse.load(tmp_path / "base"), tmp_path / "saved"
-    before = model.encode(TEXTS)
-    lora = LoraConfig(r=4, init_lora_weights=False, target_modules=["lm_head", "q_proj"])
-    model.add_adapter(lora, adapter_name="mine")
-    expected = model.encode(TEXTS)
-    assert np.abs(expected - before).max() > 0.01
-    model.save_pretrained(str(folder))
-    np.testing.assert_array_equal(gircse.load(folder).encode(TEXTS), expected)
-    model.delete_adapter("mine")
-    model.save_pretrained(str(folder))
-    np.testing.assert_array_equal(gircse.load(folder).encode(TEXTS), before)

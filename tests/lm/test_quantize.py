@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from gircse.lm import load as loading
-from gircse.lm import quantized_base
-from gircse.lm.quantized_base import quantization_config
+from gircse.lm import quantize
+from gircse.lm.quantize import quantization_config
 from gircse.train.config import TrainConfig
 from gircse.train.lora import trainable_model
-from tests.tiny_models import tiny_model, tiny_tokenizer
+from tests.tiny_models import tiny_model
 
 
 def test_what_is_missing_and_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(quantized_base, "find_spec", lambda name: None)
+    monkeypatch.setattr(quantize, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"quantization: got 'nf4'.*pip install bitsandbytes accelerate"):
         quantization_config("nf4", torch.bfloat16)
     with pytest.raises(ValueError, match="quantization: got 'int3', expected one of 'nf4', 'int8'"):
@@ -29,7 +29,7 @@ def test_what_is_missing_and_how_to_get_it(monkeypatch):
 def installed(monkeypatch):
     """transformers asks for bitsandbytes' version, no more, before a model is loaded."""
     version = importlib.metadata.version
-    monkeypatch.setattr(quantized_base, "find_spec", lambda name: object())
+    monkeypatch.setattr(quantize, "find_spec", lambda name: object())
     monkeypatch.setattr(importlib.metadata, "version", lambda n: "0.49.0" if n == "bitsandbytes" else version(n))
 
 
@@ -43,9 +43,7 @@ def test_the_config_of_transformers():
 
 
 @pytest.mark.usefixtures("installed")
-def test_training_loads_its_base_with_it(tmp_path, monkeypatch):
-    tiny_tokenizer().save_pretrained(tmp_path)
-    tiny_model("llama").save_pretrained(tmp_path)
+def test_training_loads_its_base_with_it(base, monkeypatch):
     asked = {}
 
     def from_pretrained(name, **options):
@@ -53,8 +51,8 @@ def test_training_loads_its_base_with_it(tmp_path, monkeypatch):
         return tiny_model("llama"), {"missing_keys": set()}
 
     monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    trainable_model(TrainConfig(model=str(tmp_path), quantization="nf4", device="cpu"))
+    trainable_model(TrainConfig(model=str(base), quantization="nf4", device="cpu"))
     assert asked["quantization_config"].load_in_4bit
     assert asked["quantization_config"].bnb_4bit_compute_dtype == torch.bfloat16
     assert asked["device_map"] == {"": torch.device("cpu")}
-    trainable_model(TrainConfig(model=str(tmp_path), device="cpu"))
+    trainable_model(TrainConfig(model=str(base), device="cpu"))
