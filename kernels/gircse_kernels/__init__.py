@@ -11,8 +11,6 @@
 | `backward.py` | gradients, scores recomputed |
 | `decode_attention.py` | attention of one token per row on a static buffer of keys and values |
 | `numerics.py` | scores, Gumbel noise, safe maxima: device functions that all share |
-| `traffic.py` | bytes and FLOPs of every launch |
-| `hub_layout.py` | this folder as a repository of the Kernel Hub |
 
 `TRITON_INTERPRET=1`, set before this is imported, runs everything on CPU tensors.
 
