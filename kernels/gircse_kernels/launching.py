@@ -3,40 +3,16 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from .one_pass import one_pass_kernel
+from .contract import Inputs, Options
+from .matmul import dot
 from .plan import Config, Device
 
-INTERPRETED = not hasattr(one_pass_kernel, "cache_key")  # TRITON_INTERPRET=1 was set when this was imported
+INTERPRETED = not hasattr(dot, "cache_key")  # TRITON_INTERPRET=1 was set when this was imported
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-class Options(NamedTuple):
-    """The scalar parameters."""
-
-    temperature: float = 1.0
-    softcap: float | None = None
-    logit_scale: float = 1.0
-    embed_scale: float = 1.0
-    seed: int | None = None  # one for all rows
-    vocab_start: int = 0  # first vocabulary index of this shard, for the noise
-    logit_temperature: float = 1.0  # divides the capped logits before noise and temperature
-
-
-class Inputs(NamedTuple):
-    """The tensors of the forward."""
-
-    hidden: Tensor  # [T, D]
-    head: Tensor  # [V, D]
-    embed: Tensor | None = None  # [V, E]; None: head
-    bias: Tensor | None = None  # [V]
-    temperature: Tensor | None = None  # [T], instead of the scalar
-    seeds: Tensor | None = None  # [T] int64, instead of the scalar
-    floor: Tensor | None = None  # [T] float32, the lowest score without noise that a row keeps
 
 
 @functools.lru_cache(maxsize=64)
@@ -64,7 +40,7 @@ def score_flags(inputs: Inputs, options: Options) -> dict[str, Any]:
         "HAS_TEMPERATURE": inputs.temperature is not None,
         "CAPPED": options.softcap is not None,
         "GUMBEL": 2 if inputs.seeds is not None else 1 if options.seed is not None else 0,
-        "FLOOR": inputs.floor is not None,
+        "THRESHOLD": inputs.threshold is not None,
         "ALIGNED": options.vocab_start % 4 == 0,
         "PRECISION": _precision(inputs.hidden.dtype),
     }
@@ -77,7 +53,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def score_scalars(options: Options) -> tuple[int, float, float, float]:
-    """seed, scale, softcap, 1 / temperature, as `numerics.scores` wants them."""
+    """seed, scale, softcap, 1 / temperature, as `scores.scores` wants them."""
     cap, before = options.softcap, options.logit_temperature
     scale = options.logit_scale / before if cap is None else options.logit_scale / cap
     return options.seed or 0, scale, (cap or 0.0) / before, 1.0 / options.temperature

@@ -1,4 +1,4 @@
-"""The floor in every kernel: several tiles, splits and blocks of rows, whole tiles removed."""
+"""The threshold in every kernel: several tiles, splits and blocks of rows, whole tiles removed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from gircse.ops import soft_embed
-from gircse.ops.reference import soft_embed_reference
+from gircse.ops.soft_embed_reference import soft_embed_reference
 from tests.kernels.small_plans import small_plans
 from tests.ops.accuracy import random_inputs, run
 
@@ -56,9 +56,9 @@ from gircse_kernels.compile_report import Case, is_good, report
 from gircse_kernels.plan import Problem
 tied, untied = Problem(16, 50304, 896, 896, True, 2), Problem(64, 50304, 1024, 1024, False, 2)
 cases = [
-    Case("one pass", tied, "bfloat16", "", True, noise=True, floor=True),
-    Case("two passes", untied, "bfloat16", "", True, floor=True),
-    Case("backward", tied, "bfloat16", "hidden", False, floor=True),
+    Case("one pass", tied, "bfloat16", "", True, noise=True, threshold=True),
+    Case("two passes", untied, "bfloat16", "", True, threshold=True),
+    Case("backward", tied, "bfloat16", "hidden", False, threshold=True),
 ]
 entries = report(cases, [80, 90], jobs=1)
 print(json.dumps([{**e, "good": is_good(e)} for e in entries]))
@@ -66,7 +66,7 @@ print(json.dumps([{**e, "good": is_good(e)} for e in entries]))
 
 
 def test_kernels_with_a_floor_compile_without_spills() -> None:
-    """Some of the table's entries; `compile_report --floor` compiles all of them."""
+    """Some of the table's entries; `compile_report --threshold` compiles all of them."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels"), "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
