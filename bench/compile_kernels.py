@@ -42,7 +42,7 @@ def main() -> int:
             "plain": {},
             "options": {"options": True},
             "noise": {"noise": True},
-            "floor": {"floor": True},
+            "threshold": {"threshold": True},
         }.items()
     }
     save({"benchmark": "kernels-compile", **variants, "provenance": provenance(torch.device("cpu"))}, options.out)

@@ -42,7 +42,7 @@ from bench.timing import interleaved
 from bench.verdict import WrongResultError
 from gircse.floors import Work
 from gircse.ops import info_nce_parallel, pool_steps, stepwise_info_nce
-from gircse.ops.reference import info_nce_reference
+from gircse.ops.info_nce_reference import info_nce_reference
 
 
 class Size(NamedTuple):

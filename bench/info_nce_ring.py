@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from gircse_kernels.contract import Pooled
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gircse.ops import info_nce_torch as torch_backend
-from gircse.ops.info_nce_torch import Pooled
 
 TEMPERATURE = 0.02
 

@@ -16,7 +16,7 @@ from bench.agreement import relative_error
 from bench.cases import FORWARD, Matrices
 from bench.verdict import WrongResultError
 from gircse.ops import soft_embed
-from gircse.ops.reference import soft_embed_reference
+from gircse.ops.soft_embed_reference import soft_embed_reference
 
 Op = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 

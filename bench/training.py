@@ -30,7 +30,7 @@ from bench.timing import Timing, seconds
 from gircse import ops
 from gircse.architecture import CausalLM
 from gircse.floors import Ceilings, ModelFacts
-from gircse.ops.reference import icr_objective_reference, info_nce_reference
+from gircse.ops.info_nce_reference import icr_objective_reference, info_nce_reference
 from gircse.quiet import quiet_peft
 from gircse.train_config import TrainConfig
 from gircse.trainable import lora_targets

@@ -67,7 +67,7 @@ class Case(NamedTuple):
     stats: bool = False  # a forward also keeps what backward needs
     options: bool = False  # bias, soft-cap and temperature of each row
     noise: bool = False  # seed of each row
-    floor: bool = False  # lowest score of each row
+    threshold: bool = False  # lowest score of each row
     contrastive: bool = False  # the InfoNCE of T rows against V candidates, instead
     decode_heads: tuple[int, int] | None = None  # instead, decode attention of T rows on V slots: H and H_kv
 
@@ -107,7 +107,7 @@ def _call(case: Case, device: Device, ready: Callable[[], object] = lambda: None
         empty(problem.vocab) if case.options else None,
         empty(rows, dtype=torch.float32) if case.options else None,
         empty(rows, dtype=torch.int64) if case.noise else None,
-        empty(rows, dtype=torch.float32) if case.floor else None,
+        empty(rows, dtype=torch.float32) if case.threshold else None,
     )
     options = soft_embed.Options(softcap=30.0 if case.options else None)
     if not case.backward:
@@ -312,11 +312,11 @@ def decode_cases(options: bool = False) -> list[Case]:
     return cases
 
 
-def table_cases(options: bool = False, noise: bool = False, floor: bool = False) -> list[Case]:
+def table_cases(options: bool = False, noise: bool = False, threshold: bool = False) -> list[Case]:
     """Problems that between them launch every entry of the config tables, in the variants that users run.
 
     With `options` they also have bias, soft-cap and a temperature for each row, with `noise` a seed for each, with
-    `floor` a lowest score.
+    `threshold` a lowest score.
     """
     cases = []
     for kernel, by_arch in plan.table().items():
@@ -327,17 +327,17 @@ def table_cases(options: bool = False, noise: bool = False, floor: bool = False)
             name = f"{kernel}, T = {rows}" + (f", D = {width}" if width else "")
             for stats in (False, True):
                 if kernel == "one_pass":
-                    cases.append(Case(name, tied, dtype, "", stats, options, noise, floor))
+                    cases.append(Case(name, tied, dtype, "", stats, options, noise, threshold))
                 elif kernel in ("score", "weigh"):
-                    cases.append(Case(name, untied, dtype, "", stats, options, noise, floor))
+                    cases.append(Case(name, untied, dtype, "", stats, options, noise, threshold))
                 elif stats:
-                    cases += [Case(name, p, dtype, "all", True, options, noise, floor) for p in (tied, untied)]
+                    cases += [Case(name, p, dtype, "all", True, options, noise, threshold) for p in (tied, untied)]
                 else:
-                    cases.append(Case(name, tied, dtype, "hidden", False, options, noise, floor))
+                    cases.append(Case(name, tied, dtype, "hidden", False, options, noise, threshold))
     for rows in (16, 64, plan.ROW_BLOCK):
         problem = Problem(rows, 8192, 1024, 1024, False, 4)
         cases.append(Case(f"info_nce, B = {rows}", problem, "float32", "all", False, options, contrastive=True))
-    return cases if noise or floor else cases + decode_cases(options)
+    return cases if noise or threshold else cases + decode_cases(options)
 
 
 def is_good(entry: dict[str, Any]) -> bool:
@@ -354,11 +354,11 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED_LIMIT))
     parser.add_argument("--options", action="store_true", help="with bias, soft-cap and temperature of each row")
     parser.add_argument("--noise", action="store_true", help="with Gumbel noise")
-    parser.add_argument("--floor", action="store_true", help="with a lowest score of each row")
+    parser.add_argument("--threshold", action="store_true", help="with a lowest score of each row")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--out", type=Path, help="write the report to this JSON file")
     options = parser.parse_args()
-    entries = report(table_cases(options.options, options.noise, options.floor), options.arch, options.jobs)
+    entries = report(table_cases(options.options, options.noise, options.threshold), options.arch, options.jobs)
     for e in entries:
         print(
             f"{'ok ' if is_good(e) else 'BAD'} sm_{e['arch']} {e['dtype']:8} {e['kernel']:18} "

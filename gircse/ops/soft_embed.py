@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from gircse_kernels.contract import Inputs, Options
 from torch import Tensor
 
 from gircse.integers import as_integer
@@ -13,9 +14,8 @@ from . import soft_embed_op
 from .arguments import check_flag, check_floating, check_like, check_number, has_no_values, row_values
 from .autocast import autocast_dtype
 from .backends import check_backend
-from .soft_embed_torch import Inputs, Options
 from .straight_through import harden
-from .truncation import check_truncation, row_floors
+from .truncation import check_truncation, row_thresholds
 from .vocab_parallel import VocabShard, group_name
 
 
@@ -162,8 +162,8 @@ def soft_embed(
     if top_k is not None or top_p is not None or min_p is not None:
         rules = check_truncation(hidden, top_k, top_p, min_p)
         if any(rule is not None for rule in rules):  # not for top_k=0 alone
-            floor = row_floors(inputs, options, rules, group=group, cast=cast, backend=backend)
-            inputs = inputs._replace(floor=floor)
+            threshold = row_thresholds(inputs, options, rules, group=group, cast=cast, backend=backend)
+            inputs = inputs._replace(threshold=threshold)
     if gumbel_temperature is not None:
         inputs, options = _relax(inputs, options, hidden, gumbel_temperature)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
@@ -261,8 +261,8 @@ def _relax(
     else:
         divisor = check_number("gumbel_temperature", gumbel_temperature, positive=True)
         options = options._replace(temperature=divisor)
-    if inputs.floor is not None:  # in units of the scores
-        inputs = inputs._replace(floor=(inputs.floor / divisor).to(inputs.floor.dtype))
+    if inputs.threshold is not None:  # in units of the scores
+        inputs = inputs._replace(threshold=(inputs.threshold / divisor).to(inputs.threshold.dtype))
     return inputs, options
 
 

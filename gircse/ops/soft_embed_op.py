@@ -10,15 +10,17 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from gircse_kernels.contract import Forward, Inputs, Needs, Options, Saved
 from torch import Tensor
 
 from . import observers, soft_embed_torch, soft_embed_triton
-from .autocast import no_autocast
+from .autocast import cast_inputs, no_autocast
 from .backends import resolve_backend
 from .differentiable_op import DifferentiableOp, Tensors
 from .soft_embed_plain import plain, plain_rows
-from .soft_embed_torch import Forward, Inputs, Needs, Options, Saved, finish
+from .soft_embed_torch import finish
 from .tiles_torch import accumulation_dtype
+from .transforms import alone, rows_of_numbers
 from .vocab_parallel import find_group, merge_shards, sum_shards
 
 _NUM_TENSORS = len(Inputs._fields)
@@ -69,36 +71,9 @@ def run(inputs: Inputs, call: Call) -> Results:
         return Results(*OP.op(*inputs, divisor, *call._replace(options=options).flat()))
     if observers.transformed() or observers.forward_mode():  # whether a gradient will be wanted shows later
         call = call._replace(exact=True)
-    elif not call.exact and _alone(inputs, call.backend):
+    elif not call.exact and alone(inputs, call.backend):
         return _forward(inputs, call)
     return Results(*OP.call((*inputs, None), call.flat()))
-
-
-def eager(tensors: Tensors, backend: str | None) -> bool:
-    """Whether nothing but eager PyTorch sees this call."""
-    return not torch.compiler.is_compiling() and not observers.transformed() and _alone(tensors, backend)
-
-
-def _alone(tensors: Tensors, backend: str | None) -> bool:
-    # the torch backend is made of PyTorch's own operators, which a dispatch mode may see one by one
-    return observers.plain(tensors) and (backend == "torch" or not observers.dispatched())
-
-
-def rows_of_numbers(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
-    """The temperature as a tensor: a compiler would take a number for a constant, and compile again for the next."""
-    if options.temperature == 1.0:
-        return inputs, options
-    hidden = inputs.hidden
-    rows = torch.ones(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
-    return inputs._replace(temperature=rows * options.temperature), options._replace(temperature=1.0)
-
-
-def cast_inputs(inputs: Inputs, cast: torch.dtype | None) -> Inputs:
-    """What a linear layer does under autocast. Here and not before the op, so that autograd keeps the originals."""
-    if cast is None:
-        return inputs
-    values = (t if t is None or t.dtype == torch.float64 else t.to(cast) for t in inputs[:4])
-    return inputs._replace(**dict(zip(Inputs._fields, values, strict=False)))  # type: ignore[arg-type]
 
 
 def _module(backend: str | None, hidden: Tensor) -> ModuleType:
@@ -128,8 +103,8 @@ def _results(found: Forward, call: Call) -> Results:
 class _SoftEmbed(DifferentiableOp):
     name = "soft_embed"
     tensors = (
-        "Tensor hidden, Tensor head, Tensor? embed, Tensor? bias, Tensor? temperature, Tensor? seeds, Tensor? floor, "
-        "Tensor? logit_divisor"  # in place of the number: 0-dimensional, on the CPU
+        "Tensor hidden, Tensor head, Tensor? embed, Tensor? bias, Tensor? temperature, Tensor? seeds, "
+        "Tensor? threshold, Tensor? logit_divisor"  # in place of the number: 0-dimensional, on the CPU
     )
     scalars = (
         "float scalar_temperature, float? softcap, float logit_scale, float embed_scale, SymInt? seed, "
@@ -184,7 +159,7 @@ class _SoftEmbed(DifferentiableOp):
         return plain_rows(Inputs(*tensors[:_NUM_TENSORS]))  # type: ignore[arg-type]
 
     def eager(self, tensors: Tensors, scalars: Sequence[Any]) -> bool:
-        return _alone(tensors, scalars[-1])
+        return alone(tensors, scalars[-1])
 
     def constant(self, scalars: Sequence[Any]) -> tuple[int, ...]:
         stats = scalars[len(Options._fields) + Call._fields.index("stats") - 1]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from gircse_kernels.contract import Forward, Grads, Inputs, Needs, Options, Saved
 from torch import Tensor
 
 from .backends import kernels
-from .soft_embed_torch import Forward, Grads, Inputs, Needs, OnlineState, Options, Saved
+from .soft_embed_torch import OnlineState
 
 
 def forward(inputs: Inputs, options: Options, *, stats: bool, exact: bool) -> Forward:

@@ -10,7 +10,9 @@
 | `merge.py` | partial softmax sums -> result and statistics |
 | `backward.py` | gradients, scores recomputed |
 | `decode_attention.py` | attention of one token per row on a static buffer of keys and values |
-| `numerics.py` | scores, Gumbel noise, safe maxima: device functions that all share |
+| `scores.py` | from dot products to scores, Gumbel noise, safe maxima: device functions that all share |
+| `matmul.py` | tiled products |
+| `contract.py` | what goes in and comes out, shared with the torch backend |
 
 `TRITON_INTERPRET=1`, set before this is imported, runs everything on CPU tensors.
 

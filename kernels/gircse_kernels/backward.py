@@ -5,8 +5,8 @@ With P = e^(s - peak) / total, delta = sum(g out), dP = embed_scale g E^T, H the
     constant = delta - g_lse + g_H (H - log total),  slope = g_H                       `constants_kernel`, one row each
     dS = P (dP - constant - slope (s - peak))                                          `score_grad_kernel`, tiles
     d(h w + bias) = dS d score/d(h w + bias)
-    dh += dS W                                                                         `two_pass.product_kernel`
-    dW = dS^T h,  dE = embed_scale P^T g,  tied: the sum of both                       `vocab_grad_kernel`
+    dh += dS W                                                                         `matmul.product_kernel`
+    dW = dS^T h,  dE = embed_scale P^T g,  tied: the sum of both                       `matmul.vocab_grad_kernel`
 
 Tied: one tile of W is the operand of both products of `score_grad_kernel`. dS and P of a chunk, [T, C] in the input's
 dtype, are all that exists of [T, V]; each result has one owner, so two runs are bitwise equal.
@@ -17,8 +17,8 @@ FLOPs for frozen matrices 6 T V D (scores, dP, dh); each trainable use adds 2 T 
 import triton
 import triton.language as tl
 
-from .numerics import LOG_FLOOR, dot, row_factors, row_floors, row_seeds, scores
-from .two_pass import grouped, row_dot
+from .matmul import dot, grouped, row_dot
+from .scores import LOG_FLOOR, row_factors, row_seeds, row_thresholds, scores
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -67,7 +67,7 @@ def score_grad_kernel(
     bias_ptr,  # [V]
     temperature_ptr,  # [T]
     seed_ptr,  # [T]
-    floor_ptr,  # [T]
+    threshold_ptr,  # [T]
     peak_ptr,  # [T]
     total_ptr,  # [T]
     constant_ptr,  # [T]
@@ -102,7 +102,7 @@ def score_grad_kernel(
     HAS_TEMPERATURE: tl.constexpr,
     CAPPED: tl.constexpr,
     GUMBEL: tl.constexpr,
-    FLOOR: tl.constexpr,
+    THRESHOLD: tl.constexpr,
     ALIGNED: tl.constexpr,
     HAS_GRAD: tl.constexpr,
     HAS_SLOPE: tl.constexpr,
@@ -156,10 +156,10 @@ def score_grad_kernel(
 
     inverse = row_factors(temperature_ptr, rows, inverse_temperature, m_rows, HAS_TEMPERATURE)
     seeds = row_seeds(seed_ptr, rows, seed, m_rows, GUMBEL)
-    floors = row_floors(floor_ptr, rows, m_rows, FLOOR)
+    thresholds = row_thresholds(threshold_ptr, rows, m_rows, THRESHOLD)
     score, capped = scores(
-        product, bias_ptr, vocab, vocab_start, num_vocab, stride_bias, inverse, seeds, floors, scale, softcap,
-        HAS_BIAS, CAPPED, GUMBEL, FLOOR, ALIGNED, BLOCK_T, BLOCK_V,
+        product, bias_ptr, vocab, vocab_start, num_vocab, stride_bias, inverse, seeds, thresholds, scale, softcap,
+        HAS_BIAS, CAPPED, GUMBEL, THRESHOLD, ALIGNED, BLOCK_T, BLOCK_V,
     )  # fmt: skip
     inside = m_rows[:, None] & m_vocab[None, :]
     relative = score - tl.load(peak_ptr + rows, mask=m_rows, other=0.0)[:, None]
@@ -186,63 +186,3 @@ def score_grad_kernel(
         if NEED_BIAS:
             part = tl.sum(tl.where(inside, grad, 0.0), 0)
             tl.store(bias_part_ptr + i_rows * stride_chunk + column, part, mask=m_vocab)
-
-
-@triton.jit(do_not_specialize=["chunk_start", "num_rows"])
-def vocab_grad_kernel(
-    a_ptr,  # [T, C]: dS
-    b_ptr,  # [T, D]: hidden
-    a2_ptr,  # [T, C]: P, with DUAL
-    b2_ptr,  # [T, D]: upstream gradient, with DUAL
-    sum_ptr,  # [C, D] float32, in and out: where the rows come in several blocks
-    out_ptr,  # [V, D] out, any dtype
-    num_rows,
-    width,
-    stride_a,
-    stride_bt,
-    stride_bd,
-    stride_b2t,
-    stride_b2d,
-    stride_out,
-    chunk_start,
-    chunk_size,
-    FIRST: tl.constexpr,  # block of rows
-    LAST: tl.constexpr,
-    DUAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    i_vocab, i_cols = grouped(tl.program_id(0), tl.cdiv(chunk_size, BLOCK_V), tl.cdiv(width, BLOCK_E), GROUP)
-    column = i_vocab * BLOCK_V + tl.arange(0, BLOCK_V)
-    m_column = column < chunk_size
-    cols = i_cols * BLOCK_E + tl.arange(0, BLOCK_E)
-    m_cols = cols < width
-    cols64 = cols.to(tl.int64)
-    inner = tl.arange(0, BLOCK_T)
-    inside = m_column[:, None] & m_cols[None, :]
-    acc = tl.zeros([BLOCK_V, BLOCK_E], tl.float32)
-    for start in range(0, num_rows, BLOCK_T):
-        rows = start + inner
-        m_rows = rows < num_rows
-        rows64 = rows.to(tl.int64)
-        p_a = rows64[:, None] * stride_a + column[None, :]
-        m_a = m_rows[:, None] & m_column[None, :]
-        m_b = m_rows[:, None] & m_cols[None, :]
-        a = tl.load(a_ptr + p_a, mask=m_a, other=0.0)
-        b = tl.load(b_ptr + rows64[:, None] * stride_bt + cols64[None, :] * stride_bd, mask=m_b, other=0.0)
-        acc = dot(tl.trans(a), b, acc, PRECISION)
-        if DUAL:
-            a2 = tl.load(a2_ptr + p_a, mask=m_a, other=0.0)
-            b2 = tl.load(b2_ptr + rows64[:, None] * stride_b2t + cols64[None, :] * stride_b2d, mask=m_b, other=0.0)
-            acc = dot(tl.trans(a2), b2, acc, PRECISION)
-    p_part = column.to(tl.int64)[:, None] * width + cols64[None, :]
-    if not FIRST:
-        acc += tl.load(sum_ptr + p_part, mask=inside, other=0.0)
-    if LAST:
-        vocab = (chunk_start + column).to(tl.int64)
-        tl.store(out_ptr + vocab[:, None] * stride_out + cols64[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
-    else:
-        tl.store(sum_ptr + p_part, acc, mask=inside)

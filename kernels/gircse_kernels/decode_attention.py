@@ -48,8 +48,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launching
-from .numerics import dot, tanh
+from .matmul import dot
 from .plan import Config, cdiv
+from .scores import tanh
 
 SLICE = 512  # slots of a split: its partials are then a few percent of its keys and values
 MOST_SPLITS = 64

@@ -7,13 +7,11 @@ the device.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from . import backward as gradient_kernels
-from . import launching, two_pass
+from . import launching, matmul
+from .contract import Pooled, Sums
 from .launching import device_of
 from .plan import CHUNK_BYTES, ROW_BLOCK, Config, Device, cdiv, chunk_size, even_blocks, lookup
 from .pool import pool_grad_kernel, pool_kernel
@@ -21,30 +19,6 @@ from .similarity import similarity_kernel
 
 PRECISION = "tf32x3"
 SMALLEST = 1e-37  # of a norm: a shorter vector has no direction
-
-
-class Sums(NamedTuple):
-    """Softmax sums of each row over some candidates, float32 [K, B]."""
-
-    peak: Tensor  # largest logit that counts
-    total: Tensor  # sum of e^(logit - peak)
-    positive: Tensor  # logit of the target; -inf where it is not among them
-    hardest: Tensor  # largest logit that counts and is not the target's; -inf where there is none
-
-    def merge(self, other: Sums) -> Sums:
-        """The sums over both sets of candidates."""
-        peak = torch.maximum(self.peak, other.peak)
-        total = self.total * (self.peak - peak).exp() + other.total * (other.peak - peak).exp()
-        return Sums(
-            peak, total, torch.maximum(self.positive, other.positive), torch.maximum(self.hardest, other.hardest)
-        )
-
-
-class Pooled(NamedTuple):
-    """Unit vectors of every number of steps."""
-
-    vectors: Tensor  # [K, B, D] float32
-    norms: Tensor  # [K, B] float32, before they were divided
 
 
 def pool(steps: Tensor, pooling: str, first: int = 0, last: int | None = None) -> Pooled:
@@ -182,7 +156,7 @@ def gradients(
                 if grad_rows is not None:
                     out = grad_rows[k, part]
                     launching.launch(
-                        two_pass.product_kernel,
+                        matmul.product_kernel,
                         (cdiv(count, product.blocks["BLOCK_T"]) * cdiv(width, product.blocks["BLOCK_E"]), 1),
                         (
                             grad[k], candidates[k], out, count, width,
@@ -195,7 +169,7 @@ def gradients(
                     )  # fmt: skip
                 if grad_candidates is not None:
                     launching.launch(
-                        gradient_kernels.vocab_grad_kernel,
+                        matmul.vocab_grad_kernel,
                         (cdiv(size, vocab.blocks["BLOCK_V"]) * cdiv(width, vocab.blocks["BLOCK_E"]),),
                         (
                             grad[k], picked[0][k], None, None, None if partial is None else partial[k],

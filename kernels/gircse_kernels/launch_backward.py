@@ -3,48 +3,15 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backward as kernels
-from . import launching, two_pass
-from .launching import Inputs, Options, bias_stride, device_of, score_flags, score_scalars
+from . import launching, matmul
+from .contract import Grads, Inputs, Needs, Options, Saved
+from .launching import bias_stride, device_of, score_flags, score_scalars
 from .plan import Backward, Config, Device, Problem, cdiv, plan_backward
-
-
-class Saved(NamedTuple):
-    """What backward needs of the forward."""
-
-    out: Tensor  # [T, E], as exact as there is
-    peak: Tensor  # [T]
-    total: Tensor  # [T]
-    entropy: Tensor | None  # [T], where it has a gradient
-
-
-class Needs(NamedTuple):
-    """Which gradients are wanted."""
-
-    hidden: bool
-    head: bool
-    embed: bool
-    bias: bool
-    temperature: bool
-
-
-class Grads(NamedTuple):
-    """Gradients; a tensor that nobody asked for is None.
-
-    Over a vocabulary shard, hidden's and temperature's are this shard's share of a sum. The temperature's is finished
-    by the caller, who knows the whole of it: `(sum over shards - peak grad_lse) / temperature`.
-    """
-
-    hidden: Tensor | None  # float32
-    head: Tensor | None  # the head's dtype
-    embed: Tensor | None  # embed's dtype
-    bias: Tensor | None  # float32
-    temperature: Tensor | None  # float32, -sum of dS (s - peak)
 
 
 def backward(
@@ -200,7 +167,7 @@ class _BackwardWalk:
         temperature_part: Tensor | None,
         bias_part: Tensor | None,
     ) -> None:
-        hidden, head, embed, bias, temperature, seeds, floor = self.inputs
+        hidden, head, embed, bias, temperature, seeds, threshold = self.inputs
         values = head if embed is None else embed
         blocks, count = self.plan.score_grad.blocks, rows.stop - rows.start
         block, grad_block = hidden[rows], self.grad_out[rows]
@@ -210,7 +177,7 @@ class _BackwardWalk:
             (cdiv(count, blocks["BLOCK_T"]) * cdiv(size, blocks["BLOCK_V"]),),
             (
                 block, head, grad_block, values, bias,
-                *(None if tensor is None else tensor[rows] for tensor in (temperature, seeds, floor)),
+                *(None if tensor is None else tensor[rows] for tensor in (temperature, seeds, threshold)),
                 self.saved.peak[rows], self.saved.total[rows], self.constant[rows],
                 None if slope is None else slope[rows],
                 score_grad, probs, temperature_part, bias_part,
@@ -234,7 +201,7 @@ class _BackwardWalk:
         head, plan = self.inputs.head, self.plan
         blocks, count, width = plan.product.blocks, rows.stop - rows.start, head.shape[1]
         launching.launch(
-            two_pass.product_kernel,
+            matmul.product_kernel,
             (cdiv(count, blocks["BLOCK_T"]) * cdiv(width, blocks["BLOCK_E"]), plan.splits),
             (
                 score_grad, head, slots[:, rows], count, width,
@@ -261,7 +228,7 @@ class _BackwardWalk:
         (a, b), (a2, b2) = product, second or (None, None)
         blocks = self.plan.vocab_grad.blocks
         launching.launch(
-            kernels.vocab_grad_kernel,
+            matmul.vocab_grad_kernel,
             (cdiv(size, blocks["BLOCK_V"]) * cdiv(out.shape[1], blocks["BLOCK_E"]),),
             (
                 a, b, a2, b2, sums, out,

@@ -9,23 +9,11 @@ import torch
 from torch import Tensor
 
 from . import launching, two_pass
-from .launching import Inputs, Options, bias_stride, device_of, score_flags, score_scalars
+from .contract import Forward, Inputs, Options
+from .launching import bias_stride, device_of, score_flags, score_scalars
 from .merge import merge_kernel
 from .one_pass import one_pass_kernel
 from .plan import Config, Device, OnePass, Problem, TwoPass, cdiv, plan_forward
-
-
-class Forward(NamedTuple):
-    """Results; a tensor that nobody asked for is None."""
-
-    out: Tensor  # [T, E], input dtype; float32 where not finished
-    exact: Tensor | None  # [T, E] float32: `out` before it is rounded, in memory of its own
-    lse: Tensor  # [T] float32, as all below
-    entropy: Tensor | None  # sum of e^(s - peak) (s - peak) where not finished
-    max_prob: Tensor | None
-    argmax: Tensor | None  # int64, index in this head
-    peak: Tensor
-    total: Tensor
 
 
 def forward(
@@ -87,12 +75,12 @@ class Partials(NamedTuple):
 
 
 def _one_pass(inputs: Inputs, options: Options, plan: OnePass, partials: Partials, stats: bool) -> None:
-    hidden, head, _, bias, temperature, seeds, floor = inputs
+    hidden, head, _, bias, temperature, seeds, threshold = inputs
     launching.launch(
         one_pass_kernel,
         (plan.splits * plan.row_blocks,),
         (
-            hidden, head, bias, temperature, seeds, floor,
+            hidden, head, bias, temperature, seeds, threshold,
             partials.acc, partials.peak, partials.total, partials.moment, partials.argmax,
             hidden.shape[0], head.shape[0], head.shape[1],
             *hidden.stride(), *head.stride(), bias_stride(inputs),
@@ -107,7 +95,7 @@ def _one_pass(inputs: Inputs, options: Options, plan: OnePass, partials: Partial
 
 
 def _two_pass(inputs: Inputs, options: Options, plan: TwoPass, result: Forward, stats: bool, finish: bool) -> None:
-    hidden, head, embed, bias, temperature, seeds, floor = inputs
+    hidden, head, embed, bias, temperature, seeds, threshold = inputs
     values = head if embed is None else embed
     (num_rows, num_vocab), (width, device) = (hidden.shape[0], head.shape[0]), (values.shape[1], hidden.device)
     tile = plan.score.blocks["BLOCK_V"]
@@ -129,7 +117,7 @@ def _two_pass(inputs: Inputs, options: Options, plan: TwoPass, result: Forward, 
                 (cdiv(count, plan.score.blocks["BLOCK_T"]) * cdiv(size, tile),),
                 (
                     block, head, bias,
-                    *(None if tensor is None else tensor[rows] for tensor in (temperature, seeds, floor)),
+                    *(None if tensor is None else tensor[rows] for tensor in (temperature, seeds, threshold)),
                     probs, tile_sums[0], tile_sums[1], tile_sums[2], tile_argmax,
                     count, num_vocab, head.shape[1],
                     *block.stride(), *head.stride(), bias_stride(inputs), probs.stride(0),
@@ -187,7 +175,7 @@ def _merge(partials: Partials, result: Forward, rows: slice, num_vocab: int, emb
 
 def chunk_scores(inputs: Inputs, options: Options, chunk_start: int, size: int) -> Tensor:
     """Scores [T, size] of a chunk of the vocabulary, float32."""
-    hidden, head, _, bias, temperature, seeds, floor = inputs
+    hidden, head, _, bias, temperature, seeds, threshold = inputs
     num_rows = hidden.shape[0]
     out = torch.empty((num_rows, size), dtype=torch.float32, device=hidden.device)
     if num_rows == 0:
@@ -199,7 +187,7 @@ def chunk_scores(inputs: Inputs, options: Options, chunk_start: int, size: int) 
         two_pass.score_kernel,
         (cdiv(num_rows, plan.score.blocks["BLOCK_T"]) * cdiv(size, plan.score.blocks["BLOCK_V"]),),
         (
-            hidden, head, bias, temperature, seeds, floor, out, None, None, None, None,
+            hidden, head, bias, temperature, seeds, threshold, out, None, None, None, None,
             num_rows, head.shape[0], head.shape[1],
             *hidden.stride(), *head.stride(), bias_stride(inputs), out.stride(0),
             options.vocab_start, chunk_start, size, *score_scalars(options),

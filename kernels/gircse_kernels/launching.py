@@ -3,40 +3,18 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .one_pass import one_pass_kernel
+from .contract import Inputs, Options
+from .matmul import dot
 from .plan import Config, Device
 
-INTERPRETED = not hasattr(one_pass_kernel, "cache_key")  # TRITON_INTERPRET=1 was set when this was imported
+INTERPRETED = not hasattr(dot, "cache_key")  # TRITON_INTERPRET=1 was set when this was imported
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-class Options(NamedTuple):
-    """The scalar parameters."""
-
-    temperature: float = 1.0
-    softcap: float | None = None
-    logit_scale: float = 1.0
-    embed_scale: float = 1.0
-    seed: int | None = None  # one for all rows
-    vocab_start: int = 0  # first vocabulary index of this shard, for the noise
-    logit_temperature: float = 1.0  # divides the capped logits before noise and temperature
-
-
-class Inputs(NamedTuple):
-    """The tensors of the forward."""
-
-    hidden: Tensor  # [T, D]
-    head: Tensor  # [V, D]
-    embed: Tensor | None = None  # [V, E]; None: head
-    bias: Tensor | None = None  # [V]
-    temperature: Tensor | None = None  # [T], instead of the scalar
-    seeds: Tensor | None = None  # [T] int64, instead of the scalar
-    floor: Tensor | None = None  # [T] float32, the lowest score without noise that a row keeps
 
 
 @functools.lru_cache(maxsize=64)
@@ -57,7 +35,7 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], confi
     Args:
         kernel: its compile-time parameters follow all others.
         grid: one to three numbers of programs.
-        arguments: tensors, ints, floats or None in the kernel's order; the first is a tensor.
+        arguments: tensors, tensor descriptors, ints, floats or None in the kernel's order; the first is a tensor.
         config: tiles, warps and stages.
         constants: all other compile-time parameters.
     """
@@ -84,11 +62,13 @@ _COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
 def _compiled_for(argument: Any) -> Any:
-    """What Triton compiles for: the dtype and alignment of a tensor; of an int its size, divisibility and whether it is 1."""
+    """All that Triton compiles for: dtype and alignment of a tensor; width, divisibility and oneness of an int."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
     if type(argument) is int:
         return 1 if argument == 1 else (argument % 16 == 0, -(2**31) <= argument < 2**31)
+    if isinstance(argument, TensorDescriptor):
+        return argument.base.dtype, *argument.block_shape, argument.padding
     assert argument is None or type(argument) is float, f"a kernel's argument: {argument!r}"
     return type(argument)
 
@@ -100,7 +80,7 @@ def score_flags(inputs: Inputs, options: Options) -> dict[str, Any]:
         "HAS_TEMPERATURE": inputs.temperature is not None,
         "CAPPED": options.softcap is not None,
         "GUMBEL": 2 if inputs.seeds is not None else 1 if options.seed is not None else 0,
-        "FLOOR": inputs.floor is not None,
+        "THRESHOLD": inputs.threshold is not None,
         "ALIGNED": options.vocab_start % 4 == 0,
         "PRECISION": _precision(inputs.hidden.dtype),
     }
@@ -113,7 +93,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def score_scalars(options: Options) -> tuple[int, float, float, float]:
-    """seed, scale, softcap, 1 / temperature, as `numerics.scores` wants them."""
+    """seed, scale, softcap, 1 / temperature, as `scores.scores` wants them."""
     cap, before = options.softcap, options.logit_temperature
     scale = options.logit_scale / before if cap is None else options.logit_scale / cap
     return options.seed or 0, scale, (cap or 0.0) / before, 1.0 / options.temperature

@@ -9,7 +9,7 @@ divided, and the moment stays a moment. Traffic: `splits * T * E` float32 read, 
 import triton
 import triton.language as tl
 
-from .numerics import LOG_FLOOR, LOWEST
+from .scores import LOG_FLOOR, LOWEST
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_splits", "num_vocab"])

@@ -13,7 +13,8 @@ Traffic: W once from memory (row blocks of the same share run side by side and m
 import triton
 import triton.language as tl
 
-from .numerics import LOG_FLOOR, LOWEST, dot, row_factors, row_floors, row_seeds, scores, tile_softmax
+from .matmul import dot
+from .scores import LOG_FLOOR, LOWEST, row_factors, row_seeds, row_thresholds, scores, tile_softmax
 
 
 @triton.jit(do_not_specialize=["seed", "vocab_start", "num_rows", "tiles_per_split", "row_blocks"])
@@ -23,7 +24,7 @@ def one_pass_kernel(
     bias_ptr,  # [V]
     temperature_ptr,  # [T]
     seed_ptr,  # [T]
-    floor_ptr,  # [T]
+    threshold_ptr,  # [T]
     acc_ptr,  # [splits, T, D] float32, out
     peak_ptr,  # [splits, T] float32, out; the same for total, moment, argmax
     total_ptr,
@@ -48,7 +49,7 @@ def one_pass_kernel(
     HAS_TEMPERATURE: tl.constexpr,
     CAPPED: tl.constexpr,
     GUMBEL: tl.constexpr,
-    FLOOR: tl.constexpr,
+    THRESHOLD: tl.constexpr,
     ALIGNED: tl.constexpr,
     STATS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -75,7 +76,7 @@ def one_pass_kernel(
         acc_1 = tl.zeros([BLOCK_T, WIDTH_1], tl.float32)
     inverse = row_factors(temperature_ptr, rows, inverse_temperature, m_rows, HAS_TEMPERATURE)
     seeds = row_seeds(seed_ptr, rows, seed, m_rows, GUMBEL)
-    floors = row_floors(floor_ptr, rows, m_rows, FLOOR)
+    thresholds = row_thresholds(threshold_ptr, rows, m_rows, THRESHOLD)
 
     peak = tl.full([BLOCK_T], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
@@ -95,8 +96,8 @@ def one_pass_kernel(
             )
             product = dot(hidden_1, tl.trans(weight_1), product, PRECISION)
         score, _ = scores(
-            product, bias_ptr, vocab, vocab_start, num_vocab, stride_bias, inverse, seeds, floors, scale, softcap,
-            HAS_BIAS, CAPPED, GUMBEL, FLOOR, ALIGNED, BLOCK_T, BLOCK_V,
+            product, bias_ptr, vocab, vocab_start, num_vocab, stride_bias, inverse, seeds, thresholds, scale, softcap,
+            HAS_BIAS, CAPPED, GUMBEL, THRESHOLD, ALIGNED, BLOCK_T, BLOCK_V,
         )  # fmt: skip
         score, highest, position = tile_softmax(score, m_vocab, STATS)
         new_peak = tl.maximum(peak, highest)

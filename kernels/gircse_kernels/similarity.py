@@ -17,8 +17,8 @@ both sides. A tile belongs to one program and every result to one owner: no atom
 import triton
 import triton.language as tl
 
-from .numerics import LOWEST
-from .two_pass import grouped, row_dot
+from .matmul import grouped, row_dot
+from .scores import LOWEST
 
 
 @triton.jit(do_not_specialize=["chunk_start", "num_rows"])

@@ -5,9 +5,10 @@ float32, whose products are 3xTF32, never plain TF32). Matrices may have any str
 or depends on its values, so both passes can be captured in a CUDA graph.
 """
 
-from .launch_backward import Grads, Needs, Saved, backward
-from .launch_forward import Forward, chunk_scores, forward
-from .launching import INTERPRETED, Inputs, Options, device_of
+from .contract import Forward, Grads, Inputs, Needs, Options, Saved
+from .launch_backward import backward
+from .launch_forward import chunk_scores, forward
+from .launching import INTERPRETED, device_of
 
 __all__ = [
     "INTERPRETED",

@@ -11,57 +11,13 @@ into the running softmax of its slot, which it alone owns, so that chunks and sh
 
 The chunk's P [T, C], in the input's dtype, is all that exists of [T, V]. Traffic: W and E once each for few rows
 (a chunk of a tied matrix is still in L2 for the second product), P written and read once through L2.
-
-`product_kernel` is the same weighted sum without weights, `out += A B`: the backward's dS W.
 """
 
 import triton
 import triton.language as tl
 
-from .numerics import LOG_FLOOR, LOWEST, dot, row_factors, row_floors, row_seeds, scores, tile_softmax
-
-
-@triton.jit
-def grouped(program, blocks_0, blocks_1, GROUP: tl.constexpr):
-    """Tile coordinates in an order in which GROUP blocks of the first dimension share what they read in L2."""
-    per_group = GROUP * blocks_1
-    group = program // per_group
-    size = tl.minimum(blocks_0 - group * GROUP, GROUP)
-    inside = program % per_group
-    return group * GROUP + inside % size, inside // size
-
-
-@triton.jit
-def row_dot(
-    a_ptr,  # [T, K], offset to nothing
-    b_ptr,  # [V, K]
-    rows,
-    vocab,
-    m_rows,
-    m_vocab,
-    width,
-    stride_at,
-    stride_ak,
-    stride_bv,
-    stride_bk,
-    PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """a [rows] @ b [vocab]^T, float32 [BLOCK_T, BLOCK_V]; rows and vocab int64."""
-    k = tl.arange(0, BLOCK_K)
-    p_a = a_ptr + rows[:, None] * stride_at + k[None, :] * stride_ak
-    p_b = b_ptr + vocab[:, None] * stride_bv + k[None, :] * stride_bk
-    product = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
-    for start in range(0, width, BLOCK_K):
-        m_k = k < width - start
-        a = tl.load(p_a, mask=m_rows[:, None] & m_k[None, :], other=0.0)
-        b = tl.load(p_b, mask=m_vocab[:, None] & m_k[None, :], other=0.0)
-        product = dot(a, tl.trans(b), product, PRECISION)
-        p_a += BLOCK_K * stride_ak
-        p_b += BLOCK_K * stride_bk
-    return product
+from .matmul import dot, grouped, row_dot
+from .scores import LOG_FLOOR, LOWEST, row_factors, row_seeds, row_thresholds, scores, tile_softmax
 
 
 @triton.jit(do_not_specialize=["seed", "vocab_start", "chunk_start", "num_rows"])
@@ -71,7 +27,7 @@ def score_kernel(
     bias_ptr,  # [V]
     temperature_ptr,  # [T]
     seed_ptr,  # [T]
-    floor_ptr,  # [T]
+    threshold_ptr,  # [T]
     prob_ptr,  # [T, C] input dtype, out; with RAW: the scores themselves, float32
     tile_peak_ptr,  # [tiles, T] float32, out; the same for total, moment, argmax
     tile_total_ptr,
@@ -97,7 +53,7 @@ def score_kernel(
     HAS_TEMPERATURE: tl.constexpr,
     CAPPED: tl.constexpr,
     GUMBEL: tl.constexpr,
-    FLOOR: tl.constexpr,
+    THRESHOLD: tl.constexpr,
     ALIGNED: tl.constexpr,
     STATS: tl.constexpr,
     RAW: tl.constexpr,
@@ -119,10 +75,10 @@ def score_kernel(
     )  # fmt: skip
     inverse = row_factors(temperature_ptr, rows, inverse_temperature, m_rows, HAS_TEMPERATURE)
     seeds = row_seeds(seed_ptr, rows, seed, m_rows, GUMBEL)
-    floors = row_floors(floor_ptr, rows, m_rows, FLOOR)
+    thresholds = row_thresholds(threshold_ptr, rows, m_rows, THRESHOLD)
     score, _ = scores(
-        product, bias_ptr, vocab, vocab_start, num_vocab, stride_bias, inverse, seeds, floors, scale, softcap,
-        HAS_BIAS, CAPPED, GUMBEL, FLOOR, ALIGNED, BLOCK_T, BLOCK_V,
+        product, bias_ptr, vocab, vocab_start, num_vocab, stride_bias, inverse, seeds, thresholds, scale, softcap,
+        HAS_BIAS, CAPPED, GUMBEL, THRESHOLD, ALIGNED, BLOCK_T, BLOCK_V,
     )  # fmt: skip
     p_prob = prob_ptr + rows.to(tl.int64)[:, None] * stride_prob + column[None, :]
     inside = m_rows[:, None] & m_vocab[None, :]
@@ -253,55 +209,3 @@ def weigh_kernel(
         if STATS:
             tl.store(moment_ptr + slot, moment, mask=m_rows)
             tl.store(argmax_ptr + slot, argmax, mask=m_rows)
-
-
-@triton.jit(do_not_specialize=["chunk_start", "num_rows"])
-def product_kernel(
-    a_ptr,  # [T, C]
-    b_ptr,  # [V, D]
-    out_ptr,  # [splits, T, D] float32, in and out
-    num_rows,
-    width,
-    stride_a,
-    stride_bv,
-    stride_bd,
-    stride_out_split,
-    chunk_start,
-    chunk_size,
-    per_split,  # columns of a, a multiple of BLOCK_V
-    FIRST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    i_rows, i_cols = grouped(tl.program_id(0), tl.cdiv(num_rows, BLOCK_T), tl.cdiv(width, BLOCK_E), GROUP)
-    i_split = tl.program_id(1)
-    rows = i_rows * BLOCK_T + tl.arange(0, BLOCK_T)
-    m_rows = rows < num_rows
-    rows64 = rows.to(tl.int64)
-    cols = i_cols * BLOCK_E + tl.arange(0, BLOCK_E)
-    m_cols = cols < width
-    inside = m_rows[:, None] & m_cols[None, :]
-    p_out = out_ptr + i_split.to(tl.int64) * stride_out_split + rows64[:, None] * width + cols[None, :]
-    acc = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
-    inner = tl.arange(0, BLOCK_V)
-    first = i_split * per_split
-    for start in range(first, tl.minimum(first + per_split, chunk_size), BLOCK_V):
-        column = start + inner
-        m_column = column < chunk_size
-        a = tl.load(
-            a_ptr + rows64[:, None] * stride_a + column[None, :],
-            mask=m_rows[:, None] & m_column[None, :],
-            other=0.0,
-        )
-        b = tl.load(
-            b_ptr + (chunk_start + column).to(tl.int64)[:, None] * stride_bv + cols.to(tl.int64)[None, :] * stride_bd,
-            mask=m_column[:, None] & m_cols[None, :],
-            other=0.0,
-        )
-        acc = dot(a, b, acc, PRECISION)
-    if not FIRST:
-        acc += tl.load(p_out, mask=inside, other=0.0)
-    tl.store(p_out, acc, mask=inside)

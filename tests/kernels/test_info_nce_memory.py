@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench.static.compile_report import Allocations
 from gircse.ops import info_nce_op, info_nce_torch, stepwise_info_nce, tiles_torch
-from gircse.ops.reference import info_nce_reference
+from gircse.ops.info_nce_reference import info_nce_reference
 
 LARGE = (4096, 8192, 5, 3584)  # B, M, K, D of a 7B model
 VERY_LARGE = (65_536, 131_072, 5, 1024)

@@ -17,6 +17,7 @@ from torch import Tensor
 from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 BYTES = torch.zeros(256, dtype=torch.int8)
 ALIGNED = next(BYTES[i:] for i in range(16) if BYTES[i:].data_ptr() % 16 == 0)
@@ -24,6 +25,9 @@ ARGUMENTS = [
     None, 0.5, 1.0, 0, 1, 2, 8, 16, 48, -1, -16, 2**31 - 1, 2**31, -(2**31), -(2**31) - 16, 2**62,
     *(ALIGNED[start : start + 64].view(dtype) for dtype in (torch.float32, torch.bfloat16) for start in (0, 4, 16)),
     torch.nn.Parameter(ALIGNED[:64].view(torch.float16)), ALIGNED[:64].view(torch.int64), ALIGNED[:64],
+    *(TensorDescriptor.from_tensor(torch.zeros(16, 64).to(d), [w, 32])
+      for d in (torch.float32, torch.bfloat16) for w in (8, 16)),
+    TensorDescriptor.from_tensor(torch.zeros(16, 64), [16, 64]),
 ]  # fmt: skip
 
 

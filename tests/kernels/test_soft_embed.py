@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.runtime.interpreter import ReduceOps
 
 from gircse.ops import soft_embed, top_tokens
-from gircse.ops.reference import soft_embed_reference, top_tokens_reference
+from gircse.ops.soft_embed_reference import soft_embed_reference, top_tokens_reference
 from tests.kernels.small_plans import small_plans
 from tests.ops.accuracy import DTYPES, OPTIONS, assert_as_accurate_as_eager, random_inputs, run, upstream_gradients
 

@@ -1,4 +1,4 @@
-"""The floor in every kernel: several tiles, splits and blocks of rows, whole tiles removed."""
+"""The threshold in every kernel: several tiles, splits and blocks of rows, whole tiles removed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from bench.provenance import checkout_environment
 from gircse.ops import soft_embed
-from gircse.ops.reference import soft_embed_reference
+from gircse.ops.soft_embed_reference import soft_embed_reference
 from tests.kernels.small_plans import small_plans
 from tests.ops.accuracy import random_inputs, run
 
@@ -54,9 +54,9 @@ from bench.static.compile_report import Case, is_good, report
 from gircse_kernels.plan import Problem
 tied, untied = Problem(16, 50304, 896, 896, True, 2), Problem(64, 50304, 1024, 1024, False, 2)
 cases = [
-    Case("one pass", tied, "bfloat16", "", True, noise=True, floor=True),
-    Case("two passes", untied, "bfloat16", "", True, floor=True),
-    Case("backward", tied, "bfloat16", "hidden", False, floor=True),
+    Case("one pass", tied, "bfloat16", "", True, noise=True, threshold=True),
+    Case("two passes", untied, "bfloat16", "", True, threshold=True),
+    Case("backward", tied, "bfloat16", "hidden", False, threshold=True),
 ]
 entries = report(cases, [80, 90], jobs=1)
 print(json.dumps([{**e, "good": is_good(e)} for e in entries]))

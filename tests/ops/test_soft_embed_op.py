@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gircse.ops import backends, soft_embed, soft_embed_op
-from gircse.ops.reference import soft_embed_reference
+from gircse.ops.soft_embed_reference import soft_embed_reference
 from tests.ops.accuracy import random_inputs
 
 HAS_TRITON = pytest.mark.skipif(

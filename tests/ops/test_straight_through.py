@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gircse.ops import soft_embed
 from gircse.ops.noise import gumbel
-from gircse.ops.reference import soft_embed_reference
+from gircse.ops.soft_embed_reference import soft_embed_reference
 from tests.ops.accuracy import random_inputs, run
 from tests.ops.test_soft_embed_op import BACKENDS
 

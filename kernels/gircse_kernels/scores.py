@@ -5,7 +5,7 @@ Row by row, with `x = h . w_v + bias_v` accumulated in float32::
     score_v = (softcap * tanh(x * logit_scale / softcap) + gumbel(seed, v)) / temperature        with soft-cap
     score_v = (x * logit_scale                           + gumbel(seed, v)) / temperature        without
 
-With a floor, an entry whose score without noise lies below its row's is removed: its score is -inf.
+With a threshold, an entry whose score without noise lies below its row's is removed: its score is -inf.
 The launcher folds the scalars: `scale` is logit_scale, or logit_scale / softcap.
 """
 
@@ -27,14 +27,6 @@ def tanh(x):
     decay = tl.exp(-2.0 * tl.abs(x))
     far = (1.0 - decay) / (1.0 + decay)
     return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0, -far, far))
-
-
-@triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b in float32. PRECISION "widen": the interpreter multiplies no bfloat16, so it gets float32."""
-    if PRECISION == "widen":
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -91,10 +83,10 @@ def row_seeds(seed_ptr, rows, seed, in_range, GUMBEL: tl.constexpr):
 
 
 @triton.jit
-def row_floors(floor_ptr, rows, in_range, FLOOR: tl.constexpr):
-    """The lowest score that each row keeps, [BLOCK_T]; not read without FLOOR."""
-    if FLOOR:
-        return tl.load(floor_ptr + rows, mask=in_range, other=0.0)
+def row_thresholds(threshold_ptr, rows, in_range, THRESHOLD: tl.constexpr):
+    """The lowest score that each row keeps, [BLOCK_T]; not read without THRESHOLD."""
+    if THRESHOLD:
+        return tl.load(threshold_ptr + rows, mask=in_range, other=0.0)
     return tl.zeros_like(rows).to(tl.float32)
 
 
@@ -108,13 +100,13 @@ def scores(
     stride_bias,
     inverse_temperature,  # [BLOCK_T]
     seed,  # [BLOCK_T] int64
-    floor,  # [BLOCK_T]
+    threshold,  # [BLOCK_T]
     scale,
     softcap,
     HAS_BIAS: tl.constexpr,
     CAPPED: tl.constexpr,
     GUMBEL: tl.constexpr,
-    FLOOR: tl.constexpr,
+    THRESHOLD: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -128,11 +120,11 @@ def scores(
     else:
         score = dot * (scale * inverse_temperature)[:, None]
         capped = score
-    if FLOOR:
-        kept = score >= floor[:, None]  # what is kept does not depend on the noise
+    if THRESHOLD:
+        kept = score >= threshold[:, None]  # what is kept does not depend on the noise
     if GUMBEL != 0:
         score += gumbel_noise(seed, vocab + vocab_start, ALIGNED, BLOCK_T, BLOCK_V) * inverse_temperature[:, None]
-    if FLOOR:
+    if THRESHOLD:
         score = tl.where(kept, score, float("-inf"))
     return score, capped
 
