@@ -8,12 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import launching, two_pass
+from . import launching
 from .contract import Forward, Inputs, Options
+from .launch_many_rows import forward_many_rows
 from .launching import bias_stride, device_of, score_flags, score_scalars
 from .merge import merge_kernel
 from .one_pass import one_pass_kernel
-from .plan import Config, Device, OnePass, Problem, TwoPass, cdiv, plan_forward
+from .plan import Config, Device, OnePass, Problem, TwoProducts, cdiv, plan_forward
 
 
 def forward(
@@ -23,6 +24,7 @@ def forward(
     stats: bool = False,
     exact: bool = False,
     finish: bool = True,
+    keep: bool = False,
     device: Device | None = None,
 ) -> Forward:
     """Soft tokens, and with `stats` entropy, max_prob and argmax. `finish=False`: the mergeable sums of a shard."""
@@ -48,12 +50,11 @@ def forward(
         return result
     problem = Problem(num_rows, num_vocab, hidden.shape[1], width, embed is None, hidden.itemsize)
     plan = plan_forward(problem, device or device_of(hidden.device))
-    if isinstance(plan, OnePass):
-        partials = Partials.empty(plan.splits, num_rows, width, stats, hidden.device)
-        _one_pass(inputs, options, plan, partials, stats)
-        _merge(partials, result, slice(0, num_rows), num_vocab, options.embed_scale, finish)
-    else:
-        _two_pass(inputs, options, plan, result, stats, finish)
+    if isinstance(plan, TwoProducts):
+        return forward_many_rows(inputs, options, problem, result, stats, finish, keep)
+    partials = Partials.empty(plan.splits, num_rows, width, stats, hidden.device)
+    _one_pass(inputs, options, plan, partials, stats)
+    _merge(partials, result, slice(0, num_rows), num_vocab, options.embed_scale, finish)
     return result
 
 
@@ -84,7 +85,7 @@ def _one_pass(inputs: Inputs, options: Options, plan: OnePass, partials: Partial
             partials.acc, partials.peak, partials.total, partials.moment, partials.argmax,
             hidden.shape[0], head.shape[0], head.shape[1],
             *hidden.stride(), *head.stride(), bias_stride(inputs),
-            options.vocab_start, *score_scalars(options), plan.tiles_per_split, plan.row_blocks,
+            options.vocab_start, *score_scalars(inputs, options), plan.tiles_per_split, plan.row_blocks,
         ),
         plan.config,
         **score_flags(inputs, options),
@@ -92,61 +93,6 @@ def _one_pass(inputs: Inputs, options: Options, plan: OnePass, partials: Partial
         WIDTH_0=plan.widths[0],
         WIDTH_1=plan.widths[1],
     )  # fmt: skip
-
-
-def _two_pass(inputs: Inputs, options: Options, plan: TwoPass, result: Forward, stats: bool, finish: bool) -> None:
-    hidden, head, embed, bias, temperature, seeds, threshold = inputs
-    values = head if embed is None else embed
-    (num_rows, num_vocab), (width, device) = (hidden.shape[0], head.shape[0]), (values.shape[1], hidden.device)
-    tile = plan.score.blocks["BLOCK_V"]
-    tiles = cdiv(plan.chunk, tile)
-    partials = Partials.empty(plan.splits, plan.row_block, width, stats, device)
-    probs = torch.empty((plan.row_block, plan.chunk), dtype=hidden.dtype, device=device)
-    tile_sums = torch.empty((3, tiles, plan.row_block), dtype=torch.float32, device=device)
-    tile_argmax = torch.empty((tiles, plan.row_block), dtype=torch.int64, device=device) if stats else None
-    flags, scalars = score_flags(inputs, options), score_scalars(options)
-    for start in range(0, num_rows, plan.row_block):
-        rows = slice(start, min(start + plan.row_block, num_rows))
-        count = rows.stop - rows.start
-        block = hidden[rows]
-        old, new = partials.peak.unbind()
-        for chunk_start in range(0, num_vocab, plan.chunk):
-            size = min(plan.chunk, num_vocab - chunk_start)
-            launching.launch(
-                two_pass.score_kernel,
-                (cdiv(count, plan.score.blocks["BLOCK_T"]) * cdiv(size, tile),),
-                (
-                    block, head, bias,
-                    *(None if tensor is None else tensor[rows] for tensor in (temperature, seeds, threshold)),
-                    probs, tile_sums[0], tile_sums[1], tile_sums[2], tile_argmax,
-                    count, num_vocab, head.shape[1],
-                    *block.stride(), *head.stride(), bias_stride(inputs), probs.stride(0),
-                    options.vocab_start, chunk_start, size, *scalars,
-                ),
-                plan.score,
-                **flags,
-                STATS=stats,
-                RAW=False,
-            )  # fmt: skip
-            launching.launch(
-                two_pass.weigh_kernel,
-                (
-                    cdiv(count, plan.weigh.blocks["BLOCK_T"]) * cdiv(width, plan.weigh.blocks["BLOCK_E"]),
-                    plan.splits,
-                ),
-                (
-                    probs, values, tile_sums[0], tile_sums[1], tile_sums[2], tile_argmax,
-                    partials.acc, old, new, partials.total, partials.moment, partials.argmax,
-                    count, width, probs.stride(0), *values.stride(), chunk_start, size, plan.tiles_per_split,
-                ),
-                plan.weigh,
-                FIRST=chunk_start == 0,
-                STATS=stats,
-                PRECISION=flags["PRECISION"],
-                TILE=tile,
-            )  # fmt: skip
-            old, new = new, old
-        _merge(partials._replace(peak=old[None]), result, rows, num_vocab, options.embed_scale, finish)
 
 
 MERGE = Config({"BLOCK_S": 16, "BLOCK_E": 128}, 4, 2)
@@ -171,30 +117,3 @@ def _merge(partials: Partials, result: Forward, rows: slice, num_vocab: int, emb
         EXACT=exact is not None,
         SPLITS=1 << (splits - 1).bit_length(),
     )  # fmt: skip
-
-
-def chunk_scores(inputs: Inputs, options: Options, chunk_start: int, size: int) -> Tensor:
-    """Scores [T, size] of a chunk of the vocabulary, float32."""
-    hidden, head, _, bias, temperature, seeds, threshold = inputs
-    num_rows = hidden.shape[0]
-    out = torch.empty((num_rows, size), dtype=torch.float32, device=hidden.device)
-    if num_rows == 0:
-        return out
-    problem = Problem(num_rows, head.shape[0], head.shape[1], 1, False, hidden.itemsize)
-    plan = plan_forward(problem, device_of(hidden.device))
-    assert isinstance(plan, TwoPass)
-    launching.launch(
-        two_pass.score_kernel,
-        (cdiv(num_rows, plan.score.blocks["BLOCK_T"]) * cdiv(size, plan.score.blocks["BLOCK_V"]),),
-        (
-            hidden, head, bias, temperature, seeds, threshold, out, None, None, None, None,
-            num_rows, head.shape[0], head.shape[1],
-            *hidden.stride(), *head.stride(), bias_stride(inputs), out.stride(0),
-            options.vocab_start, chunk_start, size, *score_scalars(options),
-        ),
-        plan.score,
-        **score_flags(inputs, options),
-        STATS=False,
-        RAW=True,
-    )  # fmt: skip
-    return out
