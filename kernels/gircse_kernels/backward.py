@@ -98,11 +98,6 @@ def score_grad_kernel(
     softcap,
     inverse_temperature,
     embed_scale,
-    HAS_BIAS: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    CAPPED: tl.constexpr,
-    GUMBEL: tl.constexpr,
-    THRESHOLD: tl.constexpr,
     ALIGNED: tl.constexpr,
     HAS_GRAD: tl.constexpr,
     HAS_SLOPE: tl.constexpr,
@@ -154,12 +149,12 @@ def score_grad_kernel(
                 stride_grad_t, stride_grad_e, stride_value_v, stride_value_e, PRECISION, BLOCK_T, BLOCK_V, BLOCK_K,
             )  # fmt: skip
 
-    inverse = row_factors(temperature_ptr, rows, inverse_temperature, m_rows, HAS_TEMPERATURE)
-    seeds = row_seeds(seed_ptr, rows, seed, m_rows, GUMBEL)
-    thresholds = row_thresholds(threshold_ptr, rows, m_rows, THRESHOLD)
+    inverse = row_factors(temperature_ptr, rows[:, None], m_rows[:, None], inverse_temperature)
+    seeds = row_seeds(seed_ptr, rows[:, None], m_rows[:, None], seed)
+    thresholds = row_thresholds(threshold_ptr, rows[:, None], m_rows[:, None])
     score, capped = scores(
-        product, bias_ptr, vocab, vocab_start, num_vocab, stride_bias, inverse, seeds, thresholds, scale, softcap,
-        HAS_BIAS, CAPPED, GUMBEL, THRESHOLD, ALIGNED, BLOCK_T, BLOCK_V,
+        product, vocab[None, :], inverse, seeds, thresholds,
+        bias_ptr, threshold_ptr, stride_bias, num_vocab, vocab_start, seed, scale, softcap, ALIGNED,
     )  # fmt: skip
     inside = m_rows[:, None] & m_vocab[None, :]
     relative = score - tl.load(peak_ptr + rows, mask=m_rows, other=0.0)[:, None]
@@ -178,10 +173,10 @@ def score_grad_kernel(
         if NEED_TEMPERATURE:
             part = tl.sum(tl.where(inside, grad * relative, 0.0), 1)
             tl.store(temperature_part_ptr + i_tile * num_rows + rows, part, mask=m_rows)
-        if CAPPED:
-            grad *= (1.0 - capped * capped) * (scale * softcap * inverse)[:, None]
+        if softcap is not None:
+            grad *= (1.0 - capped * capped) * scale * softcap * inverse
         else:
-            grad *= (scale * inverse)[:, None]
+            grad *= scale * inverse
         tl.store(score_grad_ptr + p_chunk, grad.to(score_grad_ptr.dtype.element_ty), mask=inside)
         if NEED_BIAS:
             part = tl.sum(tl.where(inside, grad, 0.0), 0)

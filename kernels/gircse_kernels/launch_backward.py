@@ -99,7 +99,7 @@ class _BackwardWalk:
     ) -> None:
         self.inputs, self.options, self.saved, self.plan = inputs, options, saved, plan
         self.grad_out, self.grad_entropy, self.constant, self.has_grad = grad_out, grad_entropy, constant, has_grad
-        self.flags, self.scalars = score_flags(inputs, options), score_scalars(options)
+        self.flags, self.scalars = score_flags(inputs, options), score_scalars(inputs, options)
         self.precision = {"PRECISION": self.flags["PRECISION"]}
 
     def run(

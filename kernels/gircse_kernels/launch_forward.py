@@ -84,7 +84,7 @@ def _one_pass(inputs: Inputs, options: Options, plan: OnePass, partials: Partial
             partials.acc, partials.peak, partials.total, partials.moment, partials.argmax,
             hidden.shape[0], head.shape[0], head.shape[1],
             *hidden.stride(), *head.stride(), bias_stride(inputs),
-            options.vocab_start, *score_scalars(options), plan.tiles_per_split, plan.row_blocks,
+            options.vocab_start, *score_scalars(inputs, options), plan.tiles_per_split, plan.row_blocks,
         ),
         plan.config,
         **score_flags(inputs, options),
@@ -104,7 +104,7 @@ def _two_pass(inputs: Inputs, options: Options, plan: TwoPass, result: Forward, 
     probs = torch.empty((plan.row_block, plan.chunk), dtype=hidden.dtype, device=device)
     tile_sums = torch.empty((3, tiles, plan.row_block), dtype=torch.float32, device=device)
     tile_argmax = torch.empty((tiles, plan.row_block), dtype=torch.int64, device=device) if stats else None
-    flags, scalars = score_flags(inputs, options), score_scalars(options)
+    flags, scalars = score_flags(inputs, options), score_scalars(inputs, options)
     for start in range(0, num_rows, plan.row_block):
         rows = slice(start, min(start + plan.row_block, num_rows))
         count = rows.stop - rows.start
@@ -190,7 +190,7 @@ def chunk_scores(inputs: Inputs, options: Options, chunk_start: int, size: int) 
             hidden, head, bias, temperature, seeds, threshold, out, None, None, None, None,
             num_rows, head.shape[0], head.shape[1],
             *hidden.stride(), *head.stride(), bias_stride(inputs), out.stride(0),
-            options.vocab_start, chunk_start, size, *score_scalars(options),
+            options.vocab_start, chunk_start, size, *score_scalars(inputs, options),
         ),
         plan.score,
         **score_flags(inputs, options),

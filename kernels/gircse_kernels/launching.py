@@ -35,15 +35,7 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], confi
 
 def score_flags(inputs: Inputs, options: Options) -> dict[str, Any]:
     """Compile-time switches of everything that computes scores."""
-    return {
-        "HAS_BIAS": inputs.bias is not None,
-        "HAS_TEMPERATURE": inputs.temperature is not None,
-        "CAPPED": options.softcap is not None,
-        "GUMBEL": 2 if inputs.seeds is not None else 1 if options.seed is not None else 0,
-        "THRESHOLD": inputs.threshold is not None,
-        "ALIGNED": options.vocab_start % 4 == 0,
-        "PRECISION": _precision(inputs.hidden.dtype),
-    }
+    return {"ALIGNED": options.vocab_start % 4 == 0, "PRECISION": _precision(inputs.hidden.dtype)}
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -52,11 +44,12 @@ def _precision(dtype: torch.dtype) -> str:
     return "widen" if INTERPRETED and dtype == torch.bfloat16 else "ieee"
 
 
-def score_scalars(options: Options) -> tuple[int, float, float, float]:
-    """seed, scale, softcap, 1 / temperature, as `scores.scores` wants them."""
+def score_scalars(inputs: Inputs, options: Options) -> tuple[int | None, float, float | None, float]:
+    """seed, scale, softcap, 1 / temperature, as `scores.scores` wants them; None switches noise or soft-cap off."""
     cap, before = options.softcap, options.logit_temperature
-    scale = options.logit_scale / before if cap is None else options.logit_scale / cap
-    return options.seed or 0, scale, (cap or 0.0) / before, 1.0 / options.temperature
+    scale = options.logit_scale / (before if cap is None else cap)
+    seed = 0 if inputs.seeds is not None else options.seed
+    return seed, scale, None if cap is None else cap / before, 1.0 / options.temperature
 
 
 def bias_stride(inputs: Inputs) -> int:

@@ -45,11 +45,6 @@ def one_pass_kernel(
     inverse_temperature,
     tiles_per_split,
     row_blocks,
-    HAS_BIAS: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    CAPPED: tl.constexpr,
-    GUMBEL: tl.constexpr,
-    THRESHOLD: tl.constexpr,
     ALIGNED: tl.constexpr,
     STATS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -74,9 +69,9 @@ def one_pass_kernel(
         m_1 = d_1 < width
         hidden_1 = tl.load(p_hidden + d_1[None, :] * stride_hidden_d, mask=m_rows[:, None] & m_1[None, :], other=0.0)
         acc_1 = tl.zeros([BLOCK_T, WIDTH_1], tl.float32)
-    inverse = row_factors(temperature_ptr, rows, inverse_temperature, m_rows, HAS_TEMPERATURE)
-    seeds = row_seeds(seed_ptr, rows, seed, m_rows, GUMBEL)
-    thresholds = row_thresholds(threshold_ptr, rows, m_rows, THRESHOLD)
+    inverse = row_factors(temperature_ptr, rows[:, None], m_rows[:, None], inverse_temperature)
+    seeds = row_seeds(seed_ptr, rows[:, None], m_rows[:, None], seed)
+    thresholds = row_thresholds(threshold_ptr, rows[:, None], m_rows[:, None])
 
     peak = tl.full([BLOCK_T], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
@@ -96,8 +91,8 @@ def one_pass_kernel(
             )
             product = dot(hidden_1, tl.trans(weight_1), product, PRECISION)
         score, _ = scores(
-            product, bias_ptr, vocab, vocab_start, num_vocab, stride_bias, inverse, seeds, thresholds, scale, softcap,
-            HAS_BIAS, CAPPED, GUMBEL, THRESHOLD, ALIGNED, BLOCK_T, BLOCK_V,
+            product, vocab[None, :], inverse, seeds, thresholds,
+            bias_ptr, threshold_ptr, stride_bias, num_vocab, vocab_start, seed, scale, softcap, ALIGNED,
         )  # fmt: skip
         score, highest, position = tile_softmax(score, m_vocab, STATS)
         new_peak = tl.maximum(peak, highest)

@@ -30,36 +30,38 @@ def tanh(x):
 
 
 @triton.jit
-def random_bits(seed, index, ALIGNED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr):
-    """uint32 [BLOCK_T, BLOCK_V]: lane v % 4 of Philox4x32-10 (Salmon et al., SC 2011), key = seed, counter = v // 4.
+def random_bits(seed, index, ALIGNED: tl.constexpr):
+    """uint32: lane v % 4 of Philox4x32-10 (Salmon et al., SC 2011), key = seed, counter = v // 4.
 
-    `seed` int64 [BLOCK_T], `index` int64 [BLOCK_V] consecutive vocabulary indices. With ALIGNED the first is a
-    multiple of 4 and each counter is computed once for its four lanes.
+    `seed` int64, a scalar or a column; `index` int64, consecutive vocabulary indices as a vector or a row. With ALIGNED
+    the first index is a multiple of 4 and each counter is computed once for its four lanes.
     """
     if ALIGNED:
-        quads: tl.constexpr = BLOCK_V // 4
-        counter = tl.min(index, 0) // 4 + tl.arange(0, quads)
-        counters = tl.broadcast_to(counter.to(tl.uint32)[None, :], [BLOCK_T, quads])
-        seeds = tl.broadcast_to(seed[:, None], [BLOCK_T, quads])
-        a, b, c, d = tl.randint4x(seeds, counters)
-        bits = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [BLOCK_T, BLOCK_V])
+        quads: tl.constexpr = index.shape[-1] // 4
+        counter = (tl.min(index) // 4 + tl.arange(0, quads)).to(tl.uint32)
+        if len(index.shape) == 1:
+            a, b, c, d = tl.randint4x(seed, counter)
+            bits = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [4 * quads])
+        else:
+            seeds, counters = tl.broadcast(seed, counter[None, :])
+            a, b, c, d = tl.randint4x(seeds, counters)
+            bits = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [a.shape[0], 4 * quads])
     else:
-        counters = tl.broadcast_to((index // 4).to(tl.uint32)[None, :], [BLOCK_T, BLOCK_V])
-        seeds = tl.broadcast_to(seed[:, None], [BLOCK_T, BLOCK_V])
+        seeds, counters = tl.broadcast(seed, (index // 4).to(tl.uint32))
         a, b, c, d = tl.randint4x(seeds, counters)
-        lane = tl.broadcast_to((index % 4)[None, :], [BLOCK_T, BLOCK_V])
+        lane = index % 4
         bits = tl.where(lane == 0, a, tl.where(lane == 1, b, tl.where(lane == 2, c, d)))
     return bits.to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def gumbel_noise(seed, index, ALIGNED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Standard Gumbel noise [BLOCK_T, BLOCK_V], float32: -log(Exp(1)), Exp(1) = -log(1 - w), w uniform in (0, 1).
+def gumbel_noise(seed, index, ALIGNED: tl.constexpr):
+    """Standard Gumbel noise of the shape of `random_bits`, float32: -log(Exp(1)), Exp(1) = -log(1 - w), w in (0, 1).
 
-    Small w, the large noise that decides who wins, keeps the full relative resolution of 32 random bits: there
-    -log(1 - w) is its own series, as 1 - w would be rounded.
+    Small w is the large noise that decides which entry wins. It keeps the full relative resolution of 32 random bits:
+    there -log(1 - w) is computed by its series, because 1 - w would be rounded.
     """
-    bits = random_bits(seed, index, ALIGNED, BLOCK_T, BLOCK_V)
+    bits = random_bits(seed, index, ALIGNED)
     w = bits.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10  # (bits + 1/2) / 2^32
     series = w * (1.0 + w * (0.5 + w * (1 / 3 + w * (0.25 + w * 0.2))))
     exponential = tl.where(w < 0.015625, series, -tl.log(1.0 - tl.minimum(w, 0.99999994)))
@@ -67,64 +69,69 @@ def gumbel_noise(seed, index, ALIGNED: tl.constexpr, BLOCK_T: tl.constexpr, BLOC
 
 
 @triton.jit
-def row_factors(temperature_ptr, rows, inverse_temperature, in_range, HAS_TEMPERATURE: tl.constexpr):
-    """1 / temperature of each row, [BLOCK_T]."""
-    if HAS_TEMPERATURE:
+def row_factors(temperature_ptr, rows, in_range, inverse_temperature):
+    """1 / temperature of each row, in the shape of `rows`; the call's one number where rows have none of their own."""
+    if temperature_ptr is not None:
         return 1.0 / tl.load(temperature_ptr + rows, mask=in_range, other=1.0).to(tl.float32)
-    return tl.zeros_like(rows).to(tl.float32) + inverse_temperature
+    else:
+        return inverse_temperature
 
 
 @triton.jit
-def row_seeds(seed_ptr, rows, seed, in_range, GUMBEL: tl.constexpr):
-    """int64 [BLOCK_T]: the call's one seed (GUMBEL = 1), or each row's own (2)."""
-    if GUMBEL == 2:
+def row_seeds(seed_ptr, rows, in_range, seed):
+    """int64 seed of each row, in the shape of `rows`, or the call's one; 0, which nobody reads, without noise."""
+    if seed_ptr is not None:
         return tl.load(seed_ptr + rows, mask=in_range, other=0)
-    return tl.zeros_like(rows).to(tl.int64) + seed
+    elif seed is not None:
+        return tl.cast(seed, tl.int64)
+    else:
+        return 0
 
 
 @triton.jit
-def row_thresholds(threshold_ptr, rows, in_range, THRESHOLD: tl.constexpr):
-    """The lowest score that each row keeps, [BLOCK_T]; not read without THRESHOLD."""
-    if THRESHOLD:
+def row_thresholds(threshold_ptr, rows, in_range):
+    """The lowest score that each row keeps, in the shape of `rows`; 0, which nobody reads, without truncation."""
+    if threshold_ptr is not None:
         return tl.load(threshold_ptr + rows, mask=in_range, other=0.0)
-    return tl.zeros_like(rows).to(tl.float32)
+    else:
+        return 0.0
 
 
 @triton.jit
 def scores(
-    dot,  # [BLOCK_T, BLOCK_V] float32, h . w
-    bias_ptr,
-    vocab,  # [BLOCK_V] int64, index in this shard
-    vocab_start,  # the shard's first index in the whole vocabulary
-    num_vocab,
+    product,  # float32, h . w of rows and vocabulary entries
+    vocab,  # index in this shard, broadcasts against the product
+    inverse_temperature,  # of `row_factors`, broadcasts against the product; the same for seeds and thresholds
+    seeds,
+    thresholds,
+    bias_ptr,  # None: no bias
+    threshold_ptr,  # None: no truncation
     stride_bias,
-    inverse_temperature,  # [BLOCK_T]
-    seed,  # [BLOCK_T] int64
-    threshold,  # [BLOCK_T]
+    num_vocab,
+    vocab_start,  # the shard's first index in the whole vocabulary
+    seed,  # None: no noise; any number where `seeds` are the rows' own
     scale,
-    softcap,
-    HAS_BIAS: tl.constexpr,
-    CAPPED: tl.constexpr,
-    GUMBEL: tl.constexpr,
-    THRESHOLD: tl.constexpr,
+    softcap,  # None: no soft-cap
     ALIGNED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_V: tl.constexpr,
 ):
-    """Scores and tanh of the capped logits (the scores again without soft-cap); not masked beyond the vocabulary."""
-    if HAS_BIAS:
-        dot += tl.load(bias_ptr + vocab * stride_bias, mask=vocab < num_vocab, other=0.0).to(tl.float32)[None, :]
-    if CAPPED:
-        capped = tanh(dot * scale)
-        score = capped * (softcap * inverse_temperature)[:, None]
+    """Scores and tanh of the capped logits (the scores again without soft-cap); not masked beyond the vocabulary.
+
+    An option that is None when the kernel is launched is known to be so by the compiler and costs no instruction.
+    """
+    index = vocab.to(tl.int64)
+    if bias_ptr is not None:
+        product += tl.load(bias_ptr + index * stride_bias, mask=vocab < num_vocab, other=0.0).to(tl.float32)
+    if softcap is not None:
+        capped = tanh(product * scale)
+        score = capped * (softcap * inverse_temperature)
     else:
-        score = dot * (scale * inverse_temperature)[:, None]
+        score = product * (scale * inverse_temperature)
         capped = score
-    if THRESHOLD:
-        kept = score >= threshold[:, None]  # what is kept does not depend on the noise
-    if GUMBEL != 0:
-        score += gumbel_noise(seed, vocab + vocab_start, ALIGNED, BLOCK_T, BLOCK_V) * inverse_temperature[:, None]
-    if THRESHOLD:
+    if threshold_ptr is not None:
+        kept = score >= thresholds  # what is kept does not depend on the noise
+    if seed is not None:
+        score += gumbel_noise(seeds, index + vocab_start, ALIGNED) * inverse_temperature
+    if threshold_ptr is not None:
         score = tl.where(kept, score, float("-inf"))
     return score, capped
 

@@ -49,11 +49,6 @@ def score_kernel(
     scale,
     softcap,
     inverse_temperature,
-    HAS_BIAS: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    CAPPED: tl.constexpr,
-    GUMBEL: tl.constexpr,
-    THRESHOLD: tl.constexpr,
     ALIGNED: tl.constexpr,
     STATS: tl.constexpr,
     RAW: tl.constexpr,
@@ -73,12 +68,12 @@ def score_kernel(
         hidden_ptr, weight_ptr, rows.to(tl.int64), vocab, m_rows, m_vocab, width,
         stride_hidden_t, stride_hidden_d, stride_weight_v, stride_weight_d, PRECISION, BLOCK_T, BLOCK_V, BLOCK_K,
     )  # fmt: skip
-    inverse = row_factors(temperature_ptr, rows, inverse_temperature, m_rows, HAS_TEMPERATURE)
-    seeds = row_seeds(seed_ptr, rows, seed, m_rows, GUMBEL)
-    thresholds = row_thresholds(threshold_ptr, rows, m_rows, THRESHOLD)
+    inverse = row_factors(temperature_ptr, rows[:, None], m_rows[:, None], inverse_temperature)
+    seeds = row_seeds(seed_ptr, rows[:, None], m_rows[:, None], seed)
+    thresholds = row_thresholds(threshold_ptr, rows[:, None], m_rows[:, None])
     score, _ = scores(
-        product, bias_ptr, vocab, vocab_start, num_vocab, stride_bias, inverse, seeds, thresholds, scale, softcap,
-        HAS_BIAS, CAPPED, GUMBEL, THRESHOLD, ALIGNED, BLOCK_T, BLOCK_V,
+        product, vocab[None, :], inverse, seeds, thresholds,
+        bias_ptr, threshold_ptr, stride_bias, num_vocab, vocab_start, seed, scale, softcap, ALIGNED,
     )  # fmt: skip
     p_prob = prob_ptr + rows.to(tl.int64)[:, None] * stride_prob + column[None, :]
     inside = m_rows[:, None] & m_vocab[None, :]
