@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from gircse_kernels import traffic
-from gircse_kernels.compile_report import NUM_SMS, is_good
 from gircse_kernels.plan import Device, OnePass, Problem, plan_forward
 
 from bench.cases import MODELS
 from bench.documents import Results, block
 from bench.info_nce import COLUMNS as INFO_NCE
 from bench.info_nce import Size
+from bench.static import traffic
+from bench.static.compile_report import NUM_SMS, is_good
 from bench.tables import Column, markdown
 
 _MODELS = ("smollm2-135m", "qwen2.5-0.5b", "qwen3-0.6b", "llama-3.2-1b", "qwen3-4b", "mistral-7b", "qwen2.5-7b")

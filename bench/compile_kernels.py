@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from gircse_kernels import compile_report
 
 from bench.provenance import ROOT, provenance
 from bench.records import save
+from bench.static import compile_report
 
 
 def cases(**flags: bool) -> list[compile_report.Case]:

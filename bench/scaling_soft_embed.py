@@ -2,7 +2,7 @@
 
 Predicted time: the floor of the kernels' traffic model at the measured ceilings. Predicted memory: what is held for
 each row, O(T D), plus the temporaries of one vocabulary chunk, which are bounded whatever T and V are; never T V. On
-CUDA every allocation of the launchers' plan is counted (`gircse_kernels.compile_report`).
+CUDA every allocation of the launchers' plan is counted (`bench.static.compile_report`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from gircse_kernels import traffic
-from gircse_kernels.compile_report import Case, allocated_bytes
 from gircse_kernels.launching import device_of
 from gircse_kernels.plan import Problem as Sizes
 
@@ -21,6 +19,8 @@ from bench.memory import give_back, peak_extra_bytes
 from bench.op_engines import Problem, check, draw_matrices, eager, ours
 from bench.op_measure import is_out_of_memory
 from bench.scaling_curves import Curve, Scale
+from bench.static import traffic
+from bench.static.compile_report import Case, allocated_bytes
 from bench.timing import interleaved
 from gircse.floors import Ceilings, Work
 from gircse.ops.tiles_torch import tiling

@@ -26,10 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from gircse_kernels import compile_report, info_nce, plan, soft_embed
-from gircse_kernels.compile_report import NUM_SMS, SHARED_LIMIT, Case
+from gircse_kernels import info_nce, plan, soft_embed
 from gircse_kernels.plan import Config, Device, Problem
 
+from bench.static import compile_report
+from bench.static.compile_report import NUM_SMS, SHARED_LIMIT, Case
 from bench.suite.alternatives import Alternative, using
 from bench.suite.candidates import race
 

@@ -165,8 +165,9 @@ def test_a_model_with_storage_is_refused():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_workspace_on_a_gpu_is_what_the_launcher_allocates(rows, name, dtype):
     """The launchers run on tensors without storage; what they allocate beside the results."""
-    from gircse_kernels.compile_report import Case, allocated_bytes
     from gircse_kernels.plan import Device, Problem
+
+    from bench.static.compile_report import Case, allocated_bytes
 
     model = random_model(shape_config(name, 1), dtype=dtype, device="meta")
     lm = CausalLM(model, model.base_model)

@@ -12,9 +12,9 @@ from unittest.mock import patch
 import torch
 from gircse_kernels import info_nce as info_nce_kernels
 from gircse_kernels import launching
-from gircse_kernels.compile_report import Launch
 from gircse_kernels.plan import Device
 
+from bench.static.compile_report import Launch
 from gircse.ops import info_nce_op, soft_embed, soft_embed_op, soft_embed_triton, stepwise_info_nce
 
 

@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 os.environ["TRITON_INTERPRET"] = os.environ.get("TRITON_INTERPRET", "0")
 
 import triton
-from gircse_kernels.compile_report import Launch, key
 from gircse_kernels.plan import Device
 from triton.backends.compiler import GPUTarget
 
@@ -34,6 +33,7 @@ from bench.cases import BOTH, CASES, SMOKE_CASES, Case
 from bench.info_nce import checked
 from bench.provenance import ROOT, checkout_environment
 from bench.shapes import SHAPES
+from bench.static.compile_report import Launch, key
 from bench.suite.alternatives import using
 from bench.suite.candidates import read
 from bench.suite.launches import Call, compile_launch, launches

@@ -13,8 +13,6 @@
 | `scores.py` | from dot products to scores, Gumbel noise, safe maxima: device functions that all share |
 | `matmul.py` | tiled products |
 | `contract.py` | what goes in and comes out, shared with the torch backend |
-| `traffic.py` | bytes and FLOPs of every launch |
-| `hub_layout.py` | this folder as a repository of the Kernel Hub |
 
 `TRITON_INTERPRET=1`, set before this is imported, runs everything on CPU tensors.
 

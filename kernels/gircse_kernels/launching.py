@@ -6,6 +6,8 @@ import functools
 from typing import Any
 
 import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .contract import Inputs, Options
 from .matmul import dot
@@ -25,12 +27,50 @@ def device_of(device: torch.device) -> Device:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], config: Config, **constants: Any) -> None:
-    """The one place where a kernel starts; tools that compile or count without a device replace it."""
+    """Start a kernel. Every start goes through here, so that tools can record starts instead of making them.
+
+    To find the compiled kernel, `kernel[grid](..)` examines all arguments, and the GPU has nothing to do meanwhile.
+    Compiled kernels are therefore kept here, under all that Triton compiles them for, which takes half that time.
+
+    Args:
+        kernel: its compile-time parameters follow all others.
+        grid: one to three numbers of programs.
+        arguments: tensors, tensor descriptors, ints, floats or None in the kernel's order; the first is a tensor.
+        config: tiles, warps and stages.
+        constants: all other compile-time parameters.
+    """
+    if INTERPRETED:
+        kernel[grid](*arguments, **constants, **config.blocks)
+        return
     device = arguments[0].device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):  # Triton launches on the current one
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # Triton launches on the current device
             return launch(kernel, grid, arguments, config, **constants)
-    kernel[grid](*arguments, **constants, **config.blocks, num_warps=config.num_warps, num_stages=config.num_stages)
+    key = (kernel.fn, device.index, config, *constants.items(), *map(_compiled_for, arguments))
+    known = _COMPILED.get(key)
+    if known is None:
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        compiled = kernel[grid](*arguments, **constants, **config.blocks, **options)
+        values = {**constants, **config.blocks}
+        _COMPILED[key] = compiled, tuple(values[p.name] for p in kernel.params if p.is_constexpr)
+    else:
+        compiled, values = known
+        compiled[(*grid, 1, 1)[:3]](*arguments, *values)
+
+
+_COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+def _compiled_for(argument: Any) -> Any:
+    """All that Triton compiles for: dtype and alignment of a tensor; width, divisibility and oneness of an int."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if type(argument) is int:
+        return 1 if argument == 1 else (argument % 16 == 0, -(2**31) <= argument < 2**31)
+    if isinstance(argument, TensorDescriptor):
+        return argument.base.dtype, *argument.block_shape, argument.padding
+    assert argument is None or type(argument) is float, f"a kernel's argument: {argument!r}"
+    return type(argument)
 
 
 def score_flags(inputs: Inputs, options: Options) -> dict[str, Any]:

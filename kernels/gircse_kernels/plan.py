@@ -38,6 +38,9 @@ class Config(NamedTuple):
     num_stages: int
     per_sm: int = 1  # programs that a multiprocessor should have; decides into how many shares work is split
 
+    def __hash__(self) -> int:
+        return hash((*self.blocks.items(), *self[1:]))
+
 
 SAFE = {
     "one_pass": Config({"BLOCK_T": 16, "BLOCK_V": 16}, 8, 1),

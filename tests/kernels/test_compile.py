@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 from gircse_kernels import plan
-from gircse_kernels.compile_report import NO_PRODUCT
+
+from bench.provenance import checkout_environment
+from bench.static.compile_report import NO_PRODUCT
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,8 +29,8 @@ STACK = {
 def report(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """In a process of its own: here the kernels belong to the interpreter."""
     out = tmp_path_factory.mktemp("report") / "report.json"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels"), "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", "gircse_kernels.compile_report", "--arch", "80", "90", "--out", str(out)]
+    environment = checkout_environment(TRITON_INTERPRET="0")
+    command = [sys.executable, "-m", "bench.static.compile_report", "--arch", "80", "90", "--out", str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550, check=False)
     assert out.exists(), done.stderr[-3000:]
     return json.loads(out.read_text())

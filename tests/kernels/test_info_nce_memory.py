@@ -10,9 +10,9 @@ import pytest
 import torch
 from gircse_kernels import info_nce as kernels
 from gircse_kernels import launching
-from gircse_kernels.compile_report import Allocations
 from torch import Tensor
 
+from bench.static.compile_report import Allocations
 from gircse.ops import info_nce_op, info_nce_torch, stepwise_info_nce, tiles_torch
 from gircse.ops.info_nce_reference import info_nce_reference
 

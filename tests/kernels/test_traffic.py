@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from gircse_kernels import compile_report, traffic
-from gircse_kernels.compile_report import NUM_SMS, Case
 from gircse_kernels.plan import L2_BYTES, ROW_BLOCK, Device, OnePass, Problem, TwoPass, plan_backward, plan_forward
+
+from bench.static import compile_report, traffic
+from bench.static.compile_report import NUM_SMS, Case
 
 TIED = {"SmolLM2-135M": (49152, 576), "Qwen2.5-0.5B": (151936, 896), "Qwen3-0.6B": (151936, 1024)}
 WIDE_TIED = {"Llama-3.2-1B": (128256, 2048), "Qwen3-4B": (151936, 2560)}

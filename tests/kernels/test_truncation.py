@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from bench.provenance import checkout_environment
 from gircse.ops import soft_embed
 from gircse.ops.soft_embed_reference import soft_embed_reference
 from tests.kernels.small_plans import small_plans
 from tests.ops.accuracy import random_inputs, run
 
-ROOT = Path(__file__).resolve().parents[2]
 ROWS = 19
 ONE_AND_TWO_PASSES = pytest.mark.parametrize(
     ("one_pass", "dtype"), [(True, torch.bfloat16), (False, torch.bfloat16), (False, torch.float32)], ids=str
@@ -52,7 +50,7 @@ def test_against_float64(one_pass: bool, dtype: torch.dtype, options: dict[str, 
 
 SCRIPT = """
 import json, sys
-from gircse_kernels.compile_report import Case, is_good, report
+from bench.static.compile_report import Case, is_good, report
 from gircse_kernels.plan import Problem
 tied, untied = Problem(16, 50304, 896, 896, True, 2), Problem(64, 50304, 1024, 1024, False, 2)
 cases = [
@@ -66,8 +64,8 @@ print(json.dumps([{**e, "good": is_good(e)} for e in entries]))
 
 
 def test_kernels_with_a_floor_compile_without_spills() -> None:
-    """Some of the table's entries; `compile_report --threshold` compiles all of them."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels"), "TRITON_INTERPRET": "0"}
+    """Some of the table's entries; `bench/compile_kernels.py` compiles all of them."""
+    environment = checkout_environment(TRITON_INTERPRET="0")
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     entries = json.loads(done.stdout)

@@ -13,11 +13,9 @@ FLOPs are those that run, padded tiles included (one row costs what 16 do).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
-from .decode_attention import BLOCK_G, slice_size, tiles
-from .plan import L2_BYTES, Backward, Device, OnePass, Problem, TwoPass, cdiv, plan_backward, plan_forward
+from gircse_kernels.plan import L2_BYTES, Backward, Device, OnePass, Problem, TwoPass, cdiv, plan_backward, plan_forward
 
 
 class Work(NamedTuple):
@@ -145,27 +143,6 @@ def backward_work(problem: Problem, device: Device) -> list[Work]:
             itemsize * rows * width,
         ),
     ]
-
-
-def decode_work(
-    visible: Sequence[int], heads: int, kv_heads: int, width: int, value_width: int, slots: int, itemsize: int
-) -> list[Work]:
-    """The launches of `decode_attention` on a buffer of `slots` slots, of which row b sees the first `visible[b]`."""
-    rows, tall = len(visible), kv_heads * _up(heads // kv_heads, BLOCK_G)
-    block = tiles(width, value_width, itemsize).blocks["BLOCK_S"]
-    size = slice_size(slots, None, block)
-    split = slots > size
-    partial = 4 * heads * (value_width + 2) * sum(cdiv(n, size) for n in visible) if split else 0
-    attention = Work(
-        "decode_attention_kernel",
-        1,
-        2 * tall * (width + value_width) * sum(_up(n, block) for n in visible),
-        itemsize * kv_heads * (width + value_width) * sum(visible),
-        partial,
-        itemsize * rows * heads * (width if split else width + value_width),
-    )
-    merge = Work("decode_merge_kernel", 1, partial // 2, 0, partial, itemsize * rows * heads * value_width)
-    return [attention, merge] if split else [attention]
 
 
 def _up(size: int, block: int) -> int:

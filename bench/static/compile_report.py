@@ -1,6 +1,6 @@
 """Compile every launch of given problems for GPUs that need not be there, and report what the compiler made of it.
 
-    python -m gircse_kernels.compile_report --arch 80 90 --out report.json
+    python -m bench.static.compile_report --arch 80 90 --out report.json
 
 The launches are the launcher's own: it runs on meta tensors with `launch` replaced by a recorder, so what is compiled
 here is what a device of that architecture would run. Reported for each: registers, stack (spills), shared memory and
@@ -25,12 +25,11 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from gircse_kernels import decode_attention, info_nce, launching, plan, soft_embed
+from gircse_kernels.plan import Config, Device, Problem
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from . import decode_attention, info_nce, launching, plan, soft_embed
-from .plan import Config, Device, Problem
 
 # bytes of shared memory that one program may use
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
