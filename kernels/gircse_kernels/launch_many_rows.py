@@ -9,9 +9,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launching, many_rows
+from . import plan as plans
 from .contract import Forward, Inputs, Options
 from .launching import bias_stride, device_of, exact_scores, score_flags, score_scalars
-from . import plan as plans
 from .plan import Config, Problem, TwoProducts, cdiv, lookup, padded, plan_two_products
 
 FINISH = Config({"BLOCK_E": 1024}, 4, 1)
@@ -19,9 +19,7 @@ FINISH = Config({"BLOCK_E": 1024}, 4, 1)
 
 def describable(*matrices: Tensor) -> bool:
     """Whether tensor descriptors can read these matrices: rows of adjacent elements, at multiples of 16 bytes."""
-    return all(
-        m.stride(1) == 1 and m.stride(0) * m.itemsize % 16 == 0 and m.data_ptr() % 16 == 0 for m in matrices
-    )
+    return all(m.stride(1) == 1 and m.stride(0) * m.itemsize % 16 == 0 and m.data_ptr() % 16 == 0 for m in matrices)
 
 
 class _Scratch:
@@ -155,7 +153,9 @@ def _weights(
     products, probs = scratch.products[:count, :size], scratch.probs[:count, :size]
     launching.product(hidden, head[vocab].T, products)
     rest = (*row_options, peak, *sums)
-    _elementwise(products, probs, rest, bias_stride(inputs), scalars, plan.weights, flags, FIRST=first, STATS=stats, RAW=False)
+    _elementwise(
+        products, probs, rest, bias_stride(inputs), scalars, plan.weights, flags, FIRST=first, STATS=stats, RAW=False
+    )
 
 
 def chunk_scores(inputs: Inputs, options: Options, chunk_start: int, size: int) -> Tensor:

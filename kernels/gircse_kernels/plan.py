@@ -271,4 +271,3 @@ def chunk_size(vocab: int, most: int, tile: int) -> int:
     """The fewest even chunks of at most `most` vocabulary rows, whole tiles each."""
     tiles = cdiv(vocab, tile)
     return tile * even_blocks(tiles, max(1, most // tile))
-
