@@ -126,7 +126,7 @@ def gradients(
 
     `peak` and `total` [K, B] are those over all candidates, of which these may be a part; `weight` [K] float32.
     """
-    num_steps, num_rows, width = rows.shape
+    num_steps, num_rows = rows.shape[:2]
     num_columns = candidates.shape[1]
     arch = (device or device_of(rows.device)).arch
     config = lookup("score", arch, 4, min(num_rows, ROW_BLOCK))

@@ -3,8 +3,8 @@
     row_dot           a tile of A B^T, for a kernel that goes on with it
     product_kernel    C = A B or C += A B, of any strides
 
-For `info_nce`, and for `launching.product` where PyTorch's settings would let cuBLAS round float32 to TF32. Every tile of
-a result belongs to one program, so there are no atomics and two runs are bitwise equal.
+For `info_nce`, and for `launching.product` where PyTorch's settings would let cuBLAS round float32 to TF32. Every tile
+of a result belongs to one program, so there are no atomics and two runs are bitwise equal.
 """
 
 import triton

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 SCRATCH_BYTES = 64 << 20  # the most that a call holds beyond O(T D), whatever T and V
 # The most that one call keeps of its probabilities for backward, which then makes two products of three; 0: nothing.
 KEPT_BYTES = 64 << 20
+PARTIAL_BYTES = 32 << 20  # of that, the partial sums of form 1 and 2
 ROW_BLOCK = 4096  # rows that form 3 or a backward takes at once
 ONE_PASS_WIDTH = 2048
 TABLE = Path(__file__).with_name("configs.json")
@@ -99,6 +100,15 @@ class TwoProducts(NamedTuple):
         """Vocabulary rows of a tile of P."""
         return (self.product or self.weights).blocks["BLOCK_V"]
 
+    def scratch(self, problem: Problem) -> int:
+        """Bytes that a call allocates beyond its inputs and results; P is a result where it is kept."""
+        elements = self.row_block * padded(min(self.chunk, problem.vocab))
+        apart = self.product is None and not self.half_scores and problem.itemsize == 2
+        probs = 0 if self.keep else elements * problem.itemsize
+        sums = 4 * self.row_block * (4 + 3 * cdiv(self.chunk, self.tile))
+        accumulator = 4 * self.row_block * problem.value_width if problem.itemsize == 2 else 0
+        return probs + 4 * elements * apart + sums + accumulator
+
 
 class Backward(NamedTuple):
     """`constants_kernel`, then for each chunk and block of rows the products that are wanted and, between them,
@@ -108,6 +118,13 @@ class Backward(NamedTuple):
     row_block: int
     chunk: int
     half_scores: bool
+
+    def scratch(self, problem: Problem) -> int:
+        """Bytes that a call for the gradient of hidden states allocates beyond its inputs and results."""
+        elements = self.row_block * padded(min(self.chunk, problem.vocab))
+        apart = not self.half_scores and problem.itemsize == 2
+        stacked = 2 * self.row_block * problem.width * problem.itemsize if problem.tied else 0
+        return 2 * elements * (problem.itemsize + 4 * apart) + stacked + 4 * problem.rows
 
 
 def cdiv(a: int, b: int) -> int:

@@ -13,9 +13,9 @@ SMALL = {
     "one_pass": Config({"BLOCK_T": 16, "BLOCK_V": 16}, 4, 1),
     "score": Config({"BLOCK_T": 16, "BLOCK_V": 32, "BLOCK_K": 16, "GROUP": 2}, 4, 1),
     "matmul": Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP": 2}, 4, 1),
-    "weights": Config({"BLOCK_T": 2, "BLOCK_V": 16}, 4, 1),
+    "weights": Config({"BLOCK_T": 8, "BLOCK_V": 32}, 4, 1),
     "weights_product": Config({"BLOCK_T": 16, "BLOCK_V": 16, "BLOCK_K": 16}, 4, 1),
-    "score_grad": Config({"BLOCK_T": 2, "BLOCK_V": 16}, 4, 1),
+    "score_grad": Config({"BLOCK_T": 8, "BLOCK_V": 32}, 4, 1),
 }
 
 
