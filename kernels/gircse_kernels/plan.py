@@ -211,7 +211,7 @@ def plan_two_products(
     device: Device,
     *,
     exact_scores: bool = False,
-    descriptors: bool = False,
+    epilogue: bool = False,
     kept: int = 0,
     scratch: int | None = None,
 ) -> TwoProducts:
@@ -220,7 +220,8 @@ def plan_two_products(
     Args:
         exact_scores: scores may not be rounded to the input's dtype, because they themselves are read: for statistics,
             or to be compared with a threshold.
-        descriptors: tensor descriptors can read the matrices.
+        epilogue: our own product may be the first: tensor descriptors can read the matrices, and its epilogue has no
+            soft-cap, noise or threshold, whose registers would not fit beside the accumulator.
         kept: bytes of probabilities that may be kept for backward.
         scratch: bytes that a chunk may take; None: `SCRATCH_BYTES`.
     """
@@ -229,7 +230,7 @@ def plan_two_products(
     row_block = even_blocks(rows, ROW_BLOCK)
     choice = choose(problem, device)
     product = None
-    if choice.epilogue and descriptors:
+    if choice.epilogue and epilogue:
         product = find("weights_product", device.arch, itemsize, row_block, width)
     weights = lookup("weights", device.arch, itemsize, row_block)
     tile = (product or weights).blocks["BLOCK_V"]
