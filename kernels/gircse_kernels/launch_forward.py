@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -10,10 +9,10 @@ from torch import Tensor
 
 from . import launching, two_pass
 from .contract import Forward, Inputs, Options
+from .launch_whole_rows import empty_forward, forward_whole_rows
 from .launching import bias_stride, device_of, score_flags, score_scalars
-from .merge import merge_kernel
-from .one_pass import one_pass_kernel
-from .plan import Config, Device, OnePass, Problem, TwoPass, cdiv, plan_forward
+from .plan import Config, Device, Problem, TwoPass, cdiv, plan_forward
+from .two_pass import merge_kernel
 
 
 def forward(
@@ -27,33 +26,16 @@ def forward(
 ) -> Forward:
     """Soft tokens, and with `stats` entropy, max_prob and argmax. `finish=False`: the mergeable sums of a shard."""
     hidden, head, embed = inputs[:3]
-    values = head if embed is None else embed
-    rows, width = values.new_empty, values.shape[1]
-    (num_rows, _), (num_vocab, _) = hidden.shape, head.shape
-    float32 = functools.partial(torch.empty, dtype=torch.float32, device=hidden.device)
-    out = rows((num_rows, width)) if finish else float32(num_rows, width)
-    exact = exact and finish  # float32 too: the caller may change `out` in place
-    argmax = torch.empty(num_rows, dtype=torch.int64, device=hidden.device) if stats else None
-    result = Forward(
-        out,
-        float32(num_rows, width) if exact else None,
-        float32(num_rows),
-        float32(num_rows) if stats else None,
-        float32(num_rows) if stats else None,
-        argmax,
-        float32(num_rows),
-        float32(num_rows),
-    )
+    width = (head if embed is None else embed).shape[1]
+    num_rows = hidden.shape[0]
     if num_rows == 0:
-        return result
-    problem = Problem(num_rows, num_vocab, hidden.shape[1], width, embed is None, hidden.itemsize)
+        return empty_forward(inputs, stats=stats, exact=exact, finish=finish)
+    problem = Problem(num_rows, head.shape[0], hidden.shape[1], width, embed is None, hidden.itemsize)
     plan = plan_forward(problem, device or device_of(hidden.device))
-    if isinstance(plan, OnePass):
-        partials = Partials.empty(plan.splits, num_rows, width, stats, hidden.device)
-        _one_pass(inputs, options, plan, partials, stats)
-        _merge(partials, result, slice(0, num_rows), num_vocab, options.embed_scale, finish)
-    else:
-        _two_pass(inputs, options, plan, result, stats, finish)
+    if not isinstance(plan, TwoPass):
+        return forward_whole_rows(inputs, options, plan, stats=stats, exact=exact, finish=finish)
+    result = empty_forward(inputs, stats=stats, exact=exact, finish=finish)
+    _two_pass(inputs, options, plan, result, stats, finish)
     return result
 
 
@@ -72,26 +54,6 @@ class Partials(NamedTuple):
         sums = torch.empty((4, splits, rows), dtype=torch.float32, device=device)
         argmax = torch.empty((splits, rows), dtype=torch.int64, device=device) if stats else None
         return cls(acc, sums[:2], sums[2], sums[3] if stats else None, argmax)
-
-
-def _one_pass(inputs: Inputs, options: Options, plan: OnePass, partials: Partials, stats: bool) -> None:
-    hidden, head, _, bias, temperature, seeds, threshold = inputs
-    launching.launch(
-        one_pass_kernel,
-        (plan.splits * plan.row_blocks,),
-        (
-            hidden, head, bias, temperature, seeds, threshold,
-            partials.acc, partials.peak, partials.total, partials.moment, partials.argmax,
-            hidden.shape[0], head.shape[0], head.shape[1],
-            *hidden.stride(), *head.stride(), bias_stride(inputs),
-            options.vocab_start, *score_scalars(inputs, options), plan.tiles_per_split, plan.row_blocks,
-        ),
-        plan.config,
-        **score_flags(inputs, options),
-        STATS=stats,
-        WIDTH_0=plan.widths[0],
-        WIDTH_1=plan.widths[1],
-    )  # fmt: skip
 
 
 def _two_pass(inputs: Inputs, options: Options, plan: TwoPass, result: Forward, stats: bool, finish: bool) -> None:
