@@ -37,9 +37,10 @@ from bench.tables import table
 from bench.timing import seconds
 from gircse.demo.smollm2 import MissingWeights, smollm2_path
 from gircse.model import GIRCSE
-from gircse.step_monitor import StepMonitor
-from gircse.train import Batch, contrastive_backward, trainable_model
-from gircse.train_config import TrainConfig
+from gircse.train.config import TrainConfig
+from gircse.train.lora import trainable_model
+from gircse.train.step import Batch, contrastive_backward
+from gircse.train.step_monitor import StepMonitor
 
 CACHED, ONE_SHOT = "gradient-caching", "one-shot"
 _TOLERANCE = TOLERANCES[torch.float32].gradient
@@ -123,7 +124,7 @@ def _work(options: argparse.Namespace, mode: str) -> dict[str, Any]:
 
 
 def _model(options: argparse.Namespace, settings: TrainConfig) -> GIRCSE:
-    from gircse.loading import load_tokenizer
+    from gircse.lm.load import load_tokenizer
 
     folder = smollm2_path()
     if options.layers is None:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.shapes import SHAPES
-from gircse.floors import Ceilings, Work
+from gircse.roofline import Ceilings, Work
 
 FORWARD, BOTH = "forward", "forward+backward"
 PASSES = (FORWARD, BOTH)

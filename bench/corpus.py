@@ -25,10 +25,10 @@ from bench.engines import ENGINES, GRAPH, OFFICIAL_EVAL
 from bench.throughput import Point, point_row
 from bench.timing import Timing, seconds
 from gircse import GIRCSE
-from gircse.engine.plan import common_prefix
-from gircse.floors import Ceilings, ModelFacts
+from gircse.engine.schedule import common_prefix
+from gircse.lm.prompts import format_query
 from gircse.ops import l2_normalize
-from gircse.prompts import format_query
+from gircse.roofline import Ceilings, ModelFacts
 
 # Cosine distance that rounding explains, of nearly every text. Twenty soft tokens, each fed back, multiply rounding
 # errors: on one text in 25 (SmolLM2, untrained, K = 20) so much that float32 official-style evaluation is itself

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import bench
 from bench.provenance import engine_hash, sources_hash
-from gircse.atomic import new_file
+from gircse.files.atomic import new_file
 
 Record = dict[str, Any]
 

@@ -27,7 +27,7 @@ from bench.batches import Batch, check_lengths, random_batch, spaced
 from bench.engines import OFFICIAL_EVAL, REFERENCE, Engine, forget, fresh
 from bench.throughput import Measured, embed
 from bench.twin import is_half, twin
-from gircse.architecture import CausalLM
+from gircse.lm.causal_lm import CausalLM
 from gircse.ops import l2_normalize, pool_steps
 
 # Of a timed batch so many rows are compared, evenly spaced, the first and the last among them: fewer where they are

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gircse.architecture import CausalLM
-from gircse.rollout import rollout
+from gircse.lm.causal_lm import CausalLM
+from gircse.lm.rollout import rollout
 
 if TYPE_CHECKING:
     from gircse.engine import Engine as GenerationEngine
@@ -69,7 +69,7 @@ def recompute_official(lm: CausalLM, input_ids: Tensor, attention_mask: Tensor, 
 
 
 def cached(lm: CausalLM, input_ids: Tensor, attention_mask: Tensor, num_steps: int) -> Tensor:
-    """Ours: the prompt once, then one position per step on kept keys and values (`gircse.rollout`)."""
+    """Ours: the prompt once, then one position per step on kept keys and values (`gircse.lm.rollout`)."""
     states = rollout(lm, input_ids, attention_mask, num_steps)
     return states.steps if num_steps else states.prompt[:, None]
 

@@ -1,4 +1,4 @@
-"""The two ceilings of the machine at hand, measured. The FLOPs and bytes that they bound: `gircse.floors`."""
+"""The two ceilings of the machine at hand, measured. The FLOPs and bytes that they bound: `gircse.roofline`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bench.timing import synchronize
-from gircse.floors import Ceilings
 from gircse.ops.tiles_torch import matmul_nt
+from gircse.roofline import Ceilings
 
 
 def measure_ceilings(device: str | torch.device, dtype: torch.dtype, *, seconds: float = 0.6) -> Ceilings:

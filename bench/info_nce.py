@@ -40,9 +40,9 @@ from bench.records import save, to_json
 from bench.tables import Column, table
 from bench.timing import interleaved
 from bench.verdict import WrongResultError
-from gircse.floors import Work
 from gircse.ops import info_nce_parallel, pool_steps, stepwise_info_nce
 from gircse.ops.info_nce_reference import info_nce_reference
+from gircse.roofline import Work
 
 
 class Size(NamedTuple):

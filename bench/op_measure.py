@@ -17,7 +17,7 @@ from bench.memory import give_back, peak_extra_bytes
 from bench.op_engines import ENGINE_NAMES, Op, Problem, check, compiled, eager, ours
 from bench.timing import Timing, captured, enqueue_seconds, for_about
 from bench.verdict import first_line, verdict_of
-from gircse.floors import Ceilings
+from gircse.roofline import Ceilings
 
 _OUT_OF_MEMORY = "out of memory"
 _FEWEST = 3

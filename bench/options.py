@@ -13,7 +13,7 @@ from bench.batches import DISTRIBUTIONS, FIXED, LOGNORMAL, draw_lengths
 from bench.engines import ENGINES, GRAPH, NO_REUSE, OFFICIAL_EVAL, REFERENCE, SINGLE_PASS
 from bench.provenance import ROOT
 from bench.shapes import SHAPES, pretrained_config
-from gircse.loading import is_local
+from gircse.lm.load import is_local
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 OFFICIAL = "recompute-official"

@@ -31,15 +31,15 @@ from bench.records import save
 from bench.shapes import SHAPES, random_model
 from bench.timing import seconds
 from gircse import ops
-from gircse.architecture import CausalLM
-from gircse.live_memory import Batch
-from gircse.quiet import quiet_peft
-from gircse.report import text_table
-from gircse.rollout import rollout
-from gircse.traced_model import TracedModel
-from gircse.train_config import TrainConfig
-from gircse.train_plan import plan
-from gircse.trainable import lora_targets
+from gircse.lm.causal_lm import CausalLM
+from gircse.lm.quiet import quiet_peft
+from gircse.lm.rollout import rollout
+from gircse.show.tables import text_table
+from gircse.train.config import TrainConfig
+from gircse.train.lora import lora_targets
+from gircse.train.plan.extrapolate import TracedModel
+from gircse.train.plan.meta_step import Batch
+from gircse.train.plan.predict import plan
 
 TOLERANCE = 0.15
 

@@ -28,7 +28,7 @@ from bench.quality_arms import ARMS, SCALES, UNTRAINED
 from bench.quality_corpora import BUILDERS, StudyCorpus, build
 from bench.quality_run import Run, run
 from bench.records import save
-from gircse.folder_lock import try_lock
+from gircse.files.lock import try_lock
 
 Key = tuple[str, str, int]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gircse.train_config import TrainConfig
+from gircse.train.config import TrainConfig
 
 UNTRAINED = "untrained"
 PLAIN: Mapping[str, Any] = {"stepwise": False, "reg_weight": 0.0}

@@ -23,10 +23,10 @@ from itertools import combinations
 from pathlib import Path
 from zlib import crc32
 
-from gircse.atomic import new_file
-from gircse.demo import corpus
-from gircse.evaluate import RetrievalTask
+from gircse.data import installed_code
+from gircse.data.retrieval_task import RetrievalTask
 from gircse.evaluation.stdlib_text import draw, function_texts
+from gircse.files.atomic import new_file
 
 MAX_TRAINING_ROWS = 12_000
 GRADES = 4  # levels of relatedness that pairs are drawn from, equally many of each
@@ -93,7 +93,7 @@ def build(name: str, *, queries: int, documents: int, pairs: int) -> StudyCorpus
 
 
 def _code(queries: int, documents: int, pairs: int) -> StudyCorpus:
-    split = corpus.split(corpus.harvest(), test_packages=(corpus.STDLIB,))
+    split = installed_code.split(installed_code.harvest(), test_packages=(installed_code.STDLIB,))
     texts = draw([text for text in function_texts() if text.action], documents, seed=0)
     training = [(pair.summary, pair.code) for pair in draw(split.train, MAX_TRAINING_ROWS, seed=0)]
 

@@ -15,14 +15,14 @@ from scipy.stats import spearmanr
 
 from bench.quality_arms import UNTRAINED, Arm, Scale
 from bench.quality_corpora import StudyCorpus
-from gircse.anatomy import anatomy
-from gircse.clustering import kmeans, v_measure
-from gircse.data import load_rows
-from gircse.metrics import metrics_of, relevant_ranks
+from gircse.analysis.anatomy import anatomy
+from gircse.analysis.clustering import kmeans, v_measure
+from gircse.data.rows import load_rows
+from gircse.evaluation.metrics import metrics_of, relevant_ranks
 from gircse.model import GIRCSE
 from gircse.ops.pooling import POOLINGS, pool_steps
-from gircse.run_folder import CONFIG_NAME
 from gircse.train import train
+from gircse.train.run_folder import CONFIG_NAME
 
 MAX_STEPS = 20  # K = 0..20 are measured
 CLUSTERING_SEEDS = 5
@@ -100,7 +100,7 @@ def measure(model: GIRCSE, corpus: StudyCorpus, scale: Scale, *, pooling: str) -
         `pooling`; "spearman", "spearman_error" (bootstrap over pairs), "v_measure", "v_measure_std" (over seeds of
         k-means): [21]; "mrr": {pooling: [21]} of all poolings, out of the same states; "centred_mrr": likewise,
         with the mean of all queries and that of all documents taken off: what steps add to every text alike;
-        "anatomy": see `gircse.anatomy`.
+        "anatomy": see `gircse.analysis.anatomy`.
     """
     lengths = {key: scale.train[key] for key in ("query_max_length", "passage_max_length")}
     queries = states(model, corpus.queries, corpus.instruction, lengths["query_max_length"])

@@ -11,12 +11,12 @@ from bench.agreement import OK, Difference, mark, worst
 from bench.engines import ENGINES, OFFICIAL_EVAL, REFERENCE
 from bench.provenance import provenance
 from bench.tables import columns_of, table
-from gircse.atomic import new_file
+from gircse.files.atomic import new_file
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from gircse.floors import ModelFacts
+    from gircse.roofline import ModelFacts
 
 UNSTEADY = 0.3  # spread above which a median of a few runs says little
 
@@ -73,7 +73,7 @@ def report(record: dict[str, Any]) -> str:
         "",
         f"medians of {record['repeats']} interleaved runs; spread = (slowest - fastest) / median",
         "tokens = prompt tokens + K generated positions per text, whatever the engine computes",
-        "floor = least time of the job (prompt once, K cached steps) at the measured ceilings: gircse/floors.py",
+        "floor = least time of the job (prompt once, K cached steps) at the measured ceilings: gircse/roofline.py",
     ]
     if any("latency_p50" in row for row in record["points"]):
         lines.append(f"1 text: seconds of one text alone, percentiles of {record['latency_runs']} runs")

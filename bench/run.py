@@ -23,8 +23,8 @@ from bench.options import parse
 from bench.plots import draw
 from bench.records import judged, problems, report, save, settings, to_json
 from bench.shapes import meta_model, pretrained_model, random_model
-from gircse.architecture import CausalLM, UnsupportedModelError
-from gircse.floors import ModelFacts
+from gircse.lm.causal_lm import CausalLM, UnsupportedModelError
+from gircse.roofline import ModelFacts
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -39,7 +39,7 @@ from bench.scaling_slopes import judge
 from bench.scaling_tables import POINTS, SLOPES, rows_of
 from bench.tables import table
 from bench.verdict import first_line
-from gircse.floors import Ceilings
+from gircse.roofline import Ceilings
 
 MEASURES: dict[str, Callable[[Curve, Scale, torch.device, Ceilings], dict[str, Any]]] = {
     SOFT_EMBED: scaling_soft_embed.measure,

@@ -1,7 +1,8 @@
 """Encoding by the generation engine against the steps K, the prompt's length N and the rows B.
 
-Predicted time: the floor of `gircse.floors`. Predicted memory: the engine's own plan of its buffers (keys and values of
-whole buckets of slots, states), the results, and what is widest: the activations of a prefill, or a soft token's tiles.
+Predicted time: the floor of `gircse.roofline`. Predicted memory: the engine's own plan of its buffers (keys and values
+of whole buckets of slots, states), the results, and what is widest: the activations of a prefill, or a soft token's
+tiles.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from bench.shapes import SHAPES, random_model
 from bench.throughput import Measured, Point
 from bench.timing import interleaved
 from bench.twin import is_half, twin
-from gircse.architecture import CausalLM
 from gircse.engine import Engine, EngineConfig
 from gircse.engine.config import STEPS_BUCKET, Limits
-from gircse.engine.plan import next_batch
-from gircse.floors import Ceilings, ModelFacts
+from gircse.engine.schedule import next_batch
+from gircse.lm.causal_lm import CausalLM
 from gircse.ops import l2_normalize, pool_steps
+from gircse.roofline import Ceilings, ModelFacts
 
 # Embeddings after so many steps are compared: every step feeds its rounding to the next, and half precision is a
 # different path after twenty of them.

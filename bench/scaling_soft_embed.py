@@ -22,8 +22,8 @@ from bench.scaling_curves import Curve, Scale
 from bench.static import traffic
 from bench.static.compile_report import Case, allocated_bytes
 from bench.timing import interleaved
-from gircse.floors import Ceilings, Work
 from gircse.ops.tiles_torch import tiling
+from gircse.roofline import Ceilings, Work
 
 
 def measure(curve: Curve, scale: Scale, device: torch.device, ceilings: Ceilings) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """One training step against the steps K, the prompts' length N and the queries B.
 
 A query has a positive and a negative: 3 B texts. Rollouts, stepwise contrastive loss, ICR objective and backward into
-LoRA matrices; the optimizer's own step is left out. Predicted time: the floor of `gircse.floors`. Predicted memory: the
-step counted on the meta device, as `gircse train --plan` counts it. The gradients of the LoRA matrices are there before
-the step, in both.
+LoRA matrices; the optimizer's own step is left out. Predicted time: the floor of `gircse.roofline`. Predicted memory:
+the step counted on the meta device, as `gircse train --plan` counts it. The gradients of the LoRA matrices are there
+before the step, in both.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from bench.shapes import SHAPES, meta_model
 from bench.timing import interleaved
 from bench.training import TrainJob, step, trainable
 from bench.twin import is_half, twin
-from gircse.floors import Ceilings, ModelFacts
-from gircse.free_memory import free_bytes
-from gircse.live_memory import Batch
-from gircse.traced_model import TracedModel
-from gircse.train_config import TrainConfig
-from gircse.train_plan import USABLE, info_nce_bytes
+from gircse.engine.free_memory import free_bytes
+from gircse.roofline import Ceilings, ModelFacts
+from gircse.train.config import TrainConfig
+from gircse.train.plan.extrapolate import TracedModel
+from gircse.train.plan.meta_step import Batch
+from gircse.train.plan.predict import USABLE, info_nce_bytes
 
 # Gradients are compared with the reference algorithm's after so many steps: it keeps the whole prompt for each of them.
 _CHECKED_STEPS, _CHECKED_LENGTH = 3, 16

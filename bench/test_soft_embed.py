@@ -26,7 +26,7 @@ from bench.memory import peak_extra_bytes
 from bench.op_engines import ENGINE_NAMES, Op, Problem, check, compiled, draw_matrices, eager, ours
 from bench.op_measure import is_out_of_memory
 from bench.timing import cache_buffer, synchronize
-from gircse.floors import Ceilings
+from gircse.roofline import Ceilings
 
 pytest.importorskip("pytest_benchmark")
 

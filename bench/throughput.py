@@ -19,9 +19,9 @@ from bench.batches import Batch
 from bench.engines import ENGINES, OFFICIAL_EVAL, REFERENCE, SINGLE_PASS, Generation, Run
 from bench.memory import give_back
 from bench.timing import Timing, seconds
-from gircse.architecture import CausalLM
-from gircse.floors import Ceilings, ModelFacts, Work
+from gircse.lm.causal_lm import CausalLM
 from gircse.ops import l2_normalize, pool_steps
+from gircse.roofline import Ceilings, ModelFacts, Work
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from bench.engines import ENGINES, REFERENCE
 from bench.throughput import Measured, Point, embed
 from bench.training import Runner, TrainJob, checkpointed, results, step, trainable
 from bench.twin import is_half, twin
-from gircse.architecture import CausalLM
+from gircse.lm.causal_lm import CausalLM
 
 _LENGTH, _HALF_LENGTH = 24, 64
 

@@ -28,12 +28,12 @@ from bench.memory import peak, reset_peak
 from bench.shapes import SHAPES, pretrained_model, random_model
 from bench.timing import Timing, seconds
 from gircse import ops
-from gircse.architecture import CausalLM
-from gircse.floors import Ceilings, ModelFacts
+from gircse.lm.causal_lm import CausalLM
+from gircse.lm.quiet import quiet_peft
 from gircse.ops.info_nce_reference import icr_objective_reference, info_nce_reference
-from gircse.quiet import quiet_peft
-from gircse.train_config import TrainConfig
-from gircse.trainable import lora_targets
+from gircse.roofline import Ceilings, ModelFacts
+from gircse.train.config import TrainConfig
+from gircse.train.lora import lora_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

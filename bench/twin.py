@@ -7,7 +7,7 @@ import copy
 import torch
 
 from bench.agreement import HALF
-from gircse.architecture import CausalLM
+from gircse.lm.causal_lm import CausalLM
 
 
 def is_half(lm: CausalLM) -> bool:

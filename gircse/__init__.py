@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from gircse._version import __version__
 
 if TYPE_CHECKING:
-    from gircse.architecture import UnsupportedModelError
-    from gircse.config import GircseConfig
     from gircse.engine import Engine, EngineConfig
+    from gircse.lm.causal_lm import UnsupportedModelError
+    from gircse.lm.config import GircseConfig
     from gircse.model import GIRCSE
     from gircse.sentence_transformers.loading import load
 
@@ -26,8 +26,8 @@ _HOMES = {
     "Engine": "gircse.engine",
     "EngineConfig": "gircse.engine",
     "GIRCSE": "gircse.model",
-    "GircseConfig": "gircse.config",
-    "UnsupportedModelError": "gircse.architecture",
+    "GircseConfig": "gircse.lm.config",
+    "UnsupportedModelError": "gircse.lm.causal_lm",
     "load": "gircse.sentence_transformers",
 }
 

@@ -79,8 +79,8 @@ def test_python_blocks_of_the_evaluation_run(folder, tmp_path, monkeypatch):
 
 
 def test_python_blocks_of_the_readme_run(folder, tmp_path, monkeypatch):
-    from gircse.train import trainable_model
-    from gircse.train_config import TrainConfig
+    from gircse.train.config import TrainConfig
+    from gircse.train.lora import trainable_model
 
     monkeypatch.chdir(tmp_path)
     trainable_model(TrainConfig(model=str(folder))).save_pretrained(tmp_path / "path/to/lora")

@@ -10,15 +10,16 @@ import pytest
 import torch
 
 from gircse import GIRCSE, GircseConfig, ops
-from gircse.analysis import _checked_steps
-from gircse.clustering import kmeans
-from gircse.distill_config import DistillConfig
+from gircse.analysis.analyze import _checked_steps
+from gircse.analysis.clustering import kmeans
+from gircse.data.retrieval_task import RetrievalTask
 from gircse.engine.config import EngineConfig
-from gircse.evaluate import RetrievalTask, evaluate_retrieval
+from gircse.evaluation.metrics import metrics_by_step
+from gircse.evaluation.retrieval import evaluate_retrieval
 from gircse.integers import as_integer, check_integer
-from gircse.metrics import metrics_by_step
 from gircse.ops import VocabShard
-from gircse.train_config import TrainConfig
+from gircse.train.config import TrainConfig
+from gircse.train.distill_config import DistillConfig
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gircse.token_ids import check_rows
+from gircse.lm.token_ids import check_rows
 from tests.own_warnings import caused_by_us
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from gircse import GIRCSE
-from gircse.train import Batch, trainable_model
-from gircse.train_config import TrainConfig
+from gircse.train.config import TrainConfig
+from gircse.train.lora import trainable_model
+from gircse.train.step import Batch
 from tests.tiny_models import VOCAB, tiny_model, tiny_tokenizer
 
 NUM_STEPS = 3

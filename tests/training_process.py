@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from gircse import checkpoint, cli, train
-from gircse.data import Row
-from gircse.train_config import TrainConfig
+from gircse import cli, train
+from gircse.data.rows import Row
+from gircse.train import checkpoint
+from gircse.train.config import TrainConfig
 from tests.forkserver import CONTEXT
 
 WORDS = ["red", "blue", "fox", "dog", "tree", "sea"]
@@ -82,7 +83,7 @@ def _run(config: TrainConfig, die_at: str | None, pause: float) -> None:
 def _die_at(place: str) -> None:
     """SIGKILL inside the second save: before the weights, in the middle of the state, before the rename, while an old
     checkpoint is deleted."""
-    from gircse import atomic
+    from gircse.files import atomic
 
     saves = {"count": 0}
 

@@ -32,8 +32,8 @@ from bench.suite.model_cases import (
 from bench.suite.profile import profile
 from bench.suite.session import Record, Session, say
 from bench.suite.summary import shown
-from gircse.architecture import CausalLM
-from gircse.floors import ModelFacts
+from gircse.lm.causal_lm import CausalLM
+from gircse.roofline import ModelFacts
 
 _REPEATS, _SECONDS = 7, 2.0  # a point is run so often, or until it has taken so long
 _CHECKED_LENGTH = 48  # tokens of the rows on which engines are compared

@@ -21,7 +21,7 @@ from bench.records import save
 from bench.suite import attempts
 from bench.timing import synchronize
 from bench.verdict import first_line, is_good
-from gircse.floors import Ceilings
+from gircse.roofline import Ceilings
 
 Record = dict[str, Any]
 _ALLOWED = 60.0

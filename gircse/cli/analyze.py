@@ -35,14 +35,14 @@ def add(commands: Any) -> None:
 
 
 def _analyze(arguments: argparse.Namespace) -> None:
-    from gircse.analysis import analyze
-    from gircse.analysis_plots import plot_analysis
-    from gircse.analysis_report import analysis_table
-    from gircse.atomic import new_file
-    from gircse.data import load_rows
-    from gircse.evaluate import RetrievalTask
-    from gircse.folder_lock import folder_lock
-    from gircse.labelled_texts import LabelledTexts
+    from gircse.analysis.analyze import analyze
+    from gircse.analysis.plots import plot_analysis
+    from gircse.analysis.table import analysis_table
+    from gircse.data.labelled_texts import LabelledTexts
+    from gircse.data.retrieval_task import RetrievalTask
+    from gircse.data.rows import load_rows
+    from gircse.files.atomic import new_file
+    from gircse.files.lock import folder_lock
 
     if arguments.max_rows is not None and arguments.max_rows < 1:
         raise ValueError(f"max_rows: got {arguments.max_rows}, expected an integer >= 1")

@@ -10,7 +10,7 @@ from gircse.cli.common import command
 
 
 def add(commands: Any) -> None:
-    from gircse.distill_config import INITS, DistillConfig
+    from gircse.train.distill_config import INITS, DistillConfig
 
     parser = command(
         commands,
@@ -36,10 +36,10 @@ def add(commands: Any) -> None:
 
 
 def _distill(arguments: argparse.Namespace) -> None:
-    from gircse.data import load_rows
-    from gircse.distill import distill
-    from gircse.distill_config import DistillConfig
-    from gircse.evaluate import RetrievalTask
+    from gircse.data.retrieval_task import RetrievalTask
+    from gircse.data.rows import load_rows
+    from gircse.train.distill import distill
+    from gircse.train.distill_config import DistillConfig
 
     values: dict[str, Any] = {field.name: getattr(arguments, field.name) for field in fields(DistillConfig)}
     values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}

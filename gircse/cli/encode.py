@@ -49,8 +49,8 @@ def _steps(value: str) -> int | str:
 
 
 def _encode(arguments: argparse.Namespace) -> None:
-    from gircse.embedding_files import embedding_writer, read_texts
-    from gircse.encode_shards import Rank, shard_folder
+    from gircse.encode.files import embedding_writer, read_texts
+    from gircse.encode.sharded import Rank, shard_folder
 
     rank = Rank.of_environment()
     if shard_folder(arguments.output, rank.world_size) is not None:
@@ -91,7 +91,7 @@ def _encode_texts(arguments: argparse.Namespace, model: Any, texts: list[str]) -
 
 
 def _encode_sharded(arguments: argparse.Namespace, rank: Any) -> None:
-    from gircse.encode_shards import encode_sharded
+    from gircse.encode.sharded import encode_sharded
 
     def load() -> Any:
         arguments.device = _device_of_rank(arguments.device, rank.local_rank)

@@ -51,9 +51,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate_rows(arguments: argparse.Namespace) -> None:
-    from gircse.data import load_rows
-    from gircse.evaluate import RetrievalTask, evaluate_retrieval
-    from gircse.report import metrics_table
+    from gircse.data.retrieval_task import RetrievalTask
+    from gircse.data.rows import load_rows
+    from gircse.evaluation.retrieval import evaluate_retrieval
+    from gircse.show.tables import metrics_table
 
     task = RetrievalTask.from_rows(load_rows(arguments.data, instruction=arguments.instruction))
     metrics = evaluate_retrieval(
@@ -106,7 +107,7 @@ def _evaluate_tasks(arguments: argparse.Namespace) -> None:
 
 
 def _write_json(metrics: Mapping[int, Any], output: str | None) -> None:
-    from gircse.atomic import new_file
+    from gircse.files.atomic import new_file
 
     if output:
         with new_file(Path(output)) as partial:

@@ -31,9 +31,9 @@ def add(commands: Any) -> None:
 def _inspect(arguments: argparse.Namespace) -> None:
     from dataclasses import asdict
 
-    from gircse.atomic import new_file
-    from gircse.inspection_page import inspection_page
-    from gircse.report import inspection_table
+    from gircse.files.atomic import new_file
+    from gircse.inspect.page import inspection_page
+    from gircse.inspect.table import inspection_table
 
     model = load_model(arguments)
     inspections = model.inspect(

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gircse.train_config import TrainConfig
+    from gircse.train.config import TrainConfig
 
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +18,6 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
 
 
 def print_plan(config: TrainConfig, arguments: argparse.Namespace) -> None:
-    from gircse.train_plan import plan
+    from gircse.train.plan.predict import plan
 
     print(plan(config, gpu=arguments.gpu, length=arguments.length, world_size=arguments.plan_ranks))

@@ -12,7 +12,7 @@ from gircse.cli.plan import add_plan_options, print_plan
 
 
 def add(commands: Any) -> None:
-    from gircse.train_config import TrainConfig
+    from gircse.train.config import TrainConfig
 
     parser = command(
         commands,
@@ -62,8 +62,8 @@ def config_of(arguments: argparse.Namespace) -> Any:
     Raises:
         OSError, ValueError: a recipe or a setting that is wrong, or no model or data; each by name.
     """
-    from gircse.recipes import load_recipe
-    from gircse.train_config import TrainConfig
+    from gircse.train.config import TrainConfig
+    from gircse.train.recipes import load_recipe
 
     given = vars(arguments)
     values = load_recipe(arguments.recipe) if arguments.recipe else {}
@@ -81,7 +81,7 @@ def config_of(arguments: argparse.Namespace) -> Any:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from gircse.environment import first_process
+    from gircse.lm.environment import first_process
     from gircse.train import train
 
     config = config_of(arguments)

@@ -18,16 +18,19 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from gircse.atomic import new_file
-from gircse.data import load_rows
-from gircse.demo import corpus
+from gircse.data import installed_code
+from gircse.data.retrieval_task import RetrievalTask
+from gircse.data.rows import load_rows
 from gircse.demo.smollm2 import smollm2_path
-from gircse.evaluate import DEFAULT_STEPS, RetrievalTask, evaluate_retrieval
-from gircse.folder_lock import folder_lock
+from gircse.evaluation.retrieval import DEFAULT_STEPS, evaluate_retrieval
+from gircse.files.atomic import new_file
+from gircse.files.lock import folder_lock
+from gircse.inspect.table import inspection_table
 from gircse.model import GIRCSE
-from gircse.report import inspection_table, plot_losses, plot_quality, text_table
+from gircse.show.plots import plot_losses, plot_quality
+from gircse.show.tables import text_table
 from gircse.train import train
-from gircse.train_config import TrainConfig
+from gircse.train.config import TrainConfig
 
 METRIC = "ndcg@10"
 MAX_STEPS = 60
@@ -64,8 +67,10 @@ def run_demo(output: Path, *, max_steps: int | None = None, seed: int = 0, dtype
         dtype = dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
         say(f"gircse demo: SmolLM2-135M-Instruct, base in {dtype}, {torch.get_num_threads()} threads")
         base = smollm2_path()
-        split = corpus.split(corpus.harvest(progress=True), seed=seed)
-        task = corpus.evaluation_set(split.test, num_queries=NUM_QUERIES, max_documents=NUM_DOCUMENTS, seed=seed)
+        split = installed_code.split(installed_code.harvest(progress=True), seed=seed)
+        task = installed_code.evaluation_set(
+            split.test, num_queries=NUM_QUERIES, max_documents=NUM_DOCUMENTS, seed=seed
+        )
         say(
             f"{len(split.train):,} training pairs; held out: {', '.join(split.test_packages)} "
             f"({len(task.queries)} queries, {len(task.documents)} documents)"
@@ -97,7 +102,7 @@ def run_demo(output: Path, *, max_steps: int | None = None, seed: int = 0, dtype
         say(
             f"\ntraining: {config.max_steps} steps of {config.batch_size}, LoRA r={config.lora_r}, K={config.num_steps}"
         )
-        result = train(config, rows=load_rows(corpus.to_rows(split.train)), model=model)
+        result = train(config, rows=load_rows(installed_code.to_rows(split.train)), model=model)
         say(f"{len(result.log)} steps, loss {result.log[0]['loss']:.3f} -> {result.log[-1]['loss']:.3f}")
 
         adapter = output / "adapter"

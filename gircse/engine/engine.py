@@ -11,16 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gircse.architecture import CausalLM
-from gircse.attention import RolloutKV
-from gircse.device import without_autocast
 from gircse.engine.config import STEPS_BUCKET, EngineConfig, Limits, kv_bytes_per_token
 from gircse.engine.fused import FusedKernels, has_liger
 from gircse.engine.kv import KVPool, PrefillPass, Prefix, decode_kernel
-from gircse.engine.plan import Batch, by_length, common_prefix, next_batch
+from gircse.engine.schedule import Batch, by_length, common_prefix, next_batch
 from gircse.engine.step import DecodeState, StepRunner
-from gircse.forking import compute_on_one_thread_in_child, is_lost, tell_after_fork
-from gircse.token_ids import check_rows
+from gircse.lm.attention import RolloutKV
+from gircse.lm.causal_lm import CausalLM
+from gircse.lm.device import without_autocast
+from gircse.lm.forking import compute_on_one_thread_in_child, is_lost, tell_after_fork
+from gircse.lm.token_ids import check_rows
 
 # rows of a finished batch (indices into the input), their states [n, max(K, 1), D] and how many of them count [n]
 Sink = Callable[[list[int], Tensor, Tensor], None]

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gircse.architecture import PROBE_TOLERANCE, CausalLM
-from gircse.attention import RolloutKV
+from gircse.lm.attention import RolloutKV
+from gircse.lm.causal_lm import PROBE_TOLERANCE, CausalLM
 
 _PROBE_TOKENS = 5
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gircse.attention import AttentionPass, RolloutKV, causal_attention, causal_band
+from gircse.lm.attention import AttentionPass, RolloutKV, causal_attention, causal_band
 
 _ALIGNMENT = 64  # bytes, of PyTorch's own CPU tensors
 _MAX_VIEWS = 4096  # kept to be made only once; batches of every size would make millions

@@ -17,9 +17,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from gircse.architecture import CausalLM
 from gircse.engine.kv import DecodePass, KVPool
-from gircse.merging import adapters_at_work
+from gircse.lm.causal_lm import CausalLM
+from gircse.lm.merged_adapter import adapters_at_work
 from gircse.ops.head_facts import HeadFacts
 
 # Beyond these all graphs are dropped and captured again as they are needed: their memory stays bounded.

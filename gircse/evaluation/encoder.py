@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gircse.config import GircseConfig
 from gircse.evaluation import require
 from gircse.evaluation.fingerprint import fingerprint
 from gircse.evaluation.instructions import ENGLISH_V2, text_instruction
 from gircse.evaluation.step_store import StepStore
+from gircse.lm.config import GircseConfig
 
 require("mteb")
 

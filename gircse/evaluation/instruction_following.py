@@ -23,7 +23,7 @@ import numpy as np
 from gircse.evaluation import STEPS, require
 from gircse.evaluation.stdlib_text import ACTIONS, balanced_grid
 from gircse.evaluation.step_store import check_steps
-from gircse.report import text_table
+from gircse.show.tables import text_table
 
 if TYPE_CHECKING:
     from gircse.model import GIRCSE

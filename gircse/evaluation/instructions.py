@@ -1,7 +1,7 @@
 """What each task of MTEB(eng, v2) is told to embed for, and which side of it carries the instruction (SPEC 1.6).
 
 The wording decides more than it seems to: an instruction that says "retrieve" and not "semantic" leaves the documents
-bare (`gircse.prompts.is_symmetric`), as in training. Retrieval and reranking say it, all others do not or say
+bare (`gircse.lm.prompts.is_symmetric`), as in training. Retrieval and reranking say it, all others do not or say
 "semantic".
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from gircse.prompts import is_symmetric
+from gircse.lm.prompts import is_symmetric
 
 if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gircse.atomic import new_file
-from gircse.report import text_table
+from gircse.files.atomic import new_file
+from gircse.show.tables import text_table
 
 ENGLISH_BENCHMARK = "MTEB(eng, v2)"
 ENGLISH_NAMES = (ENGLISH_BENCHMARK, "MTEB(eng)")

@@ -15,7 +15,7 @@ import numpy as np
 from gircse.evaluation import STEPS, require
 from gircse.evaluation.results import ENGLISH_BENCHMARK, Evaluation, TaskScores, write_results
 from gircse.evaluation.step_store import StepStore, check_steps
-from gircse.folder_lock import folder_lock
+from gircse.files.lock import folder_lock
 
 mteb = require("mteb")
 

@@ -1,6 +1,6 @@
 """Text for evaluation that every machine has: what the functions of Python's standard library do, by area and action.
 
-Each text is the first paragraph of a docstring (see `gircse.demo.functions`). It has two labels: the *area* of the
+Each text is the first paragraph of a docstring (see `gircse.data.functions`). It has two labels: the *area* of the
 library that it comes from, and the *action* that its first words name; knowing one says little about the other. The
 same Python release gives the same texts in the same order. Another release has slightly other ones, so its number is
 part of the data's revision.
@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TypeVar
 from zlib import crc32
 
-from gircse.demo.corpus import deduplicate
-from gircse.demo.functions import CodePair, pairs_of_file
+from gircse.data.functions import CodePair, pairs_of_file
+from gircse.data.installed_code import deduplicate
 
 REVISION = f"python-{platform.python_version()}-1"  # of the texts; the last number changes with the code below
 

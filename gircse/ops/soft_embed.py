@@ -168,7 +168,8 @@ def soft_embed(
         inputs, options = _relax(inputs, options, hidden, gumbel_temperature)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     stats = return_stats or hard is not False
-    found = soft_embed_op.run(inputs, soft_embed_op.Call(options, group, stats, differentiable, cast, backend))
+    call = soft_embed_op.Call(options, group, stats, differentiable, cast=cast, backend=backend)
+    found = soft_embed_op.run(inputs, call)
     result = found.out if hidden.dim() == 2 else found.out.reshape(*leading, found.out.shape[-1])
     if hard is not False:
         values = head_weight if embed_weight is None else embed_weight

@@ -33,6 +33,7 @@ class Call(NamedTuple):
     group: str | None = None  # of a vocabulary-parallel call
     stats: bool = False
     exact: bool = False  # a gradient will be wanted: keep what backward needs
+    keep: bool = False  # and the probabilities, as far as the backend's budget for them allows
     cast: torch.dtype | None = None  # autocast's, for all tensors but float64 ones
     backend: str | None = None
 
@@ -58,6 +59,7 @@ class Results(NamedTuple):
     peak: Tensor | None = None
     total: Tensor | None = None
     kept_entropy: Tensor | None = None
+    kept_probs: Tensor | None = None  # [T, V]
 
 
 def run(inputs: Inputs, call: Call) -> Results:
@@ -71,8 +73,10 @@ def run(inputs: Inputs, call: Call) -> Results:
         return Results(*OP.op(*inputs, divisor, *call._replace(options=options).flat()))
     if observers.transformed() or observers.forward_mode():  # whether a gradient will be wanted shows later
         call = call._replace(exact=True)
-    elif not call.exact and alone(inputs, call.backend):
-        return _forward(inputs, call)
+    elif alone(inputs, call.backend):
+        if not call.exact:
+            return _forward(inputs, call)
+        call = call._replace(keep=True)  # a compiler or a mode would have to know the backend's budget
     return Results(*OP.call((*inputs, None), call.flat()))
 
 
@@ -86,7 +90,7 @@ def _forward(inputs: Inputs, call: Call) -> Results:
     hidden, module = inputs.hidden, _module(call.backend, inputs.hidden)
     with no_autocast(hidden.device.type):
         if call.group is None:
-            found = module.forward(inputs, call.options, stats=call.stats, exact=call.exact)
+            found = module.forward(inputs, call.options, stats=call.stats, exact=call.exact, keep=call.keep)
         else:
             state = module.scan(inputs, call.options, stats=call.stats)
             state = merge_shards(state, call.options.vocab_start, find_group(call.group))
@@ -95,9 +99,9 @@ def _forward(inputs: Inputs, call: Call) -> Results:
 
 
 def _results(found: Forward, call: Call) -> Results:
-    out, exact, lse, entropy, max_prob, argmax, peak, total = found
+    out, exact, lse, entropy, max_prob, argmax, peak, total, probs = found
     kept = entropy.clone() if call.exact and entropy is not None else None
-    return Results(out, lse, entropy, max_prob, argmax, exact, peak, total, kept)
+    return Results(out, lse, entropy, max_prob, argmax, exact, peak, total, kept, probs)
 
 
 class _SoftEmbed(DifferentiableOp):
@@ -108,12 +112,12 @@ class _SoftEmbed(DifferentiableOp):
     )
     scalars = (
         "float scalar_temperature, float? softcap, float logit_scale, float embed_scale, SymInt? seed, "
-        "SymInt vocab_start, float logit_temperature, str? group, bool stats, bool exact, ScalarType? cast, "
+        "SymInt vocab_start, float logit_temperature, str? group, bool stats, bool exact, bool keep, ScalarType? cast, "
         "str? backend"
     )
     num_tensors, num_inputs, num_results = _NUM_TENSORS + 1, len(Needs._fields), len(Results._fields)
     upstream = (0, 1, 2)  # out, lse, entropy
-    saved = (5, 6, 7, 8)
+    saved = (5, 6, 7, 8, 9)
     shared = (1, 2, 3, _NUM_TENSORS)
 
     def forward(self, tensors: Tensors, scalars: Sequence[Any]) -> Tensors:
@@ -145,7 +149,10 @@ class _SoftEmbed(DifferentiableOp):
         self, grads: Tensors, tensors: Tensors, saved: Tensors, scalars: Sequence[Any], needs: Sequence[bool]
     ) -> Tensors:
         originals, call = _call(tensors, scalars)
-        found = _backward(grads, cast_inputs(originals, call.cast), Saved(*saved), call, Needs(*needs))  # type: ignore[arg-type]
+        kept = Saved(*saved)  # type: ignore[arg-type]
+        if kept.probs is not None and not kept.probs.numel():  # the stand-in
+            kept = kept._replace(probs=None)
+        found = _backward(grads, cast_inputs(originals, call.cast), kept, call, Needs(*needs))
         return tuple(
             None if grad is None or tensor is None else grad.to(tensor.dtype)
             for grad, tensor in zip(found, originals, strict=False)

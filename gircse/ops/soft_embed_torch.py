@@ -115,8 +115,9 @@ def row_factor(factor: float | Tensor, rows: slice) -> float | Tensor:
     return factor[rows] if isinstance(factor, Tensor) else factor
 
 
-def forward(inputs: Inputs, options: Options, *, stats: bool, exact: bool) -> Forward:
-    """Soft tokens, with ``stats`` their statistics, with ``exact`` also before rounding."""
+def forward(inputs: Inputs, options: Options, *, stats: bool, exact: bool, keep: bool = False) -> Forward:
+    """Soft tokens, with ``stats`` their statistics, with ``exact`` also before rounding. ``keep`` is for other
+    backends: this one recomputes its probabilities."""
     return finish(scan(inputs, options, stats=stats), options, inputs.hidden.dtype, exact=exact)
 
 

@@ -11,9 +11,9 @@ from .backends import kernels
 from .soft_embed_torch import OnlineState
 
 
-def forward(inputs: Inputs, options: Options, *, stats: bool, exact: bool) -> Forward:
-    """As ``soft_embed_torch.forward``."""
-    return kernels().forward(inputs, options, stats=stats, exact=exact)
+def forward(inputs: Inputs, options: Options, *, stats: bool, exact: bool, keep: bool = False) -> Forward:
+    """As ``soft_embed_torch.forward``; with ``keep`` also the probabilities, as far as the plan's budget allows."""
+    return kernels().forward(inputs, options, stats=stats, exact=exact, keep=keep)
 
 
 def scan(inputs: Inputs, options: Options, *, stats: bool) -> OnlineState:

@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
 from sentence_transformers.util import import_module_class, load_file_path
 
-from gircse.device import to_device
+from gircse.lm.device import to_device
 from gircse.model import GIRCSE
 from gircse.sentence_transformers.modeling_gircse import LENGTH_CONFIG
 from gircse.sentence_transformers.module import GIRCSEModule

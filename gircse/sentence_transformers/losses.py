@@ -1,7 +1,8 @@
 """Losses for `SentenceTransformerTrainer`: the ICR objective over stepwise InfoNCE (SPEC 1.4-1.5), plain and cached.
 
 Columns follow sentence-transformers' convention: anchor, positive, any number of negatives. All positives and negatives
-of the batch are candidates of every anchor, but for those that are right answers themselves (`gircse.false_negatives`).
+of the batch are candidates of every anchor, but for those that are right answers themselves
+(`gircse.data.false_negatives`).
 
 Both losses work on `step_embeddings` [B, K, D], the embeddings z_1..z_K that `GIRCSEModule` adds to its output, and use
 as many of their dimensions as `sentence_embedding` has. `MatryoshkaLoss` shortens only the latter; so inside it every
@@ -22,10 +23,10 @@ from sentence_transformers.base.modules import Normalize
 from torch import Tensor, nn
 
 from gircse import ops
-from gircse.false_negatives import false_negatives
+from gircse.data.false_negatives import false_negatives
+from gircse.lm.trained_weights import check_trainable
 from gircse.ops.objective import REDUCTIONS
 from gircse.sentence_transformers import modeling_gircse
-from gircse.trained_weights import check_trainable
 
 _CITATION = """
 @inproceedings{tsai2026gircse,

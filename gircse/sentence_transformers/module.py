@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gircse.loading import load_pretrained
+from gircse.lm.load import load_pretrained
 from gircse.model import GIRCSE
 from gircse.sentence_transformers import modeling_gircse
 from gircse.sentence_transformers.modeling_gircse import LENGTH_CONFIG, check_backend, name_base_model, save_code

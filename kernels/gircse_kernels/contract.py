@@ -35,6 +35,11 @@ class Inputs(NamedTuple):
     seeds: Tensor | None = None  # [T] int64, instead of the number
     threshold: Tensor | None = None  # [T] accumulation dtype, the lowest score without noise that a row keeps
 
+    def of_rows(self, rows: slice) -> Inputs:
+        """The same call for some of the rows."""
+        parts = (None if tensor is None else tensor[rows] for tensor in (self.temperature, self.seeds, self.threshold))
+        return Inputs(self.hidden[rows], self.head, self.embed, self.bias, *parts)
+
 
 class Forward(NamedTuple):
     """What the forward returns, in the accumulation dtype except `out`. A tensor that was not asked for is None.
@@ -51,6 +56,7 @@ class Forward(NamedTuple):
     argmax: Tensor | None  # [T] int64, index in this head
     peak: Tensor  # [T] largest score
     total: Tensor  # [T] sum of e^(score - peak)
+    probs: Tensor | None = None  # [T, V] input dtype: what the backend keeps of the probabilities for its backward
 
 
 class Saved(NamedTuple):
@@ -65,6 +71,7 @@ class Saved(NamedTuple):
     peak: Tensor  # [T]
     total: Tensor  # [T]
     entropy: Tensor | None  # [T], where it has a gradient
+    probs: Tensor | None = None  # [T, V], `Forward.probs`; None: scores are recomputed
 
 
 class Needs(NamedTuple):

@@ -10,8 +10,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .contract import Inputs, Options
-from .matmul import dot
-from .plan import Config, Device
+from .matmul import dot, product_kernel
+from .plan import Config, Device, cdiv, lookup
 
 INTERPRETED = not hasattr(dot, "cache_key")  # TRITON_INTERPRET=1 was set when this was imported
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -71,6 +71,53 @@ def _compiled_for(argument: Any) -> Any:
         return argument.base.dtype, *argument.block_shape, argument.padding
     assert argument is None or type(argument) is float, f"a kernel's argument: {argument!r}"
     return type(argument)
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """out [M, N] = a [M, K] @ b [K, N], or out += a @ b, summed in float32: the one place where cuBLAS is called.
+
+    `out` has the dtype of `a` and `b`, or float32. The products of float32 matrices are never rounded to TF32: where
+    the user's settings allow cuBLAS to do that, our own kernel takes its place, in 3xTF32, and no setting is touched,
+    because they belong to the whole process. Like `launch`, replaced by tools that compile or count.
+    """
+    if a.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        tf32x3_product(a, b, out, add=add)
+    elif a.device.type == "cuda":
+        dtype = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
+        if add:
+            torch.addmm(out, a, b, **dtype, out=out)
+        else:
+            torch.mm(a, b, **dtype, out=out)
+    elif a.device.type != "meta":  # the interpreter
+        result = a.float() @ b.float()
+        if add:
+            out += result
+        else:
+            out.copy_(result)
+
+
+def tf32x3_product(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
+    """out [M, N] = a [M, K] @ b [K, N], or out += a @ b, float32 of any strides, by our own kernel."""
+    (rows, inner), cols = a.shape, b.shape[1]
+    config = lookup("matmul", device_of(a.device).arch, 4, rows)
+    launch(
+        product_kernel,
+        (cdiv(rows, config.blocks["BLOCK_M"]) * cdiv(cols, config.blocks["BLOCK_N"]),),
+        (a, b, out, rows, cols, inner, *a.stride(), *b.stride(), *out.stride()),
+        config,
+        ADD=add,
+        PRECISION="tf32x3",
+    )
+
+
+def exact_scores(inputs: Inputs, statistics: bool) -> bool:
+    """Whether scores must stay float32 on the way to their exponential.
+
+    bfloat16 scores are as accurate as eager PyTorch's and faster (two bytes fewer to write and to read), so form 3 and
+    the backward take them where nobody reads scores themselves. Statistics do, a threshold is compared with them, and
+    in float16 a score beyond 65504 would become infinite.
+    """
+    return statistics or inputs.threshold is not None or inputs.hidden.dtype == torch.float16
 
 
 def score_flags(inputs: Inputs, options: Options) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""Tiled products: the device functions of a product's tile, and the two kernels that `info_nce` launches.
+"""Tiled products of float32 matrices in three TF32 products each (3xTF32): the accuracy of float32 on tensor cores.
 
-    product_kernel      out += A B       A [T, C] of a chunk of columns, B [V, D]
-    vocab_grad_kernel   out = A^T B      A [T, C] of a chunk of columns, B [T, D], summed over blocks of rows
+    row_dot           a tile of A B^T, for a kernel that goes on with it
+    product_kernel    C = A B or C += A B, of any strides
 
-Every tile of a result belongs to one program, so there are no atomics and two runs are bitwise equal.
+For `info_nce`, and for `launching.product` where PyTorch's settings would let cuBLAS round float32 to TF32. Every tile
+of a result belongs to one program, so there are no atomics and two runs are bitwise equal.
 """
 
 import triton
@@ -61,113 +62,46 @@ def row_dot(
     return product
 
 
-@triton.jit(do_not_specialize=["chunk_start", "num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "num_inner"])
 def product_kernel(
-    a_ptr,  # [T, C]
-    b_ptr,  # [V, D]
-    out_ptr,  # [splits, T, D] float32, in and out
-    num_rows,
-    width,
-    stride_a,
-    stride_bv,
-    stride_bd,
-    stride_out_split,
-    chunk_start,
-    chunk_size,
-    per_split,  # columns of a, a multiple of BLOCK_V
-    FIRST: tl.constexpr,
+    a_ptr,  # [M, K]
+    b_ptr,  # [K, N]
+    out_ptr,  # [M, N] any dtype, out; with ADD in and out
+    num_rows,  # M
+    num_cols,  # N
+    num_inner,  # K
+    stride_am,
+    stride_ak,
+    stride_bk,
+    stride_bn,
+    stride_om,
+    stride_on,
+    ADD: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    i_rows, i_cols = grouped(tl.program_id(0), tl.cdiv(num_rows, BLOCK_T), tl.cdiv(width, BLOCK_E), GROUP)
-    i_split = tl.program_id(1)
-    rows = i_rows * BLOCK_T + tl.arange(0, BLOCK_T)
-    m_rows = rows < num_rows
-    rows64 = rows.to(tl.int64)
-    cols = i_cols * BLOCK_E + tl.arange(0, BLOCK_E)
-    m_cols = cols < width
-    inside = m_rows[:, None] & m_cols[None, :]
-    p_out = out_ptr + i_split.to(tl.int64) * stride_out_split + rows64[:, None] * width + cols[None, :]
-    acc = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
-    inner = tl.arange(0, BLOCK_V)
-    first = i_split * per_split
-    for start in range(first, tl.minimum(first + per_split, chunk_size), BLOCK_V):
-        column = start + inner
-        m_column = column < chunk_size
-        a = tl.load(
-            a_ptr + rows64[:, None] * stride_a + column[None, :],
-            mask=m_rows[:, None] & m_column[None, :],
-            other=0.0,
-        )
-        b = tl.load(
-            b_ptr + (chunk_start + column).to(tl.int64)[:, None] * stride_bv + cols.to(tl.int64)[None, :] * stride_bd,
-            mask=m_column[:, None] & m_cols[None, :],
-            other=0.0,
-        )
+    i_rows, i_cols = grouped(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_cols, BLOCK_N), GROUP)
+    rows = i_rows * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = i_cols * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_rows = (rows < num_rows)[:, None]
+    m_cols = (cols < num_cols)[None, :]
+    rows = rows.to(tl.int64)[:, None]
+    cols = cols.to(tl.int64)[None, :]
+    inner = tl.arange(0, BLOCK_K)
+    p_a = a_ptr + rows * stride_am + inner.to(tl.int64)[None, :] * stride_ak
+    p_b = b_ptr + inner.to(tl.int64)[:, None] * stride_bk + cols * stride_bn
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, num_inner, BLOCK_K):
+        m_inner = inner < num_inner - start
+        a = tl.load(p_a, mask=m_rows & m_inner[None, :], other=0.0)
+        b = tl.load(p_b, mask=m_inner[:, None] & m_cols, other=0.0)
         acc = dot(a, b, acc, PRECISION)
-    if not FIRST:
-        acc += tl.load(p_out, mask=inside, other=0.0)
-    tl.store(p_out, acc, mask=inside)
-
-
-@triton.jit(do_not_specialize=["chunk_start", "num_rows"])
-def vocab_grad_kernel(
-    a_ptr,  # [T, C]: dS
-    b_ptr,  # [T, D]: hidden
-    a2_ptr,  # [T, C]: P, with DUAL
-    b2_ptr,  # [T, D]: upstream gradient, with DUAL
-    sum_ptr,  # [C, D] float32, in and out: where the rows come in several blocks
-    out_ptr,  # [V, D] out, any dtype
-    num_rows,
-    width,
-    stride_a,
-    stride_bt,
-    stride_bd,
-    stride_b2t,
-    stride_b2d,
-    stride_out,
-    chunk_start,
-    chunk_size,
-    FIRST: tl.constexpr,  # block of rows
-    LAST: tl.constexpr,
-    DUAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    i_vocab, i_cols = grouped(tl.program_id(0), tl.cdiv(chunk_size, BLOCK_V), tl.cdiv(width, BLOCK_E), GROUP)
-    column = i_vocab * BLOCK_V + tl.arange(0, BLOCK_V)
-    m_column = column < chunk_size
-    cols = i_cols * BLOCK_E + tl.arange(0, BLOCK_E)
-    m_cols = cols < width
-    cols64 = cols.to(tl.int64)
-    inner = tl.arange(0, BLOCK_T)
-    inside = m_column[:, None] & m_cols[None, :]
-    acc = tl.zeros([BLOCK_V, BLOCK_E], tl.float32)
-    for start in range(0, num_rows, BLOCK_T):
-        rows = start + inner
-        m_rows = rows < num_rows
-        rows64 = rows.to(tl.int64)
-        p_a = rows64[:, None] * stride_a + column[None, :]
-        m_a = m_rows[:, None] & m_column[None, :]
-        m_b = m_rows[:, None] & m_cols[None, :]
-        a = tl.load(a_ptr + p_a, mask=m_a, other=0.0)
-        b = tl.load(b_ptr + rows64[:, None] * stride_bt + cols64[None, :] * stride_bd, mask=m_b, other=0.0)
-        acc = dot(tl.trans(a), b, acc, PRECISION)
-        if DUAL:
-            a2 = tl.load(a2_ptr + p_a, mask=m_a, other=0.0)
-            b2 = tl.load(b2_ptr + rows64[:, None] * stride_b2t + cols64[None, :] * stride_b2d, mask=m_b, other=0.0)
-            acc = dot(tl.trans(a2), b2, acc, PRECISION)
-    p_part = column.to(tl.int64)[:, None] * width + cols64[None, :]
-    if not FIRST:
-        acc += tl.load(sum_ptr + p_part, mask=inside, other=0.0)
-    if LAST:
-        vocab = (chunk_start + column).to(tl.int64)
-        tl.store(out_ptr + vocab[:, None] * stride_out + cols64[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
-    else:
-        tl.store(sum_ptr + p_part, acc, mask=inside)
+        p_a += BLOCK_K * stride_ak
+        p_b += BLOCK_K * stride_bk
+    p_out = out_ptr + rows * stride_om + cols * stride_on
+    if ADD:
+        acc += tl.load(p_out, mask=m_rows & m_cols, other=0.0).to(tl.float32)
+    tl.store(p_out, acc.to(out_ptr.dtype.element_ty), mask=m_rows & m_cols)

@@ -4,8 +4,8 @@
 
 Partials are one flat float32 tensor: the planes peak, total, moment and argmax (int32 bits), [splits, T] each, then acc
 [splits, T, E]. With FINISH = False (a vocabulary shard, whose sums are still to be merged with those of other shards)
-`out` is the sum, not divided, and the moment stays a moment. Traffic: `splits * T * (E + 4)` float32 read, T * E written
-once or twice.
+`out` is the sum, not divided, and the moment stays a moment. Traffic: `splits * T * (E + 4)` float32 read, T * E
+written once or twice.
 """
 
 import triton

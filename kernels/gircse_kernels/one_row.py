@@ -3,11 +3,11 @@
 The vocabulary is split over the programs. A program takes BLOCK_V rows of W at a time. Each of these BLOCK_V lanes has
 an online softmax of its own, so that nothing crosses lanes until the loop has ended::
 
-    for tile W_j [BLOCK_V, D]:  s = score(sum_d W_j h);  m' = max(m, s);  p = e^(s - m')              m, l, s, p [BLOCK_V]
-                                l = l e^(m - m') + p;  acc = acc e^(m - m') + p W_j;  m = m'          acc [BLOCK_V, D]
+    for tile W_j [BLOCK_V, D]:  s = score(sum_d W_j h);  m' = max(m, s);  p = e^(s - m')           m, l, s, p [BLOCK_V]
+                                l = l e^(m - m') + p;  acc = acc e^(m - m') + p W_j;  m = m'       acc [BLOCK_V, D]
 
-Then the lanes are added up, and the program writes one partial result for `merge`. D is held in pieces of PIECE columns,
-the last one ragged. Traffic: W once, partials `splits * (D + 4)` float32 written and read.
+Then the lanes are added up, and the program writes one partial result for `merge`. D is held in pieces of PIECE
+columns, the last one ragged. Traffic: W once, partials `splits * (D + 4)` float32 written and read.
 """
 
 import triton

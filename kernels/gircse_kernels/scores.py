@@ -137,6 +137,12 @@ def scores(
 
 
 @triton.jit
+def reference(peak):
+    """What the exponentials of a row are relative to in form 3: its highest score, down to a multiple of 8."""
+    return tl.floor(peak * 0.125) * 8.0
+
+
+@triton.jit
 def tile_softmax(score, valid, STATS: tl.constexpr):
     """Of a tile [BLOCK_T, BLOCK_V]: highest score and its position, score with invalid columns at -inf.
 

@@ -18,7 +18,7 @@ from bench.op_engines import Problem, WrongResultError, check, draw_matrices, ea
 from bench.op_measure import judge, measure
 from bench.provenance import ROOT
 from bench.timing import Timing, captured, interleaved
-from gircse.floors import Ceilings
+from gircse.roofline import Ceilings
 
 CEILINGS = Ceilings(flops_per_s=1e11, bytes_per_s=1e10)
 CPU = torch.device("cpu")

@@ -16,9 +16,9 @@ from bench.batches import random_batch
 from bench.encode_check import check
 from bench.engines import ENGINES, GRAPH, NO_REUSE, OFFICIAL_EVAL, REFERENCE
 from gircse import GIRCSE, GircseConfig
-from gircse.architecture import CausalLM
-from gircse.floors import Ceilings, ModelFacts
+from gircse.lm.causal_lm import CausalLM
 from gircse.ops import l2_normalize
+from gircse.roofline import Ceilings, ModelFacts
 from tests.plain import plain_rollout
 from tests.tiny_models import tiny_model, tiny_tokenizer
 

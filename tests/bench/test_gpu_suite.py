@@ -23,7 +23,7 @@ from bench.provenance import ROOT
 from bench.suite import attempts, loss, models, ops, plan, precompile, session, summary, tests
 from bench.suite.model_cases import ENCODINGS, SMOKE_ENCODINGS, SMOKE_TRAINING, TRAINING
 from bench.tables import table
-from gircse.floors import Ceilings
+from gircse.roofline import Ceilings
 
 OPS = [case.name for case in SMOKE_CASES]
 MODELS = [case.name for case in (*SMOKE_ENCODINGS, *SMOKE_TRAINING)]

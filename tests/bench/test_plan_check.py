@@ -9,8 +9,8 @@ import pytest
 
 from bench import plan_check
 from bench.shapes import SHAPES
-from gircse.traced_model import TracedModel
-from gircse.train_plan import plan
+from gircse.train.plan.extrapolate import TracedModel
+from gircse.train.plan.predict import plan
 
 
 def test_predictions_hold(tmp_path, capsys):

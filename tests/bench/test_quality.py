@@ -17,7 +17,7 @@ from bench.quality_corpora import StudyCorpus, debian_packages
 from bench.quality_run import pooled, scores, states
 from bench.quality_stats import difference, estimate
 from gircse import GIRCSE, GircseConfig
-from gircse.metrics import metrics_of
+from gircse.evaluation.metrics import metrics_of
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 NEEDS_APT = pytest.mark.skipif(not shutil.which("/usr/lib/apt/apt-helper"), reason="no Debian system")

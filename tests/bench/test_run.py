@@ -20,9 +20,9 @@ from bench.engines import ENGINES, cached
 from bench.floors import measure_ceilings
 from bench.provenance import ROOT, sources_hash
 from bench.shapes import SHAPES, meta_model, random_model
-from gircse.architecture import CausalLM
-from gircse.attention import ATTENTION_NAME
-from gircse.floors import Ceilings, ModelFacts
+from gircse.lm.attention import ATTENTION_NAME
+from gircse.lm.causal_lm import CausalLM
+from gircse.roofline import Ceilings, ModelFacts
 from tests.tiny_models import CONFIGS, tiny_model
 
 CEILINGS = Ceilings(flops_per_s=1e11, bytes_per_s=1e10)
@@ -107,7 +107,7 @@ def _one_step_short(lm, ids, mask, steps):
 
 
 def _warmer(lm, ids, mask, steps):
-    from gircse.rollout import rollout
+    from gircse.lm.rollout import rollout
 
     return rollout(lm, ids, mask, steps, temperature=1.1).steps if steps else cached(lm, ids, mask, 0)
 

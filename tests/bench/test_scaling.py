@@ -20,7 +20,7 @@ from bench.scaling_curves import CPU, CUDA, QUICK, Curve
 from bench.scaling_slopes import TOLERANCES, judge, log_slope
 from bench.scaling_soft_embed import Sizes, floor, held_bytes
 from bench.scaling_tables import rows_of
-from gircse.floors import Ceilings
+from gircse.roofline import Ceilings
 
 NAMES = "soft_embed.V,encode.K,train.B"
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from gircse.cli import main
-from tests.test_analysis import CLUSTERS, DOCUMENTS, QUERIES
+from tests.analysis.test_analyze import CLUSTERS, DOCUMENTS, QUERIES
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 

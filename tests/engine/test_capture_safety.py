@@ -12,10 +12,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from gircse.architecture import CausalLM
 from gircse.engine.kv import KVPool, PrefillPass
 from gircse.engine.step import DecodeState, StepRunner, _fingerprint
-from tests.test_rollout import with_lora
+from gircse.lm.causal_lm import CausalLM
+from tests.lm.test_rollout import with_lora
 from tests.tiny_models import CONFIGS, tiny_model
 
 _SYNCS = {"aten._local_scalar_dense", "aten.item", "aten.equal", "aten.is_nonzero", "aten.allclose"}

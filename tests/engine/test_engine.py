@@ -8,9 +8,9 @@ import warnings
 import pytest
 import torch
 
-from gircse.architecture import CausalLM
 from gircse.engine import Engine, EngineConfig
 from gircse.engine.kv import decode_kernel
+from gircse.lm.causal_lm import CausalLM
 from tests.plain import plain_rollout
 from tests.tiny_models import CONFIGS, VOCAB, definition, tiny_model
 

@@ -11,9 +11,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from gircse.architecture import CausalLM
 from gircse.engine import Engine, EngineConfig
 from gircse.engine.fused import FusedKernels
+from gircse.lm.causal_lm import CausalLM
 from tests.engine.test_engine import relative_error, rows_of
 from tests.tiny_models import CONFIGS, tiny_model
 

@@ -1,4 +1,4 @@
-"""`gircse evaluate` beyond own rows (those are in tests/test_cli.py)."""
+"""`gircse evaluate` beyond own rows (those are in tests/cli/test_commands.py)."""
 
 from __future__ import annotations
 

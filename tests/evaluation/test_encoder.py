@@ -19,7 +19,7 @@ from gircse.evaluation.encoder import GIRCSEEncoder  # noqa: E402
 from gircse.evaluation.instructions import ENGLISH_V2, task_instruction, text_instruction  # noqa: E402
 from gircse.evaluation.offline_tasks import StdlibRelatednessSTS  # noqa: E402
 from gircse.evaluation.step_store import StepStore  # noqa: E402
-from gircse.prompts import is_symmetric  # noqa: E402
+from gircse.lm.prompts import is_symmetric  # noqa: E402
 from tests.tiny_models import tiny_model, tiny_tokenizer  # noqa: E402
 
 ENGLISH = {task.metadata.name: task.metadata for task in mteb.get_benchmark("MTEB(eng, v2)").tasks}

@@ -16,7 +16,7 @@ from mteb.abstasks.aggregated_task import AbsTaskAggregate  # noqa: E402
 from gircse.evaluation.encoder import GIRCSEEncoder  # noqa: E402
 from gircse.evaluation.offline_tasks import StdlibAreaClustering, offline_benchmark  # noqa: E402
 from gircse.evaluation.run import evaluate_tasks, find_tasks  # noqa: E402
-from gircse.folder_lock import FolderInUse, folder_lock  # noqa: E402
+from gircse.files.lock import FolderInUse, folder_lock  # noqa: E402
 
 # a token of the tiny model is a character: short instructions leave room for the texts
 SHORT = {task.metadata.name: "retrieve" if "Code" in task.metadata.name else "x" for task in offline_benchmark().tasks}

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from gircse.checkpoint import STATE_NAME, SUMS_NAME, WEIGHTS_NAME, list_checkpoints, load_checkpoint
-from gircse.train import train, trainable_model
+from gircse.train import train
+from gircse.train.checkpoint import STATE_NAME, SUMS_NAME, WEIGHTS_NAME, list_checkpoints, load_checkpoint
+from gircse.train.lora import trainable_model
 from tests.fuzz.hostile_pickle import plain_pickle, save_torch
 from tests.fuzz.json_values import damaged, values
 from tests.fuzz.outcome import outcome

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gircse.config import CONFIG_NAME, GircseConfig
-from gircse.distill_config import DistillConfig
-from gircse.encode_shards import encode_sharded
+from gircse.encode.shard_folder import MANIFEST
+from gircse.encode.sharded import encode_sharded
 from gircse.engine import EngineConfig
-from gircse.recipes import load_recipe
-from gircse.run_log import LOG_NAME, read_log
-from gircse.shards import MANIFEST
-from gircse.train_config import TrainConfig
+from gircse.lm.config import CONFIG_NAME, GircseConfig
+from gircse.train.config import TrainConfig
+from gircse.train.distill_config import DistillConfig
+from gircse.train.log import LOG_NAME, read_log
+from gircse.train.recipes import load_recipe
 from tests.fuzz.json_values import damaged, dumped, values
 from tests.fuzz.outcome import outcome
 from tests.fuzz.profiles import fuzz

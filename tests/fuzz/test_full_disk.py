@@ -1,6 +1,6 @@
 """A disk that fills while a command writes: an error that says so, and no half of a file under its name.
 
-Training is in tests/test_never_lost.py.
+Training is in tests/train/test_never_lost.py.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 
 from gircse import GIRCSE
+from gircse.analysis.encoded_steps import EncodedSteps
 from gircse.cli import main
 from gircse.cli.evaluate import _write_json
-from gircse.data import Row
-from gircse.distill import distill
-from gircse.distill_config import DistillConfig
-from gircse.embedding_files import embedding_writer
-from gircse.encode_shards import encode_sharded
-from gircse.encoded_steps import EncodedSteps
+from gircse.data.rows import Row
+from gircse.encode.files import embedding_writer
+from gircse.encode.shard_folder import join_shards
+from gircse.encode.sharded import encode_sharded
 from gircse.evaluation.results import Evaluation, TaskScores, write_results
 from gircse.evaluation.step_store import StepStore
-from gircse.shards import join_shards
+from gircse.train.distill import distill
+from gircse.train.distill_config import DistillConfig
 from tests.fuzz.full_disk import files_of_at_most, names
 
 TOO_LARGE = "File too large"

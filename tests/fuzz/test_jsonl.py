@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gircse.data import Row, load_rows, parse_row, read_jsonl
-from gircse.data_error import DataError
-from gircse.embedding_files import read_texts
-from gircse.labelled_texts import LabelledTexts
-from gircse.sources import JsonlSource, open_sources
+from gircse.data.errors import DataError
+from gircse.data.labelled_texts import LabelledTexts
+from gircse.data.rows import Row, load_rows, parse_row, read_jsonl
+from gircse.data.sources import JsonlSource, open_sources
+from gircse.encode.files import read_texts
 from tests.fuzz.json_values import ODD_LINES, damaged, dumped, values
 from tests.fuzz.outcome import outcome
 from tests.fuzz.profiles import fuzz

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gircse import metrics
-from gircse.clustering import kmeans, v_measure
-from gircse.evaluate import RetrievalTask, evaluate_retrieval
+from gircse.analysis.clustering import kmeans, v_measure
+from gircse.analysis.statistics import paired_difference, plateau
+from gircse.data.retrieval_task import RetrievalTask
+from gircse.evaluation import metrics
+from gircse.evaluation.retrieval import evaluate_retrieval
 from gircse.evaluation.step_store import check_steps
-from gircse.paired import paired_difference, plateau
 from tests.fuzz.outcome import outcome
 from tests.fuzz.profiles import fuzz
 from tests.fuzz.tensors import garbage, seeds

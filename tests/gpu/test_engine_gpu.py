@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from gircse import GIRCSE
-from gircse.architecture import CausalLM
 from gircse.engine import Engine, EngineConfig
 from gircse.engine.kv import has_flash_attention
+from gircse.lm.causal_lm import CausalLM
 from tests.engine.test_engine import LENGTHS, K, relative_error, rows_of
 from tests.tiny_models import CONFIGS, tiny_model, tiny_tokenizer
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gircse.architecture import CausalLM
-from gircse.rollout import rollout
+from gircse.lm.causal_lm import CausalLM
+from gircse.lm.rollout import rollout
 from tests.tiny_models import CONFIGS, tiny_model
 from tests.training_batches import weighted_sum
 

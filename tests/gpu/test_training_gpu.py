@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from gircse import GIRCSE
-from gircse.grad_cache import backward, micro_batches
-from gircse.step_monitor import PHASES, StepMonitor
-from gircse.token_budget import probe_budget
-from gircse.train import contrastive_backward, trainable_model
+from gircse.train.grad_cache import backward, micro_batches
+from gircse.train.lora import trainable_model
+from gircse.train.micro_batch_size import probe_budget
+from gircse.train.step import contrastive_backward
+from gircse.train.step_monitor import PHASES, StepMonitor
 from tests.tiny_models import tiny_model, tiny_tokenizer
 from tests.training_batches import NUM_STEPS, batch, config, gradients, weighted_sum
 

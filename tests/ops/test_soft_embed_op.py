@@ -76,7 +76,7 @@ def test_opcheck(backend: str, stats: bool, dtype: torch.dtype) -> None:
     """Schema, fakes, autograd registration and ahead-of-time tracing of the custom op."""
     tensors = random_inputs((5,), 37, 8, 6, bias=True, row_temperature=True, dtype=dtype)
     arguments = [tensor.requires_grad_() for tensor in tensors.values()]
-    call = soft_embed_op.Call(soft_embed_op.Options(softcap=3.0), None, stats, True, None, backend)
+    call = soft_embed_op.Call(soft_embed_op.Options(softcap=3.0), None, stats, True, backend=backend)
     torch.library.opcheck(
         torch.ops.gircse.soft_embed.default, (*arguments, None, None, None, *call.flat()), rtol=1e-2, atol=1e-2
     )
@@ -88,7 +88,7 @@ def test_opcheck_backward(backend: str) -> None:
         (5,), 37, 8, 6, bias=True, row_temperature=True, dtype=torch.bfloat16
     ).values()
     row = torch.rand(5)
-    call = soft_embed_op.Call(soft_embed_op.Options(), None, True, True, None, backend)
+    call = soft_embed_op.Call(soft_embed_op.Options(), None, True, True, backend=backend)
     for needs in ([True] * 5, [True, False, False, False, False], [False, True, False, True, False]):
         arguments = (
             torch.randn(5, 6).bfloat16(), row, None, hidden, head, embed, bias, temperature, None, None, None,

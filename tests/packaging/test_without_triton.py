@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 import gircse, gircse_kernels
 from gircse.ops import soft_embed
-from gircse.data import Row
+from gircse.data.rows import Row
 from gircse.train import train
 from gircse.train_config import TrainConfig
 

@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM
 
 import gircse
 from gircse import GIRCSE, GircseConfig
-from gircse.architecture import position_limit
+from gircse.lm.causal_lm import position_limit
 from gircse.sentence_transformers import GIRCSEModule, modeling_gircse
-from tests.test_architecture import ROTARY, rotary_model
+from tests.lm.test_causal_lm import ROTARY, rotary_model
 from tests.tiny_models import CONFIGS, definition, tiny_model, tiny_tokenizer
 
 TEXTS = ["a text", "another, longer text", "", "x", "word " * 9]

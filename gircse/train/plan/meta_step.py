@@ -1,0 +1,320 @@
+"""What a training step holds in memory, without holding it: the step runs on tensors that have no storage.
+
+On the meta device PyTorch does everything but compute: shapes, dtypes and autograd's saved tensors are those of the
+real step, for every architecture, and with activation checkpointing. A dispatch mode sees each storage come and go; the
+largest sum of what is alive is the peak. What is one kernel on a real device is stood in for by what that kernel keeps
+and needs: attention, LoRA's dropout, `soft_embed`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gircse.lm.attention import ATTENTION_NAME, PromptPass, RolloutKV
+from gircse.lm.causal_lm import CausalLM
+from gircse.lm.rollout import rollout
+from gircse.ops.backends import TRITON_DTYPES, kernels
+from gircse.ops.tiles_torch import ROW_TILE, VOCAB_CHUNK, WORKSPACE_BYTES, accumulation_dtype
+
+# The most that the kernels' plans hold: the scores of a chunk and partial results of half of the promised 64 MiB each.
+_KERNEL_WORKSPACE_BYTES = 2 * WORKSPACE_BYTES
+# Whose plans: an H100's compute capability and multiprocessors. Another GPU's hold as much within a few MiB.
+_DEVICE = (90, 132)
+
+
+class Batch(NamedTuple):
+    """Prompts that are rolled out together: `rows` of `length` tokens each, padding included."""
+
+    rows: int
+    length: int
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of a forward and backward beside parameters, their gradients and the optimizer.
+
+    Attributes:
+        keys_values: of the prompts, kept for the steps and for backward.
+        prompt: everything else that the prompt passes leave alive, mostly what autograd saved.
+        steps: what the generated steps add to that.
+        moments: the most that is alive in each part of the step: up to the first soft token, to the second, ..; in
+            backward likewise.
+    """
+
+    keys_values: int
+    prompt: int
+    steps: int
+    moments: tuple[int, ...]
+
+    @property
+    def peak(self) -> int:
+        """The most that is alive at any moment."""
+        return max(self.moments)
+
+    def extrapolated(self, other: StepMemory, times: float) -> StepMemory:
+        """self + times (other - self): all of it is affine in the number of layers, and of rows."""
+
+        def on(a: int, b: int) -> int:
+            return round(a + times * (b - a))
+
+        return StepMemory(
+            on(self.keys_values, other.keys_values),
+            on(self.prompt, other.prompt),
+            on(self.steps, other.steps),
+            tuple(map(on, self.moments, other.moments)),
+        )
+
+    @property
+    def temporaries(self) -> int:
+        """What the peak needs beside what forward leaves: a layer's buffers in backward, workspaces, the loss."""
+        return self.peak - self.keys_values - self.prompt - self.steps
+
+
+def step_memory(
+    base: Any,
+    batches: Sequence[Batch],
+    num_steps: int,
+    *,
+    cuda: bool,
+    loss_bytes: int = 0,
+    any_rows: bool = False,
+) -> StepMemory:
+    """Of a rollout of each batch, one after the other, then one backward through all of them.
+
+    Args:
+        base: a `PreTrainedModel` on the meta device in train mode, with the adapters and the checkpointing that are
+            wanted; it is switched to the rollout's attention function.
+        batches: one micro-batch, or the queries and the passages where the batch is not divided.
+        num_steps: K >= 0.
+        cuda: whose kernels are stood in for: the GPU's, or the CPU's.
+        loss_bytes: temporaries between forward and backward.
+        any_rows: count the workspace of `soft_embed` on a GPU at its bound, whatever the rows: what is found for one
+            and for two rows can be extrapolated to any number then.
+
+    Raises:
+        ValueError: the model has storage.
+    """
+    if any(parameter.device.type != "meta" for parameter in base.parameters()):
+        raise ValueError("base: got parameters with storage, expected a model on the meta device")
+    base.set_attn_implementation(ATTENTION_NAME)
+    live = LiveBytes([*base.parameters(), *base.buffers()])
+    lm = _StandIn(model=base, body=base.base_model, cuda=cuda, any_rows=any_rows, live=live)
+    states: list[Tensor] = []
+    prompt = steps = 0
+    with _dropout_of_the_device(base, cuda), live:
+        for rows, length in batches:
+            before = live.now
+            ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
+            found = rollout(lm, ids, torch.ones_like(ids), num_steps)
+            states.append(found.steps if num_steps else found.prompt)
+            del found, ids
+            prompt += lm.marks[-1] - before
+            steps += live.now - lm.marks[-1]
+        if loss_bytes:
+            _scratch(loss_bytes)
+        torch.autograd.backward(states, [torch.empty_like(state) for state in states])
+        del states
+    keys_values = sum(lm.kept)
+    live.cut()
+    return StepMemory(keys_values, prompt - keys_values, steps, tuple(live.moments))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that operators make inside it, while they live.
+
+    Args:
+        known: tensors whose storages are not counted, nor are views of them.
+
+    Attributes:
+        now: bytes.
+        peak: the most since the last cut.
+        moments: the peaks before each cut.
+    """
+
+    def __init__(self, known: Sequence[Tensor] = ()) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.moments: list[int] = []
+        self._seen: dict[int, weakref.ref] = {}
+        for tensor in known:
+            self._see(tensor.untyped_storage(), counts=False)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._see(leaf.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def cut(self) -> None:
+        self.moments.append(self.peak)
+        self.peak = self.now
+
+    def _see(self, storage: torch.UntypedStorage, counts: bool = True) -> None:
+        # the wrapper of a storage lives exactly as long as the storage
+        key, size = id(storage), storage.nbytes() if counts else 0
+        known = self._seen.get(key)
+        if known is not None and known() is storage:
+            return
+        self.now += size
+
+        def gone(_: weakref.ref) -> None:
+            self.now -= size
+            self._seen.pop(key, None)
+
+        self._seen[key] = weakref.ref(storage, gone)
+
+
+@dataclass(frozen=True)
+class _StandIn(CausalLM):
+    """The model with stand-ins for what is one kernel; notes what is alive after each prompt pass."""
+
+    cuda: bool = True
+    any_rows: bool = False
+    live: LiveBytes = field(default_factory=LiveBytes)
+    marks: list[int] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+
+    def run_prompt(self, kv: RolloutKV, input_ids: Tensor) -> Tensor:
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        states = self.run_body(_FusedPrompt(kv, self.cuda), positions, input_ids=input_ids)
+        states.register_hook(lambda _: self.live.cut())
+        self.marks.append(self.live.now)
+        self.kept.append(sum(t.nbytes for pair in kv.prompt.values() for t in pair))
+        return states
+
+    def soft_embed(self, hidden: Tensor, **options):
+        return _SoftEmbed.apply(hidden, self)
+
+    def workspaces(self, hidden: Tensor) -> tuple[int, int]:
+        """Bytes of the temporaries of `soft_embed`: forward, backward."""
+        rows = hidden.numel() // hidden.shape[-1]
+        if not self.cuda:
+            return (_cpu_workspace(rows, self, hidden.dtype),) * 2
+        if self.any_rows or hidden.dtype not in TRITON_DTYPES:
+            return (_KERNEL_WORKSPACE_BYTES,) * 2
+        return _kernel_workspaces(rows, self, hidden.dtype)
+
+
+class _FusedPrompt(PromptPass):
+    """Flash attention keeps its inputs, its result and one number for each query."""
+
+    def __init__(self, kv: RolloutKV, cuda: bool) -> None:
+        super().__init__(kv)
+        self.cuda = cuda
+
+    def attend(self, layer, query, key, value, *, scaling, dropout, window, softcap):
+        if softcap is not None:  # plain products, as on a real device
+            return super().attend(
+                layer, query, key, value, scaling=scaling, dropout=dropout, window=window, softcap=softcap
+            )
+        key, value = key.contiguous(), value.contiguous()
+        self.kv.prompt.setdefault(layer, (key, value))
+        if self.cuda and window is not None and window < key.shape[2]:  # a mask: heads are repeated
+            key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
+        return _Attention.apply(query, key, value)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value):
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+class _SoftEmbed(torch.autograd.Function):
+    """Keeps hidden, a copy of the result in the accumulation dtype and three numbers a row (`soft_embed_op`)."""
+
+    @staticmethod
+    def forward(ctx, hidden, lm):
+        ctx.live, (forward, ctx.workspace) = lm.live, lm.workspaces(hidden)
+        ctx.live.cut()
+        wide = accumulation_dtype(hidden.dtype)
+        exact = hidden.new_empty(*hidden.shape[:-1], lm.embed_weight.shape[1], dtype=wide)
+        _scratch(forward)
+        out = exact.to(hidden.dtype, copy=True)
+        ctx.save_for_backward(hidden, exact, hidden.new_empty(3, *hidden.shape[:-1], dtype=wide))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.live.cut()
+        _scratch(ctx.workspace)
+        return torch.empty_like(ctx.saved_tensors[0]), None
+
+
+class _Dropout(torch.autograd.Function):
+    """The GPU's: one byte an element is kept."""
+
+    @staticmethod
+    def forward(ctx, input):
+        ctx.save_for_backward(torch.empty_like(input, dtype=torch.bool))
+        return torch.empty_like(input)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.empty_like(grad)
+
+
+class _FusedDropout(nn.Dropout):
+    def forward(self, input: Tensor) -> Tensor:
+        return _Dropout.apply(input) if self.training and self.p > 0 else input
+
+
+@contextmanager
+def _dropout_of_the_device(base: nn.Module, cuda: bool) -> Iterator[None]:
+    """The CPU's dropout is the composite one, which the meta device runs by itself."""
+    layers = [module for module in base.modules() if cuda and type(module) is nn.Dropout]
+    for layer in layers:
+        layer.__class__ = _FusedDropout
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__class__ = nn.Dropout
+
+
+def _cpu_workspace(rows: int, lm: CausalLM, dtype: torch.dtype) -> int:
+    """Bytes of the temporaries of `soft_embed`: those of a row tile and a vocabulary chunk in backward."""
+    (vocab, width), (_, value_width) = lm.head_weight.shape, lm.embed_weight.shape
+    rows, chunk = min(rows, ROW_TILE), min(vocab, VOCAB_CHUNK)
+    wide = accumulation_dtype(dtype)
+    up_cast = 0 if wide == dtype else width + (0 if lm.embed_weight is lm.head_weight else value_width)
+    return min(WORKSPACE_BYTES, wide.itemsize * (2 * rows * chunk + up_cast * chunk + value_width * rows))
+
+
+def _kernel_workspaces(rows: int, lm: CausalLM, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of the temporaries of the Triton kernels, read off their own plans: forward, backward."""
+    plans = kernels("plan")
+    (vocab, width), (_, value_width) = lm.head_weight.shape, lm.embed_weight.shape
+    tied, device = lm.embed_weight is lm.head_weight, plans.Device(*_DEVICE)
+    problem = plans.Problem(rows, vocab, width, value_width, tied, dtype.itemsize)
+    forward = plans.plan_forward(problem, device)
+    backward = plans.plan_backward(problem, device, False, False)  # the matrices are frozen
+
+    def held(plan: Any, columns: int) -> int:
+        """Partial sums of all shares in float32; the scores of a chunk, which a single pass does not keep."""
+        block = getattr(plan, "row_block", rows)
+        return block * (4 * plan.splits * columns + dtype.itemsize * getattr(plan, "chunk", 0))
+
+    return held(forward, value_width), held(backward, width)
+
+
+def _scratch(size: int) -> None:
+    """Bytes that are there for a moment."""
+    torch.empty(size, dtype=torch.uint8, device="meta")

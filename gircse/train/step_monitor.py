@@ -1,0 +1,74 @@
+"""What a training step looks like from inside: where its time goes, how certain its soft tokens are, its memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PHASES = ("data", "prompt", "steps", "loss", "update")
+
+
+class StepMonitor:
+    """Time by phase, entropy by step. On CUDA by events on the stream, read when the step is over: nothing waits.
+
+    Phases: "data" (rows, tokens), "prompt" (the pass over the prompts, forward and backward), "steps" (the K soft
+    tokens, likewise), "loss" (similarities, objective), "update" (exchange between processes, clipping, optimizer).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._marks: list[tuple[str, Any]] = []
+        self._entropies: dict[int, list[Tensor]] = {}
+
+    def start(self) -> None:
+        self._marks.clear()
+        self._entropies.clear()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.enter("data")
+
+    def enter(self, phase: str) -> None:
+        """Ends the phase at hand; a `gircse.lm.rollout.RolloutObserver`."""
+        self._marks.append((phase, self._now()))
+
+    def soft_token(self, step: int, entropy: Tensor) -> None:
+        self._entropies.setdefault(step, []).append(entropy)
+
+    def seconds(self) -> dict[str, float]:
+        """Of each phase since `start`; ends the step."""
+        self.enter("end")
+        found = dict.fromkeys(PHASES, 0.0)
+        for (phase, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
+            found[phase] += self._between(start, end)
+        return found
+
+    def entropies(self) -> list[float]:
+        """Mean over the texts that came by, of each step, in nats; empty with K = 0."""
+        if not self._entropies:
+            return []
+        return torch.stack([torch.cat(parts).double().mean() for _, parts in sorted(self._entropies.items())]).tolist()
+
+    def peak_bytes(self) -> int:
+        """Most memory in use: on CUDA of this step, by the allocator; otherwise of the process, ever."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, start: Any, end: Any) -> float:
+        if self.device.type != "cuda":
+            return end - start
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3

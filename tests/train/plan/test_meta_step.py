@@ -1,0 +1,190 @@
+"""Memory counted on tensors without storage, against real steps on the CPU. Shapes of real models, few layers."""
+
+from __future__ import annotations
+
+import gc
+from functools import cache
+
+import pytest
+import torch
+
+from bench.memory import peak_extra_bytes
+from bench.shapes import SHAPES, random_model
+from gircse.lm.causal_lm import CausalLM
+from gircse.lm.rollout import rollout
+from gircse.train.config import TrainConfig
+from gircse.train.lora import lora_targets
+from gircse.train.plan.extrapolate import TracedModel
+from gircse.train.plan.meta_step import Batch, LiveBytes, _kernel_workspaces, step_memory
+from tests.tiny_models import CONFIGS, tiny_model
+
+WITHIN = 0.15
+ROWS = 2
+
+
+def shape_config(name, layers=2):
+    """The widths of the published model, but a small vocabulary: it decides nothing here but the time."""
+    config = SHAPES[name].config(layers)
+    config.vocab_size = 4096
+    return config
+
+
+def with_lora(model, checkpointing, dropout=0.1):
+    from peft import LoraConfig, get_peft_model
+
+    targets = lora_targets(model)
+    lora = LoraConfig(r=16, lora_alpha=64, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
+    get_peft_model(model, lora).train()
+    if checkpointing:
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
+    return model
+
+
+@cache
+def models(name, checkpointing, dtype):
+    """Without storage, and with it."""
+    config = shape_config(name)
+    meta, real = (
+        with_lora(random_model(config, dtype=dtype, device=device), checkpointing) for device in ("meta", "cpu")
+    )
+    lm = CausalLM.from_model(real)
+    for parameter in lm.model.train().parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    return meta, lm
+
+
+class Saved:
+    """Bytes of the storages that autograd keeps for backward, parameters and buffers apart."""
+
+    def __init__(self, model):
+        self.bytes = 0
+        self._known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+        self._kept = []  # alive, or another tensor may come to lie there
+
+    def pack(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._known:
+            self._known.add(storage._cdata)
+            self._kept.append(storage)
+            self.bytes += storage.nbytes()
+        return tensor
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "qwen2.5-0.5b"])
+@pytest.mark.parametrize(
+    ("dtype", "checkpointing"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)]
+)
+@pytest.mark.parametrize(("length", "num_steps"), [(24, 3), (72, 1)])
+def test_what_autograd_saves_and_the_peak(name, dtype, checkpointing, length, num_steps):
+    meta, lm = models(name, checkpointing, dtype)
+    predicted = step_memory(meta, [Batch(ROWS, length)], num_steps, cuda=False)
+    ids = torch.randint(0, 4096, (ROWS, length))
+
+    def step():
+        states = rollout(lm, ids, torch.ones_like(ids), num_steps).steps
+        states.backward(torch.ones_like(states))
+
+    saved = Saved(lm.model)
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
+        step()
+    kept = predicted.keys_values + predicted.prompt + predicted.steps
+    if not checkpointing:  # a checkpoint's inputs are not saved tensors, and what it saves in backward is
+        assert kept == pytest.approx(saved.bytes, rel=WITHIN)
+    del saved
+    assert predicted.peak == pytest.approx(peak_extra_bytes(step, torch.device("cpu")), rel=WITHIN)
+
+
+def test_checkpointing_and_steps_are_where_they_belong():
+    plain, checkpointed = (
+        step_memory(
+            with_lora(random_model(shape_config("smollm2-135m"), dtype=torch.float32, device="meta"), checkpointing),
+            [Batch(ROWS, 64)], 3, cuda=True,
+        )
+        for checkpointing in (False, True)
+    )  # fmt: skip
+    assert checkpointed.prompt < 0.2 * plain.prompt
+    assert checkpointed.steps == pytest.approx(plain.steps, rel=0.1)
+    assert checkpointed.keys_values == plain.keys_values == 2 * 2 * ROWS * 3 * 64 * 64 * 4  # k, v, layers, .., float32
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "mistral-7b"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_depth_and_rows_are_extrapolated_exactly(name, checkpointing):
+    """What is counted at 2 and 3 layers, and at one row and two, is what 5 layers and 3 rows take."""
+    config = TrainConfig(dtype="bfloat16", gradient_checkpointing=checkpointing)
+    shape = shape_config(name, 5)
+    model = TracedModel.of(config, shape)
+    assert len(model.cut) == 2
+    whole = step_memory(model.base, [Batch(3, 40)], 1, cuda=True)
+    assert model.memory([Batch(3, 40)], 1) == whole
+    one, two = (model.memory([Batch(rows, 40)], 1) for rows in (1, 2))
+    assert one.extrapolated(two, 2).peak == pytest.approx(whole.peak, rel=1e-3)
+
+
+def test_layers_of_alternating_types():
+    """Gemma 2 has windows in every second layer."""
+    config = CONFIGS["gemma2"]()
+    config.num_hidden_layers, config.layer_types = 8, config.layer_types * 4
+    model = TracedModel.of(TrainConfig(), config)
+    assert [base.config.num_hidden_layers for base in model.cut] == [4, 6]
+    assert model.memory([Batch(2, 20)], 1) == step_memory(model.base, [Batch(2, 20)], 1, cuda=True)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma", "gemma3", "gpt2"])
+def test_every_architecture_can_be_counted(name):
+    found = TracedModel.of(TrainConfig(), CONFIGS[name]()).memory([Batch(2, 12)], 2)
+    assert min(found.keys_values, found.prompt, found.steps) > 0
+    assert found.peak >= found.keys_values + found.prompt + found.steps
+
+
+def test_live_bytes_forget_what_dies_and_count_a_storage_once():
+    known = torch.empty(100, device="meta")
+    with LiveBytes([known]) as live:
+        one = torch.empty(10, device="meta")
+        view = one.view(2, 5)
+        known.add_(1)
+        assert live.now == 40
+        two = one * 2
+        assert (live.now, live.peak) == (80, 80)
+        del one
+        gc.collect()
+        assert live.now == 80  # the view holds it
+        del view
+        assert (live.now, live.peak) == (40, 80)
+        live.cut()
+        assert (live.moments, live.peak) == ([80], 40)
+    assert two.numel() == 10
+
+
+def test_a_model_with_storage_is_refused():
+    with pytest.raises(ValueError, match="base: got parameters with storage"):
+        step_memory(tiny_model("llama"), [Batch(1, 4)], 1, cuda=False)
+
+
+@pytest.mark.parametrize(("rows", "name"), [(2, "smollm2-135m"), (48, "smollm2-135m"), (3000, "mistral-7b")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_workspace_on_a_gpu_is_what_the_launcher_allocates(rows, name, dtype):
+    """The launchers run on tensors without storage; what they allocate beside the results."""
+    from gircse_kernels.plan import Device, Problem
+
+    from bench.static.compile_report import Case, allocated_bytes
+
+    model = random_model(shape_config(name, 1), dtype=dtype, device="meta")
+    lm = CausalLM(model, model.base_model)
+    width, tied = lm.hidden_size, lm.head_weight is lm.embed_weight
+    problem = Problem(rows, 4096, width, width, tied, dtype.itemsize)
+    whole = [
+        allocated_bytes(Case("a step", problem, str(dtype).removeprefix("torch."), what), Device(90, 132))
+        for what in ("", "hidden")
+    ]
+    for found, allocated in zip(_kernel_workspaces(rows, lm, dtype), whole, strict=True):
+        results = 2 * 4 * rows * width  # in float32, and in the dtype
+        assert found <= allocated <= found + results
+
+
+def test_a_tiny_step_is_not_charged_the_largest_workspace():
+    config = TrainConfig(dtype="float32", gradient_checkpointing=True)
+    few = TracedModel.of(config, SHAPES["smollm2-135m"].config(2))
+    batches = [Batch(2, 16), Batch(4, 16)]
+    assert few.memory(batches, 2).peak < 10 << 20
+    assert few.memory(batches, 2, any_rows=True).peak > 64 << 20

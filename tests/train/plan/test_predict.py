@@ -1,0 +1,176 @@
+"""The plan of a training run: its parts, its advice, and the peak of a real step."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.shapes import SHAPES
+from gircse.cli import main
+from gircse.roofline import ModelFacts
+from gircse.train.config import TrainConfig
+from gircse.train.plan.gpus import GPUS, find_gpu
+from gircse.train.plan.meta_step import Batch
+from gircse.train.plan.predict import USABLE, divided, info_nce_bytes, plan
+from tests.tiny_models import tiny_model
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+LAYERS = 2
+SHALLOW = SHAPES["qwen2.5-7b"].config(LAYERS)  # its plan takes a second
+
+
+def settings(**options):
+    defaults = {"dtype": "bfloat16", "batch_size": 16, "num_steps": 1, "query_max_length": 512}
+    return TrainConfig(**{**defaults, "passage_max_length": 512, **options})
+
+
+@cache
+def planned(gpu="h100", checkpointing=False, batch_size=16, micro=None, quantization=None, fsdp=False, **options):
+    config = settings(
+        gradient_checkpointing=checkpointing,
+        batch_size=batch_size,
+        micro_batch_tokens=micro,
+        quantization=quantization,
+        fsdp=fsdp,
+    )
+    return plan(config, gpu=gpu, model_config=SHALLOW, **options)
+
+
+def test_fixed_parts_are_the_parameters():
+    found = planned()
+    hidden, inner, kv = 3584, 18944, 512
+    matrices = LAYERS * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner)
+    small = LAYERS * (2 * hidden + hidden + 2 * kv) + hidden  # norms and the biases of q, k, v
+    assert found.memory["frozen weights"] == 2 * (matrices + small + 2 * 152064 * hidden)
+    sides = LAYERS * (4 * hidden + 2 * (hidden + kv) + 3 * (hidden + inner))
+    lora = 4 * 16 * sides  # float32, rank 16
+    assert found.memory["LoRA weights"] == found.memory["LoRA gradients"] == lora
+    assert found.memory["AdamW moments"] == 2 * lora
+    assert found.total_bytes == sum(found.memory.values())
+    assert found.allocated_bytes == found.total_bytes - found.memory["CUDA context"]
+
+
+def test_quantized_matrices():
+    whole, eight, four = (planned(quantization=kind).memory for kind in (None, "int8", "nf4"))
+    matrix = LAYERS * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
+    assert whole["frozen weights"] - eight["frozen weights"] == matrix
+    assert whole["frozen weights"] - four["frozen weights"] == pytest.approx(matrix * (2 - 0.5625), abs=1)
+    assert four["dequantised matrix"] == 2 * 3584 * 18944
+    assert "dequantised matrix" not in whole
+
+
+def test_sharding_divides_what_belongs_to_the_model():
+    one, eight = (planned(world_size=8, fsdp=fsdp) for fsdp in (False, True))
+    assert eight.memory["frozen weights"] == one.memory["frozen weights"] // 8
+    assert eight.memory["AdamW moments"] == pytest.approx(one.memory["AdamW moments"] / 8, abs=16)
+    assert eight.memory["gathered layers"] > 0
+    assert eight.network_seconds > 0 == one.network_seconds
+    assert eight.step_seconds == max(sum(eight.seconds.values()), eight.network_seconds)
+
+
+def test_the_batch_is_divided_among_the_ranks():
+    one, four = (planned(world_size=ranks) for ranks in (1, 4))
+    assert four.memory["prompt keys and values"] * 4 == one.memory["prompt keys and values"]
+    assert sum(four.seconds.values()) < sum(one.seconds.values())
+
+
+def test_gradient_caching_bounds_memory_and_costs_one_forward():
+    whole = planned()
+    cached = planned(micro=1026)
+    assert cached.allocated_bytes < whole.allocated_bytes
+    assert cached.memory["gradient cache"] == 2 * 3 * 16 * 1 * 3584 * 2  # twice, rows, K, D, bfloat16
+    extra = cached.seconds["gradient caching, the extra forward"]
+    assert extra == cached.seconds["prompt, forward"] + cached.seconds["steps, forward"]
+    # every micro-batch reads the matrices again
+    assert sum(cached.seconds.values()) - extra >= sum(whole.seconds.values())
+
+
+def test_the_largest_micro_batch_fits_and_one_more_row_does_not():
+    whole = planned("rtx4090", batch_size=4096)
+    largest = whole.largest_micro_batch_tokens
+    assert not whole.fits
+    assert largest % 513 == 0  # rows of 512 tokens and one step
+    fits, not_any_more = (planned("rtx4090", batch_size=4096, micro=tokens) for tokens in (largest, largest + 513))
+    assert fits.fits
+    assert fits.total_bytes > 0.9 * USABLE * GPUS["rtx4090"].memory
+    assert not not_any_more.fits
+
+
+def test_a_model_that_does_not_fit_at_all():
+    found = plan(
+        settings(dtype="float32", batch_size=1), gpu="rtx4090", model_config=SHAPES["qwen2.5-7b"].config(28), length=64
+    )
+    assert not found.fits
+    assert found.largest_micro_batch_tokens is None
+    assert "not even a micro-batch of one row fits" in str(found)
+
+
+def test_the_floor_is_that_of_the_benchmarks():
+    """One phase after the other at the GPU's ceilings, as `bench/run.py` computes it."""
+    from bench.shapes import meta_model
+
+    found = planned("a100-80gb")
+    facts, ceilings = ModelFacts.of(meta_model(SHALLOW, torch.bfloat16)), GPUS["a100-80gb"].ceilings(torch.bfloat16)
+    expected = sum(ceilings.seconds(facts.training([512] * rows, 1)) for rows in (16, 32))
+    assert found.step_seconds == pytest.approx(expected, rel=1e-12)
+
+
+def test_checkpointing_adds_a_prompt_and_takes_memory():
+    plain, checkpointed = (planned(checkpointing=on) for on in (False, True))
+    assert checkpointed.seconds["checkpointing, the prompt again"] == plain.seconds["prompt, forward"]
+    assert checkpointed.memory["prompt activations"] < 0.2 * plain.memory["prompt activations"]
+
+
+def test_lengths_are_capped_by_the_config():
+    assert str(planned(length=4000)) == str(planned())
+    assert str(planned(length=128)) != str(planned())
+
+
+def test_micro_batches_have_at_least_a_row():
+    assert divided(Batch(8, 512), 1034, 5) == Batch(2, 512)
+    assert divided(Batch(8, 512), 1033, 5) == Batch(1, 512)
+    assert divided(Batch(8, 512), 100, 5) == Batch(1, 512)
+    assert divided(Batch(8, 512), 10**9, 5) == Batch(8, 512)
+
+
+def test_the_loss_stays_within_its_budget():
+    # beside one step's rows and carry there are pieces of 16 MiB and tiles of similarities
+    assert info_nce_bytes(100_000, 7, 20, 4096) < 4 * 4096 * (2 * 100_000 + 9 * 100_000) + (100 << 20)
+    assert info_nce_bytes(4, 1, 5, 576) == 2 * 5 * (4 * 576) * (4 + 8) + 4 * 3 * 4 * 8
+    assert info_nce_bytes(4, 1, 5, 576, ranks=2) == 2 * 5 * (4 * 576) * (4 + 16) + 2 * 4 * 3 * 4 * 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gpu": "h900"}, "gpu: got 'h900', expected one of h100, "),
+        ({"world_size": 0}, "world_size: got 0, expected an integer >= 1"),
+        ({"length": 0}, "length: got 0"),
+    ],
+)
+def test_wrong_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        plan(settings(), **{"gpu": "h100", "model_config": SHALLOW, **options})
+
+
+def test_half_precision_has_its_own_ceiling():
+    gpu = find_gpu("H100")
+    assert gpu.ceilings(torch.bfloat16).flops_per_s > 5 * gpu.ceilings(torch.float32).flops_per_s
+
+
+def test_the_command(tmp_path, capsys):
+    tiny_model("qwen2").save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").unlink()  # the config is enough
+    arguments = ["train", "--model", str(tmp_path / "base"), "--data", "nowhere.jsonl"]
+    assert main([*arguments, "--output", str(tmp_path / "run"), "--plan", "--gpu", "l40s", "--length", "64"]) == 0
+    out = capsys.readouterr().out
+    for words in ("memory of a rank", "floor of a step", "frozen weights", "fits:", "l40s", "64 tokens"):
+        assert words in out
+    assert not (tmp_path / "run").exists()
+    assert main([*arguments, "--plan", "--gpu", "abacus"]) == 2
+    assert "gpu: got 'abacus'" in capsys.readouterr().err

@@ -1,0 +1,108 @@
+"""The model of a training run: fresh or saved adapters, in float32, on layers that are there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+
+from gircse import GIRCSE
+from gircse.data.rows import Row
+from gircse.train import train
+from gircse.train.batches import TrainingData
+from gircse.train.config import LORA_TARGETS, TrainConfig
+from gircse.train.lora import lora_targets
+from gircse.train.plan.predict import plan
+from gircse.train.step import collate, contrastive_backward
+from tests.tiny_models import tiny_model
+
+WORDS = ["red", "blue", "fox", "dog"]
+ROWS = [Row("find the echo", f"{a} {b}", (f"{b} {a}",)) for a in WORDS for b in WORDS if a != b]
+
+
+def config(base, tmp_path, **options) -> TrainConfig:
+    defaults = {"model": str(base), "output": str(tmp_path / "run"), "batch_size": 4, "num_steps": 3, "max_steps": 2}
+    return TrainConfig(**{**defaults, "learning_rate": 3e-3, "progress": False, **options})
+
+
+def lora_parameters(settings: TrainConfig) -> int:
+    return plan(settings, gpu="h100", length=16).memory["LoRA weights"]
+
+
+def test_it_goes_on_from_a_saved_adapter(base, tmp_path):
+    """On the base that the adapter names, with its own rank; the first step is where the last run ended."""
+    first = train(config(base, tmp_path, lora_r=3, lora_dropout=0.0), rows=ROWS)
+    settings = config(base, tmp_path, model="", adapter=str(first.folder), output=str(tmp_path / "more"))
+    more = train(settings, rows=ROWS)
+    model, losses = GIRCSE.from_pretrained(first.folder, is_trainable=True), []
+    for found in (model, first.model):
+        batch = collate(found, TrainingData.open(settings, rows=ROWS).batch(0), settings)
+        losses.append(contrastive_backward(found, batch, settings, num_steps=3)[1].tolist())
+    np.testing.assert_allclose(losses, [more.log[0]["losses"]] * 2, rtol=1e-5)
+    shapes = {parameter.shape[0] for name, parameter in more.model.named_parameters() if "lora_A" in name}
+    assert shapes == {3}
+    assert not np.allclose(more.model.encode("red"), first.model.encode("red"), atol=1e-4)
+    assert np.array_equal(GIRCSE.from_pretrained(more.folder).encode("red"), more.model.encode("red"))
+    planned = [lora_parameters(replace(settings, model=str(base), **options)) for options in ({}, {"adapter": None})]
+    assert planned == [planned[1] * 3 // 16, planned[1]]
+    assert planned[0] == sum(p.nbytes for p in more.model.parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match="with an adapter on it, .* to train an adapter further, name its folder as"):
+        train(replace(settings, model=str(first.folder), adapter=None, output=str(tmp_path / "x")), rows=ROWS)
+    with pytest.raises(ValueError, match="lora_r: got 3, expected no value beside `adapter`, which has its own"):
+        replace(settings, lora_r=3)
+
+
+def test_a_frozen_adapter_is_not_trained_in_vain(base, tmp_path):
+    folder = train(config(base, tmp_path, max_steps=1), rows=ROWS).folder
+    ids = torch.tensor([[5, 6, 7]])
+    frozen = GIRCSE.from_pretrained(folder)
+    assert not frozen.rollout(ids, torch.ones_like(ids)).requires_grad
+    frozen.train()
+    with pytest.raises(
+        ValueError, match=r"model: got frozen weights only, .* from_pretrained\(folder, is_trainable=True"
+    ):
+        frozen.rollout(ids, torch.ones_like(ids))
+    with torch.no_grad():
+        frozen.rollout(ids, torch.ones_like(ids))
+    model = GIRCSE.from_pretrained(folder, is_trainable=True).train()
+    model.rollout(ids, torch.ones_like(ids)).sum().backward()
+    assert {name.rsplit(".", 3)[-3] for name, p in model.named_parameters() if p.grad is not None} == {
+        "lora_A",
+        "lora_B",
+    }
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "lora_" not in name)
+
+
+def test_adapters_of_a_half_precision_base_train_in_float32(base):
+    """Added by transformers, which leaves them in the base's dtype; at this rate most of them would not move there."""
+    model = GIRCSE.from_pretrained(base, dtype="bfloat16")
+    adapter = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model.base.add_adapter(adapter)
+    weights = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    assert {p.dtype for p in weights.values()} == {torch.bfloat16}
+    optimizer = torch.optim.AdamW(weights.values(), lr=1e-5, weight_decay=0.0)
+    model.train()
+    assert {p.dtype for p in weights.values()} == {torch.float32}
+    assert model.base.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    before = {name: p.detach().clone() for name, p in weights.items()}
+    ids = torch.tensor([[5, 6, 7]])
+    model.rollout(ids, torch.ones_like(ids)).float().sum().backward()
+    optimizer.step()
+    for name, parameter in weights.items():
+        assert (parameter != before[name])[parameter.grad != 0].float().mean() > 0.99
+    assert np.isfinite(model.encode(["red"])).all()
+
+
+def test_adapted_layers_are_asked_for_by_names_that_exist(base):
+    model = tiny_model("llama")
+    assert lora_targets(model) == list(LORA_TARGETS)
+    assert lora_targets(model, ("q_proj", "self_attn.v_proj")) == ["q_proj", "self_attn.v_proj"]
+    with pytest.raises(ValueError, match="lora_targets: the model has no layer named k_porj, proj$"):
+        lora_targets(model, ("q_proj", "k_porj", "proj"))
+    with pytest.raises(ValueError, match="lora_targets: norm is a LlamaRMSNorm, expected linear layers"):
+        lora_targets(model, ("norm",))
+    with pytest.raises(ValueError, match="lora_targets: mlp is a LlamaMLP, expected linear layers"):
+        lora_targets(model, ("q_proj", "mlp"))
