@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from gircse_kernels.plan import Device, OnePass, Problem, plan_forward
+from gircse_kernels.plan import OnePass, Problem, plan_forward
 
 from bench.cases import MODELS
 from bench.documents import Results, block
 from bench.info_nce import COLUMNS as INFO_NCE
 from bench.info_nce import Size
 from bench.static import traffic
-from bench.static.compile_report import NUM_SMS, is_good
+from bench.static.compile_report import is_good
+from bench.static.launches import DEVICES
 from bench.tables import Column, markdown
 
 _MODELS = ("smollm2-135m", "qwen2.5-0.5b", "qwen3-0.6b", "llama-3.2-1b", "qwen3-4b", "mistral-7b", "qwen2.5-7b")
-_H100 = Device(90, NUM_SMS[90])
+_H100 = DEVICES[90]
 _MANY = 1024
 
 
@@ -130,7 +131,7 @@ def _summary(record: dict[str, Any]) -> str:
     lines = []
     for name, what in (
         ("plain", "all variants that training and encoding launch"),
-        ("options", "with bias, soft-cap and a temperature for each row"),
+        ("scores", "with bias, soft-cap and a temperature for each row"),
         ("noise", "with Gumbel noise"),
     ):
         entries = record[name]

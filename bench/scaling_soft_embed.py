@@ -2,7 +2,7 @@
 
 Predicted time: the floor of the kernels' traffic model at the measured ceilings. Predicted memory: what is held for
 each row, O(T D), plus the temporaries of one vocabulary chunk, which are bounded whatever T and V are; never T V. On
-CUDA every allocation of the launchers' plan is counted (`bench.static.compile_report`).
+CUDA every allocation of the launchers' plan is counted (`bench.static.launches`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bench.op_engines import Problem, check, draw_matrices, eager, ours
 from bench.op_measure import is_out_of_memory
 from bench.scaling_curves import Curve, Scale
 from bench.static import traffic
-from bench.static.compile_report import Case, allocated_bytes
+from bench.static.launches import Call, allocated_bytes
 from bench.timing import interleaved
 from gircse.ops.tiles_torch import tiling
 from gircse.roofline import Ceilings, Work
@@ -90,11 +90,10 @@ def held_bytes(sizes: Sizes, what: str, dtype: torch.dtype, device: torch.device
     backward = what != FORWARD
     if device.type == "cuda":
         name = str(dtype).removeprefix("torch.")
-        passes = ["", *(["hidden"] if backward else [])]
-        found = [allocated_bytes(Case("scaling", sizes, name, one), device_of(device)) for one in passes]
+        found = allocated_bytes(Call("soft_embed", sizes[:4], name, sizes.tied, backward), device_of(device))
         # of the forward: its result, and before rounding
         kept = sizes.rows * sizes.value_width * (4 + sizes.itemsize) if backward else 0
-        return max(found[0], found[-1] + kept)
+        return max(found.forward, found.backward + kept)
     # the torch backend: tiles of scores [R, C], one more than are in use because the last one goes when the next is
     # there, and a product [R, D]
     used = 2 if backward else 1

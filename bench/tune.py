@@ -27,10 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from gircse_kernels import info_nce, plan, soft_embed
-from gircse_kernels.plan import Config, Device, Problem
+from gircse_kernels.plan import Config
 
 from bench.static import compile_report
-from bench.static.compile_report import NUM_SMS, SHARED_LIMIT, Case
+from bench.static.compile_report import SHARED_LIMIT
+from bench.static.launches import DEVICES, Call, launches
 from bench.suite.alternatives import Alternative, using
 from bench.suite.candidates import race
 
@@ -46,8 +47,7 @@ CONTRASTIVE = (
 )  # whose float32 tiles the contrastive loss runs with: similarity's, too
 
 
-# with statistics; with bias, soft-cap and temperature of each row
-_VARIANTS = (("plain", False, False), ("statistics", True, False), ("options", True, True))
+_VARIANTS: tuple[tuple[str, ...], ...] = ((), ("statistics",), ("statistics", "scores"))
 
 
 class Slot(NamedTuple):
@@ -70,25 +70,22 @@ class Slot(NamedTuple):
             {"similarity_kernel"} if self.contrastive and self.kernel == "score" else set()
         )
 
-    def cases(self) -> list[Case]:
+    def calls(self) -> list[Call]:
         """The variants in which an entry must compile."""
         dtype = "float32" if self.itemsize == 4 else "bfloat16"
         width = self.width or 1024
-        tied, untied = (Problem(self.rows, VOCAB, width, width, is_tied, self.itemsize) for is_tied in (True, False))
-        loss = Problem(self.rows, CANDIDATES, width, width, False, self.itemsize)
-        contrastive = [Case("contrastive", loss, dtype, "all", contrastive=True)] if self.contrastive else []
-        if self.kernel == "one_pass":
-            return [Case(n, tied, dtype, "", stats, options) for n, stats, options in _VARIANTS]
+        call = Call("soft_embed", (self.rows, VOCAB, width, width), dtype, self.kernel == "one_pass")
+        loss = Call("info_nce", (self.rows, CANDIDATES, 1, width), "float32", backward=True)
+        losses = [loss] if self.contrastive else []
         if self.kernel in FORWARD:
-            return contrastive + [Case(n, untied, dtype, "", stats, options) for n, stats, options in _VARIANTS]
-        return [
-            *contrastive,
-            Case("frozen", tied, dtype, "hidden"),
-            Case("tied", tied, dtype, "all", stats=True),
-            Case("untied", untied, dtype, "all", stats=True),
-            Case("tied with options", tied, dtype, "all", stats=True, options=True),
-            Case("untied with options", untied, dtype, "all", stats=True, options=True),
+            return [*losses, *(call._replace(variants=variants) for variants in _VARIANTS)]
+        frozen = call._replace(tied=True, backward=True)
+        trained = [
+            frozen._replace(tied=tied, variants=("statistics", *scores, "matrices"))
+            for scores in ((), ("scores",))
+            for tied in (True, False)
         ]
+        return [*losses, frozen, *trained]
 
 
 def slots() -> Iterator[Slot]:
@@ -151,8 +148,8 @@ def _any_score(slot: Slot) -> Config:
 
 def _compiles(slot: Slot, arch: int) -> bool:
     done: set[str] = set()
-    for case in slot.cases():
-        for launch in compile_report.record(case, Device(arch, NUM_SMS[arch])):
+    for call in slot.calls():
+        for launch in launches(call, DEVICES[arch]):
             name = compile_report.key(launch, arch)
             if launch.kernel.__name__ not in slot.kernels or name in done:
                 continue
@@ -195,8 +192,8 @@ def call(slot: Slot) -> Callable[[], Any]:
     """The whole op of the slot's plain variant on the present GPU."""
     if slot.contrastive:
         return _contrastive_call(slot)
-    case = slot.cases()[0]
-    problem, dtype = case.problem, compile_report.DTYPES[case.dtype]
+    plain = slot.calls()[0]
+    problem, dtype = plain.problem, getattr(torch, plain.dtype)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device="cuda").to(dtype)

@@ -4,7 +4,7 @@
 |---|---|
 | `session.py` | records that are written at once, the time that is left, what went wrong |
 | `attempts.py` | the suite again, without the case in which it hung or lost the device |
-| `launches.py`, `precompile.py` | the kernels that will be timed, compiled beforehand by many processes |
+| `precompile.py` | the kernels that will be timed, compiled beforehand by many processes |
 | `tests.py` | `tests/gpu` in many processes |
 | `ops.py`, `models.py`, `loss.py`, `plan.py` | what is timed: one section each |
 | `model_cases.py` | the encodings and training steps, and what they are held to |

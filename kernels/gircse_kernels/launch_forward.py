@@ -1,20 +1,20 @@
-"""The forward of `soft_embed`: chooses between one and two passes (`plan`) and launches them."""
+"""The forward of `soft_embed`: chooses the form (`plan`) and launches forms 1 and 2, one kernel and a merge."""
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import launching
 from .contract import Forward, Inputs, Options
+from .few_rows import few_rows_kernel
 from .launch_many_rows import forward_many_rows
 from .launching import bias_stride, device_of, score_flags, score_scalars
 from .merge import merge_kernel
-from .one_pass import one_pass_kernel
-from .plan import Config, Device, OnePass, Problem, TwoProducts, cdiv, plan_forward
+from .one_row import one_row_kernel
+from .plan import Config, Device, FewRows, OneRow, Problem, TwoProducts, cdiv, plan_forward
 
 
 def forward(
@@ -29,91 +29,95 @@ def forward(
 ) -> Forward:
     """Soft tokens, and with `stats` entropy, max_prob and argmax. `finish=False`: the mergeable sums of a shard."""
     hidden, head, embed = inputs[:3]
-    values = head if embed is None else embed
-    rows, width = values.new_empty, values.shape[1]
-    (num_rows, _), (num_vocab, _) = hidden.shape, head.shape
-    float32 = functools.partial(torch.empty, dtype=torch.float32, device=hidden.device)
-    out = rows((num_rows, width)) if finish else float32(num_rows, width)
-    exact = exact and finish  # float32 too: the caller may change `out` in place
-    argmax = torch.empty(num_rows, dtype=torch.int64, device=hidden.device) if stats else None
-    result = Forward(
-        out,
-        float32(num_rows, width) if exact else None,
-        float32(num_rows),
-        float32(num_rows) if stats else None,
-        float32(num_rows) if stats else None,
-        argmax,
-        float32(num_rows),
-        float32(num_rows),
-    )
-    if num_rows == 0:
-        return result
-    problem = Problem(num_rows, num_vocab, hidden.shape[1], width, embed is None, hidden.itemsize)
+    width = (head if embed is None else embed).shape[1]
+    problem = Problem(hidden.shape[0], head.shape[0], head.shape[1], width, embed is None, hidden.itemsize)
+    if problem.rows == 0:
+        return _empty_forward(inputs, stats, exact, finish)
     plan = plan_forward(problem, device or device_of(hidden.device))
     if isinstance(plan, TwoProducts):
+        result = _empty_forward(inputs, stats, exact, finish)
         return forward_many_rows(inputs, options, problem, result, stats, finish, keep)
-    partials = Partials.empty(plan.splits, num_rows, width, stats, hidden.device)
-    _one_pass(inputs, options, plan, partials, stats)
-    _merge(partials, result, slice(0, num_rows), num_vocab, options.embed_scale, finish)
+    partial = torch.empty(plan.scratch(problem) // 4, dtype=torch.float32, device=hidden.device)
+    if isinstance(plan, OneRow):
+        _one_row(inputs, options, plan, partial, stats)
+    else:
+        _few_rows(inputs, options, plan, partial, stats)
+    result = _empty_forward(inputs, stats, exact, finish)  # while the kernel runs
+    _merge(partial, plan.splits, problem.vocab, result, options.embed_scale, finish)
     return result
 
 
-class Partials(NamedTuple):
-    """Mergeable softmax sums of each split, float32."""
-
-    acc: Tensor  # [splits, T, E]
-    peak: Tensor  # [2, splits, T]: a chunk reads one and writes the other
-    total: Tensor  # [splits, T]
-    moment: Tensor | None
-    argmax: Tensor | None  # int64
-
-    @classmethod
-    def empty(cls, splits: int, rows: int, width: int, stats: bool, device: torch.device) -> Partials:
-        acc = torch.empty((splits, rows, width), dtype=torch.float32, device=device)
-        sums = torch.empty((4, splits, rows), dtype=torch.float32, device=device)
-        argmax = torch.empty((splits, rows), dtype=torch.int64, device=device) if stats else None
-        return cls(acc, sums[:2], sums[2], sums[3] if stats else None, argmax)
-
-
-def _one_pass(inputs: Inputs, options: Options, plan: OnePass, partials: Partials, stats: bool) -> None:
+def _one_row(inputs: Inputs, options: Options, plan: OneRow, partial: Tensor, stats: bool) -> None:
     hidden, head, _, bias, temperature, seeds, threshold = inputs
     launching.launch(
-        one_pass_kernel,
+        one_row_kernel,
+        (plan.splits,),
+        (
+            hidden, head, bias, temperature, seeds, threshold, partial,
+            head.shape[0], hidden.stride(1), bias_stride(inputs),
+            options.vocab_start, *score_scalars(inputs, options), plan.tiles_per_split,
+        ),
+        plan.config,
+        ALIGNED=options.vocab_start % 4 == 0,
+        STATS=stats,
+        **_shape(head, plan),
+    )  # fmt: skip
+
+
+def _few_rows(inputs: Inputs, options: Options, plan: FewRows, partial: Tensor, stats: bool) -> None:
+    hidden, head, _, bias, temperature, seeds, threshold = inputs
+    launching.launch(
+        few_rows_kernel,
         (plan.splits * plan.row_blocks,),
         (
-            hidden, head, bias, temperature, seeds, threshold,
-            partials.acc, partials.peak, partials.total, partials.moment, partials.argmax,
-            hidden.shape[0], head.shape[0], head.shape[1],
-            *hidden.stride(), *head.stride(), bias_stride(inputs),
-            options.vocab_start, *score_scalars(inputs, options), plan.tiles_per_split, plan.row_blocks,
+            hidden, head, bias, temperature, seeds, threshold, partial,
+            hidden.shape[0], head.shape[0], *hidden.stride(), bias_stride(inputs),
+            options.vocab_start, *score_scalars(inputs, options), plan.tiles_per_split, plan.row_blocks, plan.splits,
         ),
         plan.config,
         **score_flags(inputs, options),
         STATS=stats,
-        WIDTH_0=plan.widths[0],
-        WIDTH_1=plan.widths[1],
+        **_shape(head, plan),
     )  # fmt: skip
 
 
-MERGE = Config({"BLOCK_S": 16, "BLOCK_E": 128}, 4, 2)
+def _shape(head: Tensor, plan: OneRow | FewRows) -> dict[str, int]:
+    stride_v, stride_d = head.stride()
+    stages = plan.config.num_stages  # of the loop over tiles, which Triton does not pipeline by itself
+    return {
+        "WIDTH": head.shape[1], "STRIDE_V": stride_v, "STRIDE_D": stride_d, "PIECES": plan.pieces, "STAGES": stages
+    }  # fmt: skip
 
 
-def _merge(partials: Partials, result: Forward, rows: slice, num_vocab: int, embed_scale: float, finish: bool) -> None:
-    if rows.stop - rows.start < result.out.shape[0]:
-        result = Forward(*(None if tensor is None else tensor[rows] for tensor in result))  # type: ignore[arg-type]
-    out, exact, lse, entropy, max_prob, argmax, peak, total = result
-    splits, width = partials.acc.shape[0], out.shape[1]
+def _empty_forward(inputs: Inputs, stats: bool, exact: bool, finish: bool) -> Forward:
+    """The results of a forward, still to be written."""
+    hidden, values = inputs.hidden, inputs.head if inputs.embed is None else inputs.embed
+    num_rows, shape = hidden.shape[0], (hidden.shape[0], values.shape[1])
+    float32 = functools.partial(torch.empty, dtype=torch.float32, device=hidden.device)
+    out = torch.empty(shape, dtype=hidden.dtype, device=hidden.device) if finish else float32(shape)
+    # float32 inputs, too, get an exact result of its own: the caller may change `out` in place
+    kept = float32(shape) if exact and finish else None
+    lse, peak, total, *rest = float32((5 if stats else 3, num_rows)).unbind()
+    entropy, max_prob = rest if stats else (None, None)
+    argmax = torch.empty(num_rows, dtype=torch.int64, device=hidden.device) if stats else None
+    return Forward(out, kept, lse, entropy, max_prob, argmax, peak, total)
+
+
+def _merge(partial: Tensor, splits: int, num_vocab: int, result: Forward, embed_scale: float, finish: bool) -> None:
+    """Partial sums, laid out as `merge` says, into all tensors of `result`."""
+    out, exact, lse, entropy, max_prob, argmax, peak, total, _ = result
+    num_rows, width = out.shape
+    padded = 1 << (splits - 1).bit_length()
+    # a program reads all splits of its columns at once: a few wide loads for each of its 128 threads
+    block = max(16, min(1024, 16384 // padded, 1 << (width - 1).bit_length()))
     launching.launch(
         merge_kernel,
-        (rows.stop - rows.start, cdiv(width, MERGE.blocks["BLOCK_E"])),
+        (num_rows, cdiv(width, block)),
         (
-            partials.acc, partials.peak[0], partials.total, partials.moment, partials.argmax,
-            out, exact, peak, total, lse, entropy, max_prob, argmax,
-            rows.stop - rows.start, splits, num_vocab, width, embed_scale,
+            partial, out, exact, peak, total, lse, entropy, max_prob, argmax,
+            num_rows, splits, num_vocab, width, embed_scale,
         ),
-        MERGE,
+        Config({"BLOCK_E": block}, 4, 1),
         FINISH=finish,
-        STATS=argmax is not None,
-        EXACT=exact is not None,
-        SPLITS=1 << (splits - 1).bit_length(),
+        SPLITS=padded,
     )  # fmt: skip

@@ -19,9 +19,11 @@ from typing import Any, NamedTuple
 SCRATCH_BYTES = 64 << 20  # the most that a call holds beyond O(T D), whatever T and V
 # The most that one call keeps of its probabilities for backward, which then makes two products of three; 0: nothing.
 KEPT_BYTES = 64 << 20
-PARTIAL_BYTES = 32 << 20  # of that, the partial sums of form 1 and 2
+PARTIAL_BYTES = 32 << 20  # of that, the partial sums of forms 1 and 2
 ROW_BLOCK = 4096  # rows that form 3 or a backward takes at once
-ONE_PASS_WIDTH = 2048
+# Up to this width and so many rows, a program holds whole rows of a tied matrix, which is then read once.
+WHOLE_WIDTH = 2048
+FEW_ROWS = 32
 TABLE = Path(__file__).with_name("configs.json")
 
 
@@ -38,7 +40,6 @@ class Config(NamedTuple):
 
 
 SAFE = {
-    "one_pass": Config({"BLOCK_T": 16, "BLOCK_V": 16}, 8, 1),
     "score": Config({"BLOCK_T": 16, "BLOCK_V": 64, "BLOCK_K": 32, "GROUP": 8}, 4, 2),
     "matmul": Config({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8}, 4, 2),
     "weights": Config({"BLOCK_T": 2, "BLOCK_V": 1024}, 4, 1),
@@ -65,14 +66,31 @@ class Problem(NamedTuple):
     itemsize: int
 
 
-class OnePass(NamedTuple):
-    """`one_pass_kernel`, then `merge_kernel`."""
+class OneRow(NamedTuple):
+    """`one_row_kernel`, then `merge_kernel`."""
 
     config: Config
-    widths: tuple[int, int]  # the power-of-two pieces of a row; 0: one piece
-    row_blocks: int
-    splits: int
+    pieces: int  # of PIECE columns, in which a row of D is held
+    splits: int  # programs among which the vocabulary is divided
     tiles_per_split: int
+
+    def scratch(self, problem: Problem) -> int:
+        """Bytes of the partial sums."""
+        return 4 * partial_floats(self.splits, problem.rows, problem.value_width)
+
+
+class FewRows(NamedTuple):
+    """`few_rows_kernel`, then `merge_kernel`."""
+
+    config: Config
+    pieces: int  # of PIECE columns, in which a row of D is held
+    row_blocks: int  # of BLOCK_T rows; each reads the whole matrix, from L2 where another one has just read it
+    splits: int  # shares of the vocabulary; there are splits * row_blocks programs
+    tiles_per_split: int
+
+    def scratch(self, problem: Problem) -> int:
+        """Bytes of the partial sums."""
+        return 4 * partial_floats(self.splits, problem.rows, problem.value_width)
 
 
 class Choice(NamedTuple):
@@ -160,43 +178,35 @@ def lookup(kernel: str, arch: int, itemsize: int, rows: int) -> Config:
     return find(kernel, arch, itemsize, rows) or SAFE[kernel]
 
 
-def pieces(width: int) -> tuple[int, int]:
-    """Power-of-two pieces of at least 16, the least that a matrix product takes, that cover a row: 576 -> 512, 64."""
-    whole = max(16, 1 << (width - 1).bit_length())
-    low = whole // 2
-    if low < 16 or low >= width:
-        return whole, 0
-    rest = max(16, 1 << (width - low - 1).bit_length())
-    return (whole, 0) if rest >= low else (low, rest)
+def partial_floats(splits: int, rows: int, width: int) -> int:
+    """Elements of the partial sums, laid out as `merge` says."""
+    return splits * rows * (width + 4)
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_forward(problem: Problem, device: Device) -> OnePass | TwoProducts:
+def plan_forward(problem: Problem, device: Device) -> OneRow | FewRows | TwoProducts:
     """The form of a forward; of form 3 as it is where nothing but the result is wanted."""
-    return _one_pass(problem, device) or plan_two_products(problem, device)
+    return _whole_rows(problem, device) or plan_two_products(problem, device)
 
 
-def _one_pass(problem: Problem, device: Device) -> OnePass | None:
+def _whole_rows(problem: Problem, device: Device) -> OneRow | FewRows | None:
     # float32: a 3xTF32 product of whole rows spills, and its gradients need scores bitwise as backward recomputes them
-    if not problem.tied or problem.width > ONE_PASS_WIDTH or problem.itemsize != 2:
+    if not problem.tied or problem.itemsize != 2 or problem.width > WHOLE_WIDTH or problem.rows > FEW_ROWS:
         return None
-    widths = pieces(problem.width)
-    config = find("one_pass", device.arch, problem.itemsize, problem.rows, sum(widths))
-    if config is not None and config.blocks["BLOCK_T"] > 16 and 4 * widths[1] > widths[0]:
-        # the registers of two large pieces under a tall tile spill, those of one padded piece do not
-        widths = 2 * widths[0], 0
-        config = find("one_pass", device.arch, problem.itemsize, problem.rows, widths[0])
+    kernel = "one_row" if problem.rows == 1 else "few_rows"
+    config = find(kernel, device.arch, problem.itemsize, problem.rows, problem.width)
     if config is None:
         return None
-    row_blocks = cdiv(problem.rows, config.blocks["BLOCK_T"])
-    # Every block of rows reads the whole matrix: two share it through L2 for less than two passes cost.
-    if row_blocks > 2:
-        return None
+    pieces = cdiv(problem.width, config.blocks["PIECE"])
+    row_blocks = cdiv(problem.rows, config.blocks.get("BLOCK_T", 1))
     tiles = cdiv(problem.vocab, config.blocks["BLOCK_V"])
-    most = max(1, PARTIAL_BYTES // (4 * problem.rows * problem.width))
+    most = max(1, PARTIAL_BYTES // (4 * partial_floats(1, problem.rows, problem.width)))
     splits = max(1, min(tiles, most, device.num_sms * config.per_sm // row_blocks))
     per_split = cdiv(tiles, splits)
-    return OnePass(config, widths, row_blocks, cdiv(tiles, per_split), per_split)
+    splits = cdiv(tiles, per_split)
+    if kernel == "one_row":
+        return OneRow(config, pieces, splits, per_split)
+    return FewRows(config, pieces, row_blocks, splits, per_split)
 
 
 def choose(problem: Problem, device: Device) -> Choice:

@@ -15,9 +15,9 @@ from gircse_kernels import info_nce, launching, plan
 from gircse_kernels.plan import Device, Problem
 
 from bench.cases import CASES, SMOKE_CASES
+from bench.static.launches import Call, launches
 from bench.suite import candidates, precompile
 from bench.suite.alternatives import check, using
-from bench.suite.launches import Call, launches
 from bench.suite.session import Session
 from gircse.ops import info_nce_op, soft_embed, stepwise_info_nce
 

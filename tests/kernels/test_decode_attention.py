@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from gircse_kernels.decode_attention import TABLE, decode_attention
-from gircse_kernels.plan import Device, Problem
+from gircse_kernels.plan import Device
 from torch import Tensor
 
 from bench.provenance import checkout_environment
-from bench.static import compile_report
-from bench.static.compile_report import Case
+from bench.static.compile_report import is_good
+from bench.static.launches import Call, launches
 
 interpreted = pytest.mark.usefixtures("interpreter")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -271,19 +271,14 @@ def test_errors(change: dict[str, Any], error: type[Exception], message: str) ->
         decode_attention(**{**VALID, **change})
 
 
-def case(batch: int, slots: int, heads: tuple[int, int], width: int, dtype: str = "bfloat16") -> Case:
-    itemsize = compile_report.DTYPES[dtype].itemsize
-    return Case("decode_attention", Problem(batch, slots, width, width, False, itemsize), dtype, decode_heads=heads)
-
-
 def test_splits_follow_from_the_slots_alone() -> None:
     """Slices of 512, at most 64 of them; one needs no merge."""
     for slots, splits in [(1, 1), (512, 1), (513, 2), (2048, 4), (32_768, 64), (100_000, 64)]:
         grids = set()
         for batch in (1, 7, 1000):
-            launches = compile_report.record(case(batch, slots, (14, 2), 64), Device(90, 132))
-            assert len(launches) == (1 if splits == 1 else 2)
-            grids.add(launches[0].grid[1:])
+            started = launches(Call("decode_attention", (batch, slots, 64, 64, 14, 2), "bfloat16"), Device(90, 132))
+            assert len(started) == (1 if splits == 1 else 2)
+            grids.add(started[0].grid[1:])
         assert len(grids) == 1
         kv_heads, count = grids.pop()
         assert kv_heads == 2
@@ -295,9 +290,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """In a process of its own: here the kernels belong to the interpreter."""
     out = tmp_path_factory.mktemp("report") / "report.json"
     script = (
-        "import json, sys; from pathlib import Path; from bench.static.compile_report import decode_cases, report\n"
-        "cases = decode_cases() + decode_cases(options=True)\n"
-        "Path(sys.argv[1]).write_text(json.dumps(report(cases, [80, 90])))"
+        "import json, sys; from pathlib import Path; from bench.static.compile_report import decode_calls, report\n"
+        "calls = decode_calls() + decode_calls('scores')\n"
+        "Path(sys.argv[1]).write_text(json.dumps(report(calls, [80, 90])))"
     )
     environment = checkout_environment(TRITON_INTERPRET="0")
     command = [sys.executable, "-c", script, str(out)]
@@ -308,7 +303,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_every_entry_of_the_table_compiles(compiled: list[dict[str, Any]]) -> None:
     """It fits, spills nothing and copies asynchronously; half precision runs on the tensor cores, float32 does not."""
-    assert [entry for entry in compiled if not compile_report.is_good(entry)] == []
+    assert [entry for entry in compiled if not is_good(entry)] == []
     found = set()
     for entry in compiled:
         if entry["kernel"] == "decode_merge_kernel":

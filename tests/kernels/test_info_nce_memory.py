@@ -12,7 +12,7 @@ from gircse_kernels import info_nce as kernels
 from gircse_kernels import launching
 from torch import Tensor
 
-from bench.static.compile_report import Allocations
+from bench.static.launches import Allocations
 from gircse.ops import info_nce_op, info_nce_torch, stepwise_info_nce, tiles_torch
 from gircse.ops.info_nce_reference import info_nce_reference
 

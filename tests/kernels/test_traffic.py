@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 from gircse_kernels.plan import L2_BYTES, ROW_BLOCK, Device, OnePass, Problem, TwoPass, plan_backward, plan_forward
 
-from bench.static import compile_report, traffic
-from bench.static.compile_report import NUM_SMS, Case
+from bench.static import traffic
+from bench.static.launches import DEVICES, Call, allocated_bytes, launches
 
 TIED = {"SmolLM2-135M": (49152, 576), "Qwen2.5-0.5B": (151936, 896), "Qwen3-0.6B": (151936, 1024)}
 WIDE_TIED = {"Llama-3.2-1B": (128256, 2048), "Qwen3-4B": (151936, 2560)}
 UNTIED = {"Mistral-7B": (32000, 4096), "Qwen2.5-7B": (152064, 3584)}
-H100, A100 = Device(90, NUM_SMS[90]), Device(80, NUM_SMS[80])
+H100, A100 = DEVICES[90], DEVICES[80]
 DEVICES = pytest.mark.parametrize("device", [H100, A100], ids=["sm_90", "sm_80"])
 # microseconds of PERFORMANCE on an H100: 3.0 TB/s, 790 TFLOP/s
 FLOORS = {
@@ -28,6 +28,11 @@ FLOORS = {
 def problem(model: str, rows: int) -> Problem:
     vocab, width = {**TIED, **WIDE_TIED, **UNTIED}[model]
     return Problem(rows, vocab, width, width, model not in UNTIED, 2)
+
+
+def call_of(model: str, rows: int) -> Call:
+    vocab, width = {**TIED, **WIDE_TIED, **UNTIED}[model]
+    return Call("soft_embed", (rows, vocab, width, width), "bfloat16", model not in UNTIED)
 
 
 @pytest.mark.parametrize("model", FLOORS)
@@ -96,23 +101,23 @@ def test_many_rows_are_bound_by_arithmetic(model: str, rows: int, device: Device
 @pytest.mark.parametrize("backward", ["", "hidden", "all"])
 def test_extra_memory(model: str, rows: int, backward: str, device: Device) -> None:
     """Every allocation of a call, counted on meta tensors: the chunk budget of 64 MiB plus O(T D), never T V."""
-    case = Case(model, problem(model, rows), "bfloat16", backward, stats=True)
-    extra = compile_report.allocated_bytes(case, device)
-    width = case.problem.width
-    outputs = 8 * rows * 8 + rows * width * (2 + 4)
-    if backward:
-        outputs = 8 * rows * 8 + rows * width * (4 + 2)
-    if backward == "all":  # gradients of the matrices, and of the bias there is none
-        outputs += case.problem.vocab * width * 2 * (1 if case.problem.tied else 2)
+    variants = ("statistics", *(["matrices"] if backward == "all" else []))
+    call = call_of(model, rows)._replace(backward=bool(backward), variants=variants)
+    extra, width = allocated_bytes(call, device), call.problem.width
+    outputs = 9 * rows * 8 + rows * width * (2 + 4)
     accumulator = 4 * min(rows, ROW_BLOCK) * width
-    assert extra <= outputs + accumulator + (64 << 20)
+    assert extra.forward <= outputs + accumulator + (64 << 20)
+    if backward == "all":  # of the bias there is no gradient
+        outputs += call.problem.vocab * width * 2 * (1 if call.tied else 2)
+    assert extra.backward <= outputs + accumulator + (64 << 20)
 
 
 def test_launches_of_the_model_are_those_of_the_launcher() -> None:
-    for model, rows, backward in [("Qwen2.5-0.5B", 16, ""), ("Qwen2.5-7B", 64, ""), ("Qwen2.5-0.5B", 9000, "hidden")]:
-        case = Case(model, problem(model, rows), "bfloat16", backward)
-        launched = [launch.kernel.__name__ for launch in compile_report.record(case, H100)]
-        work = (traffic.backward_work if backward else traffic.forward_work)(case.problem, H100)
+    for model, rows, backward in [("Qwen2.5-0.5B", 16, False), ("Qwen2.5-7B", 64, False), ("Qwen2.5-0.5B", 9000, True)]:
+        call = call_of(model, rows)._replace(backward=backward)
+        launched = [launch.name for launch in launches(call, H100)]
+        work = traffic.forward_work(call.problem, H100)
+        work += traffic.backward_work(call.problem, H100) if backward else []
         assert {w.kernel: w.launches for w in work} == {name: launched.count(name) for name in launched}
 
 

@@ -50,15 +50,15 @@ def test_against_float64(one_pass: bool, dtype: torch.dtype, options: dict[str, 
 
 SCRIPT = """
 import json, sys
-from bench.static.compile_report import Case, is_good, report
-from gircse_kernels.plan import Problem
-tied, untied = Problem(16, 50304, 896, 896, True, 2), Problem(64, 50304, 1024, 1024, False, 2)
-cases = [
-    Case("one pass", tied, "bfloat16", "", True, noise=True, threshold=True),
-    Case("two passes", untied, "bfloat16", "", True, threshold=True),
-    Case("backward", tied, "bfloat16", "hidden", False, threshold=True),
+from bench.static.compile_report import is_good, report
+from bench.static.launches import Call
+few, many = (16, 50304, 896, 896), (64, 50304, 1024, 1024)
+calls = [
+    Call("soft_embed", few, "bfloat16", True, False, ("statistics", "noise", "threshold")),
+    Call("soft_embed", many, "bfloat16", False, False, ("statistics", "threshold")),
+    Call("soft_embed", few, "bfloat16", True, True, ("threshold",)),
 ]
-entries = report(cases, [80, 90], jobs=1)
+entries = report(calls, [80, 90], jobs=1)
 print(json.dumps([{**e, "good": is_good(e)} for e in entries]))
 """
 

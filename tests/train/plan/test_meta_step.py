@@ -165,19 +165,16 @@ def test_a_model_with_storage_is_refused():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_workspace_on_a_gpu_is_what_the_launcher_allocates(rows, name, dtype):
     """The launchers run on tensors without storage; what they allocate beside the results."""
-    from gircse_kernels.plan import Device, Problem
+    from gircse_kernels.plan import Device
 
-    from bench.static.compile_report import Case, allocated_bytes
+    from bench.static.launches import Call, allocated_bytes
 
     model = random_model(shape_config(name, 1), dtype=dtype, device="meta")
     lm = CausalLM(model, model.base_model)
     width, tied = lm.hidden_size, lm.head_weight is lm.embed_weight
-    problem = Problem(rows, 4096, width, width, tied, dtype.itemsize)
-    whole = [
-        allocated_bytes(Case("a step", problem, str(dtype).removeprefix("torch."), what), Device(90, 132))
-        for what in ("", "hidden")
-    ]
-    for found, allocated in zip(_kernel_workspaces(rows, lm, dtype), whole, strict=True):
+    call = Call("soft_embed", (rows, 4096, width, width), str(dtype).removeprefix("torch."), tied)
+    forward, both = (allocated_bytes(call._replace(backward=b), Device(90, 132)) for b in (False, True))
+    for found, allocated in zip(_kernel_workspaces(rows, lm, dtype), (forward.forward, both.backward), strict=True):
         results = 2 * 4 * rows * width  # in float32, and in the dtype
         assert found <= allocated <= found + results
 
