@@ -1,4 +1,4 @@
-# make demo, make test: each builds .venv by itself on first use and again when what it depends on has changed.
+# `make demo` and `make test` build .venv on first use, and again when pyproject.toml or constraints.txt has changed.
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# torch and its triton come first and pinned: whatever else asks for torch is then content with them
+# torch and triton are installed first, in pinned versions, so that no later requirement for torch fetches another build.
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "gircse needs Python 3.10 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,7 +27,7 @@ $(VENV)/.test: $(VENV)/.base
 demo: $(VENV)/.base  ## train, evaluate and plot a real small model on text found on this machine (10 minutes)
 	$(BIN)/python -m gircse demo --output runs/demo
 
-# one thread a worker: two processes with two threads each on two cores spend their time waiting for each other
+# Each worker gets one thread: two processes with two threads each on two cores would wait for each other.
 test: $(VENV)/.test lint  ## lint, type-check and run the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 

@@ -1,6 +1,6 @@
-"""pyproject.toml says everything but this: an import package that lies in a folder which must not be a package."""
+"""The one setting that pyproject.toml cannot hold: `gircse_kernels` lies in a folder that must not be a package."""
 
 from setuptools import setup
 
-# `kernels` is the name of a distribution of Hugging Face's: the folder of that name is never importable itself
+# Hugging Face has a distribution named `kernels`, so the folder of that name must not become importable.
 setup(package_dir={"gircse_kernels": "kernels/gircse_kernels"})

@@ -51,8 +51,8 @@ def recompute(lm: CausalLM, input_ids: Tensor, attention_mask: Tensor, num_steps
 
 
 def recompute_official(lm: CausalLM, input_ids: Tensor, attention_mask: Tensor, num_steps: int) -> Tensor:
-    """`recompute` with the reference implementation's waste (SPEC 2): logits at every position, the hidden states of
-    all layers stacked, and a soft token after the last step that nobody reads."""
+    """`recompute` with the waste of the reference code (docs/method.md §9): logits at every position, the hidden states
+    of all layers stacked, and a soft token after the last step that nobody reads."""
     sequence = lm.model.get_input_embeddings()(input_ids)
     states = []
     for _ in range(num_steps + 1):

@@ -64,7 +64,7 @@ class StudyCorpus:
         return RetrievalTask(self.instruction, self.queries, self.documents, [{i} for i in self.relevant])
 
     def rows(self) -> list[dict[str, str | list[str]]]:
-        """Training rows of the schema of SPEC 1.6, without hard negatives."""
+        """Training rows of the schema of docs/method.md §7, without hard negatives."""
         return [{"prompt": self.instruction, "query": q, "pos": [p], "neg": []} for q, p in self.training]
 
     def save(self, path: Path) -> None:

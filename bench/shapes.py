@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 # Standard deviation of the random models' logits, set by the gain of the last norm. Trained models' soft tokens have an
-# entropy of 2 to 6 nats (SPEC 3); the default initialisation would give log V, 11, an average of all rows in which most
-# mistakes cancel.
+# entropy of 2 to 6 nats (docs/method.md §10); the default initialisation would give log V, 11, an average of all rows
+# in which most mistakes cancel.
 _LOGIT_STD = 3.0
 
 

@@ -14,7 +14,8 @@ values), V the vocabulary, D the hidden size, s bytes per element, S_k = sum_i (
     vocabulary, k    2 B V (D + E)                           s V D (tied) or s V (D + E)
     body, k          2 P B + 4 L H d S_k                     s (P + 2 L H_kv d S_k)
     backward         the prompt's and body's matrix products once more (frozen base: no weight gradients), attention
-                     2.5 times, the vocabulary 2 B V (D + 2 E) (scores are recomputed, SPEC 4); bytes as forward
+                     2.5 times, the vocabulary 2 B V (D + 2 E) (scores are recomputed: docs/method.md §11);
+                     bytes as forward
 
 `pairs(n) = n (n + 1) / 2` visible pairs, fewer under a sliding window. Activations, norms and launches are left out:
 they are what an implementation may save. Bytes count what must come from memory at least once, so a model that

@@ -1,4 +1,4 @@
-"""GIRCSE in plain PyTorch, from SPEC 1, with no cache and no padding: one row at a time, the whole sequence every step.
+"""GIRCSE in plain PyTorch (docs/method.md §3-6): one row at a time, no padding or cache, the whole sequence each step.
 
 This is what the rollout, the loss and their gradients are held against. It shares no code with the package.
 """
@@ -29,7 +29,7 @@ def plain_rollout(model, ids: Tensor, num_steps: int, temperature: float = 1.0) 
 
 
 def plain_losses(queries: Tensor, docs: Tensor, target: Tensor, tau: float = 0.02) -> Tensor:
-    """[B, K, D], [M, K, D], [B] -> L_1..L_K by SPEC 1.3-1.4."""
+    """[B, K, D], [M, K, D], [B] -> L_1..L_K by docs/method.md §4-5."""
     losses = []
     for k in range(1, queries.shape[1] + 1):
         q = torch.nn.functional.normalize(queries[:, :k].mean(1), dim=-1)
@@ -39,6 +39,6 @@ def plain_losses(queries: Tensor, docs: Tensor, target: Tensor, tau: float = 0.0
 
 
 def plain_objective(losses: Tensor) -> Tensor:
-    """SPEC 1.5, reduction "mean", lambda = 1."""
+    """docs/method.md §6, reduction "mean", lambda = 1."""
     penalty = torch.relu((losses[1:] + 1e-8).log() - (losses[:-1] + 1e-8).log())
     return losses.mean() + (penalty.mean() if len(penalty) else 0.0)

@@ -5,6 +5,8 @@ docs/soft_embed.md and docs/sentence_transformers.md have tests of their own bes
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -121,5 +123,84 @@ def test_commands_were_found():
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
-    if page.parent.name == "docs" and page.name != "README.md":
+    if page.parent == ROOT / "docs" and page.name != "README.md":
         assert f"({page.name})" in (ROOT / "docs/README.md").read_text(encoding="utf-8"), "not in the index"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_names_of_the_code_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for path in re.findall(r"(?<![\w/.-])(?:gircse|kernels|bench|tests|examples|recipes)/[\w./-]*\w", text):
+        assert "NAME" in path or (ROOT / path).exists(), path
+    for name in re.findall(r"(?<![\w/.-])gircse(?:\.\w+)+", text):
+        assert _is_name_of_the_code(name), name
+
+
+def _is_name_of_the_code(name: str) -> bool:
+    """Whether a dotted name is a module, or the module before its last parts mentions the first of these. Nothing is
+    imported: mteb alone would take seconds."""
+    parts, path = name.split("."), ROOT
+    for part in parts:
+        if (path / part).is_dir():
+            path /= part
+        elif (path / f"{part}.py").is_file():
+            path /= f"{part}.py"
+        else:
+            source = path if path.suffix else path / "__init__.py"
+            return re.search(rf"\b{part}\b", source.read_text(encoding="utf-8")) is not None
+    return True
+
+
+@pytest.fixture(scope="module")
+def make_api():
+    """docs/make_api.py; an import of `docs` could find a folder that some other distribution has installed."""
+    specification = importlib.util.spec_from_file_location("make_api", ROOT / "docs/make_api.py")
+    assert specification
+    assert specification.loader
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_the_api_page_says_what_the_docstrings_say(make_api):
+    assert make_api.PAGE.read_text(encoding="utf-8") == make_api.page(), "run python docs/make_api.py"
+
+
+@pytest.mark.parametrize("module", ["gircse", "gircse.ops", "gircse.train", "gircse.sentence_transformers"])
+def test_the_api_page_has_every_public_name(module, make_api):
+    source = (ROOT / module.replace(".", "/") / "__init__.py").read_text(encoding="utf-8")
+    public = set(ast.literal_eval(re.search(r"__all__ = (\[.*?\])", source, re.S)[1])) - {"__version__", "ops"}
+    listed = {name for files in make_api.NAMES.values() for names in files.values() for name in names}
+    assert public <= listed
+
+
+def test_the_tree_of_the_readme_is_the_tree():
+    """The table names no path that does not exist, and every part of `gircse/`."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("## How it is built") : text.index("## Install")]
+    rows = re.findall(r"^\| (`.+?) \|", table, re.M)
+    paths = {path.rstrip("/") for row in rows for path in re.findall(r"`([^`]+)`", row)}
+    assert {path for path in paths if not (ROOT / path).exists()} == set()
+    unnamed = {"__init__.py", "__main__.py", "_version.py", "integers.py", "train_config.py", "py.typed", "__pycache__"}
+    parts = {path.name for path in (ROOT / "gircse").iterdir()} - unnamed
+    assert {f"gircse/{part}" for part in parts} <= paths
+
+
+CITATION = re.compile(r"docs/method\.md §(\d+)(?:-(\d+))?")
+
+
+def test_every_citation_of_the_method_names_a_section_of_it():
+    sections = re.findall(r"^## (\d+)\. ", (ROOT / "docs/method.md").read_text(encoding="utf-8"), re.M)
+    assert sections == [str(number) for number in range(1, len(sections) + 1)]
+    cited: dict[str, list[str]] = {}
+    for folder in ("gircse", "kernels", "bench", "tests", "docs", "examples"):
+        for path in [*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.md")]:
+            text = path.read_text(encoding="utf-8")
+            where = str(path.relative_to(ROOT))
+            assert not re.search(r"\bSPEC \d", text), f"{where}: cites a document that is not in the repository"
+            for first, last in CITATION.findall(text):
+                cited.setdefault(first, []).append(where)
+                cited.setdefault(last or first, []).append(where)
+    unknown = {number: places for number, places in cited.items() if number not in sections}
+    assert not unknown
+    assert len(cited) >= 9, "the pattern finds no citations"

@@ -1,21 +1,33 @@
-"""Bytes and FLOPs of a call, kernel by kernel, from its plan: what the floor is compared with.
+"""Bytes and FLOPs of a call of `soft_embed`, kernel by kernel, from its plan: what the floor is compared with.
 
 The model counts what must cross the memory bus::
 
-    matrix   a matrix is read once for each pass over it; blocks of rows that run side by side, and the second product
-             of a chunk that fits L2, find it there
-    partial  what one kernel writes for another to read: partial sums of splits, probabilities of a chunk. Counted in
-             full, written and read, though most of it never leaves L2
-    rows     hidden, upstream gradients and results, once for each kernel that touches them
+    matrix   a matrix is read once by each product with it; blocks of rows that run side by side find it in L2
+    partial  what one kernel writes for another to read: partial sums of shares, scores and probabilities of a chunk,
+             sums over chunks. Counted in full, written and read, though some of it never leaves L2
+    rows     hidden states, upstream gradients and results, once for each kernel that touches them
 
-FLOPs are those that run, padded tiles included (one row costs what 16 do).
+FLOPs are those of matrix products as they run, with the padding of our own kernels. Exponentials are not counted.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from gircse_kernels.plan import L2_BYTES, Backward, Device, OnePass, Problem, TwoPass, cdiv, plan_backward, plan_forward
+from gircse_kernels.plan import (
+    Device,
+    FewRows,
+    OneRow,
+    Problem,
+    TwoProducts,
+    cdiv,
+    partial_floats,
+    plan_backward,
+    plan_forward,
+    plan_two_products,
+)
+
+PRODUCT = "cuBLAS"  # the name of a product that is none of our kernels
 
 
 class Work(NamedTuple):
@@ -23,10 +35,10 @@ class Work(NamedTuple):
 
     kernel: str
     launches: int
-    flops: int
-    matrix_bytes: int
-    partial_bytes: int
-    row_bytes: int
+    flops: int = 0
+    matrix_bytes: int = 0
+    partial_bytes: int = 0
+    row_bytes: int = 0
 
     @property
     def bytes(self) -> int:
@@ -54,94 +66,81 @@ def backward_floor(problem: Problem) -> Floor:
     return Floor(2 * rows * vocab * (2 * width + value_width), itemsize * vocab * columns)
 
 
-def forward_work(problem: Problem, device: Device) -> list[Work]:
-    """The launches of `soft_embed.forward` without statistics."""
+def forward_plan(problem: Problem, device: Device, *, kept: int = 0) -> OneRow | FewRows | TwoProducts:
+    """The plan of a call that wants the result alone, or, with `kept` bytes, a gradient as well."""
     plan = plan_forward(problem, device)
-    work = [_one_pass(problem, plan)] if isinstance(plan, OnePass) else _two_pass(problem, plan)
-    return [*work, _merge(problem, plan)]
+    if isinstance(plan, TwoProducts):
+        return plan_two_products(problem, device, descriptors=True, kept=kept)
+    return plan
 
 
-def _one_pass(problem: Problem, plan: OnePass) -> Work:
-    rows, vocab, width, _, _, itemsize = problem
-    padded_rows = plan.row_blocks * plan.config.blocks["BLOCK_T"]
-    return Work(
-        "one_pass_kernel",
-        1,
-        4 * padded_rows * _up(vocab, plan.config.blocks["BLOCK_V"]) * sum(plan.widths),
-        itemsize * vocab * width,
-        4 * plan.splits * rows * (width + 2),
-        itemsize * rows * width,
-    )
+def forward_work(problem: Problem, device: Device, *, kept: int = 0) -> list[Work]:
+    """The launches of a forward without statistics."""
+    plan = forward_plan(problem, device, kept=kept)
+    return _two_products(problem, plan) if isinstance(plan, TwoProducts) else _whole_rows(problem, plan)
 
 
-def _two_pass(problem: Problem, plan: TwoPass) -> list[Work]:
-    rows, vocab, width, value_width, tied, itemsize = problem
-    blocks, chunks = cdiv(rows, plan.row_block), cdiv(vocab, plan.chunk)
-    tile = plan.score.blocks["BLOCK_V"]
-    padded_vocab, tiles = _up(vocab, tile), cdiv(vocab, tile)
-    in_cache = tied and itemsize * plan.chunk * width <= L2_BYTES
-    # a slot's sums are read and written again for every chunk but the first
-    slots = 4 * plan.splits * rows * value_width * (2 * chunks - 1)
+def _whole_rows(problem: Problem, plan: OneRow | FewRows) -> list[Work]:
+    rows, vocab, width, value_width, _, itemsize = problem
+    blocks, one = plan.config.blocks, isinstance(plan, OneRow)
+    padded_rows = 1 if isinstance(plan, OneRow) else plan.row_blocks * blocks["BLOCK_T"]
+    partial, result = 4 * partial_floats(plan.splits, rows, width), itemsize * rows * value_width
+    flops = 4 * padded_rows * _up(vocab, blocks["BLOCK_V"]) * plan.pieces * blocks["PIECE"]
+    kernel = "one_row_kernel" if one else "few_rows_kernel"
     return [
-        Work(
-            "score_kernel",
-            blocks * chunks,
-            2 * _up(rows, plan.score.blocks["BLOCK_T"]) * padded_vocab * _up(width, plan.score.blocks["BLOCK_K"]),
-            blocks * itemsize * vocab * width,
-            itemsize * rows * vocab + 8 * rows * tiles,
-            chunks * itemsize * rows * width,
-        ),
-        Work(
-            "weigh_kernel",
-            blocks * chunks,
-            2 * _up(rows, plan.weigh.blocks["BLOCK_T"]) * padded_vocab * _up(value_width, plan.weigh.blocks["BLOCK_E"]),
-            0 if in_cache else blocks * itemsize * vocab * value_width,
-            itemsize * rows * vocab + 8 * rows * tiles + slots,
-            0,
-        ),
+        Work(kernel, 1, flops, itemsize * vocab * width, partial, itemsize * rows * width),
+        Work("merge_kernel", 1, partial_bytes=partial, row_bytes=result),
     ]
 
 
-def _merge(problem: Problem, plan: OnePass | TwoPass) -> Work:
-    rows, width = problem.rows, problem.value_width
-    launches = cdiv(rows, plan.row_block) if isinstance(plan, TwoPass) else 1
-    return Work(
-        "merge_kernel",
-        launches,
-        2 * plan.splits * rows * width,
-        0,
-        4 * plan.splits * rows * (width + 2),
-        problem.itemsize * rows * width,
-    )
+def _two_products(problem: Problem, plan: TwoProducts) -> list[Work]:
+    rows, vocab, width, value_width, _, itemsize = problem
+    blocks, chunks = cdiv(rows, plan.row_block), cdiv(vocab, plan.chunk)
+    launches, hidden = blocks * chunks, chunks * itemsize * rows * width
+    scores = rows * vocab * (itemsize if plan.half_scores else 4)
+    probs, sums = itemsize * rows * vocab, 12 * rows * cdiv(vocab, plan.tile)
+    accumulator = 4 * rows * value_width * (2 * chunks - 1)  # written, and read and written by every further chunk
+    head, flops = blocks * itemsize * vocab * width, 2 * rows * vocab * width
+    if plan.product is None:
+        first = [
+            Work(PRODUCT, launches, flops, head, scores, hidden),
+            Work("weights_kernel", launches, partial_bytes=scores + probs + sums),
+        ]
+    else:
+        tile = plan.product.blocks
+        flops = 2 * _up(rows, tile["BLOCK_T"]) * _up(vocab, tile["BLOCK_V"]) * _up(width, tile["BLOCK_K"])
+        first = [Work("weights_product_kernel", launches, flops, head, probs + sums, hidden)]
+    values = blocks * itemsize * vocab * value_width
+    return [
+        *first,
+        Work("settle_kernel", launches, partial_bytes=sums),
+        Work(PRODUCT, launches, 2 * rows * vocab * value_width, values, probs + accumulator),
+        Work("finish_kernel", blocks, partial_bytes=4 * rows * value_width, row_bytes=itemsize * rows * value_width),
+    ]
 
 
-def backward_work(problem: Problem, device: Device) -> list[Work]:
-    """The launches of `soft_embed.backward` for frozen matrices."""
-    plan: Backward = plan_backward(problem, device, False, False)
+def backward_work(problem: Problem, device: Device, *, kept: bool = False) -> list[Work]:
+    """The launches of a backward with frozen matrices; with `kept` P is there and scores are not recomputed."""
+    plan = plan_backward(problem, device, False, False)
     rows, vocab, width, value_width, tied, itemsize = problem
     blocks, chunks = cdiv(rows, plan.row_block), cdiv(vocab, plan.chunk)
-    grad, product = plan.score_grad.blocks, plan.product.blocks
-    padded_vocab = _up(vocab, grad["BLOCK_V"])
-    columns = _up(width, grad["BLOCK_K"]) + _up(value_width, grad["BLOCK_K"])
-    in_cache = tied and itemsize * plan.chunk * width <= L2_BYTES
+    launches = blocks * chunks
+    scores = rows * vocab * (itemsize if plan.half_scores else 4)
+    head, values = (blocks * itemsize * vocab * columns for columns in (width, value_width))
+    hidden, upstream = (chunks * itemsize * rows * columns for columns in (width, value_width))
+    grad = itemsize * rows * vocab
+    sums = [Work(PRODUCT, launches, 2 * rows * vocab * value_width, values, scores, upstream)]
+    if not kept and tied:  # one product of both row by row
+        sums = [Work(PRODUCT, launches, 4 * rows * vocab * width, head, 2 * scores, hidden + upstream)]
+    elif not kept:
+        sums.append(Work(PRODUCT, launches, 2 * rows * vocab * width, head, scores, hidden))
+    read = scores + (grad if kept else scores)
+    accumulator = 4 * rows * width * (2 * chunks - 1)
     return [
-        Work("constants_kernel", 1, 2 * rows * value_width, 0, 4 * rows, (itemsize + 4) * rows * value_width),
-        Work(
-            "score_grad_kernel",
-            blocks * chunks,
-            2 * _up(rows, grad["BLOCK_T"]) * padded_vocab * columns,
-            blocks * itemsize * vocab * (width if tied else width + value_width),
-            itemsize * rows * vocab,
-            chunks * itemsize * rows * (width + value_width),
-        ),
-        Work(
-            "product_kernel",
-            blocks * chunks,
-            2 * _up(rows, product["BLOCK_T"]) * _up(vocab, product["BLOCK_V"]) * _up(width, product["BLOCK_E"]),
-            0 if in_cache else blocks * itemsize * vocab * width,
-            itemsize * rows * vocab + 4 * plan.splits * rows * width * (2 * chunks - 1),
-            itemsize * rows * width,
-        ),
+        Work("constants_kernel", 1, row_bytes=4 * rows + (itemsize + 4) * rows * value_width),
+        *sums,
+        Work("score_grad_kernel", launches, partial_bytes=read + grad),
+        Work(PRODUCT, launches, 2 * rows * vocab * width, head, grad + accumulator),
     ]
 
 

@@ -254,7 +254,7 @@ def split(
 
 
 def to_rows(pairs: Iterable[CodePair]) -> list[dict[str, str | list[str]]]:
-    """The pairs as training rows {"prompt", "query", "pos", "neg"} (SPEC 1.6) without hard negatives."""
+    """The pairs as training rows {"prompt", "query", "pos", "neg"} (docs/method.md §7) without hard negatives."""
     return [{"prompt": INSTRUCTION, "query": p.summary, "pos": [p.code], "neg": []} for p in pairs]
 
 

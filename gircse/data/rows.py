@@ -1,8 +1,8 @@
 """A user's own data: rows (instruction, query, positives, negatives), and how they are written for the model.
 
-The schema is that of `cfli/bge-full-data` (SPEC 1.6): {"prompt": str, "query": str, "pos": [str, ...], "neg": [str,
-...]}. Everything is checked before anything starts: a training run never dies at row 180,000 because of a typing
-error.
+The schema is that of `cfli/bge-full-data` (docs/method.md §7): {"prompt": str, "query": str, "pos": [str, ...],
+"neg": [str, ...]}. Everything is checked before anything starts: a training run never dies at row 180,000 because of
+a typing error.
 """
 
 from __future__ import annotations

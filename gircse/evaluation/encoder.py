@@ -51,7 +51,7 @@ class GIRCSEEncoder(AbsEncoder):
     """Embeds the texts of mteb's tasks after `num_steps` soft tokens.
 
     Queries carry the task's instruction, documents are bare where the task is not symmetric, and the texts of all
-    other tasks carry it on every side (SPEC 1.6, `gircse.evaluation.instructions`).
+    other tasks carry it on every side (docs/method.md §2, `gircse.evaluation.instructions`).
 
     Args:
         model: the model; not changed.

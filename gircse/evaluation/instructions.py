@@ -1,4 +1,4 @@
-"""What each task of MTEB(eng, v2) is told to embed for, and which side of it carries the instruction (SPEC 1.6).
+"""The instruction of each task of MTEB(eng, v2), and which side of the task carries it (docs/method.md §2).
 
 The wording decides more than it seems to: an instruction that says "retrieve" and not "semantic" leaves the documents
 bare (`gircse.lm.prompts.is_symmetric`), as in training. Retrieval and reranking say it, all others do not or say

@@ -14,7 +14,7 @@ from gircse.show.tables import text_table
 ENGLISH_BENCHMARK = "MTEB(eng, v2)"
 ENGLISH_NAMES = (ENGLISH_BENCHMARK, "MTEB(eng)")
 ENGLISH_TASKS = 41
-# GIRCSE's own averages over the 41 tasks, K = 20 at most (arXiv 2509.24291; SPEC 1.7)
+# GIRCSE's own averages over the 41 tasks, K = 20 at most (arXiv 2509.24291; docs/method.md §8)
 PAPER: Mapping[str, float] = {"paper, Mistral-7B": 67.83, "paper, Qwen2.5-7B": 67.67}
 
 

@@ -27,9 +27,9 @@ def evaluate_retrieval(
 ) -> dict[int, dict[str, float]]:
     """{K: {"ndcg@10", "mrr@10", "recall@10", ..}} at each K of `steps`; every text is encoded once, at the largest.
 
-    Queries carry the task's instruction; documents do when the task is symmetric (SPEC 1.6), and then a text is not
-    ranked against itself (`RetrievalTask.own_documents`). K = 0, the prompt's own
-    state, costs nothing either but stands for itself: it must be the only one.
+    Queries carry the task's instruction; documents do when the task is symmetric (docs/method.md §2), and then a
+    text is not ranked against itself (`RetrievalTask.own_documents`). K = 0 is not a prefix
+    of a rollout; it is encoded separately and must be the only one.
 
     Args:
         max_length: tokens of a query and of a document; default: the two limits of the model's config.

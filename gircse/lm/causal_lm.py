@@ -116,7 +116,8 @@ class CausalLM:
         return_stats: bool = False,
         facts: HeadFacts | None = None,
     ):
-        """Soft token of each hidden state: [..., D] -> [..., E], what the embedding layer would give (SPEC 1.2).
+        """Soft token of each hidden state: [..., D] -> [..., E], what the embedding layer would give
+        (docs/method.md §3).
 
         Args:
             facts: `facts()`, for a caller of many steps: with an adapter on head or table they are matrices of their

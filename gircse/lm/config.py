@@ -21,7 +21,7 @@ class GircseConfig:
 
     Attributes:
         num_steps: K, soft tokens per text; 0 is the encoder-only baseline (the prompt's last hidden state).
-        pooling: how the steps become one vector: "mean" (default), "last" or "weighted" (SPEC 1.3).
+        pooling: how the steps become one vector: "mean" (default), "last" or "weighted" (docs/method.md §4).
         temperature: logit temperature T of the soft tokens, > 0.
         prompt_template: how an instruction and a text become a prompt; holds {instruction} and {text}.
         append_eos: append the end-of-sequence token to every prompt (EOS pooling of encoder-only baselines).

@@ -1,4 +1,4 @@
-"""How an instruction and a text become one prompt (SPEC 1.6)."""
+"""How an instruction and a text become one prompt (docs/method.md §2)."""
 
 from __future__ import annotations
 
@@ -26,6 +26,6 @@ def format_query(instruction: str | None, text: str, template: str = DEFAULT_TEM
 
 
 def is_symmetric(instruction: str | None) -> bool:
-    """Whether passages carry the instruction too: all tasks but retrieval, as the reference code decides (SPEC 1.6)."""
+    """Whether passages carry the instruction too. In every task but retrieval they do (docs/method.md §2)."""
     lowered = (instruction or "").lower()
     return not ("retrieve" in lowered and "semantic" not in lowered)

@@ -1,4 +1,4 @@
-"""The differentiable rollout: the prompt once, then K soft tokens on its keys and values (SPEC 1, steps 1 and 2).
+"""The differentiable rollout: the prompt once, then K soft tokens on its keys and values (docs/method.md §3).
 
 The reference runs the whole sequence again for every step. Here the prompt is encoded once; step k costs one position
 per row, and gradients flow through the kept keys and values: loss and gradients are those of the uncached computation.

@@ -1,4 +1,4 @@
-"""``stepwise_info_nce``: one contrastive loss for every number of steps, from one pass (SPEC 1.3-1.4)."""
+"""``stepwise_info_nce``: one contrastive loss for every number of steps, from one pass (docs/method.md §4-5)."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def stepwise_info_nce(
     return_stats: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, InfoNCEStats]:
-    """Losses of the embeddings after 1..K steps (GIRCSE, arXiv 2509.24291; SPEC 1.3-1.4)::
+    """Losses of the embeddings after 1..K steps (GIRCSE, arXiv 2509.24291; docs/method.md §4-5)::
 
         z_k = l2_normalize(pool_steps(g_1..g_k))
         L_k = mean_i cross_entropy(z_k(query_i) . z_k(doc_1..M) / temperature, target_i)

@@ -1,4 +1,4 @@
-"""The ICR objective: stepwise losses and the penalty on steps that do not improve (SPEC 1.5)."""
+"""The ICR objective: stepwise losses and the penalty on steps that do not improve (docs/method.md §6)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pooling of the generated steps into one embedding per number of steps (SPEC 1.3)."""
+"""Pooling of the generated steps into one embedding per number of steps (docs/method.md §4)."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def soft_embed(
     return_stats: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, SoftTokenStats]:
-    """Soft tokens (GIRCSE, arXiv 2509.24291, section 3; SPEC 1.2)::
+    """Soft tokens (GIRCSE, arXiv 2509.24291; docs/method.md §3)::
 
         logits = logit_scale * (hidden @ head_weight.T + bias)
         if softcap is not None: logits = softcap * tanh(logits / softcap)

@@ -1,4 +1,4 @@
-"""Losses for `SentenceTransformerTrainer`: the ICR objective over stepwise InfoNCE (SPEC 1.4-1.5), plain and cached.
+"""Losses for `SentenceTransformerTrainer`: the ICR objective (docs/method.md §5-6), plain and cached.
 
 Columns follow sentence-transformers' convention: anchor, positive, any number of negatives. All positives and negatives
 of the batch are candidates of every anchor, but for those that are right answers themselves

@@ -29,7 +29,7 @@ _FREE_ON_RESUME = frozenset(
 
 @dataclass(frozen=True)
 class TrainConfig(Knobs):
-    """Settings of `gircse.train.train`. Defaults are the paper's (SPEC 1.6) where it gives one."""
+    """Settings of `gircse.train.train`. Defaults are the paper's (docs/method.md §7) where it gives one."""
 
     model: str = _knob("", "base model: folder or hub name")
     adapter: str | None = _knob(

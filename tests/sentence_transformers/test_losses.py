@@ -1,4 +1,4 @@
-"""The losses against SPEC 1.4-1.5 written plainly, their gradients, and the library's modifiers around them."""
+"""The losses against docs/method.md §5-6 written plainly, their gradients, and the library's modifiers around them."""
 
 from __future__ import annotations
 

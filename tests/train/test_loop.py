@@ -78,7 +78,7 @@ def test_only_lora_weights_move(base, tmp_path):
 
 
 def test_the_step_is_the_plain_objective_of_the_batch(base, tmp_path):
-    """The logged losses of the first step are SPEC 1's, computed row by row without cache."""
+    """The logged losses of the first step are those of docs/method.md §3-6, computed row by row without cache."""
     settings = config(base, tmp_path, max_steps=1, lora_dropout=0.0)
     result = train(settings, rows=ROWS)
     model = GIRCSE.from_pretrained(base, num_steps=3)
