@@ -20,6 +20,7 @@ SCRATCH_BYTES = 64 << 20  # the most that a call holds beyond O(T D), whatever T
 # The most that one call keeps of its probabilities for backward, which then makes two products of three; 0: nothing.
 KEPT_BYTES = 64 << 20
 PARTIAL_BYTES = 32 << 20  # of that, the partial sums of forms 1 and 2
+SETTLED_TILES = 4  # tiles of a row that one program of `settle_kernel` brings to the row's reference
 ROW_BLOCK = 4096  # rows that form 3 or a backward takes at once
 # Up to this width and so many rows, a program holds whole rows of a tied matrix, which is then read once.
 WHOLE_WIDTH = 2048
@@ -255,7 +256,7 @@ def plan_two_products(
     keep = row_block == rows and elements * itemsize <= kept and elements * score_bytes <= scratch
     most = min(choice.chunk_mib << 20, scratch) // (row_block * (itemsize + score_bytes))
     chunk = chunk_size(vocab, vocab + tile if keep else most, tile)
-    parts = min(cdiv(chunk, tile), cdiv(4 * device.num_sms, row_block))
+    parts = cdiv(cdiv(chunk, tile), SETTLED_TILES)
     return TwoProducts(product, weights, row_block, chunk, parts, half, keep)
 
 
