@@ -7,7 +7,7 @@
 | `plan.py`, `configs.json` | which form, tiles and shares for which problem and device |
 | `launching.py` | the two places where a GPU gets work: `launch` a kernel, `product` by cuBLAS |
 | `launch_forward.py`, `launch_many_rows.py`, `launch_backward.py` | the launchers |
-| `one_row.py`, `few_rows.py`, `merge.py` | forms 1 and 2: a tied matrix is read once; partial sums -> result and statistics |
+| `one_row.py`, `few_rows.py`, `merge.py` | forms 1 and 2, which read a tied matrix once; partial sums -> result |
 | `many_rows.py` | form 3: two products for each chunk of the vocabulary |
 | `backward.py` | gradients, scores recomputed or P kept |
 | `scores.py` | from dot products to scores, Gumbel noise, safe maxima: device functions that all forms share |
