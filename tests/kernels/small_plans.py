@@ -10,7 +10,8 @@ from gircse_kernels import plan
 from gircse_kernels.plan import Choice, Config
 
 SMALL = {
-    "one_pass": Config({"BLOCK_T": 16, "BLOCK_V": 16}, 4, 1),
+    "one_row": Config({"BLOCK_V": 8, "PIECE": 16}, 4, 2),
+    "few_rows": Config({"BLOCK_T": 16, "BLOCK_V": 16, "PIECE": 16, "GROUPS": 1}, 4, 2),
     "score": Config({"BLOCK_T": 16, "BLOCK_V": 32, "BLOCK_K": 16, "GROUP": 2}, 4, 1),
     "matmul": Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP": 2}, 4, 1),
     "weights": Config({"BLOCK_T": 8, "BLOCK_V": 32}, 4, 1),
@@ -21,7 +22,7 @@ SMALL = {
 
 @contextmanager
 def small_plans(
-    one_pass: bool,
+    whole_rows: bool,
     *,
     row_block: int = 20,
     chunk_rows: int = 64,
@@ -29,9 +30,10 @@ def small_plans(
     half_scores: bool = False,
     kept: int = 0,
 ) -> Iterator[None]:
-    """Small tiles; with `one_pass` false, form 3 for everything. Chunks of about `chunk_rows` vocabulary entries."""
+    """Small tiles; without `whole_rows`, form 3 for everything. Chunks of about `chunk_rows` vocabulary entries."""
+    left_out = () if whole_rows else ("one_row", "few_rows")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "find", lambda kernel, *_: None if kernel == "one_pass" and not one_pass else SMALL[kernel])
+        patch.setattr(plan, "find", lambda kernel, *_: None if kernel in left_out else SMALL[kernel])
         patch.setattr(plan, "choose", lambda *_: Choice(epilogue, half_scores, 64))
         patch.setattr(plan, "ROW_BLOCK", row_block)
         patch.setattr(plan, "SCRATCH_BYTES", 4 * row_block * chunk_rows)

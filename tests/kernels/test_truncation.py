@@ -17,8 +17,8 @@ from tests.kernels.small_plans import small_plans
 from tests.ops.accuracy import random_inputs, run
 
 ROWS = 19
-ONE_AND_TWO_PASSES = pytest.mark.parametrize(
-    ("one_pass", "dtype"), [(True, torch.bfloat16), (False, torch.bfloat16), (False, torch.float32)], ids=str
+FORMS = pytest.mark.parametrize(
+    ("whole_rows", "dtype"), [(True, torch.bfloat16), (False, torch.bfloat16), (False, torch.float32)], ids=str
 )
 CASES: dict[str, dict[str, Any]] = {
     "few": {"top_k": 3},
@@ -34,11 +34,11 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.usefixtures("interpreter")
-@ONE_AND_TWO_PASSES
+@FORMS
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
-def test_against_float64(one_pass: bool, dtype: torch.dtype, options: dict[str, Any]) -> None:
+def test_against_float64(whole_rows: bool, dtype: torch.dtype, options: dict[str, Any]) -> None:
     tensors = random_inputs((ROWS,), 107, 27, bias=True, dtype=dtype)
-    with small_plans(one_pass):
+    with small_plans(whole_rows):
         ours = run(soft_embed, tensors, dtype, True, {**options, "backend": "triton"})
     truth = run(soft_embed_reference, tensors, torch.float64, True, options)
     for name, exact in truth.items():
