@@ -70,7 +70,7 @@ def forward_plan(problem: Problem, device: Device, *, kept: int = 0) -> OneRow |
     """The plan of a call that wants the result alone, or, with `kept` bytes, a gradient as well."""
     plan = plan_forward(problem, device)
     if isinstance(plan, TwoProducts):
-        return plan_two_products(problem, device, descriptors=True, kept=kept)
+        return plan_two_products(problem, device, epilogue=True, kept=kept)
     return plan
 
 

@@ -149,9 +149,8 @@ class _SoftEmbed(DifferentiableOp):
         self, grads: Tensors, tensors: Tensors, saved: Tensors, scalars: Sequence[Any], needs: Sequence[bool]
     ) -> Tensors:
         originals, call = _call(tensors, scalars)
-        kept = Saved(*saved)  # type: ignore[arg-type]
-        if kept.probs is not None and not kept.probs.numel():  # the stand-in
-            kept = kept._replace(probs=None)
+        out, peak, total, *rest = saved
+        kept = Saved(out, peak, total, *(None if t is None or not t.numel() else t for t in rest))  # type: ignore[arg-type]
         found = _backward(grads, cast_inputs(originals, call.cast), kept, call, Needs(*needs))
         return tuple(
             None if grad is None or tensor is None else grad.to(tensor.dtype)

@@ -3,16 +3,17 @@
 | file | what |
 |---|---|
 | `soft_embed.py` | what is offered: `forward`, `backward`, `chunk_scores` |
-| `launching.py`, `launch_forward.py`, `launch_backward.py` | the launchers |
-| `plan.py`, `configs.json` | which kernels, tiles and shares for which problem and device |
-| `one_pass.py` | few rows, tied, D <= 2048: the matrix is read once |
-| `two_pass.py` | everything else: scores of a chunk, weighted sum of a chunk |
-| `merge.py` | partial softmax sums -> result and statistics |
-| `backward.py` | gradients, scores recomputed |
-| `decode_attention.py` | attention of one token per row on a static buffer of keys and values |
-| `scores.py` | from dot products to scores, Gumbel noise, safe maxima: device functions that all share |
-| `matmul.py` | tiled products |
 | `contract.py` | what goes in and comes out, shared with the torch backend |
+| `plan.py`, `configs.json` | which form, tiles and shares for which problem and device |
+| `launching.py` | the two places where a GPU gets work: `launch` a kernel, `product` by cuBLAS |
+| `launch_forward.py`, `launch_many_rows.py`, `launch_backward.py` | the launchers |
+| `one_row.py`, `few_rows.py`, `merge.py` | forms 1 and 2, which read a tied matrix once; partial sums -> result |
+| `many_rows.py` | form 3: two products for each chunk of the vocabulary |
+| `backward.py` | gradients, scores recomputed or P kept |
+| `scores.py` | from dot products to scores, Gumbel noise, safe maxima: device functions that all forms share |
+| `matmul.py` | tiled products in 3xTF32 |
+| `info_nce.py`, `similarity.py`, `pool.py` | the contrastive loss |
+| `decode_attention.py` | attention of one token per row on a static buffer of keys and values |
 
 `TRITON_INTERPRET=1`, set before this is imported, runs everything on CPU tensors.
 

@@ -10,8 +10,8 @@ With P = e^(s - peak) / total, delta = sum(g out), dP = embed_scale g E^T, H the
     dW_c = dS^T h,  dE_c = P^T g;  tied: [dS; P]^T [h; g]                            cuBLAS
     dbias_c = dS^T 1                                                                 cuBLAS
 
-Where the forward kept its P, S is not needed. dS and P of a chunk, [T, C] in the input's dtype, take the memory of S and
-dP if those have the same dtype. Each result has one owner and there are no atomics, so two runs are bitwise equal.
+Where the forward kept its P, S is not needed. dS and P of a chunk, [T, C] in the input's dtype, take the memory of S
+and dP if those have the same dtype. Each result has one owner and there are no atomics, so two runs are bitwise equal.
 
 FLOPs for frozen matrices 6 T V D (scores, dP, dh), 4 T V D with P kept; each trainable use adds 2 T V D.
 """

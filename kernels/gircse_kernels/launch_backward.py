@@ -78,7 +78,7 @@ def backward(
         device or device_of(hidden.device),
         need_values,
         needs.head,
-        exact_scores=launching.exact_scores(inputs, grad_lse is not None or grad_entropy is not None),
+        exact_scores=launching.exact_scores(inputs, saved.entropy is not None),
     )
     constant = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
     launching.launch(

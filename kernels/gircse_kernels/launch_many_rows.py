@@ -17,9 +17,17 @@ from .plan import Config, Problem, TwoProducts, cdiv, lookup, padded, plan_two_p
 FINISH = Config({"BLOCK_E": 1024}, 4, 1)
 
 
-def describable(*matrices: Tensor) -> bool:
-    """Whether tensor descriptors can read these matrices: rows of adjacent elements, at multiples of 16 bytes."""
-    return all(m.stride(1) == 1 and m.stride(0) * m.itemsize % 16 == 0 and m.data_ptr() % 16 == 0 for m in matrices)
+def _fits_epilogue(inputs: Inputs, options: Options) -> bool:
+    """Whether our own product can be the first: see `plan_two_products`."""
+    if options.softcap is not None or options.seed is not None:
+        return False
+    if inputs.seeds is not None or inputs.threshold is not None:
+        return False
+    # rows of adjacent elements that begin at multiples of 16 bytes
+    return all(
+        m.stride(1) == 1 and m.stride(0) * m.itemsize % 16 == 0 and m.data_ptr() % 16 == 0
+        for m in (inputs.hidden, inputs.head)
+    )
 
 
 class _Scratch:
@@ -54,7 +62,7 @@ def forward_many_rows(
         problem,
         device_of(inputs.hidden.device),
         exact_scores=exact_scores(inputs, stats),
-        descriptors=describable(inputs.hidden, inputs.head),
+        epilogue=_fits_epilogue(inputs, options),
         kept=plans.KEPT_BYTES if keep and options.softcap is None else 0,
     )
     scratch = _Scratch(inputs, plan, stats)

@@ -215,15 +215,19 @@ def settle_kernel(
     peak = tl.maximum(tl.max(tile_peaks, 0), old_peak)
     base = reference(peak)
 
-    p_prob = prob_ptr + row * stride_prob
+    shifts = reference(tl.maximum(tile_peaks, old_peak)) - base
     per_part = tl.cdiv(num_tiles, parts)
-    for i_tile in range(part * per_part, tl.minimum((part + 1) * per_part, num_tiles)):
-        tile_peak = tl.load(tile_peak_ptr + row * num_tiles + i_tile)
-        shift = reference(tl.maximum(tile_peak, old_peak)) - base
-        if shift != 0.0:
-            column = i_tile * TILE + tl.arange(0, TILE)
-            prob = tl.load(p_prob + column, mask=column < chunk_size, other=0.0).to(tl.float32) * tl.exp(shift)
-            tl.store(p_prob + column, prob.to(prob_ptr.dtype.element_ty), mask=column < chunk_size)
+    first = part * per_part
+    last = tl.minimum(first + per_part, num_tiles)
+    moved = tl.where((tiles >= first) & (tiles < last), shifts, 0.0) != 0.0
+    if tl.max(moved.to(tl.int32), 0) > 0:
+        for i_tile in range(first, last):
+            shift = reference(tl.maximum(tl.load(tile_peak_ptr + row * num_tiles + i_tile), old_peak)) - base
+            if shift != 0.0:
+                column = i_tile * TILE + tl.arange(0, TILE)
+                p_prob = prob_ptr + row * stride_prob + column
+                prob = tl.load(p_prob, mask=column < chunk_size, other=0.0).to(tl.float32) * tl.exp(shift)
+                tl.store(p_prob, prob.to(prob_ptr.dtype.element_ty), mask=column < chunk_size)
     if not FIRST:
         shift = reference(old_peak) - base
         if shift != 0.0:
@@ -234,7 +238,6 @@ def settle_kernel(
                 tl.store(p_acc, tl.load(p_acc, mask=cols < width, other=0.0) * factor, mask=cols < width)
 
     if part == 0:
-        shifts = reference(tl.maximum(tile_peaks, old_peak)) - base
         decays = tl.where(m_tiles, tl.exp(shifts), 0.0)
         totals = tl.load(tile_total_ptr + slots, mask=m_tiles, other=0.0) * decays
         total = tl.sum(totals, 0)
@@ -249,8 +252,8 @@ def settle_kernel(
             moments = tl.load(tile_moment_ptr + slots, mask=m_tiles, other=0.0) * decays
             moment = tl.sum(moments + tl.maximum(shifts, LOG_FLOOR) * totals, 0)
             indices = tl.load(tile_argmax_ptr + slots, mask=m_tiles, other=0)
-            first = tl.min(tl.where(tile_peaks == peak, tiles, TILES), 0)  # the lowest index of a tie
-            argmax = tl.sum(tl.where(tiles == first, indices, 0), 0)
+            best = tl.min(tl.where(tile_peaks == peak, tiles, TILES), 0)  # the lowest index of a tie
+            argmax = tl.sum(tl.where(tiles == best, indices, 0), 0)
             if not FIRST:
                 moment += tl.load(moment_ptr + row) * old_decay + tl.maximum(old_shift, LOG_FLOOR) * old_total
                 argmax = tl.where(peak > old_peak, argmax, tl.load(argmax_ptr + row))

@@ -20,6 +20,7 @@ SCRATCH_BYTES = 64 << 20  # the most that a call holds beyond O(T D), whatever T
 # The most that one call keeps of its probabilities for backward, which then makes two products of three; 0: nothing.
 KEPT_BYTES = 64 << 20
 PARTIAL_BYTES = 32 << 20  # of that, the partial sums of forms 1 and 2
+SETTLED_TILES = 4  # tiles of a row that one program of `settle_kernel` brings to the row's reference
 ROW_BLOCK = 4096  # rows that form 3 or a backward takes at once
 # Up to this width and so many rows, a program holds whole rows of a tied matrix, which is then read once.
 WHOLE_WIDTH = 2048
@@ -96,9 +97,13 @@ class FewRows(NamedTuple):
 class Choice(NamedTuple):
     """What form 3 and the backward may choose between, by rows and width: the table's entries under `many_rows`."""
 
-    epilogue: bool  # the first product is our own, with the exponential in its epilogue
-    half_scores: bool  # cuBLAS rounds its products to the input's dtype, as eager PyTorch does
+    epilogue: bool  # the first product is our own, with the exponential in its epilogue, where that can be
+    half_scores: bool  # otherwise cuBLAS rounds it to the input's dtype, as eager PyTorch does
     chunk_mib: int  # of a chunk's scratch, at most
+
+    def rounds(self, problem: Problem, exact_scores: bool) -> bool:
+        """Whether scores are rounded: by forward and backward alike, or the backward's P would not sum to 1."""
+        return self.half_scores and not self.epilogue and problem.itemsize == 2 and not exact_scores
 
 
 class TwoProducts(NamedTuple):
@@ -221,7 +226,7 @@ def plan_two_products(
     device: Device,
     *,
     exact_scores: bool = False,
-    descriptors: bool = False,
+    epilogue: bool = False,
     kept: int = 0,
     scratch: int | None = None,
 ) -> TwoProducts:
@@ -230,27 +235,28 @@ def plan_two_products(
     Args:
         exact_scores: scores may not be rounded to the input's dtype, because they themselves are read: for statistics,
             or to be compared with a threshold.
-        descriptors: tensor descriptors can read the matrices.
+        epilogue: our own product may be the first: tensor descriptors can read the matrices, and its epilogue has no
+            soft-cap, noise or threshold, whose registers would not fit beside the accumulator.
         kept: bytes of probabilities that may be kept for backward.
         scratch: bytes that a chunk may take; None: `SCRATCH_BYTES`.
     """
     scratch = SCRATCH_BYTES if scratch is None else scratch
     rows, vocab, width, _, _, itemsize = problem
-    row_block = even_blocks(rows, ROW_BLOCK)
     choice = choose(problem, device)
     product = None
-    if choice.epilogue and descriptors:
-        product = find("weights_product", device.arch, itemsize, row_block, width)
-    weights = lookup("weights", device.arch, itemsize, row_block)
+    if choice.epilogue and epilogue:
+        product = find("weights_product", device.arch, itemsize, rows, width)
+    weights = lookup("weights", device.arch, itemsize, rows)
     tile = (product or weights).blocks["BLOCK_V"]
-    half = product is None and choice.half_scores and itemsize == 2 and not exact_scores
+    half = choice.rounds(problem, exact_scores)
     # P takes the memory of the scores where the dtypes are the same
     score_bytes = 0 if product or half or itemsize == 4 else 4
+    row_block = even_blocks(rows, min(ROW_BLOCK, scratch // (tile * (itemsize + score_bytes))))
     elements = rows * padded(vocab)
     keep = row_block == rows and elements * itemsize <= kept and elements * score_bytes <= scratch
     most = min(choice.chunk_mib << 20, scratch) // (row_block * (itemsize + score_bytes))
-    chunk = chunk_size(vocab, max(vocab + tile, most) if keep else most, tile)
-    parts = min(cdiv(chunk, tile), cdiv(4 * device.num_sms, row_block))
+    chunk = chunk_size(vocab, vocab + tile if keep else most, tile)
+    parts = cdiv(cdiv(chunk, tile), SETTLED_TILES)
     return TwoProducts(product, weights, row_block, chunk, parts, half, keep)
 
 
@@ -269,19 +275,23 @@ def plan_backward(
     Args:
         need_values: P is wanted, for the gradient of the embedding matrix.
         need_head: the gradient of the head is wanted.
-        exact_scores, scratch: as for `plan_forward`.
+        exact_scores, scratch: as for `plan_two_products`.
     """
-    row_block = even_blocks(problem.rows, ROW_BLOCK)
+    scratch = SCRATCH_BYTES if scratch is None else scratch
     choice = choose(problem, device)
-    half = choice.half_scores and problem.itemsize == 2 and not exact_scores
+    half = choice.rounds(problem, exact_scores) and isinstance(plan_forward(problem, device), TwoProducts)
+    config = lookup("score_grad", device.arch, problem.itemsize, problem.rows)
+    tile = config.blocks["BLOCK_V"]
     # scores and dP, whose memory dS and P take where the dtypes are the same
     each = 2 * problem.itemsize if half or problem.itemsize == 4 else 8 + problem.itemsize * (1 + need_values)
-    per_column = row_block * each
-    if row_block < problem.rows and problem.itemsize == 2:  # float32 sums over the blocks of rows, too
-        per_column += 4 * (problem.width * need_head + problem.value_width * (need_values and not problem.tied))
-    config = lookup("score_grad", device.arch, problem.itemsize, row_block)
-    most = min(choice.chunk_mib << 20, SCRATCH_BYTES if scratch is None else scratch) // per_column
-    return Backward(config, row_block, chunk_size(problem.vocab, most, config.blocks["BLOCK_V"]), half)
+    # float32 sums over the blocks of rows
+    sums = 4 * (problem.width * need_head + problem.value_width * (need_values and not problem.tied))
+    sums = sums if problem.itemsize == 2 else 0
+    column = scratch // tile
+    row_block = even_blocks(problem.rows, min(ROW_BLOCK, max(column - sums, column // 2) // each))
+    per_column = row_block * each + (sums if row_block < problem.rows else 0)
+    most = min(choice.chunk_mib << 20, scratch) // per_column
+    return Backward(config, row_block, chunk_size(problem.vocab, most, tile), half)
 
 
 def padded(columns: int) -> int:
@@ -290,8 +300,8 @@ def padded(columns: int) -> int:
 
 
 def even_blocks(total: int, limit: int) -> int:
-    """Size of the fewest equal blocks of at most `limit` that cover `total`."""
-    return max(1, cdiv(total, max(1, cdiv(total, limit))))
+    """Size of the fewest equal blocks of at most `limit`, or of 1, that cover `total`."""
+    return max(1, cdiv(total, max(1, cdiv(total, max(1, limit)))))
 
 
 def chunk_size(vocab: int, most: int, tile: int) -> int:
