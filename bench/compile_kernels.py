@@ -23,7 +23,7 @@ import torch
 
 from bench.provenance import ROOT, provenance
 from bench.records import save
-from bench.static.compile_report import SHARED_LIMIT, is_good, report, table_calls
+from bench.static.compile_report import SHARED_LIMIT, is_good, report, table_cases
 
 # What every call has in addition; see `bench.static.launches.Call`.
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -43,7 +43,7 @@ def main() -> int:
     add("--out", type=Path, default=ROOT / "bench" / "results" / "kernels-compile.json")
     options = parser.parse_args()
     found: dict[str, Any] = {
-        name: report(table_calls(*VARIANTS[name]), options.arch, options.jobs) for name in options.variants
+        name: report(table_cases(*VARIANTS[name]), options.arch, options.jobs) for name in options.variants
     }
     save({"benchmark": "kernels-compile", **found, "provenance": provenance(torch.device("cpu"))}, options.out)
     for name, entries in found.items():

@@ -8,6 +8,7 @@ record is `python bench/compile_kernels.py`. Needs a process without TRITON_INTE
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import tempfile
@@ -15,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,6 +26,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench.static.launches import DEVICES, Call, Launch, launches
+from bench.suite.alternatives import using
 
 # Bytes of shared memory that one program may use; 1 KiB more of each program is the system's.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -39,14 +41,13 @@ TYPES = {
     torch.bool: "i1",
 }
 MMA = ("wgmma.mma_async", "mma.sync", "tcgen05.mma")
-NO_PRODUCT = (
-    "merge_kernel",
-    "constants_kernel",
-    "pool_kernel",
-    "pool_grad_kernel",
-    "decode_merge_kernel",
-    "decode_attention_kernel",  # its float32 products are exact, off the tensor cores; `is_good` checks the others
-)  # the kernels without a matrix product that must be on the tensor cores
+PRODUCTS = (  # the kernels whose matrix products must be on the tensor cores
+    "few_rows_kernel",
+    "weights_product_kernel",
+    "similarity_kernel",
+    "product_kernel",
+    "decode_attention_kernel",  # of half precision; its float32 products are exact, off the tensor cores
+)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -134,18 +135,18 @@ def describe(launch: Launch) -> dict[str, Any]:
     }
 
 
-def report(calls: Iterable[Call], archs: Sequence[int], jobs: int = 2) -> list[dict[str, Any]]:
-    """One entry for each distinct kernel of the calls and architectures; `calls` names those that launch it."""
+def report(cases: Iterable[Case], archs: Sequence[int], jobs: int = 2) -> list[dict[str, Any]]:
+    """One entry for each distinct kernel of the cases and architectures; `calls` names those that launch it."""
     entries: dict[str, dict[str, Any]] = {}
-    work: list[tuple[Call, int, int]] = []
+    work: list[tuple[Case, int, int]] = []
     for arch in archs:
-        for call in calls:
-            for index, launch in enumerate(launches(call, DEVICES[arch])):
+        for case in cases:
+            for index, launch in enumerate(case.launches(arch)):
                 name = key(launch, arch)
                 if name not in entries:
-                    entries[name] = {"arch": arch, "dtype": call.dtype, "calls": Counter(), **describe(launch)}
-                    work.append((call, arch, index))
-                entries[name]["calls"][call.name] += 1
+                    entries[name] = {"arch": arch, "dtype": case.call.dtype, "calls": Counter(), **describe(launch)}
+                    work.append((case, arch, index))
+                entries[name]["calls"][case.call.name] += 1
     with ProcessPoolExecutor(jobs) as pool:
         results = list(pool.map(_compile_job, work, chunksize=1))
     for entry, result in zip(entries.values(), results, strict=True):
@@ -153,15 +154,26 @@ def report(calls: Iterable[Call], archs: Sequence[int], jobs: int = 2) -> list[d
     return list(entries.values())
 
 
-def _compile_job(job: tuple[Call, int, int]) -> dict[str, Any]:
-    call, arch, index = job
-    return compile_launch(launches(call, DEVICES[arch])[index], arch)
+def _compile_job(job: tuple[Case, int, int]) -> dict[str, Any]:
+    case, arch, index = job
+    return compile_launch(case.launches(arch)[index], arch)
 
 
-def decode_calls(*variants: str) -> list[Call]:
+class Case(NamedTuple):
+    """A call, and what is chosen for it instead of what the table says: JSON of `bench.suite.alternatives`."""
+
+    call: Call
+    alternative: str = "{}"
+
+    def launches(self, arch: int) -> list[Launch]:
+        with using(json.loads(self.alternative)):
+            return launches(self.call, DEVICES[arch])
+
+
+def decode_cases(*variants: str) -> list[Case]:
     """Decode attention with every entry of its table, in one split and in several; 80 columns padded to 128."""
     return [
-        Call("decode_attention", (64, slots, width, width, 14, 2), dtype, variants=variants)
+        Case(Call("decode_attention", (64, slots, width, width, 14, 2), dtype, variants=variants))
         for padded, itemsize in decode_attention.TABLE
         for width in ((padded, 80) if padded == 128 else (padded,))
         for dtype in (("bfloat16", "float16") if itemsize == 2 else ("float32",))
@@ -169,36 +181,37 @@ def decode_calls(*variants: str) -> list[Call]:
     ]
 
 
-def table_calls(*variants: str) -> list[Call]:
+def table_cases(*variants: str) -> list[Case]:
     """Calls that between them launch every entry of the config table, in the variants that users run.
 
     `variants`, other than "statistics" and "matrices", are those of all calls.
     """
-    calls = []
-    for kernel, by_arch in plan.table().items():
-        slots = {(e["itemsize"], e["rows"], e.get("width", 0)) for entries in by_arch.values() for e in entries}
-        for itemsize, rows, width in sorted(slots):
-            dtype, columns = "float32" if itemsize == 4 else "bfloat16", width or 1024
-            sizes = (rows, 50_304, columns, columns)
-            if kernel in ("one_pass", "score", "weigh"):
-                for backward in (False, True):
-                    more = ("statistics", *variants) if backward else variants
-                    calls.append(Call("soft_embed", sizes, dtype, kernel == "one_pass", backward, more))
-            else:
-                calls.append(Call("soft_embed", sizes, dtype, True, True, variants))
-                everything = ("statistics", "matrices", *variants)
-                calls += [Call("soft_embed", sizes, dtype, tied, True, everything) for tied in (True, False)]
+    widths = sorted({e["width"] for entries in plan.table()["few_rows"].values() for e in entries})
+    cases = [
+        Case(Call("soft_embed", (rows, 50_304, width, width), "bfloat16", variants=(*statistics, *variants)))
+        for width in widths
+        for rows in (1, 16, plan.FEW_ROWS)
+        for statistics in ((), ("statistics",))
+    ]
+    for rows in (64, plan.ROW_BLOCK):
+        for dtype in ("bfloat16", "float32"):
+            for tied in (True, False):
+                call = Call("soft_embed", (rows, 50_304, 1024, 1024), dtype, tied, True, variants)
+                trained = call._replace(variants=("statistics", *variants, "matrices"))
+                cases += [Case(call), Case(trained), *(Case(call, other) for other in _OTHERS)]
     if {"noise", "threshold"}.isdisjoint(variants):  # which no other op has
         sizes = [(rows, 8192, 1, 1024) for rows in (16, 64, plan.ROW_BLOCK)]
-        calls += [Call("info_nce", size, "float32", backward=True, variants=variants) for size in sizes]
-        calls += decode_calls(*variants)
-    return list(dict.fromkeys(calls))
+        cases += [Case(Call("info_nce", size, "float32", backward=True, variants=variants)) for size in sizes]
+        cases += decode_cases(*variants)
+    return cases
+
+
+# What a measurement may choose in the place of the committed choice for many rows.
+_OTHERS = ('{"many_rows": {"epilogue": true}}', '{"many_rows": {"half_scores": false}}', '{"plan": {"KEPT_BYTES": 0}}')
 
 
 def is_good(entry: dict[str, Any]) -> bool:
     """Nothing spilled, shared memory within the limit, matrix products on the tensor cores."""
-    anywhere = entry["kernel"] in NO_PRODUCT
-    if entry["kernel"] == "decode_attention_kernel":
-        anywhere = entry["dtype"] == "float32"
-    products = bool(entry["instructions"]) or anywhere
+    exact = entry["kernel"] == "decode_attention_kernel" and entry["dtype"] == "float32"
+    products = bool(entry["instructions"]) or exact or entry["kernel"] not in PRODUCTS
     return entry["stack"] == 0 and entry["shared"] <= entry["shared_limit"] and products

@@ -290,9 +290,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """In a process of its own: here the kernels belong to the interpreter."""
     out = tmp_path_factory.mktemp("report") / "report.json"
     script = (
-        "import json, sys; from pathlib import Path; from bench.static.compile_report import decode_calls, report\n"
-        "calls = decode_calls() + decode_calls('scores')\n"
-        "Path(sys.argv[1]).write_text(json.dumps(report(calls, [80, 90])))"
+        "import json, sys; from pathlib import Path; from bench.static.compile_report import decode_cases, report\n"
+        "cases = decode_cases() + decode_cases('scores')\n"
+        "Path(sys.argv[1]).write_text(json.dumps(report(cases, [80, 90])))"
     )
     environment = checkout_environment(TRITON_INTERPRET="0")
     command = [sys.executable, "-c", script, str(out)]

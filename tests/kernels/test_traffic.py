@@ -73,7 +73,7 @@ def test_many_rows_are_bound_by_arithmetic(model: str, device: Device) -> None:
 
 
 @pytest.mark.parametrize("model", ["qwen2.5-0.5b", "llama-3.2-1b", "qwen3-4b", "mistral-7b", "qwen2.5-7b"])
-@pytest.mark.parametrize("rows", [1, 32, 64, 1024, 65536])
+@pytest.mark.parametrize("rows", [1, 32, 64, 1024, 5000])
 @pytest.mark.parametrize("matrices", [False, True], ids=["frozen", "trained"])
 def test_extra_memory(model: str, rows: int, matrices: bool) -> None:
     """Every allocation of a call: the scratch of 64 MiB, P where that fits the same again, and O(T D); never T V."""
