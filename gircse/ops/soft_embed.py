@@ -134,10 +134,12 @@ def soft_embed(
     Exact and dense, yet nothing of size [T, V] (T = rows of hidden) exists beyond a fixed budget in forward or
     backward: temporaries are at most 64 MiB plus O(T * (D + E)). Where a gradient is wanted and all probabilities of a
     call fit another 64 MiB, the kernels keep them for backward instead of computing them again. Scores, softmax and
-    sums are float32 (float64 for float64 inputs) whatever the input dtype; float32 products are never rounded to TF32
-    by the kernels, while the torch backend on CUDA follows PyTorch's process-wide setting, off by default. Gradients
-    exist for every floating-point tensor argument, come in their input's dtype, and those that nobody asks for are not
-    computed. Two runs give bitwise the same. The result may be changed in place.
+    sums are float32 (float64 for float64 inputs) whatever the input dtype, except that the kernels may round the scores
+    of many bfloat16 rows to bfloat16, as PyTorch's own product does, where neither statistics nor a truncation need
+    them; float32 products are never rounded to TF32 by the kernels, while the torch backend on CUDA follows PyTorch's
+    process-wide setting, off by default. Gradients exist for every floating-point tensor argument, come in their
+    input's dtype, and those that nobody asks for are not computed. Two runs give bitwise the same. The result may be
+    changed in place.
 
     Derivatives of the gradient (``create_graph=True`` and a second backward, `torch.func.grad` of grad, `hessian`,
     gradient penalties), and forward-mode ones, are those of the plain formula, by PyTorch's own operators: right to any
