@@ -97,7 +97,6 @@ def score_grad_kernel(
     inside = m_rows[:, None] & (column < chunk_size)[None, :]
     rows64 = rows.to(tl.int64)[:, None]
     product = tl.load(product_ptr + rows64 * stride_product + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    # read before P is written, which may take the same memory
     if grad_prob_ptr is not None:
         grad = tl.load(grad_prob_ptr + rows64 * stride_grad_prob + column[None, :], mask=inside, other=0.0)
         grad = grad.to(tl.float32) * embed_scale
@@ -120,6 +119,7 @@ def score_grad_kernel(
         relative = tl.maximum(relative, LOG_FLOOR)
     p_out = rows64 * stride_out + column[None, :]
     if prob_ptr is not None:
+        tl.debug_barrier()  # P may take the memory of g . e, which other threads may still be reading
         tl.store(prob_ptr + p_out, (prob * embed_scale).to(prob_ptr.dtype.element_ty), mask=inside)
     if score_grad_ptr is not None:
         grad -= tl.load(constant_ptr + rows, mask=m_rows, other=0.0)[:, None]

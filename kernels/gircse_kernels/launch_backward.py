@@ -123,25 +123,33 @@ class _Walk:
         self.sums = self.outs
         if not plan.half_scores and hidden.dtype != torch.float32:
             self.sums = torch.empty(size, dtype=torch.float32, device=hidden.device)
+        self.stacked: tuple[slice, Tensor] | None = None  # of the last block of rows
         self.ones = hidden.new_ones((plan.row_block, 1)) if needs.bias else None
 
     def run(self, grads: Grads) -> None:
         num_rows, num_vocab = self.inputs.hidden.shape[0], self.inputs.head.shape[0]
+        blocks, chunks = _slices(num_rows, self.plan.row_block), _slices(num_vocab, self.plan.chunk)
         head_sum = embed_sum = None
-        if num_rows > self.plan.row_block:  # sums over the blocks of rows are rounded once
+        if len(blocks) > 1:  # sums over the blocks of rows are rounded once
             head_sum, embed_sum = self._float32_sum(grads.head), self._float32_sum(grads.embed)
-        for start in range(0, num_vocab, self.plan.chunk):
-            vocab = slice(start, min(start + self.plan.chunk, num_vocab))
+        # blocks of rows follow one another where they are summed, chunks where a block is otherwise cut out again
+        steps = [(rows, vocab) for vocab in chunks for rows in blocks]
+        if grads.head is None and grads.embed is None:
+            steps = [(rows, vocab) for rows in blocks for vocab in chunks]
+        for rows, vocab in steps:
             head, embed = _chunk(grads.head, head_sum, vocab), _chunk(grads.embed, embed_sum, vocab)
-            bias = None if grads.bias is None else grads.bias[vocab, None]
-            for first in range(0, num_rows, self.plan.row_block):
-                rows = slice(first, min(first + self.plan.row_block, num_rows))
-                hidden = None if grads.hidden is None else grads.hidden[rows]
-                temperature = None if grads.temperature is None else grads.temperature[rows]
-                self._step(rows, vocab, Grads(hidden, head, embed, bias, temperature))
-            for grad, chunk in ((grads.head, head), (grads.embed, embed)):
-                if grad is not None and chunk is not None and chunk.dtype != grad.dtype:
-                    grad[vocab] = chunk
+            part = Grads(
+                None if grads.hidden is None else grads.hidden[rows],
+                head,
+                embed,
+                None if grads.bias is None else grads.bias[vocab, None],
+                None if grads.temperature is None else grads.temperature[rows],
+            )
+            self._step(rows, vocab, part)
+            if rows.stop == num_rows:
+                for grad, total in ((grads.head, head), (grads.embed, embed)):
+                    if grad is not None and total is not None and total.dtype != grad.dtype:
+                        grad[vocab] = total
 
     def _float32_sum(self, grad: Tensor | None) -> Tensor | None:
         if grad is None or grad.dtype == torch.float32:
@@ -158,7 +166,7 @@ class _Walk:
         probs = None if self.saved.probs is None else self.saved.probs[rows, vocab]
         both = None  # [2 T, D], where both products are with the same matrix
         if embed is None and grad_out is not None and (probs is None or need_values):
-            both = torch.cat([hidden, grad_out])
+            both = self._stack(rows, hidden, grad_out)
         if both is not None and probs is None:
             launching.product(both, head[vocab].T, sums.flatten(0, 1))
         else:
@@ -180,6 +188,11 @@ class _Walk:
                 launching.product(outs[0].T, hidden, grads.head, add=not first_rows)
         if grads.embed is not None and grad_out is not None:
             launching.product(outs[1].T, grad_out, grads.embed, add=not first_rows)
+
+    def _stack(self, rows: slice, hidden: Tensor, grad_out: Tensor) -> Tensor:
+        if self.stacked is None or self.stacked[0] != rows:
+            self.stacked = rows, torch.cat([hidden, grad_out])
+        return self.stacked[1]
 
     def _score_grad(
         self,
@@ -219,6 +232,10 @@ class _Walk:
                 torch.sum(part, 1, out=grad_temperature)
             else:
                 grad_temperature += part.sum(1)
+
+
+def _slices(total: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
 def _chunk(grad: Tensor | None, total: Tensor | None, vocab: slice) -> Tensor | None:

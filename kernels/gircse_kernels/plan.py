@@ -43,7 +43,7 @@ class Config(NamedTuple):
 SAFE = {
     "score": Config({"BLOCK_T": 16, "BLOCK_V": 64, "BLOCK_K": 32, "GROUP": 8}, 4, 2),
     "matmul": Config({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8}, 4, 2),
-    "weights": Config({"BLOCK_T": 2, "BLOCK_V": 1024}, 4, 1),
+    "weights": Config({"BLOCK_T": 1, "BLOCK_V": 2048}, 4, 1),
     "weights_product": Config({"BLOCK_T": 64, "BLOCK_V": 64, "BLOCK_K": 32}, 4, 2),
     "score_grad": Config({"BLOCK_T": 2, "BLOCK_V": 1024}, 4, 1),
 }
