@@ -51,11 +51,11 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], confi
     if known is None:
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         compiled = kernel[grid](*arguments, **constants, **config.blocks, **options)
-        values = {**constants, **config.blocks}
-        _COMPILED[key] = compiled, tuple(values[p.name] for p in kernel.params if p.is_constexpr)
+        constants.update(config.blocks)
+        _COMPILED[key] = compiled, tuple(constants[p.name] for p in kernel.params if p.is_constexpr)
     else:
-        compiled, values = known
-        compiled[(*grid, 1, 1)[:3]](*arguments, *values)
+        compiled, last = known
+        compiled[(*grid, 1, 1)[:3]](*arguments, *last)
 
 
 _COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}

@@ -41,7 +41,8 @@ def write(folder: Path) -> list[Path]:
     name = general["name"].replace("-", "_")
     files = sorted(path for pattern in SHIPPED for path in PACKAGE.glob(pattern))
     _copy(files, folder / "torch-ext" / name)
-    shutil.copy2(config, folder / "build.toml")
+    for path in (config, KERNELS / "README.md"):
+        shutil.copy2(path, folder / path.name)
     _copy(sorted((KERNELS / "tests").glob("*.py")), folder / "tests")
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
     variants = []
