@@ -54,13 +54,13 @@ def _one_row(inputs: Inputs, options: Options, plan: OneRow, partial: Tensor, st
         (plan.splits,),
         (
             hidden, head, bias, temperature, seeds, threshold, partial,
-            head.shape[0], hidden.stride(1), bias_stride(inputs),
+            head.shape[0], bias_stride(inputs),
             options.vocab_start, *score_scalars(inputs, options), plan.tiles_per_split,
         ),
         plan.config,
         ALIGNED=options.vocab_start % 4 == 0,
         STATS=stats,
-        **_shape(head, plan),
+        **_shape(inputs, plan),
     )  # fmt: skip
 
 
@@ -71,22 +71,27 @@ def _few_rows(inputs: Inputs, options: Options, plan: FewRows, partial: Tensor, 
         (plan.splits * plan.row_blocks,),
         (
             hidden, head, bias, temperature, seeds, threshold, partial,
-            hidden.shape[0], head.shape[0], *hidden.stride(), bias_stride(inputs),
+            hidden.shape[0], head.shape[0], hidden.stride(0), bias_stride(inputs),
             options.vocab_start, *score_scalars(inputs, options), plan.tiles_per_split, plan.row_blocks, plan.splits,
         ),
         plan.config,
         **score_flags(inputs, options),
         STATS=stats,
-        **_shape(head, plan),
+        **_shape(inputs, plan),
     )  # fmt: skip
 
 
-def _shape(head: Tensor, plan: OneRow | FewRows) -> dict[str, int]:
-    stride_v, stride_d = head.stride()
-    stages = plan.config.num_stages  # of the loop over tiles, which Triton does not pipeline by itself
+def _shape(inputs: Inputs, plan: OneRow | FewRows) -> dict[str, int]:
+    """Numbers that a model does not change, so that they may be compiled in."""
+    stride_v, stride_d = inputs.head.stride()
     return {
-        "WIDTH": head.shape[1], "STRIDE_V": stride_v, "STRIDE_D": stride_d, "PIECES": plan.pieces, "STAGES": stages
-    }  # fmt: skip
+        "WIDTH": inputs.head.shape[1],
+        "STRIDE_HIDDEN": inputs.hidden.stride(1),
+        "STRIDE_V": stride_v,
+        "STRIDE_D": stride_d,
+        "PIECES": plan.pieces,
+        "STAGES": plan.config.num_stages,  # of the loop over tiles, which Triton does not pipeline by itself
+    }
 
 
 def _empty_forward(inputs: Inputs, stats: bool, exact: bool, finish: bool) -> Forward:
