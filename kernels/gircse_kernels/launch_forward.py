@@ -102,8 +102,9 @@ def _empty_forward(inputs: Inputs, stats: bool, exact: bool, finish: bool) -> Fo
     out = torch.empty(shape, dtype=hidden.dtype, device=hidden.device) if finish else float32(shape)
     # float32 inputs, too, get an exact result of its own: the caller may change `out` in place
     kept = float32(shape) if exact and finish else None
-    lse, peak, total, *rest = float32((5 if stats else 3, num_rows)).unbind()
-    entropy, max_prob = rest if stats else (None, None)
+    # tensors of their own, because a custom op may not return two views of one
+    peak, total = (float32(num_rows), float32(num_rows)) if exact or not finish else (None, None)
+    lse, entropy, max_prob = (float32(num_rows), float32(num_rows), float32(num_rows)) if stats else (None, None, None)
     argmax = torch.empty(num_rows, dtype=torch.int64, device=hidden.device) if stats else None
     return Forward(out, kept, lse, entropy, max_prob, argmax, peak, total)
 
