@@ -175,7 +175,7 @@ def test_nothing_waits_for_values(backend: str) -> None:
             saved = kernels.Saved(found.out, found.peak, found.total, found.entropy)
             needs = kernels.Needs(True, True, True, True, False)
             kernels.backward(found.out, found.lse, found.lse, inputs, saved, kernels.Options(), needs)
-        assert len(launched) >= 6
+        assert len(launched) == 5  # weights, settle, finish; constants, score_grad
 
 
 def test_dtensor_is_refused_by_name(tmp_path: Any) -> None:
