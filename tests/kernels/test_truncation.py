@@ -55,7 +55,7 @@ from bench.static.launches import Call
 one, few, many = (1, 50304, 896, 896), (16, 50304, 896, 896), (64, 50304, 1024, 1024)
 calls = [
     Call("soft_embed", one, "bfloat16", True, False, ("statistics", "noise", "threshold")),
-    Call("soft_embed", few, "bfloat16", True, True, ("statistics", "threshold")),
+    Call("soft_embed", few, "bfloat16", True, True, ("threshold",)),
     Call("soft_embed", many, "bfloat16", False, False, ("statistics", "threshold")),
 ]
 entries = report(map(Case, calls), [80, 90], jobs=1)
