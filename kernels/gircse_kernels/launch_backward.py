@@ -68,8 +68,12 @@ def backward(
     # the kernels take a number of each row to lie beside the next row's; the gradients of a sum have stride 0
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
-    statistics = (None if tensor is None else tensor.contiguous() for tensor in saved[:4])
-    saved = Saved(*statistics, saved.probs)  # type: ignore[arg-type]
+    saved = saved._replace(
+        out=saved.out.contiguous(),
+        peak=saved.peak.contiguous(),
+        total=saved.total.contiguous(),
+        entropy=None if saved.entropy is None else saved.entropy.contiguous(),
+    )
     if grad_entropy is not None or needs.temperature or options.softcap is not None:
         saved = saved._replace(probs=None)  # these need the scores themselves
     problem = Problem(num_rows, num_vocab, width, value_width, embed is None, hidden.itemsize)

@@ -83,7 +83,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
     if a.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         tf32x3_product(a, b, out, add=add)
     elif a.device.type == "cuda":
-        dtype = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
+        dtype: dict[str, Any] = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
         if add:
             torch.addmm(out, a, b, **dtype, out=out)
         else:
