@@ -51,7 +51,7 @@ class Results(NamedTuple):
     """What a caller gets, and behind it what backward reads: copies of their own, which no caller can change."""
 
     out: Tensor  # [T, E], input dtype
-    lse: Tensor  # [T]
+    lse: Tensor | None  # [T]
     entropy: Tensor | None  # [T]
     max_prob: Tensor | None  # [T]
     argmax: Tensor | None  # [T]
@@ -99,8 +99,11 @@ def _forward(inputs: Inputs, call: Call) -> Results:
 
 
 def _results(found: Forward, call: Call) -> Results:
+    """Of what a backend found, what was asked for."""
     out, exact, lse, entropy, max_prob, argmax, peak, total, probs = found
     kept = entropy.clone() if call.exact and entropy is not None else None
+    lse = lse if call.stats else None
+    peak, total = (peak, total) if call.exact else (None, None)
     return Results(out, lse, entropy, max_prob, argmax, exact, peak, total, kept, probs)
 
 
@@ -135,13 +138,13 @@ class _SoftEmbed(DifferentiableOp):
 
         return Results(
             hidden.new_empty((rows, width), dtype=dtype),
-            row(),
+            row() if call.stats else None,
             row() if call.stats else None,
             row() if call.stats else None,
             row(torch.int64) if call.stats else None,
             hidden.new_empty((rows, width), dtype=wide) if call.exact else None,
-            row(),
-            row(),
+            row() if call.exact else None,
+            row() if call.exact else None,
             row() if call.stats and call.exact else None,
         )
 
@@ -169,7 +172,7 @@ class _SoftEmbed(DifferentiableOp):
 
     def constant(self, scalars: Sequence[Any]) -> tuple[int, ...]:
         stats = scalars[len(Options._fields) + Call._fields.index("stats") - 1]
-        return self._constant if stats else (*self._constant, 2)  # a stand-in of an entropy that nobody asked for
+        return self._constant if stats else (*self._constant, 1, 2)  # stand-ins of statistics that nobody asked for
 
     def check_again(self, scalars: Sequence[Any]) -> None:
         if Call.of(scalars).group is not None:

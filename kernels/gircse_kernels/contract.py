@@ -50,12 +50,12 @@ class Forward(NamedTuple):
 
     out: Tensor  # [T, E], input dtype
     exact: Tensor | None  # [T, E]: `out` before it is rounded, in memory of its own
-    lse: Tensor  # [T]
+    lse: Tensor | None  # [T]; with the next three, the statistics
     entropy: Tensor | None  # [T]
     max_prob: Tensor | None  # [T]
     argmax: Tensor | None  # [T] int64, index in this head
-    peak: Tensor  # [T] largest score
-    total: Tensor  # [T] sum of e^(score - peak)
+    peak: Tensor | None  # [T] largest score; with the next one, for backward and for other shards
+    total: Tensor | None  # [T] sum of e^(score - peak)
     probs: Tensor | None = None  # [T, V] input dtype: what the backend keeps of the probabilities for its backward
 
 

@@ -52,6 +52,15 @@ def piece_mask(m_rows, columns, START: tl.constexpr, PIECE: tl.constexpr, WIDTH:
 
 
 @triton.jit
+def strided(columns, STRIDE: tl.constexpr):
+    """columns * STRIDE, in 64 bits where that is not the columns themselves."""
+    if STRIDE == 1:
+        return columns
+    else:
+        return columns.to(tl.int64) * STRIDE
+
+
+@triton.jit
 def piece_product(hidden, weight, PRECISION: tl.constexpr, GROUPS: tl.constexpr):
     """hidden weight^T, float32: [BLOCK_T, BLOCK_V], or one for each group."""
     if GROUPS == 1:
@@ -73,8 +82,7 @@ def few_rows_kernel(
     partial_ptr,  # float32, out; `merge` has the layout
     num_rows,
     num_vocab,
-    stride_hidden_t,
-    stride_hidden_d,
+    stride_hidden,  # from row to row
     stride_bias,
     vocab_start,
     seed,
@@ -88,6 +96,7 @@ def few_rows_kernel(
     STATS: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDTH: tl.constexpr,
+    STRIDE_HIDDEN: tl.constexpr,  # from column to column
     STRIDE_V: tl.constexpr,  # of the weight; one value for each model, so that addresses cost little
     STRIDE_D: tl.constexpr,
     PIECES: tl.constexpr,
@@ -101,12 +110,12 @@ def few_rows_kernel(
     rows = (tl.program_id(0) % row_blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
     m_rows = rows < num_rows
     columns = piece_columns(PIECE, GROUPS)
-    p_hidden = hidden_ptr + grouped_column(rows.to(tl.int64), GROUPS) * stride_hidden_t + columns * stride_hidden_d
+    p_hidden = hidden_ptr + grouped_column(rows.to(tl.int64), GROUPS) * stride_hidden + strided(columns, STRIDE_HIDDEN)
     hidden = ()
     acc = ()
     for j in tl.static_range(PIECES):
         inside = piece_mask(grouped_column(m_rows, GROUPS), columns, j * PIECE, PIECE, WIDTH)
-        hidden = hidden + (tl.load(p_hidden + j * PIECE * stride_hidden_d, mask=inside, other=0.0),)
+        hidden = hidden + (tl.load(p_hidden + j * PIECE * STRIDE_HIDDEN, mask=inside, other=0.0),)
         acc = acc + (tl.zeros(hidden[0].shape, tl.float32),)
     inverse = row_factors(temperature_ptr, rows[:, None], m_rows[:, None], inverse_temperature)
     seeds = row_seeds(seed_ptr, rows[:, None], m_rows[:, None], seed)
@@ -121,7 +130,7 @@ def few_rows_kernel(
     for i_tile in tl.range(first, last, num_stages=STAGES):
         vocab = i_tile * BLOCK_V + tl.arange(0, BLOCK_V)
         m_vocab = vocab < num_vocab
-        p_weight = weight_ptr + grouped_column(vocab.to(tl.int64), GROUPS) * STRIDE_V + columns * STRIDE_D
+        p_weight = weight_ptr + grouped_column(vocab.to(tl.int64), GROUPS) * STRIDE_V + strided(columns, STRIDE_D)
         weight = ()
         for j in tl.static_range(PIECES):
             m_weight = piece_mask(grouped_column(m_vocab, GROUPS), columns, j * PIECE, PIECE, WIDTH)

@@ -100,8 +100,8 @@ def backward(
 class _Walk:
     """The loop over chunks and blocks of rows, and the scratch of one of each.
 
-    `sums` holds the products of a chunk, [2, T, C]: h W^T and g E^T. `outs` holds dS and P and is the same memory where
-    the dtypes are the same.
+    `sums` holds the products of a chunk, [2, T, C]: h W^T and g E^T. `outs` holds dS and, where it is wanted, P. It is
+    the same memory where the dtypes are the same.
     """
 
     def __init__(
@@ -118,11 +118,11 @@ class _Walk:
         self.needs, self.need_values = needs, need_values
         self.need_scores = needs.hidden or needs.head or needs.bias or needs.temperature
         hidden = inputs.hidden
-        size = 2 * plan.row_block * padded(min(plan.chunk, inputs.head.shape[0]))
-        self.outs = torch.empty(size, dtype=hidden.dtype, device=hidden.device)
-        self.sums = self.outs
-        if not plan.half_scores and hidden.dtype != torch.float32:
-            self.sums = torch.empty(size, dtype=torch.float32, device=hidden.device)
+        self.elements = size = plan.row_block * padded(min(plan.chunk, inputs.head.shape[0]))
+        apart = not plan.half_scores and hidden.dtype != torch.float32
+        outs = 1 + need_values if apart else 2
+        self.outs = torch.empty(outs * size, dtype=hidden.dtype, device=hidden.device)
+        self.sums = torch.empty(2 * size, dtype=torch.float32, device=hidden.device) if apart else self.outs
         self.stacked: tuple[slice, Tensor] | None = None  # of the last block of rows
         self.ones = hidden.new_ones((plan.row_block, 1)) if needs.bias else None
 
@@ -161,8 +161,11 @@ class _Walk:
         inputs, upstream, need_values = self.inputs.of_rows(rows), self.upstream.of_rows(rows), self.need_values
         hidden, head, embed = inputs[:3]
         count, size, grad_out = hidden.shape[0], vocab.stop - vocab.start, upstream.out
-        shape = 2, count, padded(size)
-        sums, outs = (flat[: 2 * count * padded(size)].view(shape)[..., :size] for flat in (self.sums, self.outs))
+        elements = count * padded(size)
+        sums, outs = (
+            flat[: flat.shape[0] // self.elements * elements].view(-1, count, padded(size))[..., :size]
+            for flat in (self.sums, self.outs)
+        )
         probs = None if self.saved.probs is None else self.saved.probs[rows, vocab]
         both = None  # [2 T, D], where both products are with the same matrix
         if embed is None and grad_out is not None and (probs is None or need_values):

@@ -54,13 +54,13 @@ def _one_row(inputs: Inputs, options: Options, plan: OneRow, partial: Tensor, st
         (plan.splits,),
         (
             hidden, head, bias, temperature, seeds, threshold, partial,
-            head.shape[0], hidden.stride(1), bias_stride(inputs),
+            head.shape[0], bias_stride(inputs),
             options.vocab_start, *score_scalars(inputs, options), plan.tiles_per_split,
         ),
         plan.config,
         ALIGNED=options.vocab_start % 4 == 0,
         STATS=stats,
-        **_shape(head, plan),
+        **_shape(inputs, plan),
     )  # fmt: skip
 
 
@@ -71,22 +71,27 @@ def _few_rows(inputs: Inputs, options: Options, plan: FewRows, partial: Tensor, 
         (plan.splits * plan.row_blocks,),
         (
             hidden, head, bias, temperature, seeds, threshold, partial,
-            hidden.shape[0], head.shape[0], *hidden.stride(), bias_stride(inputs),
+            hidden.shape[0], head.shape[0], hidden.stride(0), bias_stride(inputs),
             options.vocab_start, *score_scalars(inputs, options), plan.tiles_per_split, plan.row_blocks, plan.splits,
         ),
         plan.config,
         **score_flags(inputs, options),
         STATS=stats,
-        **_shape(head, plan),
+        **_shape(inputs, plan),
     )  # fmt: skip
 
 
-def _shape(head: Tensor, plan: OneRow | FewRows) -> dict[str, int]:
-    stride_v, stride_d = head.stride()
-    stages = plan.config.num_stages  # of the loop over tiles, which Triton does not pipeline by itself
+def _shape(inputs: Inputs, plan: OneRow | FewRows) -> dict[str, int]:
+    """Numbers that a model does not change, so that they may be compiled in."""
+    stride_v, stride_d = inputs.head.stride()
     return {
-        "WIDTH": head.shape[1], "STRIDE_V": stride_v, "STRIDE_D": stride_d, "PIECES": plan.pieces, "STAGES": stages
-    }  # fmt: skip
+        "WIDTH": inputs.head.shape[1],
+        "STRIDE_HIDDEN": inputs.hidden.stride(1),
+        "STRIDE_V": stride_v,
+        "STRIDE_D": stride_d,
+        "PIECES": plan.pieces,
+        "STAGES": plan.config.num_stages,  # of the loop over tiles, which Triton does not pipeline by itself
+    }
 
 
 def _empty_forward(inputs: Inputs, stats: bool, exact: bool, finish: bool) -> Forward:
@@ -97,8 +102,9 @@ def _empty_forward(inputs: Inputs, stats: bool, exact: bool, finish: bool) -> Fo
     out = torch.empty(shape, dtype=hidden.dtype, device=hidden.device) if finish else float32(shape)
     # float32 inputs, too, get an exact result of its own: the caller may change `out` in place
     kept = float32(shape) if exact and finish else None
-    lse, peak, total, *rest = float32((5 if stats else 3, num_rows)).unbind()
-    entropy, max_prob = rest if stats else (None, None)
+    # tensors of their own, because a custom op may not return two views of one
+    peak, total = (float32(num_rows), float32(num_rows)) if exact or not finish else (None, None)
+    lse, entropy, max_prob = (float32(num_rows), float32(num_rows), float32(num_rows)) if stats else (None, None, None)
     argmax = torch.empty(num_rows, dtype=torch.int64, device=hidden.device) if stats else None
     return Forward(out, kept, lse, entropy, max_prob, argmax, peak, total)
 

@@ -117,7 +117,6 @@ def _row_block(
         ),
         FINISH,
         FINISH=finish,
-        STATS=stats,
     )  # fmt: skip
 
 

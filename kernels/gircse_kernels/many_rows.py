@@ -268,8 +268,8 @@ def finish_kernel(
     total_ptr,  # [T] float32
     moment_ptr,  # [T] float32
     out_ptr,  # [T, E] any dtype, out; may be the same memory as acc
-    exact_ptr,  # [T, E] float32, out; may be the same memory as acc
-    new_peak_ptr,  # [T] float32, out; the same below
+    exact_ptr,  # [T, E] float32, out; may be the same memory as acc; None: not wanted
+    new_peak_ptr,  # [T] float32, out; None: not wanted; the same below
     new_total_ptr,
     lse_ptr,
     entropy_ptr,  # the moment where FINISH is False
@@ -277,7 +277,6 @@ def finish_kernel(
     width,
     embed_scale,
     FINISH: tl.constexpr,
-    STATS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     """The result and its statistics, relative to the peak. FINISH = False (a vocabulary shard, still to be merged with
@@ -297,10 +296,12 @@ def finish_kernel(
     tl.store(out_ptr + row * width + cols, acc.to(out_ptr.dtype.element_ty), mask=m_cols)
     if i_cols == 0:
         log_total = tl.log(total)
-        tl.store(new_peak_ptr + row, peak)
-        tl.store(new_total_ptr + row, total * decay)
-        tl.store(lse_ptr + row, peak + (log_total + shift))
-        if STATS:
+        if new_peak_ptr is not None:
+            tl.store(new_peak_ptr + row, peak)
+            tl.store(new_total_ptr + row, total * decay)
+        if lse_ptr is not None:
+            tl.store(lse_ptr + row, peak + (log_total + shift))
+        if entropy_ptr is not None:
             moment = tl.load(moment_ptr + row)
             if FINISH:
                 tl.store(entropy_ptr + row, log_total - moment / total)

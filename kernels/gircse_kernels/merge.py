@@ -19,10 +19,10 @@ def merge_kernel(
     partial_ptr,
     out_ptr,  # [T, E] any dtype
     exact_ptr,  # [T, E] float32, what backward keeps; None: not wanted
-    peak_ptr,  # [T] float32; the same below
+    peak_ptr,  # [T] float32; None: not wanted; the same below
     total_ptr,
     lse_ptr,
-    entropy_ptr,  # the moment where FINISH is False; None: no statistics
+    entropy_ptr,  # the moment where FINISH is False
     max_prob_ptr,
     argmax_ptr,  # int64
     num_rows,
@@ -57,9 +57,11 @@ def merge_kernel(
 
     if tl.program_id(1) == 0:
         log_total = tl.log(total)
-        tl.store(peak_ptr + row, peak)
-        tl.store(total_ptr + row, total)
-        tl.store(lse_ptr + row, peak + log_total)
+        if peak_ptr is not None:
+            tl.store(peak_ptr + row, peak)
+            tl.store(total_ptr + row, total)
+        if lse_ptr is not None:
+            tl.store(lse_ptr + row, peak + log_total)
         if entropy_ptr is not None:
             moments = tl.load(partial_ptr + 2 * plane + slots, mask=m_splits, other=0.0) * weights
             moment = tl.sum(moments + tl.maximum(peaks - peak, LOG_FLOOR) * totals, 0)

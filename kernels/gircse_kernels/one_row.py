@@ -13,7 +13,7 @@ columns, the last one ragged. Traffic: W once, partials `splits * (D + 4)` float
 import triton
 import triton.language as tl
 
-from .few_rows import piece_mask
+from .few_rows import piece_mask, strided
 from .scores import LOG_FLOOR, LOWEST, row_factors, row_seeds, row_thresholds, scores
 
 
@@ -27,7 +27,6 @@ def one_row_kernel(
     threshold_ptr,  # [1]
     partial_ptr,  # float32, out; `merge` has the layout
     num_vocab,
-    stride_hidden_d,
     stride_bias,
     vocab_start,
     seed,
@@ -38,6 +37,7 @@ def one_row_kernel(
     ALIGNED: tl.constexpr,
     STATS: tl.constexpr,
     WIDTH: tl.constexpr,
+    STRIDE_HIDDEN: tl.constexpr,
     STRIDE_V: tl.constexpr,  # of the weight; one value for each model, so that addresses cost little
     STRIDE_D: tl.constexpr,
     PIECES: tl.constexpr,
@@ -52,7 +52,7 @@ def one_row_kernel(
     acc = ()
     for j in tl.static_range(PIECES):
         m_d = d < WIDTH - j * PIECE
-        piece = tl.load(hidden_ptr + (j * PIECE + d) * stride_hidden_d, mask=m_d, other=0.0)
+        piece = tl.load(hidden_ptr + strided(j * PIECE + d, STRIDE_HIDDEN), mask=m_d, other=0.0)
         hidden = hidden + (piece.to(tl.float32),)
         acc = acc + (tl.zeros([BLOCK_V, PIECE], tl.float32),)
     inverse = row_factors(temperature_ptr, 0, True, inverse_temperature)
@@ -71,7 +71,7 @@ def one_row_kernel(
         p_weight = weight_ptr + vocab.to(tl.int64)[:, None] * STRIDE_V
         weight = ()
         for j in tl.static_range(PIECES):
-            columns = (j * PIECE + d)[None, :] * STRIDE_D
+            columns = strided((j * PIECE + d)[None, :], STRIDE_D)
             m_load = piece_mask(m_vocab[:, None], d[None, :], j * PIECE, PIECE, WIDTH)
             weight = weight + (tl.load(p_weight + columns, mask=m_load, other=0.0).to(tl.float32),)
         product = weight[0] * hidden[0][None, :]

@@ -147,7 +147,7 @@ class Backward(NamedTuple):
         elements = self.row_block * padded(min(self.chunk, problem.vocab))
         apart = not self.half_scores and problem.itemsize == 2
         stacked = 2 * self.row_block * problem.width * problem.itemsize if problem.tied else 0
-        return 2 * elements * (problem.itemsize + 4 * apart) + stacked + 4 * problem.rows
+        return elements * (8 + problem.itemsize if apart else 2 * problem.itemsize) + stacked + 4 * problem.rows
 
 
 def cdiv(a: int, b: int) -> int:

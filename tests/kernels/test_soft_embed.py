@@ -301,17 +301,20 @@ def test_what_the_kernels_cannot_take(dtype: torch.dtype, message: str) -> None:
 
 
 @FORMS
-def test_int64_offsets(whole_rows: bool) -> None:
-    """Rows further than 2^31 elements from the first: strides are multiplied in 64 bits.
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_int64_offsets(whole_rows: bool, transposed: bool, rows: int) -> None:
+    """Elements further than 2^31 from the first: indices are multiplied by strides in 64 bits.
 
     The storage is reserved, not used: untouched pages cost nothing.
     """
     torch.utils.deterministic.fill_uninitialized_memory = False
-    rows, vocab, width, stride = 20, 40, 24, 2**26 + 8
+    vocab, width, stride = 40, 24, 2**27 + 8
     storage = torch.empty(vocab * stride, dtype=torch.bfloat16)
-    head = storage.as_strided((vocab, width), (stride, 1))
-    hidden = storage.as_strided((rows, width), (2 * stride, 1), 512)
-    assert hidden.stride(0) * (rows - 1) > 2**31
+    head, hidden = (
+        storage.as_strided((count, width), (1, stride) if transposed else (stride, 1), start)
+        for count, start in ((vocab, 0), (rows, 512))
+    )
     head.copy_(torch.randn(vocab, width))
     hidden.copy_(torch.randn(rows, width))
     with small_plans(whole_rows):

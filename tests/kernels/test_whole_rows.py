@@ -63,10 +63,10 @@ def forward_as_accurate_as_eager(tensors: dict[str, Tensor], options: dict[str, 
 
 @pytest.mark.parametrize("groups", [2, 4])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_columns_divided_among_the_warps(groups: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_columns_divided_among_the_warps(groups: int, dtype: torch.dtype) -> None:
     config = Config({"BLOCK_T": 16, "BLOCK_V": 16, "PIECE": 64, "GROUPS": groups}, 4, 2)
-    with small_plans(True):
-        monkeypatch.setattr(plan, "find", lambda *_: config)
+    with small_plans(True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "find", lambda *_: config)
         tensors = random_inputs((19,), 107, 90, bias=True, scale=0.3, dtype=dtype)
         for options in ({}, {"gumbel_seed": torch.arange(19), "softcap": 3.0}):
             forward_as_accurate_as_eager(tensors, options)

@@ -92,7 +92,7 @@ def test_opcheck_backward(backend: str) -> None:
     for needs in ([True] * 5, [True, False, False, False, False], [False, True, False, True, False]):
         arguments = (
             torch.randn(5, 6).bfloat16(), row, None, hidden, head, embed, bias, temperature, None, None, None,
-            torch.randn(5, 6), row, row + 1, row, *call.flat(), needs,
+            torch.randn(5, 6), row, row + 1, row, torch.empty(0), *call.flat(), needs,
         )  # fmt: skip
         torch.library.opcheck(torch.ops.gircse.soft_embed_backward.default, arguments)
 
@@ -175,7 +175,7 @@ def test_nothing_waits_for_values(backend: str) -> None:
             saved = kernels.Saved(found.out, found.peak, found.total, found.entropy)
             needs = kernels.Needs(True, True, True, True, False)
             kernels.backward(found.out, found.lse, found.lse, inputs, saved, kernels.Options(), needs)
-        assert len(launched) >= 6
+        assert len(launched) == 5  # weights, settle, finish; constants, score_grad
 
 
 def test_dtensor_is_refused_by_name(tmp_path: Any) -> None:
