@@ -48,7 +48,7 @@ PRODUCTS = (  # the kernels whose matrix products must be on the tensor cores
     "product_kernel",
     "decode_attention_kernel",  # of half precision; its float32 products are exact, off the tensor cores
 )
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[Any]]]:
@@ -80,20 +80,28 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tupl
     return types, constants, hints
 
 
-def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
-    """Registers, stack, shared memory and matrix instructions of one launch."""
+def compiled(launch: Launch, arch: int) -> Any:
+    """What Triton makes of a launch for that architecture."""
     types, constants, hints = signature(launch)
-    kernel = triton.compile(
+    return triton.compile(
         ASTSource(fn=launch.kernel, signature=types, constexprs=constants, attrs=hints),
         target=GPUTarget("cuda", arch, 32),
         options={"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages},
     )
+
+
+def dump(kernel: Any, tool: str, option: str) -> str:
+    """What a tool that Triton carries, cuobjdump or nvdisasm, says about the binary of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [str(CUOBJDUMP), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        return subprocess.run([str(TOOLS / tool), option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
+    """Registers, stack, shared memory and matrix instructions of one launch."""
+    kernel = compiled(launch, arch)
+    usage = dump(kernel, "cuobjdump", "--dump-resource-usage")
     found = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     ptx = kernel.asm["ptx"]
     return {

@@ -13,18 +13,14 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from bench.static.compile_report import CUOBJDUMP, signature
+from bench.static.compile_report import compiled, dump
 from bench.static.launches import DEVICES, Call, Launch, launches
 
 REFERENCES = Path(__file__).with_name("loops.json")
@@ -58,23 +54,10 @@ class Loop(NamedTuple):
 
 def loop_of(launch: Launch, arch: int) -> Loop:
     """The loop with the most work in it: of all backward branches the one that spans it."""
-    types, constants, hints = signature(launch)
-    kernel = triton.compile(
-        ASTSource(fn=launch.kernel, signature=types, constexprs=constants, attrs=hints),
-        target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages},
-    )
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = _output(CUOBJDUMP, "--dump-resource-usage", file.name)
-        lines = _output(CUOBJDUMP.with_name("nvdisasm"), "-c", file.name).splitlines()
-    registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
-    return Loop(_main_loop(lines), registers, kernel.metadata.shared)
-
-
-def _output(*command: Any) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    kernel = compiled(launch, arch)
+    registers = re.search(r"REG:(\d+)", dump(kernel, "cuobjdump", "--dump-resource-usage"))
+    assert registers is not None
+    return Loop(_main_loop(dump(kernel, "nvdisasm", "-c").splitlines()), int(registers[1]), kernel.metadata.shared)
 
 
 def _main_loop(lines: list[str]) -> dict[str, int]:

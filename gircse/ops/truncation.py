@@ -117,9 +117,8 @@ def row_thresholds(
         group: name of the process group over whose ranks the vocabulary is divided.
         cast: autocast's dtype, if it is on.
     """
-    inputs = Inputs(*(None if t is None else t.detach() for t in inputs))._replace(
-        embed=None, seeds=None, threshold=None
-    )  # type: ignore[arg-type]
+    detached: Any = (None if t is None else t.detach() for t in inputs)
+    inputs = Inputs(*detached)._replace(embed=None, seeds=None, threshold=None)
     inputs, options = cast_inputs(inputs, cast), options._replace(seed=None)
     if torch.compiler.is_compiling():
         inputs, options = rows_of_numbers(inputs, options)

@@ -50,7 +50,7 @@ def test_against_float64(whole_rows: bool, dtype: torch.dtype, options: dict[str
 
 SCRIPT = """
 import json, sys
-from bench.static.compile_report import is_good, report
+from bench.static.compile_report import Case, is_good, report
 from bench.static.launches import Call
 one, few, many = (1, 50304, 896, 896), (16, 50304, 896, 896), (64, 50304, 1024, 1024)
 calls = [
@@ -58,7 +58,7 @@ calls = [
     Call("soft_embed", few, "bfloat16", True, True, ("statistics", "threshold")),
     Call("soft_embed", many, "bfloat16", False, False, ("statistics", "threshold")),
 ]
-entries = report(calls, [80, 90], jobs=1)
+entries = report(map(Case, calls), [80, 90], jobs=1)
 print(json.dumps([{**e, "good": is_good(e)} for e in entries]))
 """
 
