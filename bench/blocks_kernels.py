@@ -1,89 +1,73 @@
-"""The tables of docs/kernels.md: the traffic model, and what the compiler made of the config table."""
+"""The tables of docs/kernels.md: the forms and their traffic, and what the compiler made of the config table."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from gircse_kernels import traffic
-from gircse_kernels.compile_report import NUM_SMS, is_good
-from gircse_kernels.plan import Device, OnePass, Problem, plan_forward
+from gircse_kernels.plan import SCRATCH_BYTES, plan_backward
 
-from bench.cases import MODELS
 from bench.documents import Results, block
 from bench.info_nce import Size
+from bench.static import plans, traffic
+from bench.static.compile_report import is_good
+from bench.static.launches import DEVICES
 from bench.tables import Column, markdown
 
-_MODELS = ("smollm2-135m", "qwen2.5-0.5b", "qwen3-0.6b", "llama-3.2-1b", "qwen3-4b", "mistral-7b", "qwen2.5-7b")
-_H100 = Device(90, NUM_SMS[90])
-_MANY = 1024
+_H100 = DEVICES[90]
 
 
-@block("traffic")
-def traffic_forward(_: Results) -> str:
-    """No record: the model itself, for an H100."""
-    rows = [_forward(name, t) for name in _MODELS for t in (1, 16, 64, 256, _MANY)]
+@block("forms")
+def forms(_: Results) -> str:
+    """No record: the plan and the traffic model, one problem for each form, on an H100."""
+    lines = [plans.line(model, rows, "bf16", _H100) for model, rows in (("qwen2.5-0.5b", 1), ("qwen2.5-0.5b", 16))]
+    wide, many = plans.line("mistral-7b", 64, "bf16", _H100), plans.line("qwen2.5-0.5b", 1024, "bf16", _H100)
+    rows = [
+        _form("1. one row", "T = 1, tied, half precision, D <= 2048", lines[0], lines[0].work),
+        _form("2. few rows", "T <= 32, else the same", lines[1], lines[1].work),
+        _form("3. many rows, one chunk", "all other, P fits the scratch", wide, wide.work),
+        _form("3. many rows, several chunks", "all other", many, many.work),
+    ]
+    for name, when, line, kept in (
+        ("backward, P kept", f"P fits {SCRATCH_BYTES >> 20} MiB", wide, True),
+        ("backward, scores recomputed", "all other", many, False),
+    ):
+        work = traffic.backward_work(line.problem, _H100, kept=kept)
+        rows.append(_form(name, when, line, work, backward=True))
     columns: list[Column] = [
-        ("model", lambda r: r["model"]),
-        ("T", lambda r: str(r["rows"])),
-        ("plan", lambda r: r["plan"]),
-        ("floor MB", lambda r: f"{r['floor'].bytes / 1e6:,.0f}"),
-        ("matrices and rows / floor", lambda r: f"{r['main'] / r['floor'].bytes:.2f}"),
-        ("partials / floor", lambda r: f"{r['partial'] / r['floor'].bytes:.2f}"),
+        ("form", lambda r: r["form"]),
+        ("when", lambda r: r["when"]),
+        ("for example", lambda r: r["case"]),
+        ("launches", lambda r: str(r["launches"])),
+        ("MB", lambda r: f"{r['bytes'] / 1e6:,.0f}"),
+        ("bytes / floor", lambda r: f"{r['bytes'] / r['floor'].bytes:.2f}"),
+        ("GFLOP", lambda r: f"{r['flops'] / 1e9:,.1f}"),
         ("FLOPs / floor", lambda r: f"{r['flops'] / r['floor'].flops:.2f}"),
+        ("scratch MiB", lambda r: f"{r['scratch'] / 2**20:.1f}"),
     ]
     return markdown(columns, rows)
 
 
-def _problem(name: str, rows: int) -> Problem:
-    model = MODELS[name]
-    return Problem(rows, model.vocab, model.width, model.width, model.tied, 2)
-
-
-def _forward(name: str, rows: int) -> dict[str, Any]:
-    problem = _problem(name, rows)
-    plan, work = plan_forward(problem, _H100), traffic.forward_work(problem, _H100)
-    how = (
-        f"one pass, {plan.splits} splits"
-        if isinstance(plan, OnePass)
-        else f"two passes, {traffic.cdiv(problem.vocab, plan.chunk)} chunks, {plan.splits} splits"
-    )
+def _form(
+    name: str, when: str, line: plans.Line, work: list[traffic.Work], *, backward: bool = False
+) -> dict[str, Any]:
+    problem = line.problem
+    plan = plan_backward(problem, _H100, False, False) if backward else line.plan
     return {
-        "model": name,
-        "rows": rows,
-        "plan": how,
-        "floor": traffic.forward_floor(problem),
-        "main": sum(w.matrix_bytes + w.row_bytes for w in work),
-        "partial": sum(w.partial_bytes for w in work),
+        "form": name,
+        "when": when,
+        "case": f"{line.model}, T = {problem.rows}",
+        "launches": sum(w.launches for w in work),
+        "bytes": sum(w.bytes for w in work),
         "flops": sum(w.flops for w in work),
+        "floor": (traffic.backward_floor if backward else traffic.forward_floor)(problem),
+        "scratch": plan.scratch(problem),
     }
 
 
-@block("traffic-kernels")
-def traffic_kernels(_: Results) -> str:
-    """Kernel by kernel, for one model in each regime."""
-    rows = []
-    for name, t, backward in (
-        ("qwen2.5-0.5b", 16, False),
-        ("mistral-7b", 64, False),
-        ("qwen2.5-0.5b", _MANY, False),
-        ("qwen2.5-0.5b", _MANY, True),
-    ):
-        problem = _problem(name, t)
-        floor = (traffic.backward_floor if backward else traffic.forward_floor)(problem)
-        case = f"{name}, T = {t}{', backward' if backward else ''}"
-        works = (traffic.backward_work if backward else traffic.forward_work)(problem, _H100)
-        rows += [{"case": case, "work": work, "floor": floor} for work in works]
-    columns: list[Column] = [
-        ("case", lambda r: r["case"]),
-        ("kernel", lambda r: f"`{r['work'].kernel}`"),
-        ("launches", lambda r: str(r["work"].launches)),
-        ("matrix MB", lambda r: f"{r['work'].matrix_bytes / 1e6:,.1f}"),
-        ("partial MB", lambda r: f"{r['work'].partial_bytes / 1e6:,.1f}"),
-        ("rows MB", lambda r: f"{r['work'].row_bytes / 1e6:,.1f}"),
-        ("bytes / floor", lambda r: f"{r['work'].bytes / r['floor'].bytes:.2f}"),
-        ("FLOPs / floor", lambda r: f"{r['work'].flops / r['floor'].flops:.2f}"),
-    ]
-    return markdown(columns, rows)
+@block("plans")
+def choices(_: Results) -> str:
+    """No record: what the plan chooses for many problems, on an H100."""
+    return markdown(plans.COLUMNS, plans.lines(_H100))
 
 
 @block("kernels")
@@ -108,6 +92,7 @@ def kernels(results: Results) -> str:
             "stack": max(e["stack"] for e in entries),
             "shared": max(e["shared"] for e in entries) / 1024,
             "limit": entries[0]["shared_limit"] / 1024,
+            "programs": min(e["programs"] for e in entries),
             "instructions": ", ".join(sorted({name for e in entries for name in e["instructions"]})) or "-",
         }
         for (kernel, arch, dtype, blocks, warps, stages), entries in sorted(found.items())
@@ -120,25 +105,30 @@ def kernels(results: Results) -> str:
         ("registers", lambda r: str(r["registers"])),
         ("stack", lambda r: str(r["stack"])),
         ("shared KiB (limit)", lambda r: f"{r['shared']:.0f} ({r['limit']:.0f})"),
+        ("programs per SM", lambda r: str(r["programs"])),
         ("tensor cores", lambda r: r["instructions"]),
     ]
     return markdown(columns, rows) + "\n" + _summary(record) + results.mark(record)
 
 
+_VARIANTS = {
+    "plain": "all variants that training and encoding launch",
+    "scores": "with bias, soft-cap and a temperature for each row",
+    "noise": "with Gumbel noise",
+    "threshold": "with top-k, top-p or min-p",
+}
+
+
 def _summary(record: dict[str, Any]) -> str:
     lines = []
-    for name, what in (
-        ("plain", "all variants that training and encoding launch"),
-        ("options", "with bias, soft-cap and a temperature for each row"),
-        ("noise", "with Gumbel noise"),
-    ):
+    for name, what in _VARIANTS.items():
+        if name not in record:
+            continue
         entries = record[name]
         spilled = [e for e in entries if not is_good(e)]
         worst = max((e["stack"] for e in spilled), default=0)
-        lines.append(
-            f"- {what}: {len(entries)} kernels, {len(spilled)} of them spill"
-            + (f", at most {worst} bytes a thread" if spilled else "")
-        )
+        more = f", at most {worst} bytes a thread" if spilled else ""
+        lines.append(f"- {what}: {len(entries)} kernels, {len(spilled)} of them spill{more}")
     return "\n".join(lines) + "\n"
 
 

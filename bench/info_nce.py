@@ -39,7 +39,7 @@ from bench.tables import Column, column, table
 from bench.timing import interleaved, seconds
 from bench.verdict import WrongResultError
 from gircse.ops import info_nce_parallel, pool_steps, stepwise_info_nce
-from gircse.ops.reference import info_nce_reference
+from gircse.ops.info_nce_reference import info_nce_reference
 from gircse.roofline import Work
 
 

@@ -128,16 +128,14 @@ def soft_embed_held(at: Sizes, what: str, dtype: torch.dtype, device: torch.devi
     plan are added up."""
     rows, vocab, width, backward = at["T"], at["V"], at["D"], what != FORWARD
     if device.type == "cuda":
-        from gircse_kernels.compile_report import Case, allocated_bytes
         from gircse_kernels.launching import device_of
-        from gircse_kernels.plan import Problem as KernelProblem
 
-        problem = KernelProblem(rows, vocab, width, width, True, dtype.itemsize)
-        name = str(dtype).removeprefix("torch.")
-        passes = ["", *(["hidden"] if backward else [])]
-        peaks = [allocated_bytes(Case("sweep", problem, name, one), device_of(device)) for one in passes]
+        from bench.static.launches import Call, allocated_bytes
+
+        call = Call("soft_embed", (rows, vocab, width, width), str(dtype).removeprefix("torch."), True, backward)
+        held = allocated_bytes(call, device_of(device))
         # the forward leaves its result, and the same before it was rounded
-        return max(peaks[0], peaks[-1] + (rows * width * (4 + dtype.itemsize) if backward else 0))
+        return max(held.forward, held.backward + (rows * width * (4 + dtype.itemsize) if backward else 0))
     # The torch backend holds tiles of scores [R, C], one more than are in use because the last one is freed when the
     # next one is there, and a product [R, D].
     used = 2 if backward else 1

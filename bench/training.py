@@ -19,7 +19,7 @@ from bench.timing import Timing, seconds
 from gircse import ops
 from gircse.lm.adapter import quiet_peft
 from gircse.lm.causal_lm import CausalLM
-from gircse.ops.reference import icr_objective_reference, info_nce_reference
+from gircse.ops.info_nce_reference import icr_objective_reference, info_nce_reference
 from gircse.roofline import Ceilings, ModelFacts
 from gircse.train.config import TrainConfig
 from gircse.train.lora import lora_config

@@ -4,10 +4,10 @@
     python bench/tune.py --static              # no GPU: by what the compiler reports
     python bench/tune.py --out configs.json    # on a GPU: by time, for its own architecture
 
-Every candidate is compiled for the target first, in the variants in which it is launched (with and without statistics
-and options, tied and untied, all gradients): it must fit the shared memory and spill nothing. Without a GPU the first
-that passes, in the order below (deepest pipeline and largest tiles first), is taken; on a GPU the fastest, over the
-plain variant. Entries of other architectures stay as they are.
+The entries that the table has are filled again, each with the best of its kernel's candidates below. A candidate is
+compiled for the target first: it must fit the shared memory and spill nothing. On a GPU the fastest of those is taken,
+by the time of the whole op; without one the first. Entries of other architectures stay as they are, and so do the
+choices for many rows, which `bench/suite/candidates.json` asks for.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,27 +27,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from gircse_kernels import compile_report, info_nce, plan, soft_embed
-from gircse_kernels.compile_report import NUM_SMS, SHARED_LIMIT, Case
-from gircse_kernels.plan import Config, Device, Problem
+from gircse_kernels import plan, soft_embed
+from gircse_kernels.plan import Config
 
-from bench.suite.alternatives import Alternative, using
+from bench.cases import BOTH, FORWARD, Matrices
+from bench.op_engines import Problem, draw_matrices, ours
+from bench.static.compile_report import PRODUCTS, SHARED_LIMIT, compile_launch, key
+from bench.static.launches import DEVICES, Call, launches
+from bench.suite.alternatives import CHOICE, Alternative, using
 from bench.suite.candidates import race
+from gircse.ops import stepwise_info_nce
 
-VOCAB = 151_936
+VOCAB, WIDTH = 151_936, 1024  # of what is timed, where the entry is for any width
 CANDIDATES, WIDE = 8192, 3584  # of the contrastive loss that is timed
-MANY = plan.ROW_BLOCK
+CONTRASTIVE = {"score": "similarity_kernel", "matmul": "product_kernel"}  # the loss runs on these entries, in float32
 _SECONDS = 2.0  # of timing for each entry
-FORWARD = ("one_pass", "score", "weigh")
-CONTRASTIVE = (
-    "score",
-    "product",
-    "vocab_grad",
-)  # whose float32 tiles the contrastive loss runs with: similarity's, too
-
-
-# with statistics; with bias, soft-cap and temperature of each row
-_VARIANTS = (("plain", False, False), ("statistics", True, False), ("options", True, True))
 
 
 class Slot(NamedTuple):
@@ -58,117 +53,81 @@ class Slot(NamedTuple):
     width: int  # 0: any
 
     @property
-    def contrastive(self) -> bool:
-        """`stepwise_info_nce`, always in float32, is the main use of this entry: it is timed, and must compile."""
-        return self.itemsize == 4 and self.kernel in CONTRASTIVE
+    def launched(self) -> str:
+        """Name of the kernel that takes the entry."""
+        return CONTRASTIVE.get(self.kernel, f"{self.kernel}_kernel")
 
     @property
-    def kernels(self) -> set[str]:
-        """Names of the kernels that take the entry."""
-        return {f"{self.kernel}_kernel"} | (
-            {"similarity_kernel"} if self.contrastive and self.kernel == "score" else set()
-        )
+    def call(self) -> Call:
+        """What is compiled and timed."""
+        if self.kernel in CONTRASTIVE:
+            return Call("info_nce", (self.rows, CANDIDATES, 1, WIDE), "float32", backward=True)
+        width, dtype = self.width or WIDTH, "float32" if self.itemsize == 4 else "bfloat16"
+        return Call("soft_embed", (self.rows, VOCAB, width, width), dtype, True, self.kernel == "score_grad")
 
-    def cases(self) -> list[Case]:
-        """The variants in which an entry must compile."""
-        dtype = "float32" if self.itemsize == 4 else "bfloat16"
-        width = self.width or 1024
-        tied, untied = (Problem(self.rows, VOCAB, width, width, is_tied, self.itemsize) for is_tied in (True, False))
-        loss = Problem(self.rows, CANDIDATES, width, width, False, self.itemsize)
-        contrastive = [Case("contrastive", loss, dtype, "all", contrastive=True)] if self.contrastive else []
-        if self.kernel == "one_pass":
-            return [Case(n, tied, dtype, "", stats, options) for n, stats, options in _VARIANTS]
-        if self.kernel in FORWARD:
-            return contrastive + [Case(n, untied, dtype, "", stats, options) for n, stats, options in _VARIANTS]
-        return [
-            *contrastive,
-            Case("frozen", tied, dtype, "hidden"),
-            Case("tied", tied, dtype, "all", stats=True),
-            Case("untied", untied, dtype, "all", stats=True),
-            Case("tied with options", tied, dtype, "all", stats=True, options=True),
-            Case("untied with options", untied, dtype, "all", stats=True, options=True),
-        ]
+    def alternative(self, config: Config) -> Alternative:
+        """This entry with that config, whatever the table says."""
+        found: dict[str, Any] = {self.kernel: config._asdict()}
+        return {**found, CHOICE: {"epilogue": True}} if self.kernel == "weights_product" else found
 
 
-def slots() -> Iterator[Slot]:
-    for rows in (16, 32, 64):
-        for width in (128, 256, 512, 768, 1024, 1536, 2048):
-            if rows > 16 and width in (768, 1536):  # padded to the next: see plan.py
-                continue
-            yield Slot("one_pass", 2, rows, width)
-    for kernel in ("score", "weigh", "score_grad", "product", "vocab_grad"):
-        for itemsize in (2, 4):
-            for rows in (16, 64, MANY):
-                yield Slot(kernel, itemsize, rows, 0)
+def slots(arch: int) -> list[Slot]:
+    """The entries of the architecture, or of the newest one before it."""
+    return [
+        Slot(kernel, entry["itemsize"], entry["rows"], entry.get("width", 0))
+        for kernel, by_arch in plan.table().items()
+        if kernel != CHOICE
+        for entry in by_arch[max((name for name in by_arch if int(name[3:]) <= arch), key=lambda name: int(name[3:]))]
+    ]
 
 
 def candidates(slot: Slot) -> Iterator[Config]:
     """In order of preference where nothing can be measured."""
-    if slot.kernel == "one_pass":
-        # three stages are the least that load one tile while another is in use
-        for tile, warps, stages in (
-            (128, 4, 3), (128, 8, 3), (64, 8, 3), (64, 4, 3), (32, 8, 4), (32, 8, 3), (32, 16, 3), (16, 8, 4),
-            (16, 8, 3), (16, 16, 3), (64, 8, 2), (32, 8, 2), (32, 16, 2), (16, 8, 2), (16, 16, 2),
-        ):  # fmt: skip
-            yield Config({"BLOCK_T": slot.rows, "BLOCK_V": tile}, warps, stages)
-        return
     rows = min(slot.rows, 128)
-    deep = 64 if slot.itemsize == 2 else 32  # of the summed dimension: 128 bytes of a row
-    few = slot.rows < 128
-    shapes: tuple[tuple[int, int, int, int], ...]  # rows, columns, warps, stages
-    if few:
-        shapes = tuple(
-            (rows, cols, warps, stages) for cols, warps in ((128, 4), (128, 8), (64, 4)) for stages in (4, 3, 2)
-        )
+    if slot.kernel == "one_row":
+        tiles = sorted((4, 8, 16, 32), key=lambda tile: abs(tile * slot.width - 4096))  # the tile that was timed
+        for tile, piece, warps in product(tiles, (1024, 512, 256, 128, 64), (4, 8)):
+            fits = tile * slot.width <= 8192 and (slot.width % piece == 0 or slot.width < piece <= 2 * slot.width)
+            for stages in (3, 4) if fits else ():
+                yield Config({"BLOCK_V": tile, "PIECE": piece}, warps, stages, 16 // warps)
+    elif slot.kernel == "few_rows":
+        for tile, piece, (groups, warps), stages, per_sm in product(
+            (32, 16, 64), (128, 256, 64), ((1, 4), (4, 4), (8, 8), (1, 8)), (3, 2), (2, 1)
+        ):
+            if slot.width % piece == 0:
+                yield Config({"BLOCK_T": 16, "BLOCK_V": tile, "PIECE": piece, "GROUPS": groups}, warps, stages, per_sm)
+    elif slot.kernel in ("weights", "score_grad"):
+        for (tall, tile), warps in product(((1, 2048), (2, 1024), (1, 1024), (4, 512)), (4, 8)):
+            yield Config({"BLOCK_T": tall, "BLOCK_V": tile}, warps, 1)
+    elif slot.kernel == "weights_product":
+        for tile, warps, stages in ((256, 8, 3), (256, 4, 4), (128, 8, 4), (128, 4, 4)):
+            yield Config({"BLOCK_T": rows, "BLOCK_V": tile, "BLOCK_K": 64}, warps, stages)
     else:
-        shapes = (
-            (128, 256, 8, 3), (128, 128, 8, 4), (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3),
-        )  # fmt: skip
-    for block_rows, cols, warps, stages in shapes:
-        for depth in (deep, deep // 2):
-            if slot.kernel in ("score", "score_grad"):
-                blocks = {"BLOCK_T": block_rows, "BLOCK_V": cols, "BLOCK_K": depth}
-            elif slot.kernel in ("weigh", "product"):
-                blocks = {"BLOCK_T": block_rows, "BLOCK_E": cols, "BLOCK_V": depth}
-            else:
-                blocks = {"BLOCK_V": 128 if cols > 64 else 64, "BLOCK_E": min(cols, 128), "BLOCK_T": min(depth, rows)}
-            yield Config({**blocks, "GROUP": 8}, warps, stages, 3 if few else 1)
+        names = ("BLOCK_T", "BLOCK_V") if slot.kernel == "score" else ("BLOCK_M", "BLOCK_N")
+        for cols, warps, stages, depth in product((128, 64), (4, 8), (4, 3, 2), (32, 16)):
+            blocks = {names[0]: rows, names[1]: cols, "BLOCK_K": depth, "GROUP": 8}
+            yield Config(blocks, warps, stages, 3 if rows < 128 else 1)
 
 
 def accept(slot: Slot, config: Config, arch: int) -> bool:
-    """Whether every variant compiles within the limits."""
-    if slot.kernel == "weigh":  # the score tile it walks
-        with using({**alternative(slot, config), "score": _any_score(slot)._asdict()}):
-            return _compiles(slot, arch)
-    with using(alternative(slot, config)):
-        return _compiles(slot, arch)
-
-
-def _any_score(slot: Slot) -> Config:
-    return Config({"BLOCK_T": min(slot.rows, 128), "BLOCK_V": 128, "BLOCK_K": 32, "GROUP": 8}, 8, 2)
-
-
-def _compiles(slot: Slot, arch: int) -> bool:
+    """Whether everything that the call launches with the entry compiles within the limits."""
     done: set[str] = set()
-    for case in slot.cases():
-        for launch in compile_report.record(case, Device(arch, NUM_SMS[arch])):
-            name = compile_report.key(launch, arch)
-            if launch.kernel.__name__ not in slot.kernels or name in done:
-                continue
-            done.add(name)
-            try:
-                with contextlib.redirect_stdout(io.StringIO()):  # where Triton prints a program that ptxas refuses
-                    facts = compile_report.compile_launch(launch, arch)
-            except Exception:  # the compiler itself gave up (out of registers, unsupported shape)
-                return False
-            if facts["stack"] or facts["shared"] > SHARED_LIMIT[arch] or not facts["instructions"]:
-                return False
-    return True
-
-
-def alternative(slot: Slot, config: Config) -> Alternative:
-    """`slot`'s kernel with this config, whatever the table says."""
-    return {slot.kernel: config._asdict()}
+    with using(slot.alternative(config)):
+        started = launches(slot.call, DEVICES[arch])
+    for launch in started:
+        name = key(launch, arch)
+        if launch.name != slot.launched or name in done:
+            continue
+        done.add(name)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # where Triton prints a program that ptxas refuses
+                facts = compile_launch(launch, arch)
+        except Exception:  # the compiler itself gave up (out of registers, unsupported shape)
+            return False
+        slow = launch.name in PRODUCTS and not facts["instructions"]
+        if facts["stack"] or facts["shared"] > SHARED_LIMIT[arch] or slow or facts["programs"] < config.per_sm:
+            return False
+    return bool(done)
 
 
 def choose_static(job: tuple[Slot, int]) -> dict[str, Any] | None:
@@ -180,57 +139,23 @@ def choose_static(job: tuple[Slot, int]) -> dict[str, Any] | None:
 def choose_measured(job: tuple[Slot, int]) -> dict[str, Any] | None:
     slot, arch = job
     passing = [config for config in candidates(slot) if accept(slot, config, arch)]
-    if not passing:
-        return None
-    alternatives = {str(index): alternative(slot, config) for index, config in enumerate(passing)}
-    found = race(call(slot), alternatives, torch.device("cuda", torch.cuda.current_device()), _SECONDS)
+    alternatives = {str(index): slot.alternative(config) for index, config in enumerate(passing)}
+    found = race(timed(slot), alternatives, torch.device("cuda", torch.cuda.current_device()), _SECONDS)
     if not found.seconds:
         return None
     best = found.winner
     return {**entry(slot, passing[int(best)]), "ms": round(found.seconds[best] * 1e3, 4), "tried": len(passing)}
 
 
-def call(slot: Slot) -> Callable[[], Any]:
-    """The whole op of the slot's plain variant on the present GPU."""
-    if slot.contrastive:
-        return _contrastive_call(slot)
-    case = slot.cases()[0]
-    problem, dtype = case.problem, compile_report.DTYPES[case.dtype]
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device="cuda").to(dtype)
-
-    inputs = soft_embed.Inputs(
-        3 * normal(problem.rows, problem.width),
-        normal(problem.vocab, problem.width) * problem.width**-0.5,
-        None if problem.tied else normal(problem.vocab, problem.value_width),
-    )
-    options = soft_embed.Options()
-    if slot.kernel in FORWARD:
-        return lambda: soft_embed.forward(inputs, options)
-    result = soft_embed.forward(inputs, options, exact=True)
-    saved = soft_embed.Saved(result.exact if result.exact is not None else result.out, result.peak, result.total, None)
-    grad = normal(problem.rows, problem.value_width)
-    weights = slot.kernel == "vocab_grad"
-    needs = soft_embed.Needs(True, weights, weights and not problem.tied, False, False)
-    return lambda: soft_embed.backward(grad, None, None, inputs, saved, options, needs)
-
-
-def _contrastive_call(slot: Slot) -> Callable[[], Any]:
-    """One step of the loss: the sums, or the gradient that the slot's kernel makes."""
-    rows, candidates = (
-        torch.nn.functional.normalize(torch.randn(1, n, WIDE, device="cuda"), dim=-1) for n in (slot.rows, CANDIDATES)
-    )
-    target = torch.arange(slot.rows, device="cuda")
-    found = info_nce.sums(rows, candidates, target, 0.02)
-    if slot.kernel == "score":
-        return lambda: info_nce.sums(rows, candidates, target, 0.02)
-    grad_rows = torch.zeros_like(rows) if slot.kernel == "product" else None
-    weight = torch.ones(1, device="cuda")
-    return lambda: info_nce.gradients(
-        rows, candidates, target, 0.02, found.peak, found.total, weight,
-        grad_rows=grad_rows, need_candidates=slot.kernel == "vocab_grad",
-    )  # fmt: skip
+def timed(slot: Slot) -> Callable[[], Any]:
+    """The whole op, on the present GPU."""
+    call = slot.call
+    if slot.kernel in CONTRASTIVE:
+        steps = [torch.randn(n, 1, WIDE, device="cuda", requires_grad=True) for n in (slot.rows, CANDIDATES)]
+        return lambda: torch.autograd.grad(stepwise_info_nce(*steps).sum(), steps)
+    _, vocab, width, _ = call.sizes
+    matrices = draw_matrices(Matrices(vocab, width, call.tied), getattr(torch, call.dtype), "cuda")
+    return Problem.draw(slot.rows, BOTH if call.backward else FORWARD, *matrices).call(ours)
 
 
 def entry(slot: Slot, config: Config) -> dict[str, Any]:
@@ -262,7 +187,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--static", action="store_true", help="no GPU: choose by what the compiler reports")
     parser.add_argument(
-        "--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED_LIMIT), help="static only"
+        "--arch", type=int, nargs="+", default=list(SHARED_LIMIT), choices=list(SHARED_LIMIT), help="static only"
     )
     parser.add_argument("--kernel", nargs="+", help="fill these kernels' entries only")
     parser.add_argument("--jobs", type=int, default=2, help="static only: processes")
@@ -271,21 +196,21 @@ def main() -> int:
     if not options.static and not torch.cuda.is_available():
         parser.error("no GPU here: use --static")
     archs = options.arch if options.static else [soft_embed.device_of(torch.device("cuda", 0)).arch]
-    wanted = [slot for slot in slots() if not options.kernel or slot.kernel in options.kernel]
-    jobs = [(slot, arch) for slot in wanted for arch in archs]
+    jobs = [
+        (slot, arch) for arch in archs for slot in slots(arch) if not options.kernel or slot.kernel in options.kernel
+    ]
     if options.static:
         with ProcessPoolExecutor(options.jobs) as pool:
             chosen = list(pool.map(choose_static, jobs))
     else:
         chosen = [choose_measured(job) for job in jobs]
     table = {kernel: dict(by_arch) for kernel, by_arch in plan.table().items()}
-    for kernel in dict.fromkeys(slot.kernel for slot in wanted):
-        for arch in archs:
-            table.setdefault(kernel, {})[f"sm_{arch}"] = [
-                found
-                for (slot, slot_arch), found in zip(jobs, chosen, strict=True)
-                if found and slot.kernel == kernel and slot_arch == arch
-            ]
+    for kernel, arch in dict.fromkeys((slot.kernel, arch) for slot, arch in jobs):
+        table[kernel][f"sm_{arch}"] = [
+            found
+            for (slot, slot_arch), found in zip(jobs, chosen, strict=True)
+            if found and slot.kernel == kernel and slot_arch == arch
+        ]
     options.out.write_text(to_text(table), encoding="utf-8")
     for (slot, arch), found in zip(jobs, chosen, strict=True):
         print(f"sm_{arch} {slot}: {found or 'none fits'}")

@@ -4,7 +4,7 @@
 |---|---|
 | `session.py` | records that are written at once, the time that is left, what went wrong |
 | `attempts.py` | the suite again, without the case in which it hung or lost the device |
-| `launches.py`, `precompile.py` | the kernels that will be timed, compiled beforehand by many processes |
+| `precompile.py` | the kernels that will be timed, compiled beforehand by many processes |
 | `tests.py` | `tests/gpu` in many processes |
 | `ops.py`, `models.py`, `plan.py` | what is timed: both ops, encoding and training, the plan |
 | `model_cases.py` | the encodings and training steps, and what they are held to |

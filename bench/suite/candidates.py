@@ -1,11 +1,13 @@
 """Named alternatives of a kernel against the committed table's choice, in at most 90 seconds for all of them.
 
-The file is a JSON list; `case` is a name of `bench.cases`, the alternatives are those of `bench.suite.alternatives`::
+The file is a JSON list. `case` is a name of `bench.cases`, the alternatives are those of `bench.suite.alternatives`::
 
-    [{"case": "qwen2.5-0.5b-T16-forward-bfloat16",
-      "alternatives": {
-        "tile 64": {"one_pass": {"blocks": {"BLOCK_T": 16, "BLOCK_V": 64}, "num_warps": 8, "num_stages": 2}},
-        "two passes": {"plan": {"ONE_PASS_WIDTH": 0}}}}]
+    [{"case": "qwen2.5-0.5b-T64-forward-bfloat16",
+      "alternatives": {"few rows": {"plan": {"FEW_ROWS": 64}}, "epilogue": {"many_rows": {"epilogue": true}}}}]
+
+`candidates.json`, beside this file, asks what a first run on a new GPU must decide: pieces, tiles, warps, stages and
+programs of forms 1 and 2, from how many rows on form 3 is faster, and in form 3 who takes the exponential, in which
+dtype scores are kept, and how large a chunk is.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:kernels python -m bench.suite.precompile --arch 90 --jobs 2
 
-The launches are the ops' own (`bench.suite.launches`) and each is compiled through the call that a start makes, for a
+The launches are the ops' own (`bench.static.launches`) and each is compiled through the call that a start makes, for a
 driver that only names the device; so the cache answers when the kernel is started, and no GPU is needed here. The
 last line is a JSON object with the counts.
 """
@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 os.environ["TRITON_INTERPRET"] = os.environ.get("TRITON_INTERPRET", "0")
 
 import triton
-from gircse_kernels.compile_report import Launch, key
 from gircse_kernels.plan import Device
 from triton.backends.compiler import GPUTarget
 
@@ -34,14 +33,12 @@ from bench.cases import BOTH, CASES, SMOKE_CASES, Case
 from bench.info_nce import checked
 from bench.provenance import ROOT, checkout_environment
 from bench.shapes import SHAPES
+from bench.static.compile_report import key
+from bench.static.launches import DEVICES, Call, Launch, launches
 from bench.suite.alternatives import using
 from bench.suite.candidates import read
-from bench.suite.launches import Call, compile_launch, launches
 from bench.suite.model_cases import MODEL_CASES
 from bench.suite.ops import SIZES
-
-MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
-
 
 _CHECKED_ROWS = (1, 4, 32)
 
@@ -127,10 +124,23 @@ def compile_one(job: Job) -> str:
     launch = _launches(job.call, job.device, job.alternative)[job.number]
     with compilations() as seen:
         try:
-            compile_launch(launch)
+            _compile(launch)
         except Exception as error:
             return f"{launch.kernel.__name__} of {job.call}: {type(error).__name__}: {str(error).strip()[:200]}"
     return "compiled" if seen else "cached"
+
+
+def _compile(launch: Launch) -> None:
+    """Has Triton compile it for the active driver's device, through the same call as a real start."""
+    config = launch.config
+    launch.kernel.warmup(
+        *launch.arguments,
+        grid=launch.grid,
+        **launch.constants,
+        **config.blocks,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
 
 
 @contextmanager
@@ -189,7 +199,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--candidates", type=Path, metavar="FILE", help="compile these alternatives, too")
     add("--smoke", action="store_true", help="the dry run's tiny shapes")
     options = parser.parse_args(argv)
-    device = Device(options.arch, options.multiprocessors or MULTIPROCESSORS.get(options.arch, 132))
+    device = DEVICES.get(options.arch, DEVICES[90])._replace(arch=options.arch)
+    if options.multiprocessors:
+        device = device._replace(num_sms=options.multiprocessors)
     found = calls(options.sections.split(","), smoke=options.smoke)
     pairs = [(call, "{}") for call in found]
     for entry in read(options.candidates) if options.candidates else ():

@@ -1,5 +1,6 @@
 """Public operations: soft tokens, their inspection, and the stepwise contrastive objective."""
 
+from . import backends  # noqa: F401  first, because it makes a plain checkout's kernels importable
 from .info_nce import InfoNCEStats, stepwise_info_nce
 from .module import HeadFacts, SoftEmbedding, from_model
 from .objective import icr_objective

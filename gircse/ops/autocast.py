@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from gircse_kernels.contract import Inputs
 from torch import Tensor
 
 # Asked once: `torch.compile` cannot trace the question in every version of PyTorch.
@@ -27,3 +28,11 @@ def no_autocast(device: str) -> Any:
     if device in _DEVICES and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return _NOTHING
+
+
+def cast_inputs(inputs: Inputs, cast: torch.dtype | None) -> Inputs:
+    """Cast as a linear layer does under autocast. The op does it, so that autograd sees the originals."""
+    if cast is None:
+        return inputs
+    values = (t if t is None or t.dtype == torch.float64 else t.to(cast) for t in inputs[:4])
+    return inputs._replace(**dict(zip(Inputs._fields, values, strict=False)))  # type: ignore[arg-type]

@@ -17,6 +17,9 @@ BACKENDS = ("torch", "triton")
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OLDEST = (8, 0)  # compute capability: Ampere
 
+if importlib.util.find_spec("gircse_kernels") is None:  # a plain checkout on sys.path, not installed
+    sys.path.append(os.path.join(os.path.dirname(__file__), "..", "..", "kernels"))
+
 
 def check_backend(backend: str | None) -> None:
     """Raises ValueError for a name that is none."""
@@ -46,13 +49,6 @@ def resolve_backend(backend: str | None, tensor: Tensor) -> str:
 
 def kernels(name: str = "soft_embed") -> ModuleType:
     """The Triton kernels of one op, imported on first use: without CUDA nobody needs Triton."""
-    return sys.modules.get(f"gircse_kernels.{name}") or _import_kernels(name)
-
-
-def _import_kernels(name: str) -> ModuleType:
-    if "gircse_kernels" not in sys.modules and importlib.util.find_spec("gircse_kernels") is None:
-        # a plain checkout on sys.path, not installed
-        sys.path.append(os.path.join(os.path.dirname(__file__), "..", "..", "kernels"))
     return importlib.import_module(f"gircse_kernels.{name}")
 
 

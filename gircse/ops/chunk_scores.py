@@ -6,10 +6,11 @@ For what looks at scores themselves, not at the soft token that they make: `top_
 from __future__ import annotations
 
 import torch
+from gircse_kernels.contract import Inputs, Options
 from torch import Tensor
 
 from .backends import kernels
-from .soft_embed_torch import Inputs, Options, Scorer
+from .soft_embed_torch import Scorer
 from .tiles_torch import ChunkReader
 
 

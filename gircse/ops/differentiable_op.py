@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import observers
 from .autocast import no_autocast
-from .batching import fold, loop, unfold
+from .transforms import fold, loop, unfold
 
 Tensors = Sequence[Tensor | None]
 

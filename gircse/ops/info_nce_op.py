@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from gircse_kernels.contract import Pooled, Sums
 from torch import Tensor
 
 from . import info_nce_torch
@@ -27,7 +28,6 @@ from .backends import kernels, resolve_backend
 from .differentiable_op import DifferentiableOp, Tensors
 from .info_nce_parallel import Shares, gather, pieces, scatter_sum, shares, total
 from .info_nce_plain import plain_losses
-from .info_nce_torch import Pooled, Sums
 from .tiles_torch import accumulation_dtype, slices
 from .vocab_parallel import find_group
 

@@ -2,7 +2,7 @@
 
 An all-gather of the pooled unit vectors, not a ring: a few steps of all candidates at a time, or, where not even one
 step's fit, a piece of every rank's. So no rank ever holds another's whole batch. A ring takes as long
-(bench/info_nce_ring.py is one; docs/kernels.md has the measurement). Batches may differ in size between ranks: each
+(docs/kernels.md). Batches may differ in size between ranks: each
 sends as many rows as the largest has. In backward the gradients of the gathered vectors are added up over the ranks
 and each keeps its own rows.
 """

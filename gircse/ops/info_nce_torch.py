@@ -13,38 +13,14 @@ which is how pieces of the candidates and queries as negatives come in.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
+from gircse_kernels.contract import Pooled, Sums
 from torch import Tensor
 
 from .tiles_torch import accumulation_dtype, matmul_nt, slices, tiling
 
 BLOCK_BYTES = 1 << 20
-
-
-class Pooled(NamedTuple):
-    """Unit vectors of every number of steps."""
-
-    vectors: Tensor  # [K, B, D] float32, or float64
-    norms: Tensor  # [K, B], of the sums of the steps, before they were divided
-
-
-class Sums(NamedTuple):
-    """Softmax sums of each row over some candidates, [K, B]."""
-
-    peak: Tensor  # largest logit that counts, never below the smallest finite number
-    total: Tensor  # sum of exp(logit - peak)
-    positive: Tensor  # logit of the target; -inf where it is not among them
-    hardest: Tensor  # largest logit that counts and is not the target's; -inf where there is none
-
-    def merge(self, other: Sums) -> Sums:
-        """The sums over both sets of candidates."""
-        peak = torch.maximum(self.peak, other.peak)
-        total = self.total * (self.peak - peak).exp() + other.total * (other.peak - peak).exp()
-        return Sums(
-            peak, total, torch.maximum(self.positive, other.positive), torch.maximum(self.hardest, other.hardest)
-        )
 
 
 def pool(steps: Tensor, pooling: str, first: int = 0, last: int | None = None) -> Pooled:

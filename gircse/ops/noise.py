@@ -2,7 +2,7 @@
 
 Counter-based, so nothing is stored: backward, every chunking and every shard of the vocabulary draw the same numbers.
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), key = the 64-bit seed,
-counter = index // 4, lane = index % 4; kernels/gircse_kernels/numerics.py holds the device form.
+counter = index // 4, lane = index % 4; kernels/gircse_kernels/scores.py holds the device form.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
+from gircse_kernels.contract import Inputs, Options
 from torch import Tensor
 
 from gircse.integers import as_integer
@@ -13,9 +14,8 @@ from . import soft_embed_op
 from .arguments import check_flag, check_floating, check_like, check_number, has_no_values, row_values
 from .autocast import autocast_dtype
 from .backends import check_backend
-from .soft_embed_torch import Inputs, Options
 from .straight_through import harden
-from .truncation import check_truncation, row_floors
+from .truncation import check_truncation, row_thresholds
 from .vocab_parallel import VocabShard, group_name
 
 
@@ -31,6 +31,75 @@ class SoftTokenStats(NamedTuple):
     entropy: Tensor  # of the probabilities, in nats: 0 (one-hot) to log V (uniform)
     max_prob: Tensor  # the largest probability
     argmax: Tensor  # its vocabulary index, int64; the lowest one of a tie
+
+
+@overload
+def soft_embed(
+    hidden: Tensor,
+    head_weight: Tensor,
+    embed_weight: Tensor | None = ...,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    embed_scale: float = ...,
+    top_k: int | Tensor | None = ...,
+    top_p: float | Tensor | None = ...,
+    min_p: float | Tensor | None = ...,
+    gumbel_seed: int | Tensor | None = ...,
+    gumbel_temperature: float | Tensor | None = ...,
+    hard: bool | Tensor = ...,
+    vocab_parallel: VocabShard | None = ...,
+    return_stats: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def soft_embed(
+    hidden: Tensor,
+    head_weight: Tensor,
+    embed_weight: Tensor | None = ...,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    embed_scale: float = ...,
+    top_k: int | Tensor | None = ...,
+    top_p: float | Tensor | None = ...,
+    min_p: float | Tensor | None = ...,
+    gumbel_seed: int | Tensor | None = ...,
+    gumbel_temperature: float | Tensor | None = ...,
+    hard: bool | Tensor = ...,
+    vocab_parallel: VocabShard | None = ...,
+    return_stats: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, SoftTokenStats]: ...
+
+
+@overload
+def soft_embed(
+    hidden: Tensor,
+    head_weight: Tensor,
+    embed_weight: Tensor | None = ...,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    embed_scale: float = ...,
+    top_k: int | Tensor | None = ...,
+    top_p: float | Tensor | None = ...,
+    min_p: float | Tensor | None = ...,
+    gumbel_seed: int | Tensor | None = ...,
+    gumbel_temperature: float | Tensor | None = ...,
+    hard: bool | Tensor = ...,
+    vocab_parallel: VocabShard | None = ...,
+    return_stats: bool,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, SoftTokenStats]: ...
 
 
 def soft_embed(
@@ -62,12 +131,15 @@ def soft_embed(
                                     scores = (scores + standard Gumbel noise) / gumbel_temperature
         out = embed_scale * softmax(scores) @ embed_weight
 
-    Exact and dense, yet no tensor of size [T, V] (T = rows of hidden) is made in forward or backward: temporaries are
-    a fixed chunk budget below 64 MiB plus O(T * (D + E)). Scores, softmax and sums are float32 (float64 for float64
-    inputs) whatever the input dtype; float32 products are never rounded to TF32 by the kernels, while the torch backend
-    on CUDA follows PyTorch's process-wide setting, off by default. Gradients exist for every floating-point tensor
-    argument, come in their input's dtype, and those that nobody asks for are not computed. Two runs give bitwise the
-    same. The result may be changed in place.
+    Exact and dense, yet nothing of size [T, V] (T = rows of hidden) exists beyond a fixed budget in forward or
+    backward: temporaries are at most 64 MiB plus O(T * (D + E)). Where a gradient is wanted and all probabilities of a
+    call fit another 64 MiB, the kernels keep them for backward instead of computing them again. Scores, softmax and
+    sums are float32 (float64 for float64 inputs) whatever the input dtype, except that the kernels may round the scores
+    of many bfloat16 rows to bfloat16, as PyTorch's own product does, where neither statistics nor a truncation need
+    them; float32 products are never rounded to TF32 by the kernels, while the torch backend on CUDA follows PyTorch's
+    process-wide setting, off by default. Gradients exist for every floating-point tensor argument, come in their
+    input's dtype, and those that nobody asks for are not computed. Two runs give bitwise the same. The result may be
+    changed in place.
 
     Derivatives of the gradient (``create_graph=True`` and a second backward, `torch.func.grad` of grad, `hessian`,
     gradient penalties), and forward-mode ones, are those of the plain formula, by PyTorch's own operators: right to any
@@ -162,13 +234,14 @@ def soft_embed(
     if top_k is not None or top_p is not None or min_p is not None:
         rules = check_truncation(hidden, top_k, top_p, min_p)
         if any(rule is not None for rule in rules):  # not for top_k=0 alone
-            floor = row_floors(inputs, options, rules, group=group, cast=cast, backend=backend)
-            inputs = inputs._replace(floor=floor)
+            threshold = row_thresholds(inputs, options, rules, group=group, cast=cast, backend=backend)
+            inputs = inputs._replace(threshold=threshold)
     if gumbel_temperature is not None:
         inputs, options = _relax(inputs, options, hidden, gumbel_temperature)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     stats = return_stats or hard is not False
-    found = soft_embed_op.run(inputs, soft_embed_op.Call(options, group, stats, differentiable, cast, backend))
+    call = soft_embed_op.Call(options, group, stats, differentiable, cast=cast, backend=backend)
+    found = soft_embed_op.run(inputs, call)
     result = found.out if hidden.dim() == 2 else found.out.reshape(*leading, found.out.shape[-1])
     if hard is not False:
         values = head_weight if embed_weight is None else embed_weight
@@ -261,8 +334,8 @@ def _relax(
     else:
         divisor = check_number("gumbel_temperature", gumbel_temperature, positive=True)
         options = options._replace(temperature=divisor)
-    if inputs.floor is not None:  # in units of the scores
-        inputs = inputs._replace(floor=(inputs.floor / divisor).to(inputs.floor.dtype))
+    if inputs.threshold is not None:  # in units of the scores
+        inputs = inputs._replace(threshold=(inputs.threshold / divisor).to(inputs.threshold.dtype))
     return inputs, options
 
 

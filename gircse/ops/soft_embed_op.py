@@ -10,15 +10,17 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from gircse_kernels.contract import Forward, Inputs, Needs, Options, Saved
 from torch import Tensor
 
 from . import observers, soft_embed_torch, soft_embed_triton
-from .autocast import no_autocast
+from .autocast import cast_inputs, no_autocast
 from .backends import resolve_backend
 from .differentiable_op import DifferentiableOp, Tensors
 from .soft_embed_plain import plain, plain_rows
-from .soft_embed_torch import Forward, Inputs, Needs, Options, Saved, finish
+from .soft_embed_torch import finish
 from .tiles_torch import accumulation_dtype
+from .transforms import alone, rows_of_numbers
 from .vocab_parallel import find_group, merge_shards, sum_shards
 
 _NUM_TENSORS = len(Inputs._fields)
@@ -31,6 +33,7 @@ class Call(NamedTuple):
     group: str | None = None  # of a vocabulary-parallel call
     stats: bool = False
     exact: bool = False  # a gradient will be wanted: keep what backward needs
+    keep: bool = False  # and the probabilities, as far as the backend's budget for them allows
     cast: torch.dtype | None = None  # autocast's, for all tensors but float64 ones
     backend: str | None = None
 
@@ -48,7 +51,7 @@ class Results(NamedTuple):
     """What a caller gets, and behind it what backward reads: copies of their own, which no caller can change."""
 
     out: Tensor  # [T, E], input dtype
-    lse: Tensor  # [T]
+    lse: Tensor | None  # [T]
     entropy: Tensor | None  # [T]
     max_prob: Tensor | None  # [T]
     argmax: Tensor | None  # [T]
@@ -56,6 +59,7 @@ class Results(NamedTuple):
     peak: Tensor | None = None
     total: Tensor | None = None
     kept_entropy: Tensor | None = None
+    kept_probs: Tensor | None = None  # [T, V]
 
 
 def run(inputs: Inputs, call: Call) -> Results:
@@ -69,36 +73,11 @@ def run(inputs: Inputs, call: Call) -> Results:
         return Results(*OP.op(*inputs, divisor, *call._replace(options=options).flat()))
     if observers.transformed() or observers.forward_mode():  # whether a gradient will be wanted shows later
         call = call._replace(exact=True)
-    elif not call.exact and _alone(inputs, call.backend):
-        return _forward(inputs, call)
+    elif alone(inputs, call.backend):
+        if not call.exact:
+            return _forward(inputs, call)
+        call = call._replace(keep=True)  # a compiler or a mode would have to know the backend's budget
     return Results(*OP.call((*inputs, None), call.flat()))
-
-
-def eager(tensors: Tensors, backend: str | None) -> bool:
-    """Whether nothing but eager PyTorch sees this call."""
-    return not torch.compiler.is_compiling() and not observers.transformed() and _alone(tensors, backend)
-
-
-def _alone(tensors: Tensors, backend: str | None) -> bool:
-    # the torch backend is made of PyTorch's own operators, which a dispatch mode may see one by one
-    return observers.plain(tensors) and (backend == "torch" or not observers.dispatched())
-
-
-def rows_of_numbers(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
-    """The temperature as a tensor: a compiler would take a number for a constant, and compile again for the next."""
-    if options.temperature == 1.0:
-        return inputs, options
-    hidden = inputs.hidden
-    rows = torch.ones(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
-    return inputs._replace(temperature=rows * options.temperature), options._replace(temperature=1.0)
-
-
-def cast_inputs(inputs: Inputs, cast: torch.dtype | None) -> Inputs:
-    """What a linear layer does under autocast. Here and not before the op, so that autograd keeps the originals."""
-    if cast is None:
-        return inputs
-    values = (t if t is None or t.dtype == torch.float64 else t.to(cast) for t in inputs[:4])
-    return inputs._replace(**dict(zip(Inputs._fields, values, strict=False)))  # type: ignore[arg-type]
 
 
 def _module(backend: str | None, hidden: Tensor) -> ModuleType:
@@ -111,7 +90,7 @@ def _forward(inputs: Inputs, call: Call) -> Results:
     hidden, module = inputs.hidden, _module(call.backend, inputs.hidden)
     with no_autocast(hidden.device.type):
         if call.group is None:
-            found = module.forward(inputs, call.options, stats=call.stats, exact=call.exact)
+            found = module.forward(inputs, call.options, stats=call.stats, exact=call.exact, keep=call.keep)
         else:
             state = module.scan(inputs, call.options, stats=call.stats)
             state = merge_shards(state, call.options.vocab_start, find_group(call.group))
@@ -120,25 +99,28 @@ def _forward(inputs: Inputs, call: Call) -> Results:
 
 
 def _results(found: Forward, call: Call) -> Results:
-    out, exact, lse, entropy, max_prob, argmax, peak, total = found
+    """Of what a backend found, what was asked for."""
+    out, exact, lse, entropy, max_prob, argmax, peak, total, probs = found
     kept = entropy.clone() if call.exact and entropy is not None else None
-    return Results(out, lse, entropy, max_prob, argmax, exact, peak, total, kept)
+    lse = lse if call.stats else None
+    peak, total = (peak, total) if call.exact else (None, None)
+    return Results(out, lse, entropy, max_prob, argmax, exact, peak, total, kept, probs)
 
 
 class _SoftEmbed(DifferentiableOp):
     name = "soft_embed"
     tensors = (
-        "Tensor hidden, Tensor head, Tensor? embed, Tensor? bias, Tensor? temperature, Tensor? seeds, Tensor? floor, "
-        "Tensor? logit_divisor"  # in place of the number: 0-dimensional, on the CPU
+        "Tensor hidden, Tensor head, Tensor? embed, Tensor? bias, Tensor? temperature, Tensor? seeds, "
+        "Tensor? threshold, Tensor? logit_divisor"  # in place of the number: 0-dimensional, on the CPU
     )
     scalars = (
         "float scalar_temperature, float? softcap, float logit_scale, float embed_scale, SymInt? seed, "
-        "SymInt vocab_start, float logit_temperature, str? group, bool stats, bool exact, ScalarType? cast, "
+        "SymInt vocab_start, float logit_temperature, str? group, bool stats, bool exact, bool keep, ScalarType? cast, "
         "str? backend"
     )
     num_tensors, num_inputs, num_results = _NUM_TENSORS + 1, len(Needs._fields), len(Results._fields)
     upstream = (0, 1, 2)  # out, lse, entropy
-    saved = (5, 6, 7, 8)
+    saved = (5, 6, 7, 8, 9)
     shared = (1, 2, 3, _NUM_TENSORS)
 
     def forward(self, tensors: Tensors, scalars: Sequence[Any]) -> Tensors:
@@ -156,13 +138,13 @@ class _SoftEmbed(DifferentiableOp):
 
         return Results(
             hidden.new_empty((rows, width), dtype=dtype),
-            row(),
+            row() if call.stats else None,
             row() if call.stats else None,
             row() if call.stats else None,
             row(torch.int64) if call.stats else None,
             hidden.new_empty((rows, width), dtype=wide) if call.exact else None,
-            row(),
-            row(),
+            row() if call.exact else None,
+            row() if call.exact else None,
             row() if call.stats and call.exact else None,
         )
 
@@ -170,7 +152,9 @@ class _SoftEmbed(DifferentiableOp):
         self, grads: Tensors, tensors: Tensors, saved: Tensors, scalars: Sequence[Any], needs: Sequence[bool]
     ) -> Tensors:
         originals, call = _call(tensors, scalars)
-        found = _backward(grads, cast_inputs(originals, call.cast), Saved(*saved), call, Needs(*needs))  # type: ignore[arg-type]
+        out, peak, total, *rest = saved
+        kept = Saved(out, peak, total, *(None if t is None or not t.numel() else t for t in rest))  # type: ignore[arg-type]
+        found = _backward(grads, cast_inputs(originals, call.cast), kept, call, Needs(*needs))
         return tuple(
             None if grad is None or tensor is None else grad.to(tensor.dtype)
             for grad, tensor in zip(found, originals, strict=False)
@@ -184,11 +168,11 @@ class _SoftEmbed(DifferentiableOp):
         return plain_rows(Inputs(*tensors[:_NUM_TENSORS]))  # type: ignore[arg-type]
 
     def eager(self, tensors: Tensors, scalars: Sequence[Any]) -> bool:
-        return _alone(tensors, scalars[-1])
+        return alone(tensors, scalars[-1])
 
     def constant(self, scalars: Sequence[Any]) -> tuple[int, ...]:
         stats = scalars[len(Options._fields) + Call._fields.index("stats") - 1]
-        return self._constant if stats else (*self._constant, 2)  # a stand-in of an entropy that nobody asked for
+        return self._constant if stats else (*self._constant, 1, 2)  # stand-ins of statistics that nobody asked for
 
     def check_again(self, scalars: Sequence[Any]) -> None:
         if Call.of(scalars).group is not None:

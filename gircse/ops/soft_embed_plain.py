@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+from gircse_kernels.contract import Inputs, Options
 from torch import Tensor
 
 from .noise import gumbel
-from .soft_embed_torch import Inputs, Options
 from .tiles_torch import accumulation_dtype
 
 # Bytes of one [rows, V] tensor, of which a second derivative holds a few dozen.
@@ -21,8 +21,8 @@ def plain_rows(inputs: Inputs) -> int:
 def plain(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """Soft tokens in hidden's dtype, log-sum-exp and entropy in the accumulation dtype.
 
-    Noise and floor are constants. A removed entry takes part in nothing: its score, often -inf, is replaced before it
-    can meet a zero.
+    Noise and threshold are constants. A removed entry takes part in nothing: its score, often -inf, is replaced before
+    it can meet a zero.
     """
     dtype = accumulation_dtype(inputs.hidden.dtype)
     hidden, head, embed, bias, temperature = (None if t is None else t.to(dtype) for t in inputs[:5])
@@ -39,8 +39,8 @@ def plain(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     if temperature is not None:
         factor = factor / temperature[:, None]
     scores = capped * (factor / options.logit_temperature)
-    if inputs.floor is not None:
-        removed = removed | (scores.detach() < inputs.floor[:, None])
+    if inputs.threshold is not None:
+        removed = removed | (scores.detach() < inputs.threshold[:, None])
     seeds = inputs.seeds
     if options.seed is not None:
         seeds = torch.tensor([options.seed], device=scores.device)

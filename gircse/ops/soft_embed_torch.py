@@ -21,6 +21,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from gircse_kernels.contract import Forward, Grads, Inputs, Needs, Options, Saved
 from torch import Tensor
 
 from .noise import gumbel
@@ -28,81 +29,6 @@ from .tiles_torch import ChunkReader, accumulation_dtype, is_copied, matmul_nt, 
 
 # Below this, exp is exactly 0 in every dtype. A finite stand-in for -inf, whose product with that 0 would be NaN.
 LOG_FLOOR = -1e4
-
-
-class Options(NamedTuple):
-    """The scalar parameters of ``soft_embed``: part of the operation's definition, never tensors."""
-
-    temperature: float = 1.0
-    softcap: float | None = None
-    logit_scale: float = 1.0
-    embed_scale: float = 1.0
-    seed: int | None = None  # of the Gumbel noise, one for all rows
-    vocab_start: int = 0  # first vocabulary index of this shard, for the noise
-    logit_temperature: float = 1.0  # divides the capped logits before noise and temperature
-
-
-class Inputs(NamedTuple):
-    """The tensors of the forward."""
-
-    hidden: Tensor  # [T, D]
-    head: Tensor  # [V, D]
-    embed: Tensor | None = None  # [V, E]; None: tied
-    bias: Tensor | None = None  # [V]
-    temperature: Tensor | None = None  # [T], instead of the number
-    seeds: Tensor | None = None  # [T] int64, instead of the number
-    floor: Tensor | None = None  # [T] accumulation dtype, the lowest score without noise that a row keeps
-
-
-class Forward(NamedTuple):
-    """What a backend's forward returns, in the accumulation dtype but for ``out``; None: not asked for."""
-
-    out: Tensor  # [T, E], input dtype
-    exact: Tensor | None  # [T, E]: out before it is rounded, in memory of its own; None unless asked for
-    lse: Tensor  # [T]
-    entropy: Tensor | None  # [T]
-    max_prob: Tensor | None  # [T]
-    argmax: Tensor | None  # [T]
-    peak: Tensor  # [T] largest score
-    total: Tensor  # [T] sum of exp(score - peak)
-
-
-class Saved(NamedTuple):
-    """What backward needs of the forward; the backend never mutates it.
-
-    The log-sum-exp is saved as ``peak`` and ``total``: rounded to one number, it would give every recomputed
-    probability of a row one common relative error of half a unit of lse (1e-6 at 30, 1e-3 at 30,000), which eager
-    PyTorch does not make.
-    """
-
-    out: Tensor  # [T, E], as exact as there is
-    peak: Tensor  # [T]
-    total: Tensor  # [T]
-    entropy: Tensor | None  # [T]
-
-
-class Needs(NamedTuple):
-    """Which gradients somebody asked for."""
-
-    hidden: bool
-    head: bool
-    embed: bool
-    bias: bool
-    temperature: bool
-
-
-class Grads(NamedTuple):
-    """What a backend's backward returns; None: not asked for.
-
-    Those of hidden and temperature are in the accumulation dtype: over shards of a vocabulary they are shares of sums,
-    which ``soft_embed_op`` adds up and finishes.
-    """
-
-    hidden: Tensor | None
-    head: Tensor | None  # in its dtype; of a tied matrix the sum of both uses
-    embed: Tensor | None  # in its dtype
-    bias: Tensor | None  # in the accumulation dtype
-    temperature: Tensor | None  # -sum of dS (score - peak), still to be finished
 
 
 class OnlineState(NamedTuple):
@@ -124,7 +50,7 @@ class Scorer:
     """
 
     def __init__(self, inputs: Inputs, options: Options) -> None:
-        hidden, head, _, bias, temperature, seeds, floor = inputs
+        hidden, head, _, bias, temperature, seeds, threshold = inputs
         self.dtype = accumulation_dtype(hidden.dtype)
         self.head, self.bias, self.capped = head, bias, options.softcap is not None
         inner: float | Tensor = options.logit_scale
@@ -133,7 +59,7 @@ class Scorer:
         if temperature is not None:
             outer = outer / temperature.to(self.dtype)[:, None]
         self.inverse_temperature, self.vocab_start = outer, options.vocab_start
-        self.floor = None if floor is None else floor[:, None]
+        self.threshold = None if threshold is None else threshold[:, None]
         if options.seed is not None:  # the same noise in every row
             seeds = torch.tensor([options.seed], device=hidden.device)
         self.seeds = seeds
@@ -158,7 +84,7 @@ class Scorer:
         if self.capped:
             tanh = scores.tanh_()
             scores = tanh * row_factor(self.outer, rows)
-        removed = None if self.floor is None else scores < self.floor[rows]  # whatever the noise
+        removed = None if self.threshold is None else scores < self.threshold[rows]  # whatever the noise
         if self.seeds is not None:
             self._add_noise(scores, rows, vocab)
         if removed is not None:
@@ -189,8 +115,9 @@ def row_factor(factor: float | Tensor, rows: slice) -> float | Tensor:
     return factor[rows] if isinstance(factor, Tensor) else factor
 
 
-def forward(inputs: Inputs, options: Options, *, stats: bool, exact: bool) -> Forward:
-    """Soft tokens, with ``stats`` their statistics, with ``exact`` also before rounding."""
+def forward(inputs: Inputs, options: Options, *, stats: bool, exact: bool, keep: bool = False) -> Forward:
+    """Soft tokens, with ``stats`` their statistics, with ``exact`` also before rounding. ``keep`` is for other
+    backends: this one recomputes its probabilities."""
     return finish(scan(inputs, options, stats=stats), options, inputs.hidden.dtype, exact=exact)
 
 
@@ -201,7 +128,7 @@ def scan(inputs: Inputs, options: Options, *, stats: bool) -> OnlineState:
     (num_rows, width), num_vocab, dtype = hidden.shape, head.shape[0], scorer.dtype
     values = head if embed is None else embed
     state = OnlineState(
-        # A finite floor instead of -inf: a chunk whose scores are all -inf then gives exp(-inf) = 0, not NaN.
+        # A finite start instead of -inf: a chunk whose scores are all -inf then gives exp(-inf) = 0, not NaN.
         peak=torch.full((num_rows, 1), torch.finfo(dtype).min, dtype=dtype, device=hidden.device),
         total=torch.zeros((num_rows, 1), dtype=dtype, device=hidden.device),
         acc=torch.zeros((num_rows, values.shape[1]), dtype=dtype, device=hidden.device),
@@ -214,7 +141,7 @@ def scan(inputs: Inputs, options: Options, *, stats: bool) -> OnlineState:
     tile, size = tiling(
         num_rows,
         num_vocab,
-        tiles=1 + (options.softcap is not None) + stats + (inputs.floor is not None),
+        tiles=1 + (options.softcap is not None) + stats + (inputs.threshold is not None),
         per_vocab=copied,
         per_row=values.shape[1],
         itemsize=dtype.itemsize,
@@ -329,7 +256,7 @@ def backward(
         + keep_log
         + 2 * (options.softcap is not None)
         + 2 * (needs.head or need_values)
-        + (inputs.floor is not None),
+        + (inputs.threshold is not None),
         per_vocab=(width if is_copied(head, dtype) else 0)
         + (value_width if embed is not None and is_copied(embed, dtype) else 0)
         + (2 * width if needs.head else 0)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from gircse_kernels.contract import Forward, Grads, Inputs, Needs, Options, Saved
 from torch import Tensor
 
 from .backends import kernels
-from .soft_embed_torch import Forward, Grads, Inputs, Needs, OnlineState, Options, Saved
+from .soft_embed_torch import OnlineState
 
 
-def forward(inputs: Inputs, options: Options, *, stats: bool, exact: bool) -> Forward:
-    """As ``soft_embed_torch.forward``."""
-    return kernels().forward(inputs, options, stats=stats, exact=exact)
+def forward(inputs: Inputs, options: Options, *, stats: bool, exact: bool, keep: bool = False) -> Forward:
+    """As ``soft_embed_torch.forward``; with ``keep`` also the probabilities, as far as the plan's budget allows."""
+    return kernels().forward(inputs, options, stats=stats, exact=exact, keep=keep)
 
 
 def scan(inputs: Inputs, options: Options, *, stats: bool) -> OnlineState:

@@ -6,18 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from gircse_kernels.contract import Inputs, Options
 from torch import Tensor
 
 from gircse.integers import as_integer
 
 from .autocast import no_autocast
 from .backends import check_backend, resolve_backend
-from .batching import fold, loop, unfold
 from .chunk_scores import chunk_scores, ordered_bits
 from .soft_embed import check_scores, row_temperature
-from .soft_embed_op import eager, rows_of_numbers
-from .soft_embed_torch import Inputs, Options
 from .tiles_torch import accumulation_dtype, slices, tiling
+from .transforms import eager, fold, loop, rows_of_numbers, unfold
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Truncated soft tokens: what `top_k`, `top_p` and `min_p` keep of each row, as one lowest score, its *floor*.
+"""Truncated soft tokens: what `top_k`, `top_p` and `min_p` keep of each row, as one score, its *threshold*.
 
 The rules and their order are those of transformers' generation (temperature, then top-k, top-p, min-p), each on what
 the ones before it kept; noise comes after all of them. With s the scores of a row and P its softmax::
@@ -7,13 +7,13 @@ the ones before it kept; noise comes after all of them. With s the scores of a r
     top_p   the probability strictly above s_v, among what top_k kept and relative to it, is below top_p
     min_p   P_v >= min_p * max P
 
-Each keeps the highest scores, so together they keep ``{v: s_v >= threshold}``, where the threshold is a score. Entries
-of one score stay or go together, whatever their order (a sort, as in transformers, cuts through a tie that straddles
-top_p). The floor lies halfway between the threshold and the next lower score, because other passes compute the same
-score with other roundings; scores that differ by no more than that may fall on either side of it.
+Each keeps the highest scores, so together they keep ``{v: s_v >= lowest}`` for one score. Entries of one score stay or
+go together, whatever their order (a sort, as in transformers, cuts through a tie that straddles top_p). The threshold
+lies halfway between the lowest kept score and the next lower one, because other passes compute the same score with
+other roundings; scores that differ by no more than that may fall on either side of it.
 
-A block of rows is scored against the whole vocabulary, in memory that does not grow with the rows, and the thresholds
-are found by bisection over the bits of a float: sums and comparisons, no sort, nothing that waits for the device.
+A block of rows is scored against the whole vocabulary, in memory that does not grow with the rows. The lowest kept
+score is found by bisection over the bits of a float: sums and comparisons, no sort, nothing that waits for the device.
 """
 
 from __future__ import annotations
@@ -24,22 +24,21 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from gircse_kernels.contract import Inputs, Options
 from torch import Tensor
 
 from .arguments import check_number, has_no_values, row_values
-from .autocast import no_autocast
+from .autocast import cast_inputs, no_autocast
 from .backends import resolve_backend
-from .batching import fold, loop, unfold
 from .chunk_scores import chunk_scores, ordered_bits
-from .soft_embed_op import cast_inputs, eager, rows_of_numbers
-from .soft_embed_torch import Inputs, Options
 from .tiles_torch import WORKSPACE_BYTES, accumulation_dtype, slices, tiling
+from .transforms import eager, fold, loop, rows_of_numbers, unfold
 from .vocab_parallel import find_group
 
 # Floats of a score's size that a block of rows holds of each score: it, its bits, its weight, two temporaries.
 _COPIES = 5
-# The highest score is kept even where a second one follows within rounding: the floor stays this many units of the
-# larger scores below it, where scores lower than 32 below the highest do not count (a mask of -1e30, say).
+# The highest score is kept even where a second one follows within rounding: the threshold stays this many units of
+# the larger scores below it, where scores lower than 32 below the highest do not count (a mask of -1e30, say).
 _MARGIN, _DEPTH = 32, 32.0
 
 
@@ -102,7 +101,7 @@ def _check_range(name: str, value: float, expected: str) -> None:
         raise ValueError(f"{name}: got {value}, expected {expected}")
 
 
-def row_floors(
+def row_thresholds(
     inputs: Inputs,
     options: Options,
     rules: Truncation,
@@ -118,18 +117,19 @@ def row_floors(
         group: name of the process group over whose ranks the vocabulary is divided.
         cast: autocast's dtype, if it is on.
     """
-    inputs = Inputs(*(None if t is None else t.detach() for t in inputs))._replace(embed=None, seeds=None, floor=None)  # type: ignore[arg-type]
+    detached: Any = (None if t is None else t.detach() for t in inputs)
+    inputs = Inputs(*detached)._replace(embed=None, seeds=None, threshold=None)
     inputs, options = cast_inputs(inputs, cast), options._replace(seed=None)
     if torch.compiler.is_compiling():
         inputs, options = rows_of_numbers(inputs, options)
     tensors = (inputs.hidden, inputs.head, inputs.bias, inputs.temperature, *rules)
     scalars = (options.temperature, options.softcap, options.logit_scale, options.logit_temperature, group, backend)
     if eager(tensors, backend):
-        return _row_floors(tensors, scalars)
-    return _floor_op(*tensors, *scalars)
+        return _row_thresholds(tensors, scalars)
+    return _threshold_op(*tensors, *scalars)
 
 
-def _row_floors(tensors: Sequence[Tensor | None], scalars: Sequence[Any]) -> Tensor:
+def _row_thresholds(tensors: Sequence[Tensor | None], scalars: Sequence[Any]) -> Tensor:
     hidden, head, bias, temperature = tensors[:4]
     assert hidden is not None
     assert head is not None
@@ -139,7 +139,7 @@ def _row_floors(tensors: Sequence[Tensor | None], scalars: Sequence[Any]) -> Ten
     options = Options(number, softcap, logit_scale, logit_temperature=logit_temperature)
     across = _Across(None if name is None else find_group(name))
     (num_rows, width), num_vocab, dtype = hidden.shape, head.shape[0], accumulation_dtype(hidden.dtype)
-    floors = torch.empty(num_rows, dtype=dtype, device=hidden.device)
+    thresholds = torch.empty(num_rows, dtype=dtype, device=hidden.device)
     # Half of the workspace for the block, the other half for the matrix's chunks.
     largest = across.largest(num_vocab, hidden.device)
     block = max(1, min(num_rows, WORKSPACE_BYTES // 2 // (_COPIES * dtype.itemsize * largest)))
@@ -151,23 +151,23 @@ def _row_floors(tensors: Sequence[Tensor | None], scalars: Sequence[Any]) -> Ten
             for vocab in slices(num_vocab, size):
                 scores[:, vocab] = score(rows, vocab)
             part = Truncation(*(None if rule is None else rule[rows, None] for rule in rules))
-            floors[rows] = _floor(scores, part, across)[:, 0]
-    return floors
+            thresholds[rows] = _threshold(scores, part, across)[:, 0]
+    return thresholds
 
 
-def _floor(scores: Tensor, rules: Truncation, across: _Across) -> Tensor:
+def _threshold(scores: Tensor, rules: Truncation, across: _Across) -> Tensor:
     """[R, 1] from scores [R, V]."""
     lowest = torch.finfo(scores.dtype).min
     peak = across.max(scores.amax(1, keepdim=True)).clamp_min(lowest)
     keys = ordered_bits(scores)
-    threshold = torch.full_like(peak, torch.iinfo(keys.dtype).min, dtype=keys.dtype)
+    lowest_key = torch.full_like(peak, torch.iinfo(keys.dtype).min, dtype=keys.dtype)
     if rules.top_k is not None:
-        threshold = _highest(keys, lambda above: across.sum(above.sum(1, keepdim=True)), rules.top_k)
+        lowest_key = _highest(keys, lambda above: across.sum(above.sum(1, keepdim=True)), rules.top_k)
     if rules.top_p is not None:
-        weights = (scores - peak).exp_().masked_fill_(keys < threshold, 0.0)
+        weights = (scores - peak).exp_().masked_fill_(keys < lowest_key, 0.0)
         total = across.sum(weights.sum(1, keepdim=True))
-        threshold = torch.maximum(
-            threshold,
+        lowest_key = torch.maximum(
+            lowest_key,
             _highest(
                 keys,
                 lambda above: across.sum(torch.where(above, weights, 0.0).sum(1, keepdim=True)),
@@ -175,14 +175,14 @@ def _floor(scores: Tensor, rules: Truncation, across: _Across) -> Tensor:
             ),
         )
     if rules.min_p is not None:
-        threshold = torch.maximum(threshold, ordered_bits(peak + rules.min_p.log()))
-    kept = keys >= threshold
+        lowest_key = torch.maximum(lowest_key, ordered_bits(peak + rules.min_p.log()))
+    kept = keys >= lowest_key
     last = across.min(torch.where(kept, scores, torch.inf).amin(1, keepdim=True))
     following = across.max(torch.where(kept, -torch.inf, scores).amax(1, keepdim=True))
     # where nothing is removed there is no following score, and -inf keeps everything
-    floor = last / 2 + following / 2
+    threshold = last / 2 + following / 2
     size = across.max(scores.abs_().amax(1, keepdim=True)).minimum(peak.abs() + _DEPTH)
-    return torch.minimum(floor, peak - _MARGIN * torch.finfo(scores.dtype).eps * size)
+    return torch.minimum(threshold, peak - _MARGIN * torch.finfo(scores.dtype).eps * size)
 
 
 def _highest(keys: Tensor, measure: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
@@ -231,26 +231,26 @@ _SCHEMA = (
 _NUM_TENSORS = 7
 
 
-@torch.library.custom_op("gircse::soft_embed_floor", mutates_args=(), schema=_SCHEMA)
-def _floor_op(*arguments: Any) -> Tensor:
-    return _row_floors(arguments[:_NUM_TENSORS], arguments[_NUM_TENSORS:])
+@torch.library.custom_op("gircse::soft_embed_threshold", mutates_args=(), schema=_SCHEMA)
+def _threshold_op(*arguments: Any) -> Tensor:
+    return _row_thresholds(arguments[:_NUM_TENSORS], arguments[_NUM_TENSORS:])
 
 
-@_floor_op.register_fake
+@_threshold_op.register_fake
 def _(*arguments: Any) -> Tensor:
     hidden = arguments[0]
     return hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
 
 
-@_floor_op.register_vmap
+@_threshold_op.register_vmap
 def _(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
     tensors, scalars = arguments[:_NUM_TENSORS], arguments[_NUM_TENSORS:]
     if in_dims[1] is not None or in_dims[2] is not None:  # a batch of matrices
-        (stacked,), (dim,) = loop(lambda *a: (_floor_op(*a),), info.batch_size, in_dims, arguments)
+        (stacked,), (dim,) = loop(lambda *a: (_threshold_op(*a),), info.batch_size, in_dims, arguments)
         return stacked, dim
     folded = [
         tensor if i in (1, 2) else fold(tensor, dim, info.batch_size)
         for i, (tensor, dim) in enumerate(zip(tensors, in_dims, strict=False))
     ]
-    (result,), (dim,) = unfold((_floor_op(*folded, *scalars),), info.batch_size)
+    (result,), (dim,) = unfold((_threshold_op(*folded, *scalars),), info.batch_size)
     return result, dim

@@ -2,46 +2,43 @@
 
 With P = e^(s - peak) / total, delta = sum(g out), dP = embed_scale g E^T, H the entropy::
 
-    constant = delta - g_lse + g_H (H - log total),  slope = g_H                       `constants_kernel`, one row each
-    dS = P (dP - constant - slope (s - peak))                                          `score_grad_kernel`, tiles
+    constant = delta - g_lse + g_H (H - log total),  slope = g_H                     `constants_kernel`, one row each
+    S = h W_c^T,  dP = g E_c^T                                                       cuBLAS; one product where E is W
+    dS = P (dP - constant - slope (s - peak));  P = embed_scale P                    `score_grad_kernel`, elementwise
     d(h w + bias) = dS d score/d(h w + bias)
-    dh += dS W                                                                         `two_pass.product_kernel`
-    dW = dS^T h,  dE = embed_scale P^T g,  tied: the sum of both                       `vocab_grad_kernel`
+    dh += dS W_c                                                                     cuBLAS
+    dW_c = dS^T h,  dE_c = P^T g;  tied: [dS; P]^T [h; g]                            cuBLAS
+    dbias_c = dS^T 1                                                                 cuBLAS
 
-Tied: one tile of W is the operand of both products of `score_grad_kernel`. dS and P of a chunk, [T, C] in the input's
-dtype, are all that exists of [T, V]; each result has one owner, so two runs are bitwise equal.
+Where the forward kept its P, S is not needed. dS and P of a chunk, [T, C] in the input's dtype, take the memory of S
+and dP if those have the same dtype. Each result has one owner and there are no atomics, so two runs are bitwise equal.
 
-FLOPs for frozen matrices 6 T V D (scores, dP, dh); each trainable use adds 2 T V D.
+FLOPs for frozen matrices 6 T V D (scores, dP, dh), 4 T V D with P kept; each trainable use adds 2 T V D.
 """
 
 import triton
 import triton.language as tl
 
-from .numerics import LOG_FLOOR, dot, row_factors, row_floors, row_seeds, scores
-from .two_pass import grouped, row_dot
+from .scores import LOG_FLOOR, reference, row_factors, row_seeds, row_thresholds, scores
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit
 def constants_kernel(
-    grad_ptr,  # [T, E] upstream gradient
-    out_ptr,  # [T, E]
+    total_ptr,  # [T]
+    grad_ptr,  # [T, E] upstream gradient; None: zero, as for the next two
     grad_lse_ptr,  # [T]
     grad_entropy_ptr,  # [T]
+    out_ptr,  # [T, E]
     entropy_ptr,  # [T]
-    total_ptr,  # [T]
     constant_ptr,  # [T] float32, out
-    num_rows,
     width,
     stride_grad_t,
     stride_grad_e,
-    HAS_GRAD: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     constant = 0.0
-    if HAS_GRAD:
+    if grad_ptr is not None:
         products = tl.zeros([BLOCK_E], tl.float32)
         for start in range(0, width, BLOCK_E):
             cols = start + tl.arange(0, BLOCK_E)
@@ -50,46 +47,35 @@ def constants_kernel(
             out = tl.load(out_ptr + row * width + cols, mask=m_cols, other=0.0)
             products += grad.to(tl.float32) * out.to(tl.float32)
         constant += tl.sum(products, 0)
-    if HAS_LSE:
+    if grad_lse_ptr is not None:
         constant -= tl.load(grad_lse_ptr + row).to(tl.float32)
-    if HAS_ENTROPY:
+    if grad_entropy_ptr is not None:
         log_total = tl.log(tl.load(total_ptr + row))
         constant += tl.load(grad_entropy_ptr + row).to(tl.float32) * (tl.load(entropy_ptr + row) - log_total)
     tl.store(constant_ptr + row, constant)
 
 
-@triton.jit(do_not_specialize=["seed", "vocab_start", "chunk_start", "num_rows"])
+@triton.jit(do_not_specialize=["seed", "vocab_start", "chunk_start", "chunk_size", "num_rows"])
 def score_grad_kernel(
-    hidden_ptr,  # [T, D]
-    weight_ptr,  # [V, D]
-    grad_ptr,  # [T, E] upstream gradient
-    value_ptr,  # [V, E]
+    product_ptr,  # [T, C] h . w, float32 or the input's dtype; with KEPT: the forward's P
+    grad_prob_ptr,  # [T, C] g . e, float32 or the input's dtype; None: zero
+    score_grad_ptr,  # [T, C] input dtype, out: gradient of h w + bias; None: not wanted
+    prob_ptr,  # [T, C] input dtype, out: embed_scale * P; None: not wanted
+    temperature_part_ptr,  # [T, tiles] float32, out: sum of dS (s - peak); None: not wanted
     bias_ptr,  # [V]
     temperature_ptr,  # [T]
     seed_ptr,  # [T]
-    floor_ptr,  # [T]
+    threshold_ptr,  # [T]
     peak_ptr,  # [T]
     total_ptr,  # [T]
     constant_ptr,  # [T]
-    slope_ptr,  # [T]
-    score_grad_ptr,  # [T, C] input dtype, out: gradient of h w + bias
-    prob_ptr,  # [T, C] input dtype, out: embed_scale * P
-    temperature_part_ptr,  # [tiles, T] float32, out: sum of dS (s - peak)
-    bias_part_ptr,  # [row blocks, C] float32, out: column sums
+    slope_ptr,  # [T]; None: zero
     num_rows,
     num_vocab,
-    width,
-    value_width,
-    stride_hidden_t,
-    stride_hidden_d,
-    stride_weight_v,
-    stride_weight_d,
-    stride_grad_t,
-    stride_grad_e,
-    stride_value_v,
-    stride_value_e,
+    stride_product,
+    stride_grad_prob,
+    stride_out,  # of score_grad and prob
     stride_bias,
-    stride_chunk,  # of score_grad, prob and bias_part
     vocab_start,
     chunk_start,
     chunk_size,
@@ -98,151 +84,53 @@ def score_grad_kernel(
     softcap,
     inverse_temperature,
     embed_scale,
-    HAS_BIAS: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    CAPPED: tl.constexpr,
-    GUMBEL: tl.constexpr,
-    FLOOR: tl.constexpr,
     ALIGNED: tl.constexpr,
-    HAS_GRAD: tl.constexpr,
-    HAS_SLOPE: tl.constexpr,
-    TIED: tl.constexpr,  # value is weight
-    NEED_SCORES: tl.constexpr,
-    NEED_PROB: tl.constexpr,
-    NEED_TEMPERATURE: tl.constexpr,
-    NEED_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KEPT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
-    i_rows, i_tile = grouped(tl.program_id(0), tl.cdiv(num_rows, BLOCK_T), tl.cdiv(chunk_size, BLOCK_V), GROUP)
-    rows = i_rows * BLOCK_T + tl.arange(0, BLOCK_T)
+    num_tiles = tl.cdiv(chunk_size, BLOCK_V)
+    i_tile = tl.program_id(0) % num_tiles
+    rows = tl.program_id(0) // num_tiles * BLOCK_T + tl.arange(0, BLOCK_T)
     m_rows = rows < num_rows
-    rows64 = rows.to(tl.int64)
     column = i_tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    vocab = (chunk_start + column).to(tl.int64)
-    m_vocab = column < chunk_size
-    if TIED and HAS_GRAD and NEED_SCORES:
-        k = tl.arange(0, BLOCK_K)
-        p_hidden = hidden_ptr + rows64[:, None] * stride_hidden_t + k[None, :] * stride_hidden_d
-        p_grad = grad_ptr + rows64[:, None] * stride_grad_t + k[None, :] * stride_grad_e
-        p_weight = weight_ptr + vocab[:, None] * stride_weight_v + k[None, :] * stride_weight_d
-        product = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
-        grad_prob = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
-        for start in range(0, width, BLOCK_K):
-            m_k = k < width - start
-            m_load = m_rows[:, None] & m_k[None, :]
-            hidden = tl.load(p_hidden, mask=m_load, other=0.0)
-            grad = tl.load(p_grad, mask=m_load, other=0.0)
-            weight = tl.trans(tl.load(p_weight, mask=m_vocab[:, None] & m_k[None, :], other=0.0))
-            product = dot(hidden, weight, product, PRECISION)
-            grad_prob = dot(grad, weight, grad_prob, PRECISION)
-            p_hidden += BLOCK_K * stride_hidden_d
-            p_grad += BLOCK_K * stride_grad_e
-            p_weight += BLOCK_K * stride_weight_d
+    inside = m_rows[:, None] & (column < chunk_size)[None, :]
+    rows64 = rows.to(tl.int64)[:, None]
+    product = tl.load(product_ptr + rows64 * stride_product + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    if grad_prob_ptr is not None:
+        grad = tl.load(grad_prob_ptr + rows64 * stride_grad_prob + column[None, :], mask=inside, other=0.0)
+        grad = grad.to(tl.float32) * embed_scale
     else:
-        product = row_dot(
-            hidden_ptr, weight_ptr, rows64, vocab, m_rows, m_vocab, width,
-            stride_hidden_t, stride_hidden_d, stride_weight_v, stride_weight_d, PRECISION, BLOCK_T, BLOCK_V, BLOCK_K,
+        grad = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
+    inverse = row_factors(temperature_ptr, rows[:, None], m_rows[:, None], inverse_temperature)
+    peak = tl.load(peak_ptr + rows, mask=m_rows, other=0.0)
+    total = tl.load(total_ptr + rows, mask=m_rows, other=1.0)
+    if KEPT:
+        prob = product * (tl.exp(reference(peak) - peak) / total)[:, None]
+    else:
+        seeds = row_seeds(seed_ptr, rows[:, None], m_rows[:, None], seed)
+        thresholds = row_thresholds(threshold_ptr, rows[:, None], m_rows[:, None])
+        score, capped = scores(
+            product, (chunk_start + column)[None, :], inverse, seeds, thresholds, bias_ptr, threshold_ptr, stride_bias,
+            num_vocab, vocab_start, seed, scale, softcap, ALIGNED,
         )  # fmt: skip
-        grad_prob = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
-        if HAS_GRAD and NEED_SCORES:
-            grad_prob = row_dot(
-                grad_ptr, value_ptr, rows64, vocab, m_rows, m_vocab, value_width,
-                stride_grad_t, stride_grad_e, stride_value_v, stride_value_e, PRECISION, BLOCK_T, BLOCK_V, BLOCK_K,
-            )  # fmt: skip
-
-    inverse = row_factors(temperature_ptr, rows, inverse_temperature, m_rows, HAS_TEMPERATURE)
-    seeds = row_seeds(seed_ptr, rows, seed, m_rows, GUMBEL)
-    floors = row_floors(floor_ptr, rows, m_rows, FLOOR)
-    score, capped = scores(
-        product, bias_ptr, vocab, vocab_start, num_vocab, stride_bias, inverse, seeds, floors, scale, softcap,
-        HAS_BIAS, CAPPED, GUMBEL, FLOOR, ALIGNED, BLOCK_T, BLOCK_V,
-    )  # fmt: skip
-    inside = m_rows[:, None] & m_vocab[None, :]
-    relative = score - tl.load(peak_ptr + rows, mask=m_rows, other=0.0)[:, None]
-    prob = tl.exp(relative) / tl.load(total_ptr + rows, mask=m_rows, other=1.0)[:, None]
-    prob = tl.where(inside, prob, 0.0)
-    p_chunk = rows64[:, None] * stride_chunk + column[None, :]
-    if NEED_PROB:
-        tl.store(prob_ptr + p_chunk, (prob * embed_scale).to(prob_ptr.dtype.element_ty), mask=inside)
-    if NEED_SCORES:
-        constant = tl.load(constant_ptr + rows, mask=m_rows, other=0.0)
-        grad = grad_prob * embed_scale - constant[:, None]
+        relative = score - peak[:, None]
+        prob = tl.exp(relative) / total[:, None]
         relative = tl.maximum(relative, LOG_FLOOR)
-        if HAS_SLOPE:
+    p_out = rows64 * stride_out + column[None, :]
+    if prob_ptr is not None:
+        tl.debug_barrier()  # P may take the memory of g . e, which other threads may still be reading
+        tl.store(prob_ptr + p_out, (prob * embed_scale).to(prob_ptr.dtype.element_ty), mask=inside)
+    if score_grad_ptr is not None:
+        grad -= tl.load(constant_ptr + rows, mask=m_rows, other=0.0)[:, None]
+        if slope_ptr is not None:
             grad -= relative * tl.load(slope_ptr + rows, mask=m_rows, other=0.0).to(tl.float32)[:, None]
         grad *= prob
-        if NEED_TEMPERATURE:
+        if temperature_part_ptr is not None:
             part = tl.sum(tl.where(inside, grad * relative, 0.0), 1)
-            tl.store(temperature_part_ptr + i_tile * num_rows + rows, part, mask=m_rows)
-        if CAPPED:
-            grad *= (1.0 - capped * capped) * (scale * softcap * inverse)[:, None]
+            tl.store(temperature_part_ptr + rows.to(tl.int64) * num_tiles + i_tile, part, mask=m_rows)
+        if softcap is not None:
+            grad *= (1.0 - capped * capped) * (scale * softcap * inverse)
         else:
-            grad *= (scale * inverse)[:, None]
-        tl.store(score_grad_ptr + p_chunk, grad.to(score_grad_ptr.dtype.element_ty), mask=inside)
-        if NEED_BIAS:
-            part = tl.sum(tl.where(inside, grad, 0.0), 0)
-            tl.store(bias_part_ptr + i_rows * stride_chunk + column, part, mask=m_vocab)
-
-
-@triton.jit(do_not_specialize=["chunk_start", "num_rows"])
-def vocab_grad_kernel(
-    a_ptr,  # [T, C]: dS
-    b_ptr,  # [T, D]: hidden
-    a2_ptr,  # [T, C]: P, with DUAL
-    b2_ptr,  # [T, D]: upstream gradient, with DUAL
-    sum_ptr,  # [C, D] float32, in and out: where the rows come in several blocks
-    out_ptr,  # [V, D] out, any dtype
-    num_rows,
-    width,
-    stride_a,
-    stride_bt,
-    stride_bd,
-    stride_b2t,
-    stride_b2d,
-    stride_out,
-    chunk_start,
-    chunk_size,
-    FIRST: tl.constexpr,  # block of rows
-    LAST: tl.constexpr,
-    DUAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    i_vocab, i_cols = grouped(tl.program_id(0), tl.cdiv(chunk_size, BLOCK_V), tl.cdiv(width, BLOCK_E), GROUP)
-    column = i_vocab * BLOCK_V + tl.arange(0, BLOCK_V)
-    m_column = column < chunk_size
-    cols = i_cols * BLOCK_E + tl.arange(0, BLOCK_E)
-    m_cols = cols < width
-    cols64 = cols.to(tl.int64)
-    inner = tl.arange(0, BLOCK_T)
-    inside = m_column[:, None] & m_cols[None, :]
-    acc = tl.zeros([BLOCK_V, BLOCK_E], tl.float32)
-    for start in range(0, num_rows, BLOCK_T):
-        rows = start + inner
-        m_rows = rows < num_rows
-        rows64 = rows.to(tl.int64)
-        p_a = rows64[:, None] * stride_a + column[None, :]
-        m_a = m_rows[:, None] & m_column[None, :]
-        m_b = m_rows[:, None] & m_cols[None, :]
-        a = tl.load(a_ptr + p_a, mask=m_a, other=0.0)
-        b = tl.load(b_ptr + rows64[:, None] * stride_bt + cols64[None, :] * stride_bd, mask=m_b, other=0.0)
-        acc = dot(tl.trans(a), b, acc, PRECISION)
-        if DUAL:
-            a2 = tl.load(a2_ptr + p_a, mask=m_a, other=0.0)
-            b2 = tl.load(b2_ptr + rows64[:, None] * stride_b2t + cols64[None, :] * stride_b2d, mask=m_b, other=0.0)
-            acc = dot(tl.trans(a2), b2, acc, PRECISION)
-    p_part = column.to(tl.int64)[:, None] * width + cols64[None, :]
-    if not FIRST:
-        acc += tl.load(sum_ptr + p_part, mask=inside, other=0.0)
-    if LAST:
-        vocab = (chunk_start + column).to(tl.int64)
-        tl.store(out_ptr + vocab[:, None] * stride_out + cols64[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
-    else:
-        tl.store(sum_ptr + p_part, acc, mask=inside)
+            grad *= scale * inverse
+        tl.store(score_grad_ptr + p_out, grad.to(score_grad_ptr.dtype.element_ty), mask=inside)

@@ -34,7 +34,7 @@ Stale slots are not read, so they may hold anything.
 
 `TABLE` holds the tiles: for each padded width, max(d, d_v) rounded up to a power of two, and element size the slots of
 a block, warps and pipeline stages. They are chosen so that neither sm_80 nor sm_90 spills registers or runs out of
-shared memory (`compile_report.py`); at 16 query rows the tensor cores wait for memory either way. That holds for sizes
+shared memory (`bench/static/compile_report.py`); at 16 query rows the tensor cores wait for memory either way. That holds for sizes
 that are multiples of 16, as those of language models are; others run, but load element by element.
 """
 
@@ -48,8 +48,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launching
-from .numerics import dot, tanh
+from .matmul import dot
 from .plan import Config, cdiv
+from .scores import tanh
 
 SLICE = 512  # slots of a split: its partials are then a few percent of its keys and values
 MOST_SPLITS = 64

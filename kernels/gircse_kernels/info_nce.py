@@ -7,44 +7,19 @@ the device.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from . import backward as gradient_kernels
-from . import launching, two_pass
+from . import launching
+from .contract import Pooled, Sums
 from .launching import device_of
-from .plan import CHUNK_BYTES, ROW_BLOCK, Config, Device, cdiv, chunk_size, even_blocks, lookup
+from .plan import ROW_BLOCK, Config, Device, cdiv, chunk_size, even_blocks, lookup
 from .pool import pool_grad_kernel, pool_kernel
 from .similarity import similarity_kernel
 
 PRECISION = "tf32x3"
 SMALLEST = 1e-37  # of a norm: a shorter vector has no direction
-
-
-class Sums(NamedTuple):
-    """Softmax sums of each row over some candidates, float32 [K, B]."""
-
-    peak: Tensor  # largest logit that counts
-    total: Tensor  # sum of e^(logit - peak)
-    positive: Tensor  # logit of the target; -inf where it is not among them
-    hardest: Tensor  # largest logit that counts and is not the target's; -inf where there is none
-
-    def merge(self, other: Sums) -> Sums:
-        """The sums over both sets of candidates."""
-        peak = torch.maximum(self.peak, other.peak)
-        total = self.total * (self.peak - peak).exp() + other.total * (other.peak - peak).exp()
-        return Sums(
-            peak, total, torch.maximum(self.positive, other.positive), torch.maximum(self.hardest, other.hardest)
-        )
-
-
-class Pooled(NamedTuple):
-    """Unit vectors of every number of steps."""
-
-    vectors: Tensor  # [K, B, D] float32
-    norms: Tensor  # [K, B] float32, before they were divided
+CHUNK_BYTES = 32 << 20  # of a chunk's similarities, or of what is left of them
 
 
 def pool(steps: Tensor, pooling: str, first: int = 0, last: int | None = None) -> Pooled:
@@ -151,62 +126,32 @@ def gradients(
 
     `peak` and `total` [K, B] are those over all candidates, of which these may be a part; `weight` [K] float32.
     """
-    num_steps, num_rows, width = rows.shape
+    num_steps, num_rows = rows.shape[:2]
     num_columns = candidates.shape[1]
     arch = (device or device_of(rows.device)).arch
-    score, product, vocab = (
-        lookup(kernel, arch, 4, min(num_rows, ROW_BLOCK)) for kernel in ("score", "product", "vocab_grad")
-    )
+    config = lookup("score", arch, 4, min(num_rows, ROW_BLOCK))
     block = even_blocks(num_rows, ROW_BLOCK)
-    tile = score.blocks["BLOCK_V"]
-    chunk = chunk_size(num_columns, CHUNK_BYTES // (4 * num_steps * block), tile)
+    chunk = chunk_size(num_columns, CHUNK_BYTES // (4 * num_steps * block), config.blocks["BLOCK_V"])
     mask, weight = _rowwise(mask), weight / temperature
     grad_candidates = torch.empty_like(candidates) if need_candidates else None
     several = block < num_rows
-    partial = None
-    if several and need_candidates:
-        partial = torch.empty((num_steps, chunk, width), dtype=torch.float32, device=rows.device)
     for start in range(0, num_columns, chunk):
         size = min(chunk, num_columns - start)
         for first in range(0, num_rows, block):
             part = slice(first, min(first + block, num_rows))
-            count = part.stop - first
-            grad = torch.empty((num_steps, count, size), dtype=torch.float32, device=rows.device)
+            grad = torch.empty((num_steps, part.stop - first, size), dtype=torch.float32, device=rows.device)
             picked = [t[:, part].contiguous() if several else t for t in (rows, peak, total)]
             _similarity(
                 picked[0], candidates, target[part], temperature, None if mask is None else mask[part],
-                None if exclude is None else exclude[part], start, size, score,
+                None if exclude is None else exclude[part], start, size, config,
                 peak=picked[1], total=picked[2], weight=weight, grad=grad,
             )  # fmt: skip
             for k in range(num_steps):
+                columns = slice(start, start + size)
                 if grad_rows is not None:
-                    out = grad_rows[k, part]
-                    launching.launch(
-                        two_pass.product_kernel,
-                        (cdiv(count, product.blocks["BLOCK_T"]) * cdiv(width, product.blocks["BLOCK_E"]), 1),
-                        (
-                            grad[k], candidates[k], out, count, width,
-                            grad.stride(1), width, 1, 0, start, size, cdiv(size, product.blocks["BLOCK_V"])
-                            * product.blocks["BLOCK_V"],
-                        ),
-                        product,
-                        FIRST=False,
-                        PRECISION=PRECISION,
-                    )  # fmt: skip
+                    launching.tf32x3_product(grad[k], candidates[k, columns], grad_rows[k, part], add=True)
                 if grad_candidates is not None:
-                    launching.launch(
-                        gradient_kernels.vocab_grad_kernel,
-                        (cdiv(size, vocab.blocks["BLOCK_V"]) * cdiv(width, vocab.blocks["BLOCK_E"]),),
-                        (
-                            grad[k], picked[0][k], None, None, None if partial is None else partial[k],
-                            grad_candidates[k], count, width, grad.stride(1), width, 1, 0, 0, width, start, size,
-                        ),
-                        vocab,
-                        FIRST=first == 0,
-                        LAST=part.stop == num_rows,
-                        DUAL=False,
-                        PRECISION=PRECISION,
-                    )  # fmt: skip
+                    launching.tf32x3_product(grad[k].T, picked[0][k], grad_candidates[k, columns], add=first > 0)
     return grad_candidates
 
 

@@ -1,4 +1,4 @@
-"""The backward of `soft_embed`: walks chunks of the vocabulary and blocks of rows, scores recomputed."""
+"""The backward of `soft_embed`: walks chunks of the vocabulary and blocks of rows, scores recomputed or P kept."""
 
 from __future__ import annotations
 
@@ -9,42 +9,21 @@ import torch
 from torch import Tensor
 
 from . import backward as kernels
-from . import launching, two_pass
-from .launching import Inputs, Options, bias_stride, device_of, score_flags, score_scalars
-from .plan import Backward, Config, Device, Problem, cdiv, plan_backward
+from . import launching
+from .contract import Grads, Inputs, Needs, Options, Saved
+from .launching import bias_stride, device_of, score_flags, score_scalars
+from .plan import Backward, Config, Device, Problem, cdiv, padded, plan_backward
 
 
-class Saved(NamedTuple):
-    """What backward needs of the forward."""
+class _Upstream(NamedTuple):
+    """Gradients that come in, of some rows; None: zero."""
 
-    out: Tensor  # [T, E], as exact as there is
-    peak: Tensor  # [T]
-    total: Tensor  # [T]
-    entropy: Tensor | None  # [T], where it has a gradient
+    out: Tensor | None  # [T, E]
+    entropy: Tensor | None  # [T]
+    constant: Tensor  # [T], what `constants_kernel` makes of all of them
 
-
-class Needs(NamedTuple):
-    """Which gradients are wanted."""
-
-    hidden: bool
-    head: bool
-    embed: bool
-    bias: bool
-    temperature: bool
-
-
-class Grads(NamedTuple):
-    """Gradients; a tensor that nobody asked for is None.
-
-    Over a vocabulary shard, hidden's and temperature's are this shard's share of a sum. The temperature's is finished
-    by the caller, who knows the whole of it: `(sum over shards - peak grad_lse) / temperature`.
-    """
-
-    hidden: Tensor | None  # float32
-    head: Tensor | None  # the head's dtype
-    embed: Tensor | None  # embed's dtype
-    bias: Tensor | None  # float32
-    temperature: Tensor | None  # float32, -sum of dS (s - peak)
+    def of_rows(self, rows: slice) -> _Upstream:
+        return _Upstream(*(None if tensor is None else tensor[rows] for tensor in self))  # type: ignore[arg-type]
 
 
 def backward(
@@ -60,64 +39,74 @@ def backward(
 ) -> Grads:
     """Gradients from grad_out [T, E], grad_lse [T], grad_entropy [T]; None: zero.
 
-    `saved.peak` and `saved.total` may be those of a whole vocabulary of which `head` is one shard.
+    `saved.peak` and `saved.total` may be those of a whole vocabulary of which `head` is one shard; `saved.probs` only
+    without shards and soft-cap.
     """
     hidden, head, embed, bias, temperature = inputs[:5]
     values = head if embed is None else embed
     (num_rows, width), (num_vocab, value_width) = hidden.shape, values.shape
+    needs = needs._replace(
+        bias=needs.bias and bias is not None,
+        embed=needs.embed and embed is not None,
+        temperature=needs.temperature and temperature is not None,
+    )
+    need_values = (needs.embed if embed is not None else needs.head) and grad_out is not None
+    need_scores = needs.hidden or needs.head or needs.bias or needs.temperature
+    runs = num_rows > 0 and (need_scores or need_values)
+    zeros = functools.partial(torch.zeros, device=hidden.device)
+    # Whatever runs writes every element.
+    make = functools.partial(torch.empty, device=hidden.device) if runs else zeros
+    grads = Grads(
+        make((num_rows, width), dtype=torch.float32) if needs.hidden else None,
+        make(head.shape, dtype=head.dtype) if needs.head else None,
+        (make if need_values else zeros)(values.shape, dtype=values.dtype) if needs.embed else None,
+        make(num_vocab, dtype=torch.float32) if needs.bias else None,
+        make(num_rows, dtype=torch.float32) if needs.temperature else None,
+    )
+    if not runs:
+        return grads
     # the kernels take a number of each row to lie beside the next row's; the gradients of a sum have stride 0
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
-    saved = Saved(*(None if tensor is None else tensor.contiguous() for tensor in saved))  # type: ignore[arg-type]
-    zeros = functools.partial(torch.zeros, dtype=torch.float32, device=hidden.device)
-    need_values = (needs.embed if embed is not None else needs.head) and grad_out is not None
-    need_temperature = needs.temperature and temperature is not None
-    need_bias = needs.bias and bias is not None
-    need_scores = needs.hidden or needs.head or need_bias or need_temperature
-    empty = num_rows == 0 or not (need_scores or need_values)
-    problem = Problem(max(1, num_rows), num_vocab, width, value_width, embed is None, hidden.itemsize)
-    plan = plan_backward(problem, device or device_of(hidden.device), need_values, needs.head)
-    # The kernels write every element; without rows none of them runs.
-    make = functools.partial(torch.zeros if empty else torch.empty, device=hidden.device)
-    slots = make((plan.splits, num_rows, width), dtype=torch.float32) if needs.hidden else None
-    grad_head = make(head.shape, dtype=head.dtype) if needs.head else None
-    grad_embed = None
-    if embed is not None and needs.embed:
-        make_embed = make if need_values else functools.partial(torch.zeros, device=hidden.device)
-        grad_embed = make_embed(embed.shape, dtype=embed.dtype)
-    grad_bias = zeros(num_vocab) if need_bias else None
-    grad_temperature = zeros(num_rows) if need_temperature else None
-    if not empty:
-        if grad_out is None:
-            grad_out = hidden.new_zeros((1, 1)).expand(num_rows, value_width)
-            has_grad = False
-        else:
-            has_grad = True
-        constant = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
-        launching.launch(
-            kernels.constants_kernel,
-            (num_rows,),
-            (
-                grad_out, saved.out, grad_lse, grad_entropy, saved.entropy, saved.total, constant,
-                num_rows, value_width, *grad_out.stride(),
-            ),
-            Config({"BLOCK_E": min(1024, 1 << (value_width - 1).bit_length())}, 4, 1),
-            HAS_GRAD=has_grad,
-            HAS_LSE=grad_lse is not None,
-            HAS_ENTROPY=grad_entropy is not None,
-        )  # fmt: skip
-        walk = _BackwardWalk(inputs, options, saved, plan, grad_out, grad_entropy, constant, has_grad)
-        walk.run(slots, grad_head, grad_embed, grad_bias, grad_temperature, need_scores, need_values)
-    grad_hidden = None
-    if slots is not None:
-        grad_hidden = slots[0] if slots.shape[0] == 1 else slots.sum(0)
-    if grad_temperature is not None:
-        grad_temperature = grad_temperature.neg_()
-    return Grads(grad_hidden, grad_head, grad_embed, grad_bias, grad_temperature)
+    saved = saved._replace(
+        out=saved.out.contiguous(),
+        peak=saved.peak.contiguous(),
+        total=saved.total.contiguous(),
+        entropy=None if saved.entropy is None else saved.entropy.contiguous(),
+    )
+    if grad_entropy is not None or needs.temperature or options.softcap is not None:
+        saved = saved._replace(probs=None)  # these need the scores themselves
+    problem = Problem(num_rows, num_vocab, width, value_width, embed is None, hidden.itemsize)
+    plan = plan_backward(
+        problem,
+        device or device_of(hidden.device),
+        need_values,
+        needs.head,
+        exact_scores=launching.exact_scores(inputs, saved.entropy is not None),
+    )
+    constant = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
+    launching.launch(
+        kernels.constants_kernel,
+        (num_rows,),
+        (
+            saved.total, grad_out, grad_lse, grad_entropy, saved.out, saved.entropy, constant,
+            value_width, *((0, 0) if grad_out is None else grad_out.stride()),
+        ),
+        Config({"BLOCK_E": min(1024, 1 << (value_width - 1).bit_length())}, 4, 1),
+    )  # fmt: skip
+    walk = _Walk(inputs, options, saved, plan, _Upstream(grad_out, grad_entropy, constant), needs, need_values)
+    walk.run(grads)
+    if grads.temperature is not None:
+        grads.temperature.neg_()
+    return grads
 
 
-class _BackwardWalk:
-    """The loop over chunks and blocks of rows, and the scratch of one of each."""
+class _Walk:
+    """The loop over chunks and blocks of rows, and the scratch of one of each.
+
+    `sums` holds the products of a chunk, [2, T, C]: h W^T and g E^T. `outs` holds dS and, where it is wanted, P. It is
+    the same memory where the dtypes are the same.
+    """
 
     def __init__(
         self,
@@ -125,152 +114,139 @@ class _BackwardWalk:
         options: Options,
         saved: Saved,
         plan: Backward,
-        grad_out: Tensor,
-        grad_entropy: Tensor | None,
-        constant: Tensor,
-        has_grad: bool,
-    ) -> None:
-        self.inputs, self.options, self.saved, self.plan = inputs, options, saved, plan
-        self.grad_out, self.grad_entropy, self.constant, self.has_grad = grad_out, grad_entropy, constant, has_grad
-        self.flags, self.scalars = score_flags(inputs, options), score_scalars(options)
-        self.precision = {"PRECISION": self.flags["PRECISION"]}
-
-    def run(
-        self,
-        slots: Tensor | None,
-        grad_head: Tensor | None,
-        grad_embed: Tensor | None,
-        grad_bias: Tensor | None,
-        grad_temperature: Tensor | None,
-        need_scores: bool,
+        upstream: _Upstream,
+        needs: Needs,
         need_values: bool,
     ) -> None:
-        hidden, head, embed = self.inputs[:3]
-        plan, num_rows, num_vocab = self.plan, hidden.shape[0], head.shape[0]
-        device, float32 = hidden.device, torch.float32
-        tiles = cdiv(plan.chunk, plan.score_grad.blocks["BLOCK_V"])
-        row_tiles = cdiv(plan.row_block, plan.score_grad.blocks["BLOCK_T"])
-        chunk = (plan.row_block, plan.chunk)
-        score_grad = torch.empty(chunk, dtype=hidden.dtype, device=device) if need_scores else None
-        probs = torch.empty(chunk, dtype=hidden.dtype, device=device) if need_values else None
-        temperature_part = bias_part = head_sum = embed_sum = None
-        if grad_temperature is not None:
-            temperature_part = torch.empty((tiles, plan.row_block), dtype=float32, device=device)
-        if grad_bias is not None:
-            bias_part = torch.empty((row_tiles, plan.chunk), dtype=float32, device=device)
-        if num_rows > plan.row_block:
-            if grad_head is not None:
-                head_sum = torch.empty((plan.chunk, head.shape[1]), dtype=float32, device=device)
-            if grad_embed is not None and embed is not None and need_values:
-                embed_sum = torch.empty((plan.chunk, embed.shape[1]), dtype=float32, device=device)
-        for chunk_start in range(0, num_vocab, plan.chunk):
-            size = min(plan.chunk, num_vocab - chunk_start)
-            for start in range(0, num_rows, plan.row_block):
-                rows = slice(start, min(start + plan.row_block, num_rows))
-                block, grad_block, count = hidden[rows], self.grad_out[rows], rows.stop - rows.start
-                self._score_grad(rows, chunk_start, size, score_grad, probs, temperature_part, bias_part)
-                if grad_temperature is not None and temperature_part is not None:
-                    used = cdiv(size, plan.score_grad.blocks["BLOCK_V"])
-                    # laid out by the rows of this block
-                    part = temperature_part.flatten()[: used * count].view(used, count)
-                    grad_temperature[rows] += part.sum(0)
-                if grad_bias is not None and bias_part is not None:
-                    used = cdiv(count, plan.score_grad.blocks["BLOCK_T"])
-                    grad_bias[chunk_start : chunk_start + size] += bias_part[:used, :size].sum(0)
-                if slots is not None and score_grad is not None:
-                    self._product(score_grad, slots, rows, chunk_start, size)
-                first, last = rows.start == 0, rows.stop == num_rows
-                if grad_head is not None and score_grad is not None:
-                    dual = (probs, grad_block) if embed is None and probs is not None else None
-                    self._vocab_grad(
-                        (score_grad, block), dual, head_sum, grad_head, count, chunk_start, size, first, last
-                    )
-                if grad_embed is not None and probs is not None:
-                    self._vocab_grad(
-                        (probs, grad_block), None, embed_sum, grad_embed, count, chunk_start, size, first, last
-                    )
+        self.inputs, self.options, self.saved, self.plan, self.upstream = inputs, options, saved, plan, upstream
+        self.needs, self.need_values = needs, need_values
+        self.need_scores = needs.hidden or needs.head or needs.bias or needs.temperature
+        hidden = inputs.hidden
+        self.elements = size = plan.row_block * padded(min(plan.chunk, inputs.head.shape[0]))
+        apart = not plan.half_scores and hidden.dtype != torch.float32
+        outs = 1 + need_values if apart else 2
+        self.outs = torch.empty(outs * size, dtype=hidden.dtype, device=hidden.device)
+        self.sums = torch.empty(2 * size, dtype=torch.float32, device=hidden.device) if apart else self.outs
+        self.stacked: tuple[slice, Tensor] | None = None  # of the last block of rows
+        self.ones = hidden.new_ones((plan.row_block, 1)) if needs.bias else None
+
+    def run(self, grads: Grads) -> None:
+        num_rows, num_vocab = self.inputs.hidden.shape[0], self.inputs.head.shape[0]
+        blocks, chunks = _slices(num_rows, self.plan.row_block), _slices(num_vocab, self.plan.chunk)
+        head_sum = embed_sum = None
+        if len(blocks) > 1:  # sums over the blocks of rows are rounded once
+            head_sum, embed_sum = self._float32_sum(grads.head), self._float32_sum(grads.embed)
+        # blocks of rows follow one another where they are summed, chunks where a block is otherwise cut out again
+        steps = [(rows, vocab) for vocab in chunks for rows in blocks]
+        if grads.head is None and grads.embed is None:
+            steps = [(rows, vocab) for rows in blocks for vocab in chunks]
+        for rows, vocab in steps:
+            head, embed = _chunk(grads.head, head_sum, vocab), _chunk(grads.embed, embed_sum, vocab)
+            part = Grads(
+                None if grads.hidden is None else grads.hidden[rows],
+                head,
+                embed,
+                None if grads.bias is None else grads.bias[vocab, None],
+                None if grads.temperature is None else grads.temperature[rows],
+            )
+            self._step(rows, vocab, part)
+            if rows.stop == num_rows:
+                for grad, total in ((grads.head, head), (grads.embed, embed)):
+                    if grad is not None and total is not None and total.dtype != grad.dtype:
+                        grad[vocab] = total
+
+    def _float32_sum(self, grad: Tensor | None) -> Tensor | None:
+        if grad is None or grad.dtype == torch.float32:
+            return None
+        return grad.new_empty((min(self.plan.chunk, grad.shape[0]), grad.shape[1]), dtype=torch.float32)
+
+    def _step(self, rows: slice, vocab: slice, grads: Grads) -> None:
+        """One block of rows and one chunk: `grads` are the parts of the results that it adds to or begins."""
+        inputs, upstream, need_values = self.inputs.of_rows(rows), self.upstream.of_rows(rows), self.need_values
+        hidden, head, embed = inputs[:3]
+        count, size, grad_out = hidden.shape[0], vocab.stop - vocab.start, upstream.out
+        elements = count * padded(size)
+        sums, outs = (
+            flat[: flat.shape[0] // self.elements * elements].view(-1, count, padded(size))[..., :size]
+            for flat in (self.sums, self.outs)
+        )
+        probs = None if self.saved.probs is None else self.saved.probs[rows, vocab]
+        both = None  # [2 T, D], where both products are with the same matrix
+        if embed is None and grad_out is not None and (probs is None or need_values):
+            both = self._stack(rows, hidden, grad_out)
+        if both is not None and probs is None:
+            launching.product(both, head[vocab].T, sums.flatten(0, 1))
+        else:
+            if probs is None:
+                launching.product(hidden, head[vocab].T, sums[0])
+            if grad_out is not None and self.need_scores:
+                values = head if embed is None else embed
+                launching.product(grad_out, values[vocab].T, sums[1])
+        self._score_grad(inputs, upstream, rows, vocab, sums, outs, probs, grads.temperature)
+        first_rows, first_vocab = rows.start == 0, vocab.start == 0
+        if grads.hidden is not None:
+            launching.product(outs[0], head[vocab], grads.hidden, add=not first_vocab)
+        if grads.bias is not None and self.ones is not None:
+            launching.product(outs[0].T, self.ones[:count], grads.bias, add=not first_rows)
+        if grads.head is not None:
+            if both is not None:
+                launching.product(outs.flatten(0, 1).T, both, grads.head, add=not first_rows)
+            else:
+                launching.product(outs[0].T, hidden, grads.head, add=not first_rows)
+        if grads.embed is not None and grad_out is not None:
+            launching.product(outs[1].T, grad_out, grads.embed, add=not first_rows)
+
+    def _stack(self, rows: slice, hidden: Tensor, grad_out: Tensor) -> Tensor:
+        if self.stacked is None or self.stacked[0] != rows:
+            self.stacked = rows, torch.cat([hidden, grad_out])
+        return self.stacked[1]
 
     def _score_grad(
         self,
+        inputs: Inputs,
+        upstream: _Upstream,
         rows: slice,
-        chunk_start: int,
-        size: int,
-        score_grad: Tensor | None,
+        vocab: slice,
+        sums: Tensor,
+        outs: Tensor,
         probs: Tensor | None,
-        temperature_part: Tensor | None,
-        bias_part: Tensor | None,
+        grad_temperature: Tensor | None,
     ) -> None:
-        hidden, head, embed, bias, temperature, seeds, floor = self.inputs
-        values = head if embed is None else embed
-        blocks, count = self.plan.score_grad.blocks, rows.stop - rows.start
-        block, grad_block = hidden[rows], self.grad_out[rows]
-        slope = self.grad_entropy
+        count, size, config = inputs.hidden.shape[0], vocab.stop - vocab.start, self.plan.score_grad
+        tiles = cdiv(size, config.blocks["BLOCK_V"])
+        products = sums[0] if probs is None else probs
+        part = None
+        if grad_temperature is not None:
+            part = torch.empty((count, tiles), dtype=torch.float32, device=sums.device)
         launching.launch(
             kernels.score_grad_kernel,
-            (cdiv(count, blocks["BLOCK_T"]) * cdiv(size, blocks["BLOCK_V"]),),
+            (cdiv(count, config.blocks["BLOCK_T"]) * tiles,),
             (
-                block, head, grad_block, values, bias,
-                *(None if tensor is None else tensor[rows] for tensor in (temperature, seeds, floor)),
-                self.saved.peak[rows], self.saved.total[rows], self.constant[rows],
-                None if slope is None else slope[rows],
-                score_grad, probs, temperature_part, bias_part,
-                count, head.shape[0], head.shape[1], values.shape[1],
-                *block.stride(), *head.stride(), *grad_block.stride(), *values.stride(), bias_stride(self.inputs),
-                self.plan.chunk, self.options.vocab_start, chunk_start, size,
-                *self.scalars, self.options.embed_scale,
+                products, None if upstream.out is None or not self.need_scores else sums[1],
+                outs[0] if self.need_scores else None, outs[1] if self.need_values else None, part,
+                inputs.bias, inputs.temperature, inputs.seeds, inputs.threshold,
+                self.saved.peak[rows], self.saved.total[rows], upstream.constant, upstream.entropy,
+                count, inputs.head.shape[0], products.stride(0), sums.stride(1), outs.stride(1), bias_stride(inputs),
+                self.options.vocab_start, vocab.start, size, *score_scalars(inputs, self.options),
+                self.options.embed_scale,
             ),
-            self.plan.score_grad,
-            **self.flags,
-            HAS_GRAD=self.has_grad,
-            HAS_SLOPE=slope is not None,
-            TIED=embed is None,
-            NEED_SCORES=score_grad is not None,
-            NEED_PROB=probs is not None,
-            NEED_TEMPERATURE=temperature_part is not None,
-            NEED_BIAS=bias_part is not None,
+            config,
+            ALIGNED=score_flags(inputs, self.options)["ALIGNED"],
+            KEPT=probs is not None,
         )  # fmt: skip
+        if part is not None and grad_temperature is not None:
+            if vocab.start == 0:
+                torch.sum(part, 1, out=grad_temperature)
+            else:
+                grad_temperature += part.sum(1)
 
-    def _product(self, score_grad: Tensor, slots: Tensor, rows: slice, chunk_start: int, size: int) -> None:
-        head, plan = self.inputs.head, self.plan
-        blocks, count, width = plan.product.blocks, rows.stop - rows.start, head.shape[1]
-        launching.launch(
-            two_pass.product_kernel,
-            (cdiv(count, blocks["BLOCK_T"]) * cdiv(width, blocks["BLOCK_E"]), plan.splits),
-            (
-                score_grad, head, slots[:, rows], count, width,
-                score_grad.stride(0), *head.stride(), slots.stride(0), chunk_start, size, plan.per_split,
-            ),
-            plan.product,
-            FIRST=chunk_start == 0,
-            **self.precision,
-        )  # fmt: skip
 
-    def _vocab_grad(
-        self,
-        product: tuple[Tensor, Tensor],
-        second: tuple[Tensor, Tensor] | None,
-        sums: Tensor | None,
-        out: Tensor,
-        count: int,
-        chunk_start: int,
-        size: int,
-        first: bool,
-        last: bool,
-    ) -> None:
-        """out[chunk] = product[0].T @ product[1] (+ second), added up over blocks of rows in `sums`."""
-        (a, b), (a2, b2) = product, second or (None, None)
-        blocks = self.plan.vocab_grad.blocks
-        launching.launch(
-            kernels.vocab_grad_kernel,
-            (cdiv(size, blocks["BLOCK_V"]) * cdiv(out.shape[1], blocks["BLOCK_E"]),),
-            (
-                a, b, a2, b2, sums, out,
-                count, out.shape[1], a.stride(0), *b.stride(), *((0, 0) if b2 is None else b2.stride()), out.stride(0),
-                chunk_start, size,
-            ),
-            self.plan.vocab_grad,
-            FIRST=first,
-            LAST=last,
-            DUAL=second is not None,
-            **self.precision,
-        )  # fmt: skip
+def _slices(total: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def _chunk(grad: Tensor | None, total: Tensor | None, vocab: slice) -> Tensor | None:
+    """Where the gradient of a chunk is summed: in its place, or in float32."""
+    if grad is None or total is None:
+        return None if grad is None else grad[vocab]
+    return total[: vocab.stop - vocab.start]

@@ -1,31 +1,20 @@
-"""The forward of `soft_embed`: chooses between one and two passes (`plan`) and launches them."""
+"""The forward of `soft_embed`: chooses the form (`plan`) and launches forms 1 and 2, one kernel and a merge."""
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import launching, two_pass
-from .launching import Inputs, Options, bias_stride, device_of, score_flags, score_scalars
+from . import launching
+from .contract import Forward, Inputs, Options
+from .few_rows import few_rows_kernel
+from .launch_many_rows import forward_many_rows
+from .launching import bias_stride, device_of, score_flags, score_scalars
 from .merge import merge_kernel
-from .one_pass import one_pass_kernel
-from .plan import Config, Device, OnePass, Problem, TwoPass, cdiv, plan_forward
-
-
-class Forward(NamedTuple):
-    """Results; a tensor that nobody asked for is None."""
-
-    out: Tensor  # [T, E], input dtype; float32 where not finished
-    exact: Tensor | None  # [T, E] float32: `out` before it is rounded, in memory of its own
-    lse: Tensor  # [T] float32, as all below
-    entropy: Tensor | None  # sum of e^(s - peak) (s - peak) where not finished
-    max_prob: Tensor | None
-    argmax: Tensor | None  # int64, index in this head
-    peak: Tensor
-    total: Tensor
+from .one_row import one_row_kernel
+from .plan import Config, Device, FewRows, OneRow, Problem, TwoProducts, cdiv, plan_forward
 
 
 def forward(
@@ -35,178 +24,106 @@ def forward(
     stats: bool = False,
     exact: bool = False,
     finish: bool = True,
+    keep: bool = False,
     device: Device | None = None,
 ) -> Forward:
     """Soft tokens, and with `stats` entropy, max_prob and argmax. `finish=False`: the mergeable sums of a shard."""
     hidden, head, embed = inputs[:3]
-    values = head if embed is None else embed
-    rows, width = values.new_empty, values.shape[1]
-    (num_rows, _), (num_vocab, _) = hidden.shape, head.shape
-    float32 = functools.partial(torch.empty, dtype=torch.float32, device=hidden.device)
-    out = rows((num_rows, width)) if finish else float32(num_rows, width)
-    exact = exact and finish  # float32 too: the caller may change `out` in place
-    argmax = torch.empty(num_rows, dtype=torch.int64, device=hidden.device) if stats else None
-    result = Forward(
-        out,
-        float32(num_rows, width) if exact else None,
-        float32(num_rows),
-        float32(num_rows) if stats else None,
-        float32(num_rows) if stats else None,
-        argmax,
-        float32(num_rows),
-        float32(num_rows),
-    )
-    if num_rows == 0:
-        return result
-    problem = Problem(num_rows, num_vocab, hidden.shape[1], width, embed is None, hidden.itemsize)
+    width = (head if embed is None else embed).shape[1]
+    problem = Problem(hidden.shape[0], head.shape[0], head.shape[1], width, embed is None, hidden.itemsize)
+    if problem.rows == 0:
+        return _empty_forward(inputs, stats, exact, finish)
     plan = plan_forward(problem, device or device_of(hidden.device))
-    if isinstance(plan, OnePass):
-        partials = Partials.empty(plan.splits, num_rows, width, stats, hidden.device)
-        _one_pass(inputs, options, plan, partials, stats)
-        _merge(partials, result, slice(0, num_rows), num_vocab, options.embed_scale, finish)
+    if isinstance(plan, TwoProducts):
+        result = _empty_forward(inputs, stats, exact, finish)
+        return forward_many_rows(inputs, options, problem, result, stats, finish, keep)
+    partial = torch.empty(plan.scratch(problem) // 4, dtype=torch.float32, device=hidden.device)
+    if isinstance(plan, OneRow):
+        _one_row(inputs, options, plan, partial, stats)
     else:
-        _two_pass(inputs, options, plan, result, stats, finish)
+        _few_rows(inputs, options, plan, partial, stats)
+    result = _empty_forward(inputs, stats, exact, finish)  # while the kernel runs
+    _merge(partial, plan.splits, problem.vocab, result, options.embed_scale, finish)
     return result
 
 
-class Partials(NamedTuple):
-    """Mergeable softmax sums of each split, float32."""
-
-    acc: Tensor  # [splits, T, E]
-    peak: Tensor  # [2, splits, T]: a chunk reads one and writes the other
-    total: Tensor  # [splits, T]
-    moment: Tensor | None
-    argmax: Tensor | None  # int64
-
-    @classmethod
-    def empty(cls, splits: int, rows: int, width: int, stats: bool, device: torch.device) -> Partials:
-        acc = torch.empty((splits, rows, width), dtype=torch.float32, device=device)
-        sums = torch.empty((4, splits, rows), dtype=torch.float32, device=device)
-        argmax = torch.empty((splits, rows), dtype=torch.int64, device=device) if stats else None
-        return cls(acc, sums[:2], sums[2], sums[3] if stats else None, argmax)
-
-
-def _one_pass(inputs: Inputs, options: Options, plan: OnePass, partials: Partials, stats: bool) -> None:
-    hidden, head, _, bias, temperature, seeds, floor = inputs
+def _one_row(inputs: Inputs, options: Options, plan: OneRow, partial: Tensor, stats: bool) -> None:
+    hidden, head, _, bias, temperature, seeds, threshold = inputs
     launching.launch(
-        one_pass_kernel,
+        one_row_kernel,
+        (plan.splits,),
+        (
+            hidden, head, bias, temperature, seeds, threshold, partial,
+            head.shape[0], bias_stride(inputs),
+            options.vocab_start, *score_scalars(inputs, options), plan.tiles_per_split,
+        ),
+        plan.config,
+        ALIGNED=options.vocab_start % 4 == 0,
+        STATS=stats,
+        **_shape(inputs, plan),
+    )  # fmt: skip
+
+
+def _few_rows(inputs: Inputs, options: Options, plan: FewRows, partial: Tensor, stats: bool) -> None:
+    hidden, head, _, bias, temperature, seeds, threshold = inputs
+    launching.launch(
+        few_rows_kernel,
         (plan.splits * plan.row_blocks,),
         (
-            hidden, head, bias, temperature, seeds, floor,
-            partials.acc, partials.peak, partials.total, partials.moment, partials.argmax,
-            hidden.shape[0], head.shape[0], head.shape[1],
-            *hidden.stride(), *head.stride(), bias_stride(inputs),
-            options.vocab_start, *score_scalars(options), plan.tiles_per_split, plan.row_blocks,
+            hidden, head, bias, temperature, seeds, threshold, partial,
+            hidden.shape[0], head.shape[0], hidden.stride(0), bias_stride(inputs),
+            options.vocab_start, *score_scalars(inputs, options), plan.tiles_per_split, plan.row_blocks, plan.splits,
         ),
         plan.config,
         **score_flags(inputs, options),
         STATS=stats,
-        WIDTH_0=plan.widths[0],
-        WIDTH_1=plan.widths[1],
+        **_shape(inputs, plan),
     )  # fmt: skip
 
 
-def _two_pass(inputs: Inputs, options: Options, plan: TwoPass, result: Forward, stats: bool, finish: bool) -> None:
-    hidden, head, embed, bias, temperature, seeds, floor = inputs
-    values = head if embed is None else embed
-    (num_rows, num_vocab), (width, device) = (hidden.shape[0], head.shape[0]), (values.shape[1], hidden.device)
-    tile = plan.score.blocks["BLOCK_V"]
-    tiles = cdiv(plan.chunk, tile)
-    partials = Partials.empty(plan.splits, plan.row_block, width, stats, device)
-    probs = torch.empty((plan.row_block, plan.chunk), dtype=hidden.dtype, device=device)
-    tile_sums = torch.empty((3, tiles, plan.row_block), dtype=torch.float32, device=device)
-    tile_argmax = torch.empty((tiles, plan.row_block), dtype=torch.int64, device=device) if stats else None
-    flags, scalars = score_flags(inputs, options), score_scalars(options)
-    for start in range(0, num_rows, plan.row_block):
-        rows = slice(start, min(start + plan.row_block, num_rows))
-        count = rows.stop - rows.start
-        block = hidden[rows]
-        old, new = partials.peak.unbind()
-        for chunk_start in range(0, num_vocab, plan.chunk):
-            size = min(plan.chunk, num_vocab - chunk_start)
-            launching.launch(
-                two_pass.score_kernel,
-                (cdiv(count, plan.score.blocks["BLOCK_T"]) * cdiv(size, tile),),
-                (
-                    block, head, bias,
-                    *(None if tensor is None else tensor[rows] for tensor in (temperature, seeds, floor)),
-                    probs, tile_sums[0], tile_sums[1], tile_sums[2], tile_argmax,
-                    count, num_vocab, head.shape[1],
-                    *block.stride(), *head.stride(), bias_stride(inputs), probs.stride(0),
-                    options.vocab_start, chunk_start, size, *scalars,
-                ),
-                plan.score,
-                **flags,
-                STATS=stats,
-                RAW=False,
-            )  # fmt: skip
-            launching.launch(
-                two_pass.weigh_kernel,
-                (
-                    cdiv(count, plan.weigh.blocks["BLOCK_T"]) * cdiv(width, plan.weigh.blocks["BLOCK_E"]),
-                    plan.splits,
-                ),
-                (
-                    probs, values, tile_sums[0], tile_sums[1], tile_sums[2], tile_argmax,
-                    partials.acc, old, new, partials.total, partials.moment, partials.argmax,
-                    count, width, probs.stride(0), *values.stride(), chunk_start, size, plan.tiles_per_split,
-                ),
-                plan.weigh,
-                FIRST=chunk_start == 0,
-                STATS=stats,
-                PRECISION=flags["PRECISION"],
-                TILE=tile,
-            )  # fmt: skip
-            old, new = new, old
-        _merge(partials._replace(peak=old[None]), result, rows, num_vocab, options.embed_scale, finish)
+def _shape(inputs: Inputs, plan: OneRow | FewRows) -> dict[str, int]:
+    """Numbers that a model does not change, so that they may be compiled in."""
+    stride_v, stride_d = inputs.head.stride()
+    return {
+        "WIDTH": inputs.head.shape[1],
+        "STRIDE_HIDDEN": inputs.hidden.stride(1),
+        "STRIDE_V": stride_v,
+        "STRIDE_D": stride_d,
+        "PIECES": plan.pieces,
+        "STAGES": plan.config.num_stages,  # of the loop over tiles, which Triton does not pipeline by itself
+    }
 
 
-MERGE = Config({"BLOCK_S": 16, "BLOCK_E": 128}, 4, 2)
+def _empty_forward(inputs: Inputs, stats: bool, exact: bool, finish: bool) -> Forward:
+    """The results of a forward, still to be written."""
+    hidden, values = inputs.hidden, inputs.head if inputs.embed is None else inputs.embed
+    num_rows, shape = hidden.shape[0], (hidden.shape[0], values.shape[1])
+    float32 = functools.partial(torch.empty, dtype=torch.float32, device=hidden.device)
+    out = torch.empty(shape, dtype=hidden.dtype, device=hidden.device) if finish else float32(shape)
+    # float32 inputs, too, get an exact result of its own: the caller may change `out` in place
+    kept = float32(shape) if exact and finish else None
+    # tensors of their own, because a custom op may not return two views of one
+    peak, total = (float32(num_rows), float32(num_rows)) if exact or not finish else (None, None)
+    lse, entropy, max_prob = (float32(num_rows), float32(num_rows), float32(num_rows)) if stats else (None, None, None)
+    argmax = torch.empty(num_rows, dtype=torch.int64, device=hidden.device) if stats else None
+    return Forward(out, kept, lse, entropy, max_prob, argmax, peak, total)
 
 
-def _merge(partials: Partials, result: Forward, rows: slice, num_vocab: int, embed_scale: float, finish: bool) -> None:
-    if rows.stop - rows.start < result.out.shape[0]:
-        result = Forward(*(None if tensor is None else tensor[rows] for tensor in result))  # type: ignore[arg-type]
-    out, exact, lse, entropy, max_prob, argmax, peak, total = result
-    splits, width = partials.acc.shape[0], out.shape[1]
+def _merge(partial: Tensor, splits: int, num_vocab: int, result: Forward, embed_scale: float, finish: bool) -> None:
+    """Partial sums, laid out as `merge` says, into all tensors of `result`."""
+    out, exact, lse, entropy, max_prob, argmax, peak, total, _ = result
+    num_rows, width = out.shape
+    padded = 1 << (splits - 1).bit_length()
+    # a program reads all splits of its columns at once: a few wide loads for each of its 128 threads
+    block = max(16, min(1024, 16384 // padded, 1 << (width - 1).bit_length()))
     launching.launch(
         merge_kernel,
-        (rows.stop - rows.start, cdiv(width, MERGE.blocks["BLOCK_E"])),
+        (num_rows, cdiv(width, block)),
         (
-            partials.acc, partials.peak[0], partials.total, partials.moment, partials.argmax,
-            out, exact, peak, total, lse, entropy, max_prob, argmax,
-            rows.stop - rows.start, splits, num_vocab, width, embed_scale,
+            partial, out, exact, peak, total, lse, entropy, max_prob, argmax,
+            num_rows, splits, num_vocab, width, embed_scale,
         ),
-        MERGE,
+        Config({"BLOCK_E": block}, 4, 1),
         FINISH=finish,
-        STATS=argmax is not None,
-        EXACT=exact is not None,
-        SPLITS=1 << (splits - 1).bit_length(),
+        SPLITS=padded,
     )  # fmt: skip
-
-
-def chunk_scores(inputs: Inputs, options: Options, chunk_start: int, size: int) -> Tensor:
-    """Scores [T, size] of a chunk of the vocabulary, float32."""
-    hidden, head, _, bias, temperature, seeds, floor = inputs
-    num_rows = hidden.shape[0]
-    out = torch.empty((num_rows, size), dtype=torch.float32, device=hidden.device)
-    if num_rows == 0:
-        return out
-    problem = Problem(num_rows, head.shape[0], head.shape[1], 1, False, hidden.itemsize)
-    plan = plan_forward(problem, device_of(hidden.device))
-    assert isinstance(plan, TwoPass)
-    launching.launch(
-        two_pass.score_kernel,
-        (cdiv(num_rows, plan.score.blocks["BLOCK_T"]) * cdiv(size, plan.score.blocks["BLOCK_V"]),),
-        (
-            hidden, head, bias, temperature, seeds, floor, out, None, None, None, None,
-            num_rows, head.shape[0], head.shape[1],
-            *hidden.stride(), *head.stride(), bias_stride(inputs), out.stride(0),
-            options.vocab_start, chunk_start, size, *score_scalars(options),
-        ),
-        plan.score,
-        **score_flags(inputs, options),
-        STATS=False,
-        RAW=True,
-    )  # fmt: skip
-    return out

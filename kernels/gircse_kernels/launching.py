@@ -3,40 +3,18 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .one_pass import one_pass_kernel
-from .plan import Config, Device
+from .contract import Inputs, Options
+from .matmul import dot, product_kernel
+from .plan import Config, Device, cdiv, lookup
 
-INTERPRETED = not hasattr(one_pass_kernel, "cache_key")  # TRITON_INTERPRET=1 was set when this was imported
+INTERPRETED = not hasattr(dot, "cache_key")  # TRITON_INTERPRET=1 was set when this was imported
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-class Options(NamedTuple):
-    """The scalar parameters."""
-
-    temperature: float = 1.0
-    softcap: float | None = None
-    logit_scale: float = 1.0
-    embed_scale: float = 1.0
-    seed: int | None = None  # one for all rows
-    vocab_start: int = 0  # first vocabulary index of this shard, for the noise
-    logit_temperature: float = 1.0  # divides the capped logits before noise and temperature
-
-
-class Inputs(NamedTuple):
-    """The tensors of the forward."""
-
-    hidden: Tensor  # [T, D]
-    head: Tensor  # [V, D]
-    embed: Tensor | None = None  # [V, E]; None: head
-    bias: Tensor | None = None  # [V]
-    temperature: Tensor | None = None  # [T], instead of the scalar
-    seeds: Tensor | None = None  # [T] int64, instead of the scalar
-    floor: Tensor | None = None  # [T] float32, the lowest score without noise that a row keeps
 
 
 @functools.lru_cache(maxsize=64)
@@ -49,25 +27,102 @@ def device_of(device: torch.device) -> Device:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], config: Config, **constants: Any) -> None:
-    """The one place where a kernel starts; tools that compile or count without a device replace it."""
+    """Start a kernel. Every start goes through here, so that tools can record starts instead of making them.
+
+    To find the compiled kernel, `kernel[grid](..)` examines all arguments, and the GPU has nothing to do meanwhile.
+    Compiled kernels are therefore kept here, under all that Triton compiles them for, which takes half that time.
+
+    Args:
+        kernel: its compile-time parameters follow all others.
+        grid: one to three numbers of programs.
+        arguments: tensors, tensor descriptors, ints, floats or None in the kernel's order; the first is a tensor.
+        config: tiles, warps and stages.
+        constants: all other compile-time parameters.
+    """
+    if INTERPRETED:
+        kernel[grid](*arguments, **constants, **config.blocks)
+        return
     device = arguments[0].device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):  # Triton launches on the current one
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # Triton launches on the current device
             return launch(kernel, grid, arguments, config, **constants)
-    kernel[grid](*arguments, **constants, **config.blocks, num_warps=config.num_warps, num_stages=config.num_stages)
+    key = (kernel.fn, device.index, config, *constants.items(), *map(_compiled_for, arguments))
+    known = _COMPILED.get(key)
+    if known is None:
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        compiled = kernel[grid](*arguments, **constants, **config.blocks, **options)
+        constants.update(config.blocks)
+        _COMPILED[key] = compiled, tuple(constants[p.name] for p in kernel.params if p.is_constexpr)
+    else:
+        compiled, last = known
+        compiled[(*grid, 1, 1)[:3]](*arguments, *last)
+
+
+_COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+def _compiled_for(argument: Any) -> Any:
+    """All that Triton compiles for: dtype and alignment of a tensor; width, divisibility and oneness of an int."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if type(argument) is int:
+        return 1 if argument == 1 else (argument % 16 == 0, -(2**31) <= argument < 2**31)
+    if isinstance(argument, TensorDescriptor):
+        return argument.base.dtype, *argument.block_shape, argument.padding
+    assert argument is None or type(argument) is float, f"a kernel's argument: {argument!r}"
+    return type(argument)
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """out [M, N] = a [M, K] @ b [K, N], or out += a @ b, summed in float32: the one place where cuBLAS is called.
+
+    `out` has the dtype of `a` and `b`, or float32. The products of float32 matrices are never rounded to TF32: where
+    the user's settings allow cuBLAS to do that, our own kernel takes its place, in 3xTF32, and no setting is touched,
+    because they belong to the whole process. Like `launch`, replaced by tools that compile or count.
+    """
+    if a.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        tf32x3_product(a, b, out, add=add)
+    elif a.device.type == "cuda":
+        dtype: dict[str, Any] = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
+        if add:
+            torch.addmm(out, a, b, **dtype, out=out)
+        else:
+            torch.mm(a, b, **dtype, out=out)
+    elif a.device.type != "meta":  # the interpreter
+        result = a.float() @ b.float()
+        if add:
+            out += result
+        else:
+            out.copy_(result)
+
+
+def tf32x3_product(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
+    """out [M, N] = a [M, K] @ b [K, N], or out += a @ b, float32 of any strides, by our own kernel."""
+    (rows, inner), cols = a.shape, b.shape[1]
+    config = lookup("matmul", device_of(a.device).arch, 4, rows)
+    launch(
+        product_kernel,
+        (cdiv(rows, config.blocks["BLOCK_M"]) * cdiv(cols, config.blocks["BLOCK_N"]),),
+        (a, b, out, rows, cols, inner, *a.stride(), *b.stride(), *out.stride()),
+        config,
+        ADD=add,
+        PRECISION="tf32x3",
+    )
+
+
+def exact_scores(inputs: Inputs, statistics: bool) -> bool:
+    """Whether scores must stay float32 on the way to their exponential.
+
+    bfloat16 scores are as accurate as eager PyTorch's and faster (two bytes fewer to write and to read), so form 3 and
+    the backward take them where nobody reads scores themselves. Statistics do, a threshold is compared with them, and
+    in float16 a score beyond 65504 would become infinite.
+    """
+    return statistics or inputs.threshold is not None or inputs.hidden.dtype == torch.float16
 
 
 def score_flags(inputs: Inputs, options: Options) -> dict[str, Any]:
     """Compile-time switches of everything that computes scores."""
-    return {
-        "HAS_BIAS": inputs.bias is not None,
-        "HAS_TEMPERATURE": inputs.temperature is not None,
-        "CAPPED": options.softcap is not None,
-        "GUMBEL": 2 if inputs.seeds is not None else 1 if options.seed is not None else 0,
-        "FLOOR": inputs.floor is not None,
-        "ALIGNED": options.vocab_start % 4 == 0,
-        "PRECISION": _precision(inputs.hidden.dtype),
-    }
+    return {"ALIGNED": options.vocab_start % 4 == 0, "PRECISION": _precision(inputs.hidden.dtype)}
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -76,11 +131,12 @@ def _precision(dtype: torch.dtype) -> str:
     return "widen" if INTERPRETED and dtype == torch.bfloat16 else "ieee"
 
 
-def score_scalars(options: Options) -> tuple[int, float, float, float]:
-    """seed, scale, softcap, 1 / temperature, as `numerics.scores` wants them."""
+def score_scalars(inputs: Inputs, options: Options) -> tuple[int | None, float, float | None, float]:
+    """seed, scale, softcap, 1 / temperature, as `scores.scores` wants them; None switches noise or soft-cap off."""
     cap, before = options.softcap, options.logit_temperature
-    scale = options.logit_scale / before if cap is None else options.logit_scale / cap
-    return options.seed or 0, scale, (cap or 0.0) / before, 1.0 / options.temperature
+    scale = options.logit_scale / (before if cap is None else cap)
+    seed = 0 if inputs.seeds is not None else options.seed
+    return seed, scale, None if cap is None else cap / before, 1.0 / options.temperature
 
 
 def bias_stride(inputs: Inputs) -> int:

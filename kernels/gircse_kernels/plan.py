@@ -13,20 +13,18 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Limit of what a pass holds beyond O(T D): one chunk of probabilities (two in a backward that needs both), and the
-# partial sums of all splits.
-CHUNK_BYTES = 32 << 20
-PARTIAL_BYTES = 32 << 20
-# A chunk of a tied matrix that should still be in L2 for its second product (50 MB on an H100, 40 MB on an A100).
-L2_BYTES = 24 << 20
-# Fewer rows than this are bound by memory: 2 FLOPs for each of T rows and 2 bytes, 790 TFLOP/s against 3 TB/s.
-MEMORY_BOUND_ROWS = 256
-ROW_BLOCK = 4096  # rows that a two-pass forward or a backward takes at once
-ONE_PASS_WIDTH = 2048
+SCRATCH_BYTES = 64 << 20  # the most that a call holds beyond O(T D), whatever T and V
+# The most that one call keeps of its probabilities for backward, which then makes two products of three; 0: nothing.
+KEPT_BYTES = 64 << 20
+PARTIAL_BYTES = 32 << 20  # of that, the partial sums of forms 1 and 2
+SETTLED_TILES = 4  # tiles of a row that one program of `settle_kernel` brings to the row's reference
+ROW_BLOCK = 4096  # rows that form 3 or a backward takes at once
+# Up to this width and so many rows, a program holds whole rows of a tied matrix, which is then read once.
+WHOLE_WIDTH = 2048
+FEW_ROWS = 32
 TABLE = Path(__file__).with_name("configs.json")
 
 
@@ -38,14 +36,16 @@ class Config(NamedTuple):
     num_stages: int
     per_sm: int = 1  # programs that a multiprocessor should have; decides into how many shares work is split
 
+    def __hash__(self) -> int:
+        return hash((*self.blocks.items(), *self[1:]))
+
 
 SAFE = {
-    "one_pass": Config({"BLOCK_T": 16, "BLOCK_V": 16}, 8, 1),
     "score": Config({"BLOCK_T": 16, "BLOCK_V": 64, "BLOCK_K": 32, "GROUP": 8}, 4, 2),
-    "weigh": Config({"BLOCK_T": 16, "BLOCK_E": 64, "BLOCK_V": 32, "GROUP": 8}, 4, 2),
-    "score_grad": Config({"BLOCK_T": 16, "BLOCK_V": 64, "BLOCK_K": 32, "GROUP": 8}, 4, 2),
-    "product": Config({"BLOCK_T": 16, "BLOCK_E": 64, "BLOCK_V": 32, "GROUP": 8}, 4, 2),
-    "vocab_grad": Config({"BLOCK_V": 64, "BLOCK_E": 64, "BLOCK_T": 16, "GROUP": 8}, 4, 2),
+    "matmul": Config({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8}, 4, 2),
+    "weights": Config({"BLOCK_T": 1, "BLOCK_V": 2048}, 4, 1),
+    "weights_product": Config({"BLOCK_T": 64, "BLOCK_V": 64, "BLOCK_K": 32}, 4, 2),
+    "score_grad": Config({"BLOCK_T": 2, "BLOCK_V": 1024}, 4, 1),
 }
 
 
@@ -67,37 +67,87 @@ class Problem(NamedTuple):
     itemsize: int
 
 
-class OnePass(NamedTuple):
-    """`one_pass_kernel`, then `merge_kernel`."""
+class OneRow(NamedTuple):
+    """`one_row_kernel`, then `merge_kernel`."""
 
     config: Config
-    widths: tuple[int, int]  # the power-of-two pieces of a row; 0: one piece
-    row_blocks: int
-    splits: int
+    pieces: int  # of PIECE columns, in which a row of D is held
+    splits: int  # programs among which the vocabulary is divided
     tiles_per_split: int
 
+    def scratch(self, problem: Problem) -> int:
+        """Bytes of the partial sums."""
+        return 4 * partial_floats(self.splits, problem.rows, problem.value_width)
 
-class TwoPass(NamedTuple):
-    """For each block of rows and each chunk `score_kernel` and `weigh_kernel`; at the block's end `merge_kernel`."""
 
-    score: Config
-    weigh: Config
+class FewRows(NamedTuple):
+    """`few_rows_kernel`, then `merge_kernel`."""
+
+    config: Config
+    pieces: int  # of PIECE columns, in which a row of D is held
+    row_blocks: int  # of BLOCK_T rows; each reads the whole matrix, from L2 where another one has just read it
+    splits: int  # shares of the vocabulary; there are splits * row_blocks programs
+    tiles_per_split: int
+
+    def scratch(self, problem: Problem) -> int:
+        """Bytes of the partial sums."""
+        return 4 * partial_floats(self.splits, problem.rows, problem.value_width)
+
+
+class Choice(NamedTuple):
+    """What form 3 and the backward may choose between, by rows and width: the table's entries under `many_rows`."""
+
+    epilogue: bool  # the first product is our own, with the exponential in its epilogue, where that can be
+    half_scores: bool  # otherwise cuBLAS rounds it to the input's dtype, as eager PyTorch does
+    chunk_mib: int  # of a chunk's scratch, at most
+
+    def rounds(self, problem: Problem, exact_scores: bool) -> bool:
+        """Whether scores are rounded: by forward and backward alike, or the backward's P would not sum to 1."""
+        return self.half_scores and not self.epilogue and problem.itemsize == 2 and not exact_scores
+
+
+class TwoProducts(NamedTuple):
+    """Form 3. For each block of rows and each chunk: `weights_product_kernel`, or a product and `weights_kernel`; then
+    `settle_kernel` and a product. At the end of the block of rows `finish_kernel`."""
+
+    product: Config | None  # of `weights_product_kernel`; None: cuBLAS and `weights_kernel`
+    weights: Config  # of `weights_kernel`
     row_block: int
     chunk: int  # vocabulary rows
-    splits: int
-    tiles_per_split: int
+    settle_parts: int  # programs of `settle_kernel` for each row
+    half_scores: bool  # scores come from cuBLAS in the input's dtype, not in float32
+    keep: bool  # P [T, V], one chunk, is kept for backward
+
+    @property
+    def tile(self) -> int:
+        """Vocabulary rows of a tile of P."""
+        return (self.product or self.weights).blocks["BLOCK_V"]
+
+    def scratch(self, problem: Problem) -> int:
+        """Bytes that a call allocates beyond its inputs and results; P is a result where it is kept."""
+        elements = self.row_block * padded(min(self.chunk, problem.vocab))
+        apart = self.product is None and not self.half_scores and problem.itemsize == 2
+        probs = 0 if self.keep else elements * problem.itemsize
+        sums = 4 * self.row_block * (4 + 3 * cdiv(self.chunk, self.tile))
+        accumulator = 4 * self.row_block * problem.value_width if problem.itemsize == 2 else 0
+        return probs + 4 * elements * apart + sums + accumulator
 
 
 class Backward(NamedTuple):
-    """`constants_kernel`, then for each chunk and block of rows `score_grad_kernel` and the products asked for."""
+    """`constants_kernel`, then for each chunk and block of rows the products that are wanted and, between them,
+    `score_grad_kernel`."""
 
     score_grad: Config
-    product: Config
-    vocab_grad: Config
     row_block: int
     chunk: int
-    splits: int  # of the product dS W over a chunk
-    per_split: int
+    half_scores: bool
+
+    def scratch(self, problem: Problem) -> int:
+        """Bytes that a call for the gradient of hidden states allocates beyond its inputs and results."""
+        elements = self.row_block * padded(min(self.chunk, problem.vocab))
+        apart = not self.half_scores and problem.itemsize == 2
+        stacked = 2 * self.row_block * problem.width * problem.itemsize if problem.tied else 0
+        return elements * (8 + problem.itemsize if apart else 2 * problem.itemsize) + stacked + 4 * problem.rows
 
 
 def cdiv(a: int, b: int) -> int:
@@ -110,17 +160,22 @@ def table() -> dict[str, dict[str, list[dict[str, Any]]]]:
     return json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {}
 
 
-def find(kernel: str, arch: int, itemsize: int, rows: int, width: int = 0) -> Config | None:
+def _entry(kernel: str, arch: int, itemsize: int, rows: int, width: int) -> dict[str, Any] | None:
     """The entry for this case; None where the table has none."""
     by_arch = table().get(kernel, {})
     known = [int(name[3:]) for name in by_arch if int(name[3:]) <= arch]
     if not known:
         return None
     fitting = [e for e in by_arch[f"sm_{max(known)}"] if e["itemsize"] == itemsize and e.get("width", width) >= width]
-    if not fitting:
-        return None
     # fewest blocks of rows, then the narrowest, then the shortest tile that does it
-    entry = min(fitting, key=lambda e: (cdiv(rows, e["rows"]), e.get("width", 0), e["rows"]))
+    return min(fitting, key=lambda e: (cdiv(rows, e["rows"]), e.get("width", 0), e["rows"]), default=None)
+
+
+def find(kernel: str, arch: int, itemsize: int, rows: int, width: int = 0) -> Config | None:
+    """The kernel's config for this case; None where the table has none."""
+    entry = _entry(kernel, arch, itemsize, rows, width)
+    if entry is None:
+        return None
     return Config(entry["blocks"], entry["num_warps"], entry["num_stages"], entry.get("per_sm", 1))
 
 
@@ -128,96 +183,128 @@ def lookup(kernel: str, arch: int, itemsize: int, rows: int) -> Config:
     return find(kernel, arch, itemsize, rows) or SAFE[kernel]
 
 
-def pieces(width: int) -> tuple[int, int]:
-    """Power-of-two pieces of at least 16, the least that a matrix product takes, that cover a row: 576 -> 512, 64."""
-    whole = max(16, 1 << (width - 1).bit_length())
-    low = whole // 2
-    if low < 16 or low >= width:
-        return whole, 0
-    rest = max(16, 1 << (width - low - 1).bit_length())
-    return (whole, 0) if rest >= low else (low, rest)
+def partial_floats(splits: int, rows: int, width: int) -> int:
+    """Elements of the partial sums, laid out as `merge` says."""
+    return splits * rows * (width + 4)
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_forward(problem: Problem, device: Device) -> OnePass | TwoPass:
-    return _one_pass(problem, device) or _two_pass(problem, device)
+def plan_forward(problem: Problem, device: Device) -> OneRow | FewRows | TwoProducts:
+    """The form of a forward; of form 3 as it is where nothing but the result is wanted."""
+    return _whole_rows(problem, device) or plan_two_products(problem, device)
 
 
-def _one_pass(problem: Problem, device: Device) -> OnePass | None:
+def _whole_rows(problem: Problem, device: Device) -> OneRow | FewRows | None:
     # float32: a 3xTF32 product of whole rows spills, and its gradients need scores bitwise as backward recomputes them
-    if not problem.tied or problem.width > ONE_PASS_WIDTH or problem.itemsize != 2:
+    if not problem.tied or problem.itemsize != 2 or problem.width > WHOLE_WIDTH or problem.rows > FEW_ROWS:
         return None
-    widths = pieces(problem.width)
-    config = find("one_pass", device.arch, problem.itemsize, problem.rows, sum(widths))
-    if config is not None and config.blocks["BLOCK_T"] > 16 and 4 * widths[1] > widths[0]:
-        # the registers of two large pieces under a tall tile spill, those of one padded piece do not
-        widths = 2 * widths[0], 0
-        config = find("one_pass", device.arch, problem.itemsize, problem.rows, widths[0])
+    kernel = "one_row" if problem.rows == 1 else "few_rows"
+    config = find(kernel, device.arch, problem.itemsize, problem.rows, problem.width)
     if config is None:
         return None
-    row_blocks = cdiv(problem.rows, config.blocks["BLOCK_T"])
-    # Every block of rows reads the whole matrix: two share it through L2 for less than two passes cost.
-    if row_blocks > 2:
-        return None
+    pieces = cdiv(problem.width, config.blocks["PIECE"])
+    row_blocks = cdiv(problem.rows, config.blocks.get("BLOCK_T", 1))
     tiles = cdiv(problem.vocab, config.blocks["BLOCK_V"])
-    most = max(1, PARTIAL_BYTES // (4 * problem.rows * problem.width))
+    most = max(1, PARTIAL_BYTES // (4 * partial_floats(1, problem.rows, problem.width)))
     splits = max(1, min(tiles, most, device.num_sms * config.per_sm // row_blocks))
     per_split = cdiv(tiles, splits)
-    return OnePass(config, widths, row_blocks, cdiv(tiles, per_split), per_split)
+    splits = cdiv(tiles, per_split)
+    if kernel == "one_row":
+        return OneRow(config, pieces, splits, per_split)
+    return FewRows(config, pieces, row_blocks, splits, per_split)
 
 
-def _two_pass(problem: Problem, device: Device) -> TwoPass:
-    row_block = even_blocks(problem.rows, ROW_BLOCK)
-    score = lookup("score", device.arch, problem.itemsize, row_block)
-    weigh = lookup("weigh", device.arch, problem.itemsize, row_block)
-    tile = score.blocks["BLOCK_V"]
-    # a product of the second kernel may not reach beyond one tile of the first
-    block = math.gcd(tile, weigh.blocks["BLOCK_V"])
-    weigh = weigh._replace(blocks={**weigh.blocks, "BLOCK_V": block})
-    most = CHUNK_BYTES // (row_block * problem.itemsize)
-    if problem.tied and row_block < MEMORY_BOUND_ROWS:
-        most = min(most, L2_BYTES // (problem.width * problem.itemsize))
-    chunk = chunk_size(problem.vocab, most, tile)
-    tiles = cdiv(chunk, tile)
-    programs = cdiv(row_block, weigh.blocks["BLOCK_T"]) * cdiv(problem.value_width, weigh.blocks["BLOCK_E"])
-    splits = _splits(programs, tiles, row_block * problem.value_width, weigh, device)
-    per_split = cdiv(tiles, splits)
-    return TwoPass(score, weigh, row_block, chunk, cdiv(tiles, per_split), per_split)
+def choose(problem: Problem, device: Device) -> Choice:
+    """The committed choice for this problem."""
+    entry = _entry("many_rows", device.arch, problem.itemsize, problem.rows, problem.width)
+    return Choice(False, False, SCRATCH_BYTES >> 20) if entry is None else Choice(*(entry[n] for n in Choice._fields))
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_backward(problem: Problem, device: Device, need_values: bool, need_head: bool) -> Backward:
-    row_block = even_blocks(problem.rows, ROW_BLOCK)
-    score_grad, product, vocab_grad = (
-        lookup(kernel, device.arch, problem.itemsize, row_block) for kernel in ("score_grad", "product", "vocab_grad")
-    )
-    most = CHUNK_BYTES // (row_block * problem.itemsize * (2 if need_values else 1))
-    sums = problem.width * need_head + problem.value_width * (need_values and not problem.tied)
-    if row_block < problem.rows and sums:  # float32 sums over the blocks of rows, too
-        most = min(most, PARTIAL_BYTES // (4 * sums))
-    if problem.tied and row_block < MEMORY_BOUND_ROWS:
-        most = min(most, L2_BYTES // (problem.width * problem.itemsize))
-    chunk = chunk_size(problem.vocab, most, score_grad.blocks["BLOCK_V"])
-    block = product.blocks["BLOCK_V"]
-    steps = cdiv(chunk, block)
-    programs = cdiv(row_block, product.blocks["BLOCK_T"]) * cdiv(problem.width, product.blocks["BLOCK_E"])
-    splits = _splits(programs, steps, problem.rows * problem.width, product, device)
-    per_split = cdiv(steps, splits)
-    return Backward(score_grad, product, vocab_grad, row_block, chunk, cdiv(steps, per_split), per_split * block)
+def plan_two_products(
+    problem: Problem,
+    device: Device,
+    *,
+    exact_scores: bool = False,
+    epilogue: bool = False,
+    kept: int = 0,
+    scratch: int | None = None,
+) -> TwoProducts:
+    """Form 3 for any problem.
+
+    Args:
+        exact_scores: scores may not be rounded to the input's dtype, because they themselves are read: for statistics,
+            or to be compared with a threshold.
+        epilogue: our own product may be the first: tensor descriptors can read the matrices, and its epilogue has no
+            soft-cap, noise or threshold, whose registers would not fit beside the accumulator.
+        kept: bytes of probabilities that may be kept for backward.
+        scratch: bytes that a chunk may take; None: `SCRATCH_BYTES`.
+    """
+    scratch = SCRATCH_BYTES if scratch is None else scratch
+    rows, vocab, width, _, _, itemsize = problem
+    choice = choose(problem, device)
+    product = None
+    if choice.epilogue and epilogue:
+        product = find("weights_product", device.arch, itemsize, rows, width)
+    weights = lookup("weights", device.arch, itemsize, rows)
+    tile = (product or weights).blocks["BLOCK_V"]
+    half = choice.rounds(problem, exact_scores)
+    # P takes the memory of the scores where the dtypes are the same
+    score_bytes = 0 if product or half or itemsize == 4 else 4
+    row_block = even_blocks(rows, min(ROW_BLOCK, scratch // (tile * (itemsize + score_bytes))))
+    elements = rows * padded(vocab)
+    keep = row_block == rows and elements * itemsize <= kept and elements * score_bytes <= scratch
+    most = min(choice.chunk_mib << 20, scratch) // (row_block * (itemsize + score_bytes))
+    chunk = chunk_size(vocab, vocab + tile if keep else most, tile)
+    parts = cdiv(cdiv(chunk, tile), SETTLED_TILES)
+    return TwoProducts(product, weights, row_block, chunk, parts, half, keep)
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_backward(
+    problem: Problem,
+    device: Device,
+    need_values: bool,
+    need_head: bool,
+    *,
+    exact_scores: bool = False,
+    scratch: int | None = None,
+) -> Backward:
+    """The chunks of a backward.
+
+    Args:
+        need_values: P is wanted, for the gradient of the embedding matrix.
+        need_head: the gradient of the head is wanted.
+        exact_scores, scratch: as for `plan_two_products`.
+    """
+    scratch = SCRATCH_BYTES if scratch is None else scratch
+    choice = choose(problem, device)
+    half = choice.rounds(problem, exact_scores) and isinstance(plan_forward(problem, device), TwoProducts)
+    config = lookup("score_grad", device.arch, problem.itemsize, problem.rows)
+    tile = config.blocks["BLOCK_V"]
+    # scores and dP, whose memory dS and P take where the dtypes are the same
+    each = 2 * problem.itemsize if half or problem.itemsize == 4 else 8 + problem.itemsize * (1 + need_values)
+    # float32 sums over the blocks of rows
+    sums = 4 * (problem.width * need_head + problem.value_width * (need_values and not problem.tied))
+    sums = sums if problem.itemsize == 2 else 0
+    column = scratch // tile
+    row_block = even_blocks(problem.rows, min(ROW_BLOCK, max(column - sums, column // 2) // each))
+    per_column = row_block * each + (sums if row_block < problem.rows else 0)
+    most = min(choice.chunk_mib << 20, scratch) // per_column
+    return Backward(config, row_block, chunk_size(problem.vocab, most, tile), half)
+
+
+def padded(columns: int) -> int:
+    """Columns that a scratch row has room for, so that every row begins at a multiple of 16 bytes."""
+    return 8 * cdiv(columns, 8)
 
 
 def even_blocks(total: int, limit: int) -> int:
-    """Size of the fewest equal blocks of at most `limit` that cover `total`."""
-    return max(1, cdiv(total, max(1, cdiv(total, limit))))
+    """Size of the fewest equal blocks of at most `limit`, or of 1, that cover `total`."""
+    return max(1, cdiv(total, max(1, cdiv(total, max(1, limit)))))
 
 
 def chunk_size(vocab: int, most: int, tile: int) -> int:
     """The fewest even chunks of at most `most` vocabulary rows, whole tiles each."""
     tiles = cdiv(vocab, tile)
     return tile * even_blocks(tiles, max(1, most // tile))
-
-
-def _splits(programs: int, steps: int, elements: int, config: Config, device: Device) -> int:
-    """Shares of a long sum that fill the device, as far as their partial results fit."""
-    wanted = cdiv(device.num_sms * config.per_sm, programs)
-    return max(1, min(wanted, steps, PARTIAL_BYTES // (4 * elements)))

@@ -10,15 +10,15 @@ or (backward, with the whole row's peak and total known) the tile of the gradien
 
     G = weight_k (e^(s - peak) / total - [target])
 
-of which a chunk [K, B, C] exists at a time; `product_kernel` and `vocab_grad_kernel` turn it into the gradients of
-both sides. A tile belongs to one program and every result to one owner: no atomics.
+of which a chunk [K, B, C] exists at a time; `matmul.product_kernel` turns it into the gradients of both sides. A tile
+belongs to one program and every result to one owner: no atomics.
 """
 
 import triton
 import triton.language as tl
 
-from .numerics import LOWEST
-from .two_pass import grouped, row_dot
+from .matmul import grouped, row_dot
+from .scores import LOWEST
 
 
 @triton.jit(do_not_specialize=["chunk_start", "num_rows"])

@@ -56,8 +56,8 @@ def test_forward_and_backward(soft_embed: Any, tied: bool, dtype: torch.dtype) -
 
 def test_a_floor_removes_what_lies_below_it(soft_embed: Any) -> None:
     hidden = torch.tensor([[3.0, 2.0, 1.0, 0.0] + 28 * [-5.0]], device=DEVICE)
-    floor = torch.tensor([1.5], device=DEVICE)
-    inputs = soft_embed.Inputs(hidden, torch.eye(32, device=DEVICE), floor=floor)
+    threshold = torch.tensor([1.5], device=DEVICE)
+    inputs = soft_embed.Inputs(hidden, torch.eye(32, device=DEVICE), threshold=threshold)
     out = soft_embed.forward(inputs, soft_embed.Options()).out
     torch.testing.assert_close(out[0, :2], torch.tensor([3.0, 2.0], device=DEVICE).softmax(0))
     assert not out[0, 2:].any()

@@ -15,15 +15,16 @@ from gircse_kernels import info_nce, launching, plan
 from gircse_kernels.plan import Device, Problem
 
 from bench.cases import CASES, SMOKE_CASES
+from bench.provenance import ROOT
+from bench.static.launches import Call, launches, record
 from bench.suite import candidates, precompile
 from bench.suite.alternatives import check, using
-from bench.suite.launches import Call, launches
 from bench.suite.session import Session
 from gircse.ops import info_nce_op, soft_embed, stepwise_info_nce
 
 DEVICE = Device(90, 132)
-ENTRY = {"blocks": {"BLOCK_T": 16, "BLOCK_V": 16}, "num_warps": 8, "num_stages": 1}
-TWO_PASSES = {"plan": {"ONE_PASS_WIDTH": 0}}
+ENTRY = {"blocks": {"BLOCK_T": 16, "BLOCK_V": 16, "PIECE": 128, "GROUPS": 1}, "num_warps": 8, "num_stages": 1}
+MANY_ROWS = {"plan": {"FEW_ROWS": 0}}
 
 
 def _described(kernel: Any, grid: Any, config: Any, constants: dict[str, Any]) -> tuple:
@@ -101,13 +102,13 @@ def test_every_section_is_compiled_beforehand():
 def test_an_alternative_holds_inside_its_block_alone():
     problem = Problem(16, 50_000, 896, 896, True, 2)
     committed = plan.plan_forward(problem, DEVICE)
-    with using({"one_pass": ENTRY}):
+    with using({"few_rows": ENTRY}):
         inside = plan.plan_forward(problem, DEVICE)
-        assert isinstance(inside, plan.OnePass)
+        assert isinstance(inside, plan.FewRows)
         assert inside.config == plan.Config(ENTRY["blocks"], 8, 1, 1)
-    with using(TWO_PASSES):
-        assert isinstance(plan.plan_forward(problem, DEVICE), plan.TwoPass)
-    with pytest.raises(ZeroDivisionError), using(TWO_PASSES):
+    with using(MANY_ROWS):
+        assert isinstance(plan.plan_forward(problem, DEVICE), plan.TwoProducts)
+    with pytest.raises(ZeroDivisionError), using(MANY_ROWS):
         1 / 0  # noqa: B018
     assert plan.plan_forward(problem, DEVICE) == committed
     assert inside != committed
@@ -121,10 +122,10 @@ def _file(folder, *entries):
 
 def test_a_file_of_candidates(tmp_path):
     case = CASES[1]
-    path = _file(tmp_path, {"case": case.name, "alternatives": {"small": {"one_pass": ENTRY}, "two": TWO_PASSES}})
+    path = _file(tmp_path, {"case": case.name, "alternatives": {"small": {"few_rows": ENTRY}, "two": MANY_ROWS}})
     (found,) = candidates.read(path)
     assert found.case == case
-    assert found.alternatives == {"table": {}, "small": {"one_pass": ENTRY}, "two": TWO_PASSES}
+    assert found.alternatives == {"table": {}, "small": {"few_rows": ENTRY}, "two": MANY_ROWS}
 
 
 @pytest.mark.parametrize(
@@ -133,22 +134,54 @@ def test_a_file_of_candidates(tmp_path):
         ({"case": "fast", "alternatives": {}}, r"candidates.json\[0\]: got case 'fast', expected one of qwen"),
         ({"case": CASES[0].name}, r"\[0\]: got .* expected an object with case and alternatives"),
         (
-            {"case": CASES[0].name, "alternatives": {"a": {"two_pass": ENTRY}}},
-            "a: got kernel 'two_pass', expected plan",
+            {"case": CASES[0].name, "alternatives": {"a": {"two_products": ENTRY}}},
+            "a: got kernel 'two_products', expected plan",
         ),
         ({"case": CASES[0].name, "alternatives": {"a": {"plan": {"L3_BYTES": 1}}}}, "a: got plan constant 'L3_BYTES'"),
-        ({"case": CASES[0].name, "alternatives": {"a": {"one_pass": {"blocks": {}}}}}, "a: got the entry .* BLOCK_T"),
+        ({"case": CASES[0].name, "alternatives": {"a": {"few_rows": {"blocks": {}}}}}, "a: got the entry .* BLOCK_T"),
         ({"case": ["x"], "alternatives": {}}, r"\[0\]: got case \['x'\], expected one of qwen"),
         ({"case": CASES[0].name, "alternatives": [1]}, r"\[0\]: got alternatives \[1\], expected an object"),
-        ({"case": CASES[0].name, "alternatives": {"table": TWO_PASSES}}, "expected an object of names, none 'table'"),
+        ({"case": CASES[0].name, "alternatives": {"table": MANY_ROWS}}, "expected an object of names, none 'table'"),
         ({"case": CASES[0].name, "alternatives": {"a": 4}}, "a: got 4, expected an object"),
-        ({"case": CASES[0].name, "alternatives": {"a": {"one_pass": 4}}}, "a: got 4 for one_pass, expected an object"),
-        ({"case": CASES[0].name, "alternatives": {"a": {"plan": {"L2_BYTES": "1"}}}}, "a: got L2_BYTES '1', expected"),
+        ({"case": CASES[0].name, "alternatives": {"a": {"few_rows": 4}}}, "a: got 4 for few_rows, expected an object"),
+        (
+            {"case": CASES[0].name, "alternatives": {"a": {"plan": {"ROW_BLOCK": "1"}}}},
+            "a: got ROW_BLOCK '1', expected",
+        ),
     ],
 )
 def test_bad_files_of_candidates(tmp_path, entry, message):
     with pytest.raises(ValueError, match=message):
         candidates.read(_file(tmp_path, entry))
+
+
+def test_the_committed_candidates_launch_something_else():
+    """Every alternative of the first run on a new GPU differs from the table's choice, and can be planned."""
+    entries = candidates.read(ROOT / "bench" / "suite" / "candidates.json")
+    assert len(entries) >= 12
+    for entry in entries:
+        seen = set()
+        for name, alternative in entry.alternatives.items():
+            with using(alternative):
+                launches, products = record(precompile.op_call(entry.case), DEVICE)
+            assert launches, name
+            dtypes = [[getattr(argument, "dtype", None) for argument in one.arguments] for one in launches]
+            started = [(one.name, one.grid, one.config) for one in launches]
+            seen.add(str((started, dtypes, products)))
+        assert len(seen) == len(entry.alternatives), entry
+
+
+def test_the_choice_for_many_rows_is_an_alternative_too():
+    problem = Problem(300, 50_000, 896, 896, False, 2)
+    chosen = plan.choose(problem, DEVICE)
+    with using({"many_rows": {"half_scores": not chosen.half_scores, "chunk_mib": 5}}):
+        assert plan.choose(problem, DEVICE) == chosen._replace(half_scores=not chosen.half_scores, chunk_mib=5)
+        assert plan.plan_forward(problem, DEVICE).scratch(problem) < 8 << 20
+    assert plan.choose(problem, DEVICE) == chosen
+    with pytest.raises(ValueError, match="here: got epilogue 1, expected one like False"):
+        check("here", {"many_rows": {"epilogue": 1}})
+    with pytest.raises(ValueError, match="here: got choice 'prologue', expected one of"):
+        check("here", {"many_rows": {"prologue": True}})
 
 
 def test_bad_json(tmp_path):
@@ -162,9 +195,9 @@ def test_bad_json(tmp_path):
 
 
 def test_candidates_are_timed_and_the_winner_is_named(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(candidates, "race", _slow_two_passes)
+    monkeypatch.setattr(candidates, "race", _slow_many_rows)
     session = Session(tmp_path / "out", torch.device("cpu"), 1.0, smoke=True)
-    alternatives = {"two": TWO_PASSES, "broken": {"one_pass": ENTRY}}
+    alternatives = {"two": MANY_ROWS, "broken": {"few_rows": ENTRY}}
     candidates.time_file(session, _file(tmp_path, {"case": SMOKE_CASES[0].name, "alternatives": alternatives}))
     printed = capsys.readouterr().out.splitlines()
     assert next(line for line in printed if " table " in line).split()[-2:] == ["1.000", "WINS"]
@@ -174,7 +207,7 @@ def test_candidates_are_timed_and_the_winner_is_named(tmp_path, capsys, monkeypa
     assert [row["wins"] for row in record["rows"]] == [True, False, False]
 
 
-def _slow_two_passes(run, alternatives, device, budget):
+def _slow_many_rows(run, alternatives, device, budget):
     assert budget <= 3.0
     return candidates.Race({"table": 1e-3, "two": 2e-3}, {"broken": "no registers"})
 
@@ -183,30 +216,30 @@ def test_a_race_takes_turns_and_survives_what_cannot_run():
     seen = []
 
     def run():
-        seen.append(plan.ONE_PASS_WIDTH)
-        if plan.ONE_PASS_WIDTH == 7:
+        seen.append(plan.FEW_ROWS)
+        if plan.FEW_ROWS == 7:
             raise RuntimeError("out of resources")
 
-    found = candidates.race(run, {"table": {}, "two": TWO_PASSES, "bad": {"plan": {"ONE_PASS_WIDTH": 7}}},
+    found = candidates.race(run, {"table": {}, "two": MANY_ROWS, "bad": {"plan": {"FEW_ROWS": 7}}},
                             torch.device("cpu"), 0.0)  # fmt: skip
     assert found.failed == {"bad": "RuntimeError: out of resources"}
     assert found.seconds.keys() == {"table", "two"}
-    assert seen[3:] == [plan.ONE_PASS_WIDTH, 0] * ((len(seen) - 3) // 2)
+    assert seen[3:] == [plan.FEW_ROWS, 0] * ((len(seen) - 3) // 2)
 
 
 def test_candidates_without_time_are_named(tmp_path, capsys):
     session = Session(tmp_path / "out", torch.device("cpu"), 1e-9, smoke=True)
-    candidates.time_file(session, _file(tmp_path, {"case": SMOKE_CASES[0].name, "alternatives": {"two": TWO_PASSES}}))
+    candidates.time_file(session, _file(tmp_path, {"case": SMOKE_CASES[0].name, "alternatives": {"two": MANY_ROWS}}))
     assert session.skipped == [f"candidates of {SMOKE_CASES[0].name}"]
 
 
 def test_a_candidate_that_computes_something_else_is_named(tmp_path, monkeypatch):
-    def two_passes_are_wrong(hidden, head, embed):
-        return hidden @ head.T @ head * (1 if plan.ONE_PASS_WIDTH else 1.01)
+    def many_rows_are_wrong(hidden, head, embed):
+        return hidden @ head.T @ head * (1 if plan.FEW_ROWS else 1.01)
 
-    monkeypatch.setattr(candidates, "ours", two_passes_are_wrong)
+    monkeypatch.setattr(candidates, "ours", many_rows_are_wrong)
     session = Session(tmp_path / "out", torch.device("cpu"), 1.0, smoke=True)
-    path = _file(tmp_path, {"case": SMOKE_CASES[0].name, "alternatives": {"two": TWO_PASSES, "same": {}}})
+    path = _file(tmp_path, {"case": SMOKE_CASES[0].name, "alternatives": {"two": MANY_ROWS, "same": {}}})
     times = {"table": 2e-3, "two": 1e-3, "same": 3e-3}  # what is wrong wins nothing, however fast it is
     monkeypatch.setattr(candidates, "race", lambda *_: candidates.Race(times, {}))
     candidates.time_file(session, path)
@@ -216,6 +249,6 @@ def test_a_candidate_that_computes_something_else_is_named(tmp_path, monkeypatch
 
 
 def test_unknown_names_are_refused():
-    check("here", {"one_pass": ENTRY, **TWO_PASSES})
+    check("here", {"few_rows": ENTRY, **MANY_ROWS})
     with pytest.raises(ValueError, match="here: got kernel 'plans'"):
         check("here", {"plans": {}})

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gircse.ops import stepwise_info_nce
-from gircse.ops.reference import info_nce_reference
+from gircse.ops.info_nce_reference import info_nce_reference
 from tests.ops.test_info_nce_options import FLAGS, problem, with_gradients
 
 

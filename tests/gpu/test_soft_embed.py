@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gircse.ops import soft_embed, top_tokens
-from gircse.ops.reference import soft_embed_reference, top_tokens_reference
+from gircse.ops.soft_embed_reference import soft_embed_reference, top_tokens_reference
 from tests.ops.accuracy import OPTIONS, assert_as_accurate_as_eager, random_inputs, run
 
 CUDA = {"backend": "triton"}

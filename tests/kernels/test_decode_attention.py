@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from gircse_kernels import compile_report, traffic
-from gircse_kernels.compile_report import Case
 from gircse_kernels.decode_attention import TABLE, decode_attention
-from gircse_kernels.plan import Device, Problem
+from gircse_kernels.plan import Device
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
+from bench.provenance import checkout_environment
+from bench.static.compile_report import is_good
+from bench.static.launches import Call, launches
+
 interpreted = pytest.mark.usefixtures("interpreter")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 HALVES = (torch.bfloat16, torch.float16)
@@ -272,35 +271,18 @@ def test_errors(change: dict[str, Any], error: type[Exception], message: str) ->
         decode_attention(**{**VALID, **change})
 
 
-def case(batch: int, slots: int, heads: tuple[int, int], width: int, dtype: str = "bfloat16") -> Case:
-    itemsize = compile_report.DTYPES[dtype].itemsize
-    return Case("decode_attention", Problem(batch, slots, width, width, False, itemsize), dtype, decode_heads=heads)
-
-
 def test_splits_follow_from_the_slots_alone() -> None:
     """Slices of 512, at most 64 of them; one needs no merge."""
     for slots, splits in [(1, 1), (512, 1), (513, 2), (2048, 4), (32_768, 64), (100_000, 64)]:
         grids = set()
         for batch in (1, 7, 1000):
-            launches = compile_report.record(case(batch, slots, (14, 2), 64), Device(90, 132))
-            assert len(launches) == (1 if splits == 1 else 2)
-            grids.add(launches[0].grid[1:])
+            started = launches(Call("decode_attention", (batch, slots, 64, 64, 14, 2), "bfloat16"), Device(90, 132))
+            assert len(started) == (1 if splits == 1 else 2)
+            grids.add(started[0].grid[1:])
         assert len(grids) == 1
         kv_heads, count = grids.pop()
         assert kv_heads == 2
         assert splits * 0.9 <= count <= splits  # a slice is whole blocks
-
-
-def test_partials_are_a_few_percent_of_the_traffic() -> None:
-    """Keys and values once, whatever the number of query heads; the model counts the launches that are made."""
-    for heads, width, visible, slots in [((14, 2), 64, [300] * 64, 512), ((28, 4), 128, [900, 2000, 1, 513], 2048)]:
-        work = traffic.decode_work(visible, *heads, width, width, slots, 2)
-        launches = compile_report.record(case(len(visible), slots, heads, width), Device(90, 132))
-        assert [w.kernel for w in work] == [launch.kernel.__name__ for launch in launches]
-        matrices, partials = sum(w.matrix_bytes for w in work), sum(w.partial_bytes for w in work)
-        assert matrices == 2 * 2 * sum(visible) * heads[1] * width
-        assert partials <= 0.1 * matrices
-        assert (partials == 0) == (slots <= 512)
 
 
 @pytest.fixture(scope="module")
@@ -308,11 +290,11 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """In a process of its own: here the kernels belong to the interpreter."""
     out = tmp_path_factory.mktemp("report") / "report.json"
     script = (
-        "import json, sys; from pathlib import Path; from gircse_kernels.compile_report import decode_cases, report\n"
-        "cases = decode_cases() + decode_cases(options=True)\n"
+        "import json, sys; from pathlib import Path; from bench.static.compile_report import decode_cases, report\n"
+        "cases = decode_cases() + decode_cases('scores')\n"
         "Path(sys.argv[1]).write_text(json.dumps(report(cases, [80, 90])))"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels"), "TRITON_INTERPRET": "0"}
+    environment = checkout_environment(TRITON_INTERPRET="0")
     command = [sys.executable, "-c", script, str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550, check=False)
     assert out.exists(), done.stderr[-3000:]
@@ -321,7 +303,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_every_entry_of_the_table_compiles(compiled: list[dict[str, Any]]) -> None:
     """It fits, spills nothing and copies asynchronously; half precision runs on the tensor cores, float32 does not."""
-    assert [entry for entry in compiled if not compile_report.is_good(entry)] == []
+    assert [entry for entry in compiled if not is_good(entry)] == []
     found = set()
     for entry in compiled:
         if entry["kernel"] == "decode_merge_kernel":

@@ -27,9 +27,8 @@ def has_kernels() -> bool:
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("tomllib")
     folder = tmp_path_factory.mktemp("hub") / "gircse-kernels"
-    command = [sys.executable, "-m", "gircse_kernels.hub_layout", str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels")}
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+    command = [sys.executable, str(ROOT / "kernels" / "tools" / "hub_layout.py"), str(folder)]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
     return folder
 
 
@@ -37,7 +36,7 @@ def test_layout(repository: Path) -> None:
     sources = {path.name for path in (ROOT / "kernels" / "gircse_kernels").glob("*.py")}
     for folder in ("torch-ext/gircse_kernels", "build/torch-cpu", "build/torch-cuda"):
         names = {path.name for path in (repository / folder).iterdir()}
-        assert sources | {"configs.json", "py.typed"} <= names
+        assert names - {"metadata.json"} == sources | {"configs.json", "py.typed"}
     metadata = [json.loads((repository / f"build/torch-{b}/metadata.json").read_text()) for b in ("cpu", "cuda")]
     assert [entry["backend"]["type"] for entry in metadata] == ["cpu", "cuda"]
     assert len({entry["id"] for entry in metadata}) == 2

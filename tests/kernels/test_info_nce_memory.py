@@ -10,11 +10,11 @@ import pytest
 import torch
 from gircse_kernels import info_nce as kernels
 from gircse_kernels import launching
-from gircse_kernels.compile_report import Allocations
 from torch import Tensor
 
+from bench.static.launches import Allocations
 from gircse.ops import info_nce_op, info_nce_torch, stepwise_info_nce, tiles_torch
-from gircse.ops.reference import info_nce_reference
+from gircse.ops.info_nce_reference import info_nce_reference
 
 LARGE = (4096, 8192, 5, 3584)  # B, M, K, D of a 7B model
 VERY_LARGE = (65_536, 131_072, 5, 1024)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from gircse_kernels import plan
-from gircse_kernels.plan import OnePass, Problem, TwoPass
+from gircse_kernels.plan import FewRows, OneRow, Problem, TwoProducts
 from gircse_kernels.soft_embed import device_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,56 +16,59 @@ from torch import Tensor
 from triton.runtime.interpreter import ReduceOps
 
 from gircse.ops import soft_embed, top_tokens
-from gircse.ops.reference import soft_embed_reference, top_tokens_reference
+from gircse.ops.soft_embed_reference import soft_embed_reference, top_tokens_reference
 from tests.kernels.small_plans import small_plans
 from tests.ops.accuracy import DTYPES, OPTIONS, assert_as_accurate_as_eager, random_inputs, run, upstream_gradients
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 TRITON = {"backend": "triton"}
-# One pass is for half precision alone.
-PASSES = pytest.mark.parametrize("one_pass", [True, False], ids=["one pass", "two passes"])
+# Only half precision is held in whole rows.
+FORMS = pytest.mark.parametrize("whole_rows", [True, False], ids=["whole rows", "two products"])
 NO_NAN_ROWS = pytest.mark.skipif(
     "nanargmax" in inspect.getsource(ReduceOps), reason="this Triton's interpreter, no GPU, refuses a row of NaN"
 )
-PASSES_AND_DTYPES = pytest.mark.parametrize(
-    ("one_pass", "dtype"),
-    [(one_pass, dtype) for one_pass in (True, False) for dtype in DTYPES if not one_pass or dtype.itemsize == 2],
+FORMS_AND_DTYPES = pytest.mark.parametrize(
+    ("whole_rows", "dtype"),
+    [(whole_rows, dtype) for whole_rows in (True, False) for dtype in DTYPES if not whole_rows or dtype.itemsize == 2],
     ids=str,
 )
 
 
-def check(one_pass: bool, options: dict[str, Any] | None = None, *, seeds: int = 1, **shape: Any) -> None:
+def check(whole_rows: bool, options: dict[str, Any] | None = None, *, seeds: int = 1, **shape: Any) -> None:
     """T = 37, V = 107, D = 27: three blocks of rows, seven tiles, two pieces of a row, the last of each ragged."""
     shape = {"leading": (37,), "vocab": 107, "width": 27, **shape}
-    with small_plans(one_pass):
+    with small_plans(whole_rows):
         assert_as_accurate_as_eager(options={**(options or {}), **TRITON}, seeds=seeds, **shape)
 
 
 def test_the_small_plans_have_several_of_everything() -> None:
     problem, device = Problem(37, 107, 27, 27, True, 2), device_of(torch.device("cpu"))
     with small_plans(True):
-        found = plan.plan_forward(problem._replace(rows=30), device)
-        assert isinstance(found, OnePass)
-        assert found.row_blocks > 1
-        assert found.splits > 1
-        assert found.tiles_per_split > 1
-        assert found.widths == (16, 16) or found.widths == (32, 0)
+        few, one = (plan.plan_forward(problem._replace(rows=rows), device) for rows in (30, 1))
+        assert isinstance(few, FewRows)
+        assert isinstance(one, OneRow)
+        assert few.row_blocks > 1
+        for found in (few, one):
+            assert found.splits > 1
+            assert found.tiles_per_split > 1
+            assert found.pieces > 1
+            assert problem.width % found.config.blocks["PIECE"]
     with small_plans(False):
         found = plan.plan_forward(problem, device)
-        assert isinstance(found, TwoPass)
+        assert isinstance(found, TwoProducts)
         assert problem.rows > found.row_block
         assert problem.vocab > found.chunk
-        assert found.splits >= 1
         again = plan.plan_backward(problem, device, True, True)
         assert problem.rows > again.row_block
         assert problem.vocab > again.chunk
 
 
-@PASSES_AND_DTYPES
+@FORMS_AND_DTYPES
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_tied(one_pass: bool, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    # at most two blocks of rows in one pass
-    check(one_pass, options, leading=(30,) if one_pass else (37,), dtype=dtype)
+def test_tied(whole_rows: bool, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    check(whole_rows, options, leading=(30,) if whole_rows else (37,), dtype=dtype)
+    if whole_rows:  # one row has a kernel of its own
+        check(True, options, leading=(1,), dtype=dtype, seeds=3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -74,63 +77,63 @@ def test_untied_with_bias(dtype: torch.dtype, options: dict[str, Any]) -> None:
     check(False, options, embed=35, bias=True, dtype=dtype)
 
 
-@PASSES_AND_DTYPES
-def test_temperature_per_row_and_bias(one_pass: bool, dtype: torch.dtype) -> None:
+@FORMS_AND_DTYPES
+def test_temperature_per_row_and_bias(whole_rows: bool, dtype: torch.dtype) -> None:
     options = {"softcap": 3.0, "logit_scale": 1.3, "embed_scale": 2.0}
-    check(one_pass, options, leading=(3, 9), bias=True, row_temperature=True, dtype=dtype)
+    check(whole_rows, options, leading=(3, 9), bias=True, row_temperature=True, dtype=dtype)
 
 
-@PASSES_AND_DTYPES
+@FORMS_AND_DTYPES
 @pytest.mark.parametrize("width", [16, 24, 40, 48, 65])
-def test_widths_of_one_and_two_pieces(one_pass: bool, dtype: torch.dtype, width: int) -> None:
-    check(one_pass, leading=(7,), width=width, dtype=dtype, seeds=1)
+def test_widths_of_several_pieces(whole_rows: bool, dtype: torch.dtype, width: int) -> None:
+    check(whole_rows, leading=(7,), width=width, dtype=dtype, seeds=1)
 
 
-@PASSES_AND_DTYPES
-def test_nearly_one_hot(one_pass: bool, dtype: torch.dtype) -> None:
+@FORMS_AND_DTYPES
+def test_nearly_one_hot(whole_rows: bool, dtype: torch.dtype) -> None:
     """Large logits: dS is a difference of nearly equal numbers, which a rounded saved output would spoil."""
-    check(one_pass, scale=12.0, leading=(19,), dtype=dtype, with_stats=False, seeds=2)
+    check(whole_rows, scale=12.0, leading=(19,), dtype=dtype, with_stats=False, seeds=2)
 
 
-@PASSES_AND_DTYPES
+@FORMS_AND_DTYPES
 @pytest.mark.parametrize("seed", [7, "rows"])
-def test_gumbel(one_pass: bool, dtype: torch.dtype, seed: int | str) -> None:
+def test_gumbel(whole_rows: bool, dtype: torch.dtype, seed: int | str) -> None:
     seeds: Any = torch.randint(-(2**62), 2**62, (19,)) if seed == "rows" else seed
-    check(one_pass, {"gumbel_seed": seeds, "temperature": 0.7}, leading=(19,), dtype=dtype)
+    check(whole_rows, {"gumbel_seed": seeds, "temperature": 0.7}, leading=(19,), dtype=dtype)
 
 
-@PASSES
+@FORMS
 @pytest.mark.parametrize("shift", [-3e4, 3e4])
-def test_extreme_logits(one_pass: bool, shift: float) -> None:
-    dtype = torch.bfloat16 if one_pass else torch.float32
-    check(one_pass, leading=(19,), bias=True, shift=shift, dtype=dtype, with_stats=False)
+def test_extreme_logits(whole_rows: bool, shift: float) -> None:
+    dtype = torch.bfloat16 if whole_rows else torch.float32
+    check(whole_rows, leading=(19,), bias=True, shift=shift, dtype=dtype, with_stats=False)
 
 
-@PASSES
-def test_entries_removed_by_a_bias_of_minus_infinity(one_pass: bool) -> None:
+@FORMS
+def test_entries_removed_by_a_bias_of_minus_infinity(whole_rows: bool) -> None:
     """Whole tiles and a whole split removed."""
-    dtype = torch.bfloat16 if one_pass else torch.float32
+    dtype = torch.bfloat16 if whole_rows else torch.float32
     tensors = random_inputs((19,), 107, 27, bias=True, dtype=dtype)
     kept = torch.zeros(107, dtype=torch.bool)
     kept[40:61] = True
     removed = {**tensors, "bias": tensors["bias"].masked_fill(~kept, -torch.inf)}
-    with small_plans(one_pass):
+    with small_plans(whole_rows):
         ours = run(soft_embed, removed, dtype, True, TRITON)
     truth = run(soft_embed, removed, dtype, True, {"backend": "torch"})
-    tolerance = 0.05 if one_pass else 2e-5
+    tolerance = 0.05 if whole_rows else 2e-5
     for name, exact in truth.items():
         assert (ours[name] - exact).abs().max() <= tolerance * (exact.abs().max() + 1), name
         if name in ("grad head_weight", "grad bias"):
             assert not ours[name][~kept].any()
 
 
-@PASSES
+@FORMS
 @pytest.mark.parametrize("bad", [pytest.param(torch.nan, marks=NO_NAN_ROWS), torch.inf, -torch.inf])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter's numpy
-def test_a_bad_row_stays_alone(one_pass: bool, bad: float) -> None:
-    dtype = torch.bfloat16 if one_pass else torch.float32
+def test_a_bad_row_stays_alone(whole_rows: bool, bad: float) -> None:
+    dtype = torch.bfloat16 if whole_rows else torch.float32
     tensors = random_inputs((19,), 107, 27, dtype=dtype)
-    with small_plans(one_pass):
+    with small_plans(whole_rows):
         clean = run(soft_embed, tensors, dtype, True, TRITON)
         tensors["hidden"][5, 3] = bad
         spoilt = run(soft_embed, tensors, dtype, True, TRITON)
@@ -141,11 +144,11 @@ def test_a_bad_row_stays_alone(one_pass: bool, bad: float) -> None:
     assert 0 <= spoilt["argmax"][5] < 107
 
 
-@PASSES
-def test_argmax_takes_the_lowest_index_of_a_tie(one_pass: bool) -> None:
+@FORMS
+def test_argmax_takes_the_lowest_index_of_a_tie(whole_rows: bool) -> None:
     head = torch.ones(107, 4, dtype=torch.bfloat16)
     head[:18] = 0.0
-    with small_plans(one_pass):
+    with small_plans(whole_rows):
         _, stats = soft_embed(torch.ones(6, 4, dtype=torch.bfloat16), head, return_stats=True, backend="triton")
     assert stats.argmax.tolist() == [18] * 6
 
@@ -194,11 +197,11 @@ def test_only_one_of_out_lse_entropy_in_the_loss(target: int, tied: bool) -> Non
         torch.testing.assert_close(torch.zeros_like(expected) if got is None else got, expected, rtol=3e-5, atol=3e-5)
 
 
-@PASSES
-def test_two_runs_and_two_backwards_are_bitwise_equal(one_pass: bool) -> None:
+@FORMS
+def test_two_runs_and_two_backwards_are_bitwise_equal(whole_rows: bool) -> None:
     tensors = random_inputs((19,), 107, 27, bias=True, row_temperature=True, dtype=torch.bfloat16)
     leaves = [tensor.requires_grad_() for tensor in tensors.values()]
-    with small_plans(one_pass):
+    with small_plans(whole_rows):
         results = []
         for _ in range(2):
             out, stats = soft_embed(**tensors, return_stats=True, backend="triton")  # type: ignore[misc, arg-type]
@@ -230,7 +233,7 @@ def test_no_rows_and_one_row(leading: tuple[int, ...]) -> None:
     embed=st.none() | st.integers(1, 40),
     bias=st.booleans(),
     row_temperature=st.booleans(),
-    one_pass=st.booleans(),
+    whole_rows=st.booleans(),
     row_block=st.integers(1, 50),
     chunk_rows=st.integers(1, 90),
     layout=st.sampled_from(["contiguous", "transposed", "strided", "expanded"]),
@@ -242,16 +245,16 @@ def test_any_shape_and_stride(
     embed: int | None,
     bias: bool,
     row_temperature: bool,
-    one_pass: bool,
+    whole_rows: bool,
     row_block: int,
     chunk_rows: int,
     layout: str,
 ) -> None:
     tensors = random_inputs((rows,), vocab, width, embed, bias, row_temperature)
-    dtype = torch.bfloat16 if one_pass else torch.float32
+    dtype = torch.bfloat16 if whole_rows else torch.float32
     strided = {name: laid_out(tensor.to(dtype), layout) for name, tensor in tensors.items()}
     truth = run(soft_embed_reference, {n: t.double() for n, t in strided.items()}, torch.float64, True, {})
-    with small_plans(one_pass, row_block=row_block, chunk_rows=chunk_rows):
+    with small_plans(whole_rows, row_block=row_block, chunk_rows=chunk_rows):
         leaves = {name: tensor.requires_grad_() for name, tensor in strided.items()}
         out, stats = soft_embed(**leaves, return_stats=True, backend="triton")  # type: ignore[misc, arg-type]
         targets = [out, stats.lse, stats.entropy]
@@ -297,21 +300,24 @@ def test_what_the_kernels_cannot_take(dtype: torch.dtype, message: str) -> None:
         soft_embed(torch.randn(3, 4, dtype=dtype), torch.randn(5, 4, dtype=dtype), backend="triton")
 
 
-@PASSES
-def test_int64_offsets(one_pass: bool) -> None:
-    """Rows further than 2^31 elements from the first: strides are multiplied in 64 bits.
+@FORMS
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_int64_offsets(whole_rows: bool, transposed: bool, rows: int) -> None:
+    """Elements further than 2^31 from the first: indices are multiplied by strides in 64 bits.
 
     The storage is reserved, not used: untouched pages cost nothing.
     """
     torch.utils.deterministic.fill_uninitialized_memory = False
-    rows, vocab, width, stride = 20, 40, 24, 2**26 + 8
+    vocab, width, stride = 40, 24, 2**27 + 8
     storage = torch.empty(vocab * stride, dtype=torch.bfloat16)
-    head = storage.as_strided((vocab, width), (stride, 1))
-    hidden = storage.as_strided((rows, width), (2 * stride, 1), 512)
-    assert hidden.stride(0) * (rows - 1) > 2**31
+    head, hidden = (
+        storage.as_strided((count, width), (1, stride) if transposed else (stride, 1), start)
+        for count, start in ((vocab, 0), (rows, 512))
+    )
     head.copy_(torch.randn(vocab, width))
     hidden.copy_(torch.randn(rows, width))
-    with small_plans(one_pass):
+    with small_plans(whole_rows):
         out = soft_embed(hidden, head, backend="triton")
     expected, _ = soft_embed_reference(hidden.double(), head.double())
     torch.testing.assert_close(out.double(), expected, rtol=2e-2, atol=2e-2)  # type: ignore[union-attr]

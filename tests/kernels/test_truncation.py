@@ -1,26 +1,24 @@
-"""The floor in every kernel: several tiles, splits and blocks of rows, whole tiles removed."""
+"""The threshold in every kernel: several tiles, splits and blocks of rows, whole tiles removed."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from bench.provenance import checkout_environment
 from gircse.ops import soft_embed
-from gircse.ops.reference import soft_embed_reference
+from gircse.ops.soft_embed_reference import soft_embed_reference
 from tests.kernels.small_plans import small_plans
 from tests.ops.accuracy import random_inputs, run
 
-ROOT = Path(__file__).resolve().parents[2]
 ROWS = 19
-ONE_AND_TWO_PASSES = pytest.mark.parametrize(
-    ("one_pass", "dtype"), [(True, torch.bfloat16), (False, torch.bfloat16), (False, torch.float32)], ids=str
+FORMS = pytest.mark.parametrize(
+    ("whole_rows", "dtype"), [(True, torch.bfloat16), (False, torch.bfloat16), (False, torch.float32)], ids=str
 )
 CASES: dict[str, dict[str, Any]] = {
     "few": {"top_k": 3},
@@ -36,11 +34,11 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.usefixtures("interpreter")
-@ONE_AND_TWO_PASSES
+@FORMS
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
-def test_against_float64(one_pass: bool, dtype: torch.dtype, options: dict[str, Any]) -> None:
+def test_against_float64(whole_rows: bool, dtype: torch.dtype, options: dict[str, Any]) -> None:
     tensors = random_inputs((ROWS,), 107, 27, bias=True, dtype=dtype)
-    with small_plans(one_pass):
+    with small_plans(whole_rows):
         ours = run(soft_embed, tensors, dtype, True, {**options, "backend": "triton"})
     truth = run(soft_embed_reference, tensors, torch.float64, True, options)
     for name, exact in truth.items():
@@ -52,24 +50,25 @@ def test_against_float64(one_pass: bool, dtype: torch.dtype, options: dict[str, 
 
 SCRIPT = """
 import json, sys
-from gircse_kernels.compile_report import Case, is_good, report
-from gircse_kernels.plan import Problem
-tied, untied = Problem(16, 50304, 896, 896, True, 2), Problem(64, 50304, 1024, 1024, False, 2)
-cases = [
-    Case("one pass", tied, "bfloat16", "", True, noise=True, floor=True),
-    Case("two passes", untied, "bfloat16", "", True, floor=True),
-    Case("backward", tied, "bfloat16", "hidden", False, floor=True),
+from bench.static.compile_report import Case, is_good, report
+from bench.static.launches import Call
+one, few, many = (1, 50304, 896, 896), (16, 50304, 896, 896), (64, 50304, 1024, 1024)
+calls = [
+    Call("soft_embed", one, "bfloat16", True, False, ("statistics", "noise", "threshold")),
+    Call("soft_embed", few, "bfloat16", True, True, ("threshold",)),
+    Call("soft_embed", many, "bfloat16", False, False, ("statistics", "threshold")),
 ]
-entries = report(cases, [80, 90], jobs=1)
+entries = report(map(Case, calls), [80, 90], jobs=1)
 print(json.dumps([{**e, "good": is_good(e)} for e in entries]))
 """
 
 
-def test_kernels_with_a_floor_compile_without_spills() -> None:
-    """Some of the table's entries; `compile_report --floor` compiles all of them."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels"), "TRITON_INTERPRET": "0"}
+def test_kernels_with_a_threshold_compile_without_spills() -> None:
+    """Some of the table's entries; `bench/compile_kernels.py` compiles all of them."""
+    environment = checkout_environment(TRITON_INTERPRET="0")
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     entries = json.loads(done.stdout)
-    assert {"one_pass_kernel", "score_kernel", "score_grad_kernel"} <= {entry["kernel"] for entry in entries}
+    kernels = {"one_row_kernel", "few_rows_kernel", "weights_kernel", "score_grad_kernel"}
+    assert kernels <= {entry["kernel"] for entry in entries}
     assert [entry for entry in entries if not entry["good"]] == []

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gircse.ops import SoftTokenStats, soft_embed
 from gircse.ops.noise import gumbel
-from gircse.ops.reference import soft_embed_reference
+from gircse.ops.soft_embed_reference import soft_embed_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPTIONS: dict[str, dict[str, Any]] = {

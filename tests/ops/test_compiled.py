@@ -220,7 +220,9 @@ def test_no_private_name_of_torch_is_traced() -> None:
         queries,
     )
     ours = {c for c in code if Path(c.co_filename).is_relative_to(package)}
-    assert {"soft_embed", "stepwise_info_nce", "top_tokens", "row_floors", "harden", "run"} <= {c.co_name for c in ours}
+    assert {"soft_embed", "stepwise_info_nce", "top_tokens", "row_thresholds", "harden", "run"} <= {
+        c.co_name for c in ours
+    }
     assert [name for c in ours for name in private_names(c)] == []
     # PyTorch's own wrappers that are looked into: the call of a custom op, and of a function under no_grad
     theirs = {c.co_name for c in code if "torch" in Path(c.co_filename).parts and "_dynamo" not in c.co_filename}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gircse.ops import l2_normalize, pool_steps, stepwise_info_nce, tiles_torch
-from gircse.ops.reference import info_nce_reference, pool_steps_reference
+from gircse.ops.info_nce_reference import info_nce_reference, pool_steps_reference
 
 POOLINGS = ["mean", "last", "weighted"]
 

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gircse.ops import InfoNCEStats, icr_objective, info_nce_op, pool_steps, stepwise_info_nce, tiles_torch
+from gircse.ops.info_nce_reference import icr_objective_reference, info_nce_reference
 from gircse.ops.pooling import POOLINGS, l2_normalize
-from gircse.ops.reference import icr_objective_reference, info_nce_reference
 from tests.ops.test_soft_embed_op import HAS_TRITON
 from tests.ops.test_vocab_parallel import in_processes
 

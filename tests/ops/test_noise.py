@@ -11,7 +11,7 @@ import torch
 
 from gircse.ops import VocabShard, soft_embed, tiles_torch, top_tokens
 from gircse.ops.noise import _philox, gumbel
-from gircse.ops.reference import soft_embed_reference
+from gircse.ops.soft_embed_reference import soft_embed_reference
 from tests.ops.accuracy import noise_of, random_inputs
 from tests.ops.test_soft_embed_op import BACKENDS
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gircse.ops import icr_objective
-from gircse.ops.reference import icr_objective_reference
+from gircse.ops.info_nce_reference import icr_objective_reference
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

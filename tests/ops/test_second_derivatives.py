@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from gircse.ops import soft_embed, soft_embed_op, soft_embed_plain, stepwise_info_nce
-from gircse.ops.reference import info_nce_reference, soft_embed_reference
+from gircse.ops.info_nce_reference import info_nce_reference
+from gircse.ops.soft_embed_reference import soft_embed_reference
 from tests.ops.accuracy import noise_of, random_inputs
 from tests.ops.test_soft_embed_op import BACKENDS
 

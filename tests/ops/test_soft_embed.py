@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gircse.ops import VocabShard, soft_embed, soft_embed_torch, tiles_torch
-from gircse.ops.reference import soft_embed_reference
+from gircse.ops.soft_embed_reference import soft_embed_reference
 from tests.ops import accuracy
 from tests.ops.accuracy import (
     DTYPES,

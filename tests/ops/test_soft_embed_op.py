@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gircse.ops import backends, soft_embed, soft_embed_op
-from gircse.ops.reference import soft_embed_reference
+from gircse.ops.soft_embed_reference import soft_embed_reference
 from tests.ops.accuracy import random_inputs
 
 HAS_TRITON = pytest.mark.skipif(
@@ -76,7 +76,7 @@ def test_opcheck(backend: str, stats: bool, dtype: torch.dtype) -> None:
     """Schema, fakes, autograd registration and ahead-of-time tracing of the custom op."""
     tensors = random_inputs((5,), 37, 8, 6, bias=True, row_temperature=True, dtype=dtype)
     arguments = [tensor.requires_grad_() for tensor in tensors.values()]
-    call = soft_embed_op.Call(soft_embed_op.Options(softcap=3.0), None, stats, True, None, backend)
+    call = soft_embed_op.Call(soft_embed_op.Options(softcap=3.0), None, stats, True, backend=backend)
     torch.library.opcheck(
         torch.ops.gircse.soft_embed.default, (*arguments, None, None, None, *call.flat()), rtol=1e-2, atol=1e-2
     )
@@ -88,11 +88,11 @@ def test_opcheck_backward(backend: str) -> None:
         (5,), 37, 8, 6, bias=True, row_temperature=True, dtype=torch.bfloat16
     ).values()
     row = torch.rand(5)
-    call = soft_embed_op.Call(soft_embed_op.Options(), None, True, True, None, backend)
+    call = soft_embed_op.Call(soft_embed_op.Options(), None, True, True, backend=backend)
     for needs in ([True] * 5, [True, False, False, False, False], [False, True, False, True, False]):
         arguments = (
             torch.randn(5, 6).bfloat16(), row, None, hidden, head, embed, bias, temperature, None, None, None,
-            torch.randn(5, 6), row, row + 1, row, *call.flat(), needs,
+            torch.randn(5, 6), row, row + 1, row, torch.empty(0), *call.flat(), needs,
         )  # fmt: skip
         torch.library.opcheck(torch.ops.gircse.soft_embed_backward.default, arguments)
 
@@ -175,7 +175,7 @@ def test_nothing_waits_for_values(backend: str) -> None:
             saved = kernels.Saved(found.out, found.peak, found.total, found.entropy)
             needs = kernels.Needs(True, True, True, True, False)
             kernels.backward(found.out, found.lse, found.lse, inputs, saved, kernels.Options(), needs)
-        assert len(launched) >= 6
+        assert len(launched) == 5  # weights, settle, finish; constants, score_grad
 
 
 def test_dtensor_is_refused_by_name(tmp_path: Any) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gircse.ops import soft_embed
 from gircse.ops.noise import gumbel
-from gircse.ops.reference import soft_embed_reference
+from gircse.ops.soft_embed_reference import soft_embed_reference
 from tests.ops.accuracy import random_inputs, run
 from tests.ops.test_soft_embed_op import BACKENDS
 
@@ -58,9 +58,9 @@ def test_compiled_and_transformed(backend: str) -> None:
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(hidden), function(hidden))
     exact, got = (torch.autograd.grad(f(hidden).square().sum(), hidden)[0] for f in (function, compiled))
-    torch.testing.assert_close(got, exact, rtol=1e-6, atol=1e-6)
     functional = torch.func.grad(lambda h: function(h).square().sum())(hidden.detach())
-    torch.testing.assert_close(functional, exact, rtol=1e-6, atol=1e-6)
+    for other in (got, functional):  # the eager call may keep its probabilities, these two compute them again
+        torch.testing.assert_close(other, exact, rtol=0.0, atol=1e-6 * exact.abs().max().item())
 
 
 def test_a_bad_row_stays_bad_and_alone() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gircse.ops import tiles_torch, top_tokens
-from gircse.ops.reference import scores_reference, top_tokens_reference
+from gircse.ops.soft_embed_reference import scores_reference, top_tokens_reference
 
 OPTIONS: list[dict[str, Any]] = [{}, {"temperature": 0.6, "softcap": 4.0, "logit_scale": 0.5}]  # scores stay exact
 

@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper
 
 from gircse.ops import soft_embed, tiles_torch, truncation
 from gircse.ops.chunk_scores import ordered_bits
-from gircse.ops.reference import soft_embed_reference, truncation_reference
+from gircse.ops.soft_embed_reference import soft_embed_reference, truncation_reference
 from tests.ops.accuracy import random_inputs, run
 from tests.ops.test_soft_embed import LargestTensor
 from tests.ops.test_soft_embed_op import BACKENDS
@@ -236,7 +236,9 @@ def test_compiled_transformed_faked(backend: str) -> None:
         fake = soft_embed(torch.randn(3, 4, 8), torch.randn(37, 8), top_p=torch.rand(3, 4), backend=backend)
         assert fake.shape == (3, 4, 8)  # type: ignore[union-attr]
     arguments = (*(tensors[n].detach() for n in ("hidden", "head_weight", "bias")), None, None, p, None)
-    torch.library.opcheck(torch.ops.gircse.soft_embed_floor.default, (*arguments, 1.0, 3.0, 1.0, 1.0, None, backend))
+    torch.library.opcheck(
+        torch.ops.gircse.soft_embed_threshold.default, (*arguments, 1.0, 3.0, 1.0, 1.0, None, backend)
+    )
 
 
 def test_autocast() -> None:

@@ -11,7 +11,7 @@ from sentence_transformers.base.modules import Dense
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
 from gircse import GIRCSE, GircseConfig
-from gircse.ops.reference import info_nce_reference
+from gircse.ops.info_nce_reference import info_nce_reference
 from gircse.sentence_transformers import CachedGIRCSELoss, GIRCSELoss, GIRCSEModule
 from gircse.sentence_transformers.losses import embed_steps, minibatch
 from tests.plain import plain_losses, plain_objective, plain_rollout

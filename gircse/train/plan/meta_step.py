@@ -25,10 +25,7 @@ from gircse.lm.rollout import rollout
 from gircse.ops.backends import TRITON_DTYPES, kernels
 from gircse.ops.tiles_torch import ROW_TILE, VOCAB_CHUNK, WORKSPACE_BYTES, accumulation_dtype
 
-# The bound of a kernel's temporaries: half for the scores of a chunk, half for partial results.
-_KERNEL_WORKSPACE_BYTES = 2 * WORKSPACE_BYTES
-# The kernels' launches are planned for an H100: its compute capability and multiprocessors. Another GPU's temporaries
-# differ by a few MiB.
+# Whose plans: an H100's compute capability and multiprocessors. Another GPU's hold as much within a few MiB.
 _DEVICE = (90, 132)
 
 
@@ -197,14 +194,24 @@ class _StandIn(CausalLM):
     def soft_embed(self, hidden: Tensor, **options):
         return _SoftEmbed.apply(hidden, self)
 
-    def workspaces(self, hidden: Tensor) -> tuple[int, int]:
-        """Bytes of the temporaries of `soft_embed`: forward, backward."""
+    def workspace(self, hidden: Tensor) -> _Workspace:
+        """What `soft_embed` holds for these hidden states."""
         rows = hidden.numel() // hidden.shape[-1]
         if not self.cuda:
-            return (_cpu_workspace(rows, self, hidden.dtype),) * 2
+            size = _cpu_workspace(rows, self, hidden.dtype)
+            return _Workspace(size, size)
+        plans = kernels("plan")
         if self.any_rows or hidden.dtype not in TRITON_DTYPES:
-            return (_KERNEL_WORKSPACE_BYTES,) * 2
-        return _kernel_workspaces(rows, self, hidden.dtype)
+            return _Workspace(plans.SCRATCH_BYTES, plans.SCRATCH_BYTES, plans.KEPT_BYTES)
+        return _kernel_workspace(rows, self, hidden.dtype)
+
+
+class _Workspace(NamedTuple):
+    """Bytes that a call of `soft_embed` holds beside its results: for a moment, and from forward to backward."""
+
+    forward: int
+    backward: int
+    kept: int = 0  # probabilities
 
 
 class _FusedPrompt(PromptPass):
@@ -239,23 +246,25 @@ class _Attention(torch.autograd.Function):
 
 
 class _SoftEmbed(torch.autograd.Function):
-    """`soft_embed`, which keeps hidden, its result in the accumulation dtype and three numbers a row."""
+    """Keeps hidden, a copy of the result in the accumulation dtype and three numbers a row, and probabilities as far as
+    the kernels' plan allows (`soft_embed_op`)."""
 
     @staticmethod
     def forward(ctx, hidden, lm):
-        ctx.live, (forward, ctx.workspace) = lm.live, lm.workspaces(hidden)
+        ctx.live, ctx.workspace = lm.live, lm.workspace(hidden)
         ctx.live.cut()
         wide = accumulation_dtype(hidden.dtype)
         exact = hidden.new_empty(*hidden.shape[:-1], lm.embed_weight.shape[1], dtype=wide)
-        _scratch(forward)
+        _scratch(ctx.workspace.forward)
         out = exact.to(hidden.dtype, copy=True)
-        ctx.save_for_backward(hidden, exact, hidden.new_empty(3, *hidden.shape[:-1], dtype=wide))
+        probs = hidden.new_empty(ctx.workspace.kept, dtype=torch.uint8)
+        ctx.save_for_backward(hidden, exact, hidden.new_empty(3, *hidden.shape[:-1], dtype=wide), probs)
         return out
 
     @staticmethod
     def backward(ctx, grad):
         ctx.live.cut()
-        _scratch(ctx.workspace)
+        _scratch(ctx.workspace.backward)
         return torch.empty_like(ctx.saved_tensors[0]), None
 
 
@@ -288,21 +297,19 @@ def _cpu_workspace(rows: int, lm: CausalLM, dtype: torch.dtype) -> int:
     return min(WORKSPACE_BYTES, wide.itemsize * (2 * rows * chunk + up_cast * chunk + value_width * rows))
 
 
-def _kernel_workspaces(rows: int, lm: CausalLM, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of the temporaries of the Triton kernels, forward and backward, from the plans of their launches."""
+def _kernel_workspace(rows: int, lm: CausalLM, dtype: torch.dtype) -> _Workspace:
+    """What the launchers of the Triton kernels allocate, read off their own plans; the matrices are frozen."""
     plans = kernels("plan")
     (vocab, width), (_, value_width) = lm.head_weight.shape, lm.embed_weight.shape
     tied, device = lm.embed_weight is lm.head_weight, plans.Device(*_DEVICE)
     problem = plans.Problem(rows, vocab, width, value_width, tied, dtype.itemsize)
-    forward = plans.plan_forward(problem, device)
-    backward = plans.plan_backward(problem, device, False, False)  # the matrices are frozen
-
-    def held(plan: Any, columns: int) -> int:
-        """The partial sums of all splits in float32, and the scores of a chunk, which a single pass does not keep."""
-        block = getattr(plan, "row_block", rows)
-        return block * (4 * plan.splits * columns + dtype.itemsize * getattr(plan, "chunk", 0))
-
-    return held(forward, value_width), held(backward, width)
+    forward, kept = plans.plan_forward(problem, device), 0
+    if isinstance(forward, plans.TwoProducts):
+        exact_scores = dtype == torch.float16
+        forward = plans.plan_two_products(problem, device, exact_scores=exact_scores, kept=plans.KEPT_BYTES)
+        kept = rows * plans.padded(vocab) * dtype.itemsize if forward.keep else 0
+    backward = plans.plan_backward(problem, device, False, False, exact_scores=dtype == torch.float16)
+    return _Workspace(forward.scratch(problem), backward.scratch(problem), kept)
 
 
 def _scratch(size: int) -> None:

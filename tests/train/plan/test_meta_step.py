@@ -15,7 +15,7 @@ from gircse.lm.rollout import rollout
 from gircse.train.config import TrainConfig
 from gircse.train.lora import add_lora
 from gircse.train.plan.extrapolate import TracedModel
-from gircse.train.plan.meta_step import LiveBytes, PromptShape, _kernel_workspaces, step_memory
+from gircse.train.plan.meta_step import LiveBytes, PromptShape, _kernel_workspace, step_memory
 from tests.tiny_models import CONFIGS, tiny_model
 
 WITHIN = 0.15
@@ -147,20 +147,23 @@ def test_a_model_with_storage_is_refused():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_workspace_on_a_gpu_is_what_the_launcher_allocates(rows, name, dtype):
     """The launchers run on tensors without storage; what they allocate beside the results."""
-    from gircse_kernels.compile_report import Case, allocated_bytes
-    from gircse_kernels.plan import Device, Problem
+    from gircse_kernels.plan import Device
+
+    from bench.static.launches import Call, allocated_bytes
 
     model = random_model(shape_config(name, 1), dtype=dtype, device="meta")
     lm = CausalLM(model, model.base_model)
     width, tied = lm.hidden_size, lm.head_weight is lm.embed_weight
-    problem = Problem(rows, 4096, width, width, tied, dtype.itemsize)
-    whole = [
-        allocated_bytes(Case("a step", problem, str(dtype).removeprefix("torch."), what), Device(90, 132))
-        for what in ("", "hidden")
-    ]
-    for workspace, allocated in zip(_kernel_workspaces(rows, lm, dtype), whole, strict=True):
-        results = 2 * 4 * rows * width  # in float32, and in the dtype
-        assert workspace <= allocated <= workspace + results
+    vocab = lm.head_weight.shape[0]
+    call = Call("soft_embed", (rows, vocab, width, width), str(dtype).removeprefix("torch."), tied, True)
+    planned, allocated = _kernel_workspace(rows, lm, dtype), allocated_bytes(call, Device(90, 132))
+    results = 2 * 4 * rows * width + 12 * rows  # in float32, and in the dtype; three numbers a row
+    # sums over chunks have memory of their own only where no exact result is kept
+    assert -4 * rows * width <= allocated.forward - planned.forward - planned.kept <= results
+    # with P kept, hidden states and upstream gradients need not be stacked for one product
+    stacked = 2 * rows * width * dtype.itemsize if planned.kept and tied else 0
+    assert -stacked <= allocated.backward - planned.backward <= results
+    assert bool(planned.kept) == (vocab * rows * dtype.itemsize <= 64 << 20 and (rows > 32 or dtype == torch.float32))
 
 
 def test_a_tiny_step_is_not_charged_the_largest_workspace():

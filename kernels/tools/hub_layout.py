@@ -1,6 +1,6 @@
-"""This folder as a repository of Hugging Face's Kernel Hub.
+"""Write the package `gircse_kernels` as a repository of Hugging Face's Kernel Hub.
 
-    python -m gircse_kernels.hub_layout FOLDER
+    python kernels/tools/hub_layout.py FOLDER
 
 writes, from a checkout::
 
@@ -8,8 +8,9 @@ writes, from a checkout::
     build/torch-cpu/, build/torch-cuda/               what `kernels.get_kernel` and `get_local_kernel` load
 
 The kernels are Python and Triton alone, so a build is a copy beside a `metadata.json`, the same for every version of
-Python, PyTorch and CUDA ("noarch", once called universal). All imports here are relative: the hub loads a kernel under
-a name of its own, several versions side by side. Needs Python 3.11 or newer, for its TOML reader.
+Python, PyTorch and CUDA ("noarch", once called universal). All imports of the package are relative, because the hub
+loads a kernel under a name that it chooses, several versions side by side. Needs Python 3.11 or newer, whose TOML
+reader it uses.
 """
 
 from __future__ import annotations
@@ -22,25 +23,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PACKAGE = Path(__file__).resolve().parent
+KERNELS = Path(__file__).resolve().parents[1]
+PACKAGE = KERNELS / "gircse_kernels"
 SHIPPED = ("*.py", "*.json", "py.typed")
 
 
 def write(folder: Path) -> list[Path]:
-    """The repository in `folder`, which is new or empty; returns the build variants.
+    """The repository in `folder`, which is new or empty. Returns the build variants.
 
     Raises:
-        FileExistsError: the folder holds something. FileNotFoundError: this is no checkout, there is no build.toml.
+        FileExistsError: the folder is not empty. FileNotFoundError: there is no build.toml, so this is no checkout.
     """
-    config = PACKAGE.parent / "build.toml"
+    config = KERNELS / "build.toml"
     general = _general(config)
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"folder: got {folder}, which is not empty, expected a new one")
     name = general["name"].replace("-", "_")
     files = sorted(path for pattern in SHIPPED for path in PACKAGE.glob(pattern))
     _copy(files, folder / "torch-ext" / name)
-    shutil.copy2(config, folder / "build.toml")
-    _copy(sorted((PACKAGE.parent / "tests").glob("*.py")), folder / "tests")
+    for path in (config, KERNELS / "README.md"):
+        shutil.copy2(path, folder / path.name)
+    _copy(sorted((KERNELS / "tests").glob("*.py")), folder / "tests")
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
     variants = []
     for backend in general["backends"]:

@@ -1,0 +1,122 @@
+"""What goes into an op and comes out of it, whichever backend runs it. No Triton here: the torch backend uses it, too.
+
+T rows, V vocabulary entries, D hidden size, E embedding size; B rows, K steps in the contrastive loss. The accumulation
+dtype is float32, or float64 for float64 inputs, which only the torch backend takes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Options(NamedTuple):
+    """The scalar parameters of `soft_embed`. They define the operation and are never tensors."""
+
+    temperature: float = 1.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    embed_scale: float = 1.0
+    seed: int | None = None  # of the Gumbel noise, one for all rows
+    vocab_start: int = 0  # first vocabulary index of this shard; the noise depends on it
+    logit_temperature: float = 1.0  # divides the capped logits before noise and temperature
+
+
+class Inputs(NamedTuple):
+    """The tensors of the forward of `soft_embed`."""
+
+    hidden: Tensor  # [T, D]
+    head: Tensor  # [V, D]
+    embed: Tensor | None = None  # [V, E]; None: tied, the head serves as embedding matrix
+    bias: Tensor | None = None  # [V]
+    temperature: Tensor | None = None  # [T], instead of the number
+    seeds: Tensor | None = None  # [T] int64, instead of the number
+    threshold: Tensor | None = None  # [T] accumulation dtype, the lowest score without noise that a row keeps
+
+    def of_rows(self, rows: slice) -> Inputs:
+        """The same call for some of the rows."""
+        parts = (None if tensor is None else tensor[rows] for tensor in (self.temperature, self.seeds, self.threshold))
+        return Inputs(self.hidden[rows], self.head, self.embed, self.bias, *parts)
+
+
+class Forward(NamedTuple):
+    """What the forward returns, in the accumulation dtype except `out`. A tensor that was not asked for is None.
+
+    For a vocabulary shard, whose sums are still to be merged with those of the other shards, `out` is the weighted sum
+    before the division, in the accumulation dtype, and `entropy` is the moment, sum of e^(score - peak) (score - peak).
+    """
+
+    out: Tensor  # [T, E], input dtype
+    exact: Tensor | None  # [T, E]: `out` before it is rounded, in memory of its own
+    lse: Tensor | None  # [T]; with the next three, the statistics
+    entropy: Tensor | None  # [T]
+    max_prob: Tensor | None  # [T]
+    argmax: Tensor | None  # [T] int64, index in this head
+    peak: Tensor | None  # [T] largest score; with the next one, for backward and for other shards
+    total: Tensor | None  # [T] sum of e^(score - peak)
+    probs: Tensor | None = None  # [T, V] input dtype: what the backend keeps of the probabilities for its backward
+
+
+class Saved(NamedTuple):
+    """What backward needs of the forward. No backend changes it.
+
+    The log-sum-exp is saved as `peak` and `total`: rounded to one number, it would give every recomputed probability of
+    a row one common relative error of half a unit of lse (1e-6 at 30, 1e-3 at 30,000), which eager PyTorch does not
+    make.
+    """
+
+    out: Tensor  # [T, E], as exact as there is
+    peak: Tensor  # [T]
+    total: Tensor  # [T]
+    entropy: Tensor | None  # [T], where it has a gradient
+    probs: Tensor | None = None  # [T, V], `Forward.probs`; None: scores are recomputed
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    hidden: bool
+    head: bool
+    embed: bool
+    bias: bool
+    temperature: bool
+
+
+class Grads(NamedTuple):
+    """What the backward returns. A gradient that was not asked for is None.
+
+    Over a vocabulary shard, those of hidden and temperature are this shard's share of a sum, in the accumulation dtype.
+    The caller, who knows the whole sum, finishes the temperature's: `(sum over shards - peak grad_lse) / temperature`.
+    """
+
+    hidden: Tensor | None  # [T, D] accumulation dtype
+    head: Tensor | None  # [V, D] the head's dtype; of a tied matrix the sum of both uses
+    embed: Tensor | None  # [V, E] its dtype
+    bias: Tensor | None  # [V] accumulation dtype
+    temperature: Tensor | None  # [T] accumulation dtype, -sum of dS (score - peak)
+
+
+class Pooled(NamedTuple):
+    """Unit vectors of every number of steps."""
+
+    vectors: Tensor  # [K, B, D] accumulation dtype
+    norms: Tensor  # [K, B], of the sums of the steps, before they were divided
+
+
+class Sums(NamedTuple):
+    """Softmax sums of each row over some candidates, [K, B]."""
+
+    peak: Tensor  # largest logit that counts, never below the smallest finite number
+    total: Tensor  # sum of e^(logit - peak)
+    positive: Tensor  # logit of the target; -inf where it is not among them
+    hardest: Tensor  # largest logit that counts and is not the target's; -inf where there is none
+
+    def merge(self, other: Sums) -> Sums:
+        """The sums over both sets of candidates."""
+        peak = torch.maximum(self.peak, other.peak)
+        total = self.total * (self.peak - peak).exp() + other.total * (other.peak - peak).exp()
+        return Sums(
+            peak, total, torch.maximum(self.positive, other.positive), torch.maximum(self.hardest, other.hardest)
+        )

@@ -1,0 +1,201 @@
+"""Launches form 3 of the forward (`many_rows`): blocks of rows, chunks of the vocabulary, two products for each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import launching, many_rows
+from . import plan as plans
+from .contract import Forward, Inputs, Options
+from .launching import bias_stride, device_of, exact_scores, score_flags, score_scalars
+from .plan import Config, Problem, TwoProducts, cdiv, lookup, padded, plan_two_products
+
+FINISH = Config({"BLOCK_E": 1024}, 4, 1)
+
+
+def _fits_epilogue(inputs: Inputs, options: Options) -> bool:
+    """Whether our own product can be the first: see `plan_two_products`."""
+    if options.softcap is not None or options.seed is not None:
+        return False
+    if inputs.seeds is not None or inputs.threshold is not None:
+        return False
+    # rows of adjacent elements that begin at multiples of 16 bytes
+    return all(
+        m.stride(1) == 1 and m.stride(0) * m.itemsize % 16 == 0 and m.data_ptr() % 16 == 0
+        for m in (inputs.hidden, inputs.head)
+    )
+
+
+class _Scratch:
+    """What a chunk of a block of rows needs. S and P are one tensor where both have the input's dtype."""
+
+    def __init__(self, inputs: Inputs, plan: TwoProducts, stats: bool) -> None:
+        hidden, device = inputs.hidden, inputs.hidden.device
+        rows, columns = plan.row_block, padded(min(plan.chunk, inputs.head.shape[0]))
+        tiles = cdiv(plan.chunk, plan.tile)
+
+        def float32(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=device)
+
+        def int64(*shape: int) -> Tensor | None:
+            return torch.empty(shape, dtype=torch.int64, device=device) if stats else None
+
+        self.probs = hidden.new_empty((rows, columns))
+        self.products = self.probs
+        if plan.product is None and not plan.half_scores and hidden.dtype != torch.float32:
+            self.products = float32(rows, columns)
+        # highest score, sum, moment, of each tile and of each row so far; a chunk reads one peak and writes the other
+        self.tiles, self.tile_argmax = float32(3, rows, tiles), int64(rows, tiles)
+        self.rows = float32(4, rows)
+
+
+def forward_many_rows(
+    inputs: Inputs, options: Options, problem: Problem, result: Forward, stats: bool, finish: bool, keep: bool
+) -> Forward:
+    """Fills the result. With `keep` it also gets `probs`, if they fit and backward can do without the scores."""
+    num_rows = inputs.hidden.shape[0]
+    plan = plan_two_products(
+        problem,
+        device_of(inputs.hidden.device),
+        exact_scores=exact_scores(inputs, stats),
+        epilogue=_fits_epilogue(inputs, options),
+        kept=plans.KEPT_BYTES if keep and options.softcap is None else 0,
+    )
+    scratch = _Scratch(inputs, plan, stats)
+    acc = result.exact
+    if acc is None:
+        acc = result.out if result.out.dtype == torch.float32 else torch.empty(
+            (plan.row_block, result.out.shape[1]), dtype=torch.float32, device=result.out.device
+        )  # fmt: skip
+    for start in range(0, num_rows, plan.row_block):
+        rows = slice(start, min(start + plan.row_block, num_rows))
+        part = Forward(*(None if tensor is None else tensor[rows] for tensor in result))  # type: ignore[arg-type]
+        part_acc = acc[rows] if acc.shape[0] == num_rows else acc[: rows.stop - start]
+        _row_block(inputs.of_rows(rows), options, plan, scratch, part_acc, part, finish)
+    if plan.keep:
+        return result._replace(probs=scratch.probs[:, : inputs.head.shape[0]])
+    return result
+
+
+def _row_block(
+    inputs: Inputs, options: Options, plan: TwoProducts, scratch: _Scratch, acc: Tensor, result: Forward, finish: bool
+) -> None:
+    values = inputs.head if inputs.embed is None else inputs.embed
+    (count, num_vocab), width = (inputs.hidden.shape[0], inputs.head.shape[0]), values.shape[1]
+    old, new, total, moment = scratch.rows
+    stats = result.argmax is not None
+    for start in range(0, num_vocab, plan.chunk):
+        vocab = slice(start, min(start + plan.chunk, num_vocab))
+        first, size = start == 0, vocab.stop - start
+        _weights(inputs, options, plan, scratch, vocab, old, first, stats)
+        tiles = cdiv(size, plan.tile)
+        probs = scratch.probs[:count, :size]
+        launching.launch(
+            many_rows.settle_kernel,
+            (count, plan.settle_parts),
+            (
+                probs, acc, *scratch.tiles, scratch.tile_argmax, old, new, total, moment, result.argmax,
+                tiles, size, width, probs.stride(0), plan.settle_parts,
+            ),
+            Config({"TILE": plan.tile, "BLOCK_E": 1024}, 4, 1),
+            FIRST=first,
+            STATS=stats,
+            TILES=1 << (tiles - 1).bit_length(),
+        )  # fmt: skip
+        launching.product(probs, values[vocab], acc, add=not first)
+        old, new = new, old
+    launching.launch(
+        many_rows.finish_kernel,
+        (count, cdiv(width, FINISH.blocks["BLOCK_E"])),
+        (
+            acc, old, total, moment, result.out, result.exact,
+            result.peak, result.total, result.lse, result.entropy, result.max_prob, width, options.embed_scale,
+        ),
+        FINISH,
+        FINISH=finish,
+    )  # fmt: skip
+
+
+def _weights(
+    inputs: Inputs,
+    options: Options,
+    plan: TwoProducts,
+    scratch: _Scratch,
+    vocab: slice,
+    peak: Tensor,
+    first: bool,
+    stats: bool,
+) -> None:
+    """P of a chunk, each tile relative to a reference of its own, and the tiles' sums."""
+    hidden, head, _, bias, temperature, seeds, threshold = inputs
+    count, size = hidden.shape[0], vocab.stop - vocab.start
+    row_options = (bias, temperature, seeds, threshold)
+    sums = (*scratch.tiles, scratch.tile_argmax, count, head.shape[0])
+    flags = score_flags(inputs, options)
+    scalars = (options.vocab_start, vocab.start, size, *score_scalars(inputs, options))
+    if plan.product is not None:
+        blocks = plan.product.blocks
+        programs = cdiv(count, blocks["BLOCK_T"]) * cdiv(size, blocks["BLOCK_V"])
+        probs = scratch.probs[:count]
+        launching.launch(
+            many_rows.weights_product_kernel,
+            (min(programs, device_of(hidden.device).num_sms * plan.product.per_sm),),
+            (
+                peak,
+                TensorDescriptor.from_tensor(hidden, [blocks["BLOCK_T"], blocks["BLOCK_K"]]),
+                TensorDescriptor.from_tensor(head, [blocks["BLOCK_V"], blocks["BLOCK_K"]]),
+                TensorDescriptor.from_tensor(probs, [blocks["BLOCK_T"], blocks["BLOCK_V"]]),
+                *row_options, *sums, hidden.shape[1], bias_stride(inputs), *scalars,
+            ),
+            plan.product,
+            **flags,
+            FIRST=first,
+            STATS=stats,
+        )  # fmt: skip
+        return
+    products, probs = scratch.products[:count, :size], scratch.probs[:count, :size]
+    launching.product(hidden, head[vocab].T, products)
+    rest = (*row_options, peak, *sums)
+    _elementwise(
+        products, probs, rest, bias_stride(inputs), scalars, plan.weights, flags, FIRST=first, STATS=stats, RAW=False
+    )
+
+
+def chunk_scores(inputs: Inputs, options: Options, chunk_start: int, size: int) -> Tensor:
+    """Scores [T, size] of a chunk of the vocabulary, float32, by the same kernel."""
+    hidden, head, _, bias, temperature, seeds, threshold = inputs
+    num_rows = hidden.shape[0]
+    out = torch.empty((num_rows, size), dtype=torch.float32, device=hidden.device)
+    if num_rows:
+        launching.product(hidden, head[chunk_start : chunk_start + size].T, out)
+        config = lookup("weights", device_of(hidden.device).arch, hidden.itemsize, num_rows)
+        rest = (bias, temperature, seeds, threshold, None, None, None, None, None, num_rows, head.shape[0])
+        scalars = (options.vocab_start, chunk_start, size, *score_scalars(inputs, options))
+        flags = score_flags(inputs, options)
+        _elementwise(out, out, rest, bias_stride(inputs), scalars, config, flags, FIRST=True, STATS=False, RAW=True)
+    return out
+
+
+def _elementwise(
+    products: Tensor,
+    probs: Tensor,
+    rest: tuple[Any, ...],
+    stride_bias: int,
+    scalars: tuple[Any, ...],
+    config: Config,
+    flags: dict[str, Any],
+    **switches: bool,
+) -> None:
+    count, size = products.shape
+    launching.launch(
+        many_rows.weights_kernel,
+        (cdiv(count, config.blocks["BLOCK_T"]) * cdiv(size, config.blocks["BLOCK_V"]),),
+        (products, probs, *rest, products.stride(0), probs.stride(0), stride_bias, *scalars),
+        config,
+        ALIGNED=flags["ALIGNED"],
+        **switches,
+    )
