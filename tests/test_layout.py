@@ -1,4 +1,4 @@
-"""The tree: imports run one way, and the tests lie where the sources lie."""
+"""The tree: imports run one way, files stay short, and the tests lie where the sources lie."""
 
 from __future__ import annotations
 
@@ -107,3 +107,13 @@ def test_tests_mirror_the_source_tree() -> None:
         if folder.is_dir() and any(folder.glob("test_*.py")):
             where = folder.relative_to(tests)
             assert where.parts[0] in ACROSS or (PACKAGE / where).is_dir(), where
+
+
+def test_no_file_is_long() -> None:
+    long = {
+        str(file.relative_to(REPOSITORY)): lines
+        for folder in ("gircse", "kernels", "bench", "tests", "examples")
+        for file in (REPOSITORY / folder).rglob("*.py")
+        if (lines := len(file.read_text(encoding="utf-8").splitlines())) > 400
+    }
+    assert not long

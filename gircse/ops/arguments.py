@@ -71,7 +71,7 @@ def check_like(name: str, value: Tensor, other_name: str, other: Tensor, cast: t
 
 def has_no_values(tensor: Tensor) -> bool:
     """Whether the tensor stands for values not yet known: compilation, fake tensors, functional transforms."""
-    return torch.compiler.is_compiling() or observers.transformed() or not observers.plain((tensor,))
+    return torch.compiler.is_compiling() or observers.transformed() or not observers.unobserved((tensor,))
 
 
 def row_values(name: str, value: Tensor, hidden: Tensor) -> Tensor:

@@ -150,12 +150,12 @@ def _weight(layer: Any, what: str) -> Tensor:
     for name in layer.active_adapters:
         if not any(name in table for table in tables):
             if any(name in getattr(layer, kind, ()) for kind in layer.adapter_layer_names):
-                raise _refusal(what, f"a layer of {type(layer).__module__}")
+                raise _unsupported_adapter(what, f"a layer of {type(layer).__module__}")
             continue  # this adapter does not change this layer
         if name in layer.lora_variant:
-            raise _refusal(what, f"a variant of LoRA ({type(layer.lora_variant[name]).__name__})")
+            raise _unsupported_adapter(what, f"a variant of LoRA ({type(layer.lora_variant[name]).__name__})")
         if layer.lora_bias[name]:
-            raise _refusal(what, "LoRA with a bias")
+            raise _unsupported_adapter(what, "LoRA with a bias")
         weight = weight + layer.get_delta_weight(name).to(weight.dtype)
     return weight
 
@@ -165,7 +165,7 @@ def _token_adapter(layer: Any) -> Any:
     return getattr(layer, "token_adapter", layer if hasattr(layer, "trainable_tokens_delta") else None)
 
 
-def _refusal(what: str, kind: str) -> UnsupportedModelError:
+def _unsupported_adapter(what: str, kind: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"model: an adapter changes the {what}: got {kind}, expected plain LoRA or a trained copy (modules_to_save); "
         "merge it first (merge_and_unload), or leave head and table out of its target modules"

@@ -46,7 +46,7 @@ class Options(NamedTuple):
     backend: str | None
 
 
-class Call(NamedTuple):
+class LossCall(NamedTuple):
     """What forward and backward both walk over."""
 
     module: ModuleType
@@ -128,7 +128,7 @@ class _StepwiseInfoNCE(DifferentiableOp):
                 # a query whose row does not count this document does not count for it either
                 every = gather(target + docs_of.start, rows_of, 0)
                 mirrored = gather(mask[:, every].to(torch.uint8), rows_of, 0).bool().T[rows_of.mine].contiguous()
-            call = Call(
+            call = LossCall(
                 _module(options.backend, query_steps),
                 options, query_steps, doc_steps, target, mask, mirrored, rows_of, docs_of,
             )  # fmt: skip
@@ -168,7 +168,7 @@ class _StepwiseInfoNCE(DifferentiableOp):
         else:
             group = find_group(options.group)
             rows_of, docs_of = (Shares(group, each, dist.get_rank(group)) for each in sizes.tolist())
-        call = Call(
+        call = LossCall(
             _module(options.backend, query_steps),
             options, query_steps, doc_steps, target, mask, mirrored if options.symmetric and mask is not None else None,
             rows_of, docs_of,
@@ -215,7 +215,7 @@ def check_columns(mask: Tensor, candidates: int, queries: int) -> None:
 class _StepsGradient:
     """The gradient of one side's steps, written from the last step to the first."""
 
-    def __init__(self, call: Call, steps: Tensor) -> None:
+    def __init__(self, call: LossCall, steps: Tensor) -> None:
         self.call = call
         self.result = torch.empty(steps.shape, dtype=steps.dtype, device=steps.device)
         wide = accumulation_dtype(steps.dtype)
@@ -235,7 +235,7 @@ def _module(backend: str | None, tensor: Tensor) -> ModuleType:
     return kernels("info_nce") if resolve_backend(backend, tensor) == "triton" else info_nce_torch
 
 
-def _sums(call: Call, group: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _sums(call: LossCall, group: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Sums over this rank's rows of loss, accuracy, positive, hardest [4, k]; what backward keeps, [2 or 4, k, B]."""
     module, options = call.module, call.options
     temperature = options.temperature
@@ -273,7 +273,7 @@ def _sums(call: Call, group: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def _gradients(
-    call: Call,
+    call: LossCall,
     group: tuple[int, int],
     kept: Tensor,
     weight: Tensor,
@@ -305,7 +305,7 @@ def _gradients(
 
 
 def _crossing_gradients(
-    call: Call,
+    call: LossCall,
     group: tuple[int, int],
     queries: Tensor,
     kept: Tensor,

@@ -182,9 +182,9 @@ def _logits(
     if mask is not None:
         logits.masked_fill_(mask[part, columns], -torch.inf)
     if exclude is not None:
-        out, column = _column(exclude[part], columns)
+        out, column = _in_columns(exclude[part], columns)
         logits.scatter_(1, column, torch.where(out, -torch.inf, logits.gather(1, column)))
-    return logits, *_column(target, columns)
+    return logits, *_in_columns(target, columns)
 
 
 def _tiling(rows: Tensor, candidates: Tensor) -> tuple[int, int]:
@@ -194,7 +194,7 @@ def _tiling(rows: Tensor, candidates: Tensor) -> tuple[int, int]:
     )
 
 
-def _column(index: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+def _in_columns(index: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     """Whether each row's index lies in this chunk, and its column there (any valid one if not), both [R, 1]."""
     column = (index - columns.start)[:, None]
     width = columns.stop - columns.start

@@ -32,7 +32,7 @@ def forward_levels() -> int:
     return sum(interpreter.key() == functorch.TransformType.Jvp for interpreter in stack)
 
 
-def plain(tensors: Sequence[Tensor | None]) -> bool:
+def unobserved(tensors: Sequence[Tensor | None]) -> bool:
     """Whether these are ordinary tensors, of no subclass."""
     return _PLAIN.issuperset(map(type, tensors))
 

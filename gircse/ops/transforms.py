@@ -25,7 +25,7 @@ def eager(tensors: Sequence[Tensor | None], backend: str | None) -> bool:
 def alone(tensors: Sequence[Tensor | None], backend: str | None) -> bool:
     """Whether no tensor subclass and no dispatch mode is to see this call. The caller asks about transforms."""
     # the torch backend is made of PyTorch's own operators, which a dispatch mode may see one by one
-    return observers.plain(tensors) and (backend == "torch" or not observers.dispatched())
+    return observers.unobserved(tensors) and (backend == "torch" or not observers.dispatched())
 
 
 def rows_of_numbers(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:

@@ -34,8 +34,8 @@ Stale slots are not read, so they may hold anything.
 
 `TABLE` holds the tiles: for each padded width, max(d, d_v) rounded up to a power of two, and element size the slots of
 a block, warps and pipeline stages. They are chosen so that neither sm_80 nor sm_90 spills registers or runs out of
-shared memory (`bench/static/compile_report.py`); at 16 query rows the tensor cores wait for memory either way. That holds for sizes
-that are multiples of 16, as those of language models are; others run, but load element by element.
+shared memory (`bench/static/compile_report.py`); at 16 query rows the tensor cores wait for memory either way. That
+holds for sizes that are multiples of 16, as those of language models are; others run, but load element by element.
 """
 
 from __future__ import annotations
