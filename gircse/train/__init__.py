@@ -7,7 +7,7 @@
 | `distill`, `distill_loss` | the student of a teacher: its targets, its step, its objective |
 | `settings`, `run_config` | how settings are checked; those that both kinds of run have |
 | `config`, `distill_config`, `recipes` | the settings of each kind of run; files that set them |
-| `batches`, `schedule` | of each step the rows, with their false negatives; the learning rate and its warm-up |
+| `batches`, `learning_rate` | of each step the rows, with their false negatives; the learning rate and its warm-up |
 | `lora`, `fsdp` | the trainable model; its layers shared by several processes |
 | `ranks`, `signals` | the processes of a job; SIGTERM and SIGINT |
 | `micro_batch_size` | how many tokens fit the memory |

@@ -36,12 +36,12 @@ from gircse.train.checkpoint import checkpoint_folder, list_checkpoints, load_ch
 from gircse.train.config import TrainConfig
 from gircse.train.distill_config import DistillConfig
 from gircse.train.fsdp import shard_layers
+from gircse.train.learning_rate import learning_rate
 from gircse.train.log import open_log, start_log
 from gircse.train.lora import trainable_model
 from gircse.train.micro_batch_size import probe_budget
 from gircse.train.ranks import Ranks, digest_of, digest_of_rows, join_ranks, step_seed
 from gircse.train.run_config import RunConfig
-from gircse.train.schedule import learning_rate
 from gircse.train.signals import StopRequest, TrainingStopped, stop_on_signals
 from gircse.train.step import Step, contrastive_step
 from gircse.train.step_monitor import StepMonitor

@@ -12,7 +12,7 @@ import pytest
 
 from gircse.lm.config import GircseConfig
 from gircse.train.config import TrainConfig
-from gircse.train.schedule import learning_rate
+from gircse.train.learning_rate import learning_rate
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from gircse.cli import main
 from gircse.train.checkpoint import list_checkpoints
 from gircse.train.config import TrainConfig
-from gircse.train.schedule import learning_rate
+from gircse.train.learning_rate import learning_rate
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 WORDS = ["red", "blue", "fox", "dog", "tree"]
