@@ -216,6 +216,14 @@ def test_a_teacher_without_steps_is_refused_and_nothing_is_written(teacher, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_it_does_not_share_a_folder_with_a_training_run(teacher, tmp_path):
+    """Both have checkpoints/, where a resumed distillation would find those of the training."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "train_log.jsonl").touch()
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        distill(config(teacher, tmp_path), rows=ROWS)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
