@@ -34,13 +34,13 @@ def provenance(device: str | torch.device, benchmark: str) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
         "commit": commit(),
-        "sources": _sources(benchmark),
+        "sources": measured_sources(benchmark),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
 
-def _sources(benchmark: str) -> str | None:
-    """None where a file was edited since this process began, because it may not be the version that was measured."""
+def measured_sources(benchmark: str) -> str | None:
+    """`sources_hash`; None where a file was edited since this process began, and may not be the version measured."""
     edited = any(path.stat().st_mtime > _STARTED for path in dependencies(MEASURED_BY[benchmark]).values())
     return None if edited else sources_hash(benchmark)
 

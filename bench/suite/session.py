@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from bench.floors import measure_ceilings
-from bench.provenance import device_name, provenance
+from bench.provenance import device_name, measured_sources, provenance
 from bench.records import save
 from bench.sources import sources_hash
 from bench.suite import attempts
@@ -120,7 +120,7 @@ class Session:
     def save(self, name: str, record: Record) -> Record:
         """Writes the record at once, with its provenance."""
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        origin = {**self.origin, "sources": sources_hash(record["benchmark"]), "date": date}
+        origin = {**self.origin, "sources": measured_sources(record["benchmark"]), "date": date}
         record = {**record, "provenance": origin}
         save(record, self.folder / f"{name}.json")
         return record

@@ -68,9 +68,8 @@ class TrainConfig(RunConfig):
         self.expect("reduction", self.reduction in ("mean", "sum"), "'mean' or 'sum'")
         self.expect("batching", self.batching in ("homogeneous", "mixed"), "'homogeneous' or 'mixed'")
         self.expect("weights", all(0 < weight < float("inf") for weight in self.weights), "numbers > 0")
-        for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_targets"):
-            own = self.adapter is None or getattr(self, name) == getattr(TrainConfig, name)
-            self.expect(name, own, "no value beside `adapter`, which has its own")
+        if self.adapter is not None:
+            self.expect_no_lora_settings("`adapter`, which has its own")
         for name in ("weights", "instructions"):
             given = len(getattr(self, name))
             fits = not given or not self.data or given == len(self.data)

@@ -83,6 +83,8 @@ def distill(
         if task is None and config.eval_data is not None:
             task = RetrievalTask.from_rows(load_rows(config.eval_data, instruction=config.instruction))
         data = open_data(config, ranks, rows=rows)
+        if teacher is None and not config.teacher:  # transformers would read the current folder
+            raise ValueError("teacher: got none, expected a folder, a hub name or a model in memory")
         if teacher is None:
             teacher = GIRCSE.from_pretrained(config.teacher, dtype=config.dtype, device=ranks.device)
         # the limits hold for the teacher's embeddings, the evaluation, and what the saved student encodes

@@ -36,6 +36,8 @@ class DistillConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.expect("init", self.init in ("fresh", "teacher"), "'fresh' or 'teacher'")
+        if self.init == "teacher":
+            self.expect_no_lora_settings("init = 'teacher', whose LoRA has its own")
         self.expect_integers("num_steps")
         self.expect_positive("temperature")
         self.expect_not_negative("kl_weight")

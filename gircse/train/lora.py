@@ -29,6 +29,8 @@ def trainable_model(config: TrainConfig, model: GIRCSE | None = None, *, ranks: 
         ValueError: the base has an adapter already, the adapter does not fit, or layers cannot be adapted.
     """
     ranks = ranks or Ranks(torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    if model is None and not (config.model or config.adapter):  # transformers would read the current folder
+        raise ValueError("model: got none, expected a folder, a hub name or a model in memory")
     if model is None:
         base, tokenizer, saved = _load(config, ranks)
     else:

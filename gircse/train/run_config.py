@@ -73,6 +73,11 @@ class RunConfig(Settings):
         self.expect_not_negative("weight_decay")
         self.expect_fractions("warmup_ratio", "lora_dropout")
 
+    def expect_no_lora_settings(self, beside: str) -> None:
+        """Raises ValueError for a setting of fresh LoRA that differs from its default, where it would do nothing."""
+        for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_targets"):
+            self.expect(name, getattr(self, name) == getattr(type(self), name), f"no value beside {beside}")
+
     def path(self, name: str) -> Path:
         """A file of the run folder: `train_config.json` for "config.json" of a training run."""
         return Path(self.output) / f"{self.command}_{name}"

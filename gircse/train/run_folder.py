@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from torch import Tensor
 
@@ -24,7 +25,7 @@ def check_settings(config: RunConfig) -> None:
     """Checks the run folder before anything is loaded.
 
     Raises:
-        FileExistsError: the folder holds a run, and `config.resume` is off.
+        FileExistsError: the folder holds a run of any command, and `config.resume` is off.
         FileNotFoundError: the folder holds no run, and `config.resume` is on.
         ValueError: the run was started with other settings.
     """
@@ -32,7 +33,7 @@ def check_settings(config: RunConfig) -> None:
         if not config.path("config.json").is_file():
             raise FileNotFoundError(f"resume: {config.output} holds no run, and so no checkpoint to go on from")
         config.check_continues(earlier_config(config))
-    elif config.path("log.jsonl").exists():
+    elif any(Path(config.output).glob("*_log.jsonl")):  # a run of another command has its checkpoints there, too
         raise FileExistsError(f"output: {config.output} holds a run already; resume it, or name another folder")
 
 

@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import provenance, sources
 from bench.provenance import checkout_environment
 from bench.sources import MEASURED_BY, dependencies, sources_hash
+from bench.suite.session import Session
 
 TREE = {
     "gircse/__init__.py": "if TYPE_CHECKING:\n    from gircse.late import Late\n    from gircse.unused import Unused\n",
@@ -80,12 +82,28 @@ def test_kinds_of_records_depend_on_what_they_measure():
     assert all("kernels/gircse_kernels/configs.json" in names for names in found.values())
     assert "bench.timing" in found["op"]
     assert "bench.tables" not in found["op"]
+    # `bench.run` and the GPU suite measure the ceilings, and make the model from random weights of a published shape
+    assert {kind for kind, names in found.items() if "bench.floors" in names} >= {
+        "op",
+        "throughput",
+        "training",
+        "corpus",
+    }
+    assert {kind for kind, names in found.items() if "bench.shapes" in names} >= {
+        "op",
+        "throughput",
+        "training",
+        "corpus",
+    }
+    assert "tests.conftest" in found["tests"]
 
 
-def test_a_file_that_was_edited_during_the_run_leaves_no_hash(monkeypatch):
+def test_a_file_that_was_edited_during_the_run_leaves_no_hash(tmp_path, monkeypatch):
     assert provenance.provenance("cpu", "op")["sources"] == sources_hash("op")
     monkeypatch.setattr(provenance, "_STARTED", 0.0)
     assert provenance.provenance("cpu", "op")["sources"] is None
+    session = Session(tmp_path, torch.device("cpu"), minutes=1.0, smoke=True)
+    assert session.save("op", {"benchmark": "op"})["provenance"]["sources"] is None
 
 
 def test_what_python_loads_was_found():

@@ -211,13 +211,25 @@ def test_a_teacher_without_steps_is_refused_and_nothing_is_written(teacher, tmp_
     model = GIRCSE.from_pretrained(teacher, num_steps=0)
     with pytest.raises(ValueError, match="teacher: got a model with K = 0"):
         distill(config(teacher, tmp_path), rows=ROWS, teacher=model)
+    with pytest.raises(ValueError, match="teacher: got none, expected a folder, a hub name or a model in memory"):
+        distill(config("", tmp_path), rows=ROWS)  # transformers would read the current folder
     assert not (tmp_path / "run").exists()
+
+
+def test_it_does_not_share_a_folder_with_a_training_run(teacher, tmp_path):
+    """Both have checkpoints/, where a resumed distillation would find those of the training."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "train_log.jsonl").touch()
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        distill(config(teacher, tmp_path), rows=ROWS)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"init": "half"}, "init: got 'half', expected 'fresh' or 'teacher'"),
+        ({"init": "teacher", "lora_r": 8}, "lora_r: got 8, expected no value beside init = 'teacher'"),
+        ({"init": "teacher", "lora_dropout": 0.1}, "lora_dropout: got 0.1, expected no value beside init = 'teacher'"),
         ({"num_steps": 0}, "num_steps: got 0, expected an integer >= 1"),
         ({"temperature": 0}, "temperature: got 0.0, expected a number > 0"),
         ({"kl_weight": float("nan")}, "kl_weight: got nan"),

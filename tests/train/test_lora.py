@@ -53,6 +53,8 @@ def test_it_goes_on_from_a_saved_adapter(base, tmp_path):
     assert planned[0] == sum(p.nbytes for p in more.model.parameters() if p.requires_grad)
     with pytest.raises(ValueError, match="with an adapter on it, .* to train an adapter further, name its folder as"):
         train(replace(settings, model=str(first.folder), adapter=None, output=str(tmp_path / "x")), rows=ROWS)
+    with pytest.raises(ValueError, match="model: got none, expected a folder, a hub name or a model in memory"):
+        trainable_model(config("", tmp_path))  # transformers would read the current folder
     with pytest.raises(ValueError, match="lora_r: got 3, expected no value beside `adapter`, which has its own"):
         replace(settings, lora_r=3)
 
