@@ -16,7 +16,7 @@ from gircse.ops import soft_embed, tiles_torch, truncation
 from gircse.ops.chunk_scores import ordered_bits
 from gircse.ops.soft_embed_reference import soft_embed_reference, truncation_reference
 from tests.ops.accuracy import random_inputs, run
-from tests.ops.test_soft_embed import LargestTensor
+from tests.ops.test_soft_embed_memory import LargestTensor
 from tests.ops.test_soft_embed_op import BACKENDS
 
 RULES: dict[str, dict[str, Any]] = {
