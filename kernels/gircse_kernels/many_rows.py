@@ -58,7 +58,7 @@ def store_sums(
     return prob
 
 
-@triton.jit(do_not_specialize=["seed", "vocab_start", "chunk_start", "chunk_size", "num_rows"])
+@triton.jit(do_not_specialize=["seed", "vocab_start", "chunk_start", "num_rows"])
 def weights_kernel(
     product_ptr,  # [T, C] h . w, float32 or the input's dtype
     prob_ptr,  # [T, C] input dtype, out, may be the same memory; with RAW: the scores themselves, float32
@@ -117,7 +117,7 @@ def weights_kernel(
         tl.store(p_prob, prob.to(prob_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["seed", "vocab_start", "chunk_start", "chunk_size", "num_rows"])
+@triton.jit(do_not_specialize=["seed", "vocab_start", "chunk_start", "num_rows"])
 def weights_product_kernel(
     peak_ptr,  # as for `weights_kernel`; first, because a launch takes its device from the first argument
     hidden_desc,  # [T, D] by tiles [BLOCK_T, BLOCK_K]
@@ -178,7 +178,7 @@ def weights_product_kernel(
         prob_desc.store([i_rows * BLOCK_T, i_tile * BLOCK_V], prob.to(prob_desc.dtype))
 
 
-@triton.jit(do_not_specialize=["num_tiles", "parts", "chunk_size"])
+@triton.jit(do_not_specialize=["num_tiles", "parts"])
 def settle_kernel(
     prob_ptr,  # [T, C], in and out
     acc_ptr,  # [T, E] float32, in and out

@@ -52,6 +52,14 @@ def test_tensor_cores(report: list[dict]) -> None:
             assert entry["async_copies"] > 0, entry
 
 
+def test_elementwise_kernels_move_16_bytes_at_a_time(report: list[dict]) -> None:
+    """They do nothing but read and write, and need a compiler that knows how columns of a chunk are aligned."""
+    elementwise = [e for e in report if e["kernel"] in ("weights_kernel", "settle_kernel", "score_grad_kernel")]
+    assert len({entry["kernel"] for entry in elementwise}) == 3
+    for entry in elementwise:
+        assert entry["wide_accesses"] >= 4 or entry["blocks"].get("TILE") == 256, entry  # two columns of each thread
+
+
 def test_programs_per_multiprocessor_are_those_that_the_plan_counts_on(report: list[dict]) -> None:
     """The splits of forms 1 and 2 fill the device only if so many programs fit one multiprocessor."""
     configs = {
