@@ -35,6 +35,7 @@ if __name__ == "__main__" and attempts.state_file() is None:  # before anything 
 import torch
 from gircse_kernels.plan import Device
 
+from bench.static.launches import DEVICES
 from bench.suite import candidates, models, ops, plan, precompile, summary, tests
 from bench.suite.session import Session, say
 
@@ -91,7 +92,7 @@ def _finish(session: Session, run: Callable[[], None], name: str = "summary") ->
 
 
 def _compile(session: Session, options: argparse.Namespace) -> None:
-    device = Device(90, 132)
+    device = DEVICES[90]
     if session.device.type == "cuda":
         properties = torch.cuda.get_device_properties(session.device)
         device = Device(10 * properties.major + properties.minor, properties.multi_processor_count)
