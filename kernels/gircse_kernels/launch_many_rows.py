@@ -23,9 +23,9 @@ def _fits_epilogue(inputs: Inputs, options: Options) -> bool:
         return False
     if inputs.seeds is not None or inputs.threshold is not None:
         return False
-    # rows of adjacent elements that begin at multiples of 16 bytes
+    # rows of adjacent elements, one behind the other, that begin at multiples of 16 bytes
     return all(
-        m.stride(1) == 1 and m.stride(0) * m.itemsize % 16 == 0 and m.data_ptr() % 16 == 0
+        m.stride(1) == 1 and m.stride(0) >= m.shape[1] and m.stride(0) * m.itemsize % 16 == 0 and m.data_ptr() % 16 == 0
         for m in (inputs.hidden, inputs.head)
     )
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from gircse_kernels import launching, plan
+from gircse_kernels import launch_many_rows, launching, plan
+from gircse_kernels.contract import Inputs, Options
 from gircse_kernels.plan import Device, Problem
 
 from bench.static.launches import DEVICES, Call, record
@@ -236,3 +237,10 @@ def test_old_gpus_have_no_tensor_descriptors() -> None:
         assert plan.plan_two_products(problem, Device(80, 108), epilogue=True).product is None
         assert plan.plan_two_products(problem, Device(90, 132), epilogue=True).product is not None
     plan.plan_two_products.cache_clear()
+
+
+def test_descriptors_get_no_rows_that_share_memory() -> None:
+    """A GPU's tensor maps have strides of at least a row; cuBLAS gets a copy of such a matrix."""
+    hidden, head = torch.zeros(1, 64).bfloat16(), torch.zeros(96, 64).bfloat16()
+    assert launch_many_rows._fits_epilogue(Inputs(hidden.expand(1, 64), head), Options())
+    assert not launch_many_rows._fits_epilogue(Inputs(hidden.expand(40, 64), head), Options())
