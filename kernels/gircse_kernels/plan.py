@@ -132,7 +132,7 @@ class TwoProducts(NamedTuple):
         elements = self.row_block * padded(min(self.chunk, problem.vocab))
         apart = self.product is None and not self.half_scores and problem.itemsize == 2
         probs = 0 if self.keep else elements * problem.itemsize
-        sums = 4 * self.row_block * (4 + 3 * cdiv(self.chunk, self.tile))
+        sums = 4 * padded(self.row_block) * (4 + 3 * cdiv(self.chunk, self.tile))
         accumulator = 4 * self.row_block * problem.value_width if problem.itemsize == 2 else 0
         return probs + 4 * elements * apart + sums + accumulator
 
