@@ -112,6 +112,7 @@ def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
         "programs": programs(launch.config.num_warps, found["REG"], kernel.metadata.shared, arch),
         "instructions": {name: ptx.count(name) for name in MMA if name in ptx},
         "async_copies": ptx.count("cp.async"),
+        "wide_accesses": len(re.findall(r"\b(?:ld|st)\.global\S*\.v4\.b32", ptx)),
     }
 
 

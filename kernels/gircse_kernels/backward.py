@@ -55,7 +55,7 @@ def constants_kernel(
     tl.store(constant_ptr + row, constant)
 
 
-@triton.jit(do_not_specialize=["seed", "vocab_start", "chunk_start", "chunk_size", "num_rows"])
+@triton.jit(do_not_specialize=["seed", "vocab_start", "chunk_start", "num_rows"])
 def score_grad_kernel(
     product_ptr,  # [T, C] h . w, float32 or the input's dtype; with KEPT: the forward's P
     grad_prob_ptr,  # [T, C] g . e, float32 or the input's dtype; None: zero

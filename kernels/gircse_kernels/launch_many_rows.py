@@ -23,9 +23,9 @@ def _fits_epilogue(inputs: Inputs, options: Options) -> bool:
         return False
     if inputs.seeds is not None or inputs.threshold is not None:
         return False
-    # rows of adjacent elements that begin at multiples of 16 bytes
+    # rows of adjacent elements, one behind the other, that begin at multiples of 16 bytes
     return all(
-        m.stride(1) == 1 and m.stride(0) * m.itemsize % 16 == 0 and m.data_ptr() % 16 == 0
+        m.stride(1) == 1 and m.stride(0) >= m.shape[1] and m.stride(0) * m.itemsize % 16 == 0 and m.data_ptr() % 16 == 0
         for m in (inputs.hidden, inputs.head)
     )
 
@@ -49,8 +49,9 @@ class _Scratch:
         if plan.product is None and not plan.half_scores and hidden.dtype != torch.float32:
             self.products = float32(rows, columns)
         # highest score, sum, moment, of each tile and of each row so far; a chunk reads one peak and writes the other
-        self.tiles, self.tile_argmax = float32(3, rows, tiles), int64(rows, tiles)
-        self.rows = float32(4, rows)
+        many = padded(rows)  # so that each of them is aligned, whatever the rows, and needs no other compiled kernel
+        self.tiles, self.tile_argmax = float32(3, many, tiles), int64(rows, tiles)
+        self.rows = float32(4, many)
 
 
 def forward_many_rows(

@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .contract import Inputs, Options
 from .matmul import dot, product_kernel
-from .plan import Config, Device, cdiv, lookup
+from .plan import SMALL_SHARED, Config, Device, cdiv, lookup
 
 INTERPRETED = not hasattr(dot, "cache_key")  # TRITON_INTERPRET=1 was set when this was imported
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -23,7 +23,8 @@ def device_of(device: torch.device) -> Device:
     if device.type != "cuda":
         return Device(90, 4)
     properties = torch.cuda.get_device_properties(device)
-    return Device(10 * properties.major + properties.minor, properties.multi_processor_count)
+    arch = 10 * properties.major + properties.minor
+    return Device(SMALL_SHARED[0] if arch in SMALL_SHARED else arch, properties.multi_processor_count)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], config: Config, **constants: Any) -> None:

@@ -38,10 +38,11 @@ def store_sums(
     tile_total_ptr,
     tile_moment_ptr,
     tile_argmax_ptr,
+    DTYPE: tl.constexpr,
     FIRST: tl.constexpr,
     STATS: tl.constexpr,
 ):
-    """P of a tile, float32; its highest score and its sums, relative to its reference, go to memory."""
+    """P of a tile in DTYPE; its highest score and its sums, relative to its reference, go to memory."""
     score, highest, position = tile_softmax(score, m_vocab, STATS)
     if FIRST:
         base = reference(highest)
@@ -49,16 +50,21 @@ def store_sums(
         base = reference(tl.maximum(highest, tl.load(peak_ptr + rows, mask=m_rows, other=LOWEST)))
     relative = score - base[:, None]
     prob = tl.exp(relative)
+    rounded = prob.to(DTYPE)
+    if not STATS:
+        # What is multiplied is what is divided by: a row of one probability gives that entry's embedding, unrounded.
+        # Statistics are of the sum before rounding.
+        prob = rounded.to(tl.float32)
     slot = rows.to(tl.int64) * num_tiles + i_tile
     tl.store(tile_peak_ptr + slot, highest, mask=m_rows)
     tl.store(tile_total_ptr + slot, tl.sum(prob, 1), mask=m_rows)
     if STATS:
         tl.store(tile_moment_ptr + slot, tl.sum(tl.maximum(relative, LOG_FLOOR) * prob, 1), mask=m_rows)
         tl.store(tile_argmax_ptr + slot, (first_index + position).to(tl.int64), mask=m_rows)
-    return prob
+    return rounded
 
 
-@triton.jit(do_not_specialize=["seed", "vocab_start", "chunk_start", "chunk_size", "num_rows"])
+@triton.jit(do_not_specialize=["seed", "vocab_start", "chunk_start", "num_rows"])
 def weights_kernel(
     product_ptr,  # [T, C] h . w, float32 or the input's dtype
     prob_ptr,  # [T, C] input dtype, out, may be the same memory; with RAW: the scores themselves, float32
@@ -112,12 +118,13 @@ def weights_kernel(
     else:
         prob = store_sums(
             score, m_vocab, rows, m_rows, i_tile, num_tiles, chunk_start + i_tile * BLOCK_V,
-            peak_ptr, tile_peak_ptr, tile_total_ptr, tile_moment_ptr, tile_argmax_ptr, FIRST, STATS,
+            peak_ptr, tile_peak_ptr, tile_total_ptr, tile_moment_ptr, tile_argmax_ptr,
+            prob_ptr.dtype.element_ty, FIRST, STATS,
         )  # fmt: skip
-        tl.store(p_prob, prob.to(prob_ptr.dtype.element_ty), mask=inside)
+        tl.store(p_prob, prob, mask=inside)
 
 
-@triton.jit(do_not_specialize=["seed", "vocab_start", "chunk_start", "chunk_size", "num_rows"])
+@triton.jit(do_not_specialize=["seed", "vocab_start", "chunk_start", "num_rows"])
 def weights_product_kernel(
     peak_ptr,  # as for `weights_kernel`; first, because a launch takes its device from the first argument
     hidden_desc,  # [T, D] by tiles [BLOCK_T, BLOCK_K]
@@ -173,12 +180,12 @@ def weights_product_kernel(
         )  # fmt: skip
         prob = store_sums(
             score, column < chunk_size, rows, m_rows, i_tile, num_tiles, chunk_start + i_tile * BLOCK_V,
-            peak_ptr, tile_peak_ptr, tile_total_ptr, tile_moment_ptr, tile_argmax_ptr, FIRST, STATS,
+            peak_ptr, tile_peak_ptr, tile_total_ptr, tile_moment_ptr, tile_argmax_ptr, prob_desc.dtype, FIRST, STATS,
         )  # fmt: skip
-        prob_desc.store([i_rows * BLOCK_T, i_tile * BLOCK_V], prob.to(prob_desc.dtype))
+        prob_desc.store([i_rows * BLOCK_T, i_tile * BLOCK_V], prob)
 
 
-@triton.jit(do_not_specialize=["num_tiles", "parts", "chunk_size"])
+@triton.jit(do_not_specialize=["num_tiles", "parts"])
 def settle_kernel(
     prob_ptr,  # [T, C], in and out
     acc_ptr,  # [T, E] float32, in and out

@@ -25,6 +25,10 @@ ROW_BLOCK = 4096  # rows that form 3 or a backward takes at once
 # Up to this width and so many rows, a program holds whole rows of a tied matrix, which is then read once.
 WHOLE_WIDTH = 2048
 FEW_ROWS = 32
+# Consumer and inference GPUs (compute capability 8.6, 8.9, 12.0, 12.1) give a program 99 KiB of shared memory, the
+# others 163 or 227. All of them are planned as 8.6: with Ampere's tiles, and form 2 up to the width that fits.
+SMALL_SHARED = (86, 89, 120, 121)
+SMALL_SHARED_WIDTH = 576
 TABLE = Path(__file__).with_name("configs.json")
 
 
@@ -50,7 +54,7 @@ SAFE = {
 
 
 class Device(NamedTuple):
-    """What a plan depends on: compute capability (80, 90, ..) and multiprocessors."""
+    """What a plan depends on: compute capability (80, 90, ..; 86 for all of `SMALL_SHARED`) and multiprocessors."""
 
     arch: int
     num_sms: int
@@ -128,7 +132,7 @@ class TwoProducts(NamedTuple):
         elements = self.row_block * padded(min(self.chunk, problem.vocab))
         apart = self.product is None and not self.half_scores and problem.itemsize == 2
         probs = 0 if self.keep else elements * problem.itemsize
-        sums = 4 * self.row_block * (4 + 3 * cdiv(self.chunk, self.tile))
+        sums = 4 * padded(self.row_block) * (4 + 3 * cdiv(self.chunk, self.tile))
         accumulator = 4 * self.row_block * problem.value_width if problem.itemsize == 2 else 0
         return probs + 4 * elements * apart + sums + accumulator
 
@@ -199,6 +203,8 @@ def _whole_rows(problem: Problem, device: Device) -> OneRow | FewRows | None:
     if not problem.tied or problem.itemsize != 2 or problem.width > WHOLE_WIDTH or problem.rows > FEW_ROWS:
         return None
     kernel = "one_row" if problem.rows == 1 else "few_rows"
+    if kernel == "few_rows" and device.arch == SMALL_SHARED[0] and problem.width > SMALL_SHARED_WIDTH:
+        return None
     config = find(kernel, device.arch, problem.itemsize, problem.rows, problem.width)
     if config is None:
         return None

@@ -40,6 +40,8 @@ def test_shared_memory_and_spills(report: list[dict]) -> None:
         assert is_good({**entry, "stack": stack}), entry
     assert all(0 < entry["registers"] <= 255 for entry in report)
     assert {entry["arch"] for entry in report} == {80, 90, 100}
+    # what GPUs of little shared memory run, but for form 2, whose width they limit
+    assert all(e["shared"] <= 99 * 1024 for e in report if e["arch"] == 80 and e["kernel"] != "few_rows_kernel")
 
 
 def test_tensor_cores(report: list[dict]) -> None:
@@ -50,6 +52,14 @@ def test_tensor_cores(report: list[dict]) -> None:
             if entry["arch"] == 90 and tall:
                 assert "wgmma.mma_async" in entry["instructions"], entry
             assert entry["async_copies"] > 0, entry
+
+
+def test_elementwise_kernels_move_16_bytes_at_a_time(report: list[dict]) -> None:
+    """They do nothing but read and write, and need a compiler that knows how columns of a chunk are aligned."""
+    elementwise = [e for e in report if e["kernel"] in ("weights_kernel", "settle_kernel", "score_grad_kernel")]
+    assert len({entry["kernel"] for entry in elementwise}) == 3
+    for entry in elementwise:
+        assert entry["wide_accesses"] >= 4 or entry["blocks"].get("TILE") == 256, entry  # two columns of each thread
 
 
 def test_programs_per_multiprocessor_are_those_that_the_plan_counts_on(report: list[dict]) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from gircse_kernels import launching, plan
+from gircse_kernels import launch_many_rows, launching, plan
+from gircse_kernels.contract import Inputs, Options
 from gircse_kernels.plan import Device, Problem
 
 from bench.static.launches import DEVICES, Call, record
@@ -236,3 +237,24 @@ def test_old_gpus_have_no_tensor_descriptors() -> None:
         assert plan.plan_two_products(problem, Device(80, 108), epilogue=True).product is None
         assert plan.plan_two_products(problem, Device(90, 132), epilogue=True).product is not None
     plan.plan_two_products.cache_clear()
+
+
+def test_descriptors_get_no_rows_that_share_memory() -> None:
+    """A GPU's tensor maps have strides of at least a row; cuBLAS gets a copy of such a matrix."""
+    hidden, head = torch.zeros(1, 64).bfloat16(), torch.zeros(96, 64).bfloat16()
+    assert launch_many_rows._fits_epilogue(Inputs(hidden.expand(1, 64), head), Options())
+    assert not launch_many_rows._fits_epilogue(Inputs(hidden.expand(40, 64), head), Options())
+
+
+@INTERPRETER
+@pytest.mark.parametrize("way", ["our product, float16", "P kept, float32 scores"])
+def test_a_row_of_one_probability_is_its_embedding(way: str) -> None:
+    """As in eager PyTorch, whose probability of 1 needs no rounding. (The interpreter truncates to bfloat16.)"""
+    dtype, choices = WAYS[way]
+    tensors = [tensor.to(dtype) for tensor in random_inputs((37,), 107, 40, 35, scale=400.0).values()]
+    highest, index = (tensors[0].double() @ tensors[1].double().T).topk(2)
+    certain = highest[:, 0] - highest[:, 1] > highest[:, 0] / 16 + 40.0  # however the scores are rounded
+    with small_plans(False, **choices):
+        out = soft_embed(*tensors, backend="triton")
+    assert certain.sum() > 15
+    torch.testing.assert_close(out[certain], tensors[2][index[certain, 0]], rtol=0.0, atol=0.0)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
-from gircse_kernels import plan
+import torch
+from gircse_kernels import launching, plan
 from gircse_kernels.plan import Device, FewRows, OneRow, Problem, TwoProducts, plan_backward, plan_forward
 
 from bench.static import plans
@@ -31,6 +34,25 @@ WIDTH, ROWS = plan.WHOLE_WIDTH, plan.FEW_ROWS
 )
 def test_the_borders_between_the_forms(rows: int, width: int, tied: bool, itemsize: int, form: type, arch: int) -> None:
     assert type(plan_forward(Problem(rows, 32_000, width, width, tied, itemsize), DEVICES[arch])) is form
+
+
+@pytest.mark.parametrize("capability", [(8, 6), (8, 9), (12, 0), (12, 1)])
+def test_gpus_of_little_shared_memory(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel may ask for more than 99 KiB there; `test_compile` has what each of Ampere's asks for."""
+    properties = SimpleNamespace(major=capability[0], minor=capability[1], multi_processor_count=84)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    device = launching.device_of.__wrapped__(torch.device("cuda", 0))
+    forms = {
+        (rows, width): type(plan_forward(Problem(rows, 151_936, width, width, True, 2), device))
+        for rows in (1, 2, ROWS)
+        for width in (576, 584, WIDTH)
+    }
+    assert {form for (rows, _), form in forms.items() if rows == 1} == {OneRow}
+    assert {form for (rows, width), form in forms.items() if rows > 1 and width == 576} == {FewRows}
+    assert {form for (rows, width), form in forms.items() if rows > 1 and width > 576} == {TwoProducts}
+    for kernel in ("one_row", "few_rows", "score", "matmul"):
+        for itemsize in (2, 4):
+            assert plan.find(kernel, device.arch, itemsize, 16, 512) == plan.find(kernel, 80, itemsize, 16, 512)
 
 
 def test_the_choice_for_many_problems() -> None:
