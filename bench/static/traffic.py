@@ -125,16 +125,16 @@ def backward_work(problem: Problem, device: Device, *, kept: bool = False) -> li
     rows, vocab, width, value_width, tied, itemsize = problem
     blocks, chunks = cdiv(rows, plan.row_block), cdiv(vocab, plan.chunk)
     launches = blocks * chunks
-    scores = rows * vocab * (itemsize if plan.half_scores else 4)
+    scores, grad_probs = rows * vocab * (itemsize if plan.half_scores else 4), 4 * rows * vocab
     head, values = (blocks * itemsize * vocab * columns for columns in (width, value_width))
     hidden, upstream = (chunks * itemsize * rows * columns for columns in (width, value_width))
     grad = itemsize * rows * vocab
-    sums = [Work(PRODUCT, launches, 2 * rows * vocab * value_width, values, scores, upstream)]
-    if not kept and tied:  # one product of both row by row
-        sums = [Work(PRODUCT, launches, 4 * rows * vocab * width, head, 2 * scores, hidden + upstream)]
+    sums = [Work(PRODUCT, launches, 2 * rows * vocab * value_width, values, grad_probs, upstream)]
+    if not kept and tied and not plan.half_scores:  # one product of both row by row
+        sums = [Work(PRODUCT, launches, 4 * rows * vocab * width, head, scores + grad_probs, hidden + upstream)]
     elif not kept:
         sums.append(Work(PRODUCT, launches, 2 * rows * vocab * width, head, scores, hidden))
-    read = scores + (grad if kept else scores)
+    read = grad_probs + (grad if kept else scores)
     accumulator = 4 * rows * width * (2 * chunks - 1)
     return [
         Work("constants_kernel", 1, row_bytes=4 * rows + (itemsize + 4) * rows * value_width),

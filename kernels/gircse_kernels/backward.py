@@ -3,7 +3,7 @@
 With P = e^(s - peak) / total, delta = sum(g out), dP = embed_scale g E^T, H the entropy::
 
     constant = delta - g_lse + g_H (H - log total),  slope = g_H                     `constants_kernel`, one row each
-    S = h W_c^T,  dP = g E_c^T                                                       cuBLAS; one product where E is W
+    S = h W_c^T,  dP = g E_c^T                      cuBLAS; one product where E is W and both are float32 (dP always is)
     dS = P (dP - constant - slope (s - peak));  P = embed_scale P                    `score_grad_kernel`, elementwise
     d(h w + bias) = dS d score/d(h w + bias)
     dh += dS W_c                                                                     cuBLAS
@@ -11,7 +11,9 @@ With P = e^(s - peak) / total, delta = sum(g out), dP = embed_scale g E^T, H the
     dbias_c = dS^T 1                                                                 cuBLAS
 
 Where the forward kept its P, S is not needed. dS and P of a chunk, [T, C] in the input's dtype, take the memory of S
-and dP if those have the same dtype. Each result has one owner and there are no atomics, so two runs are bitwise equal.
+and dP where those have the same dtype. dP is float32: dP - constant would keep what is rounded off it, also in a row of
+one probability, whose gradient is zero. Each result has one owner and there are no atomics, so two runs are bitwise
+equal.
 
 FLOPs for frozen matrices 6 T V D (scores, dP, dh), 4 T V D with P kept; each trainable use adds 2 T V D.
 """
@@ -58,7 +60,7 @@ def constants_kernel(
 @triton.jit(do_not_specialize=["seed", "vocab_start", "chunk_start", "num_rows"])
 def score_grad_kernel(
     product_ptr,  # [T, C] h . w, float32 or the input's dtype; with KEPT: the forward's P
-    grad_prob_ptr,  # [T, C] g . e, float32 or the input's dtype; None: zero
+    grad_prob_ptr,  # [T, C] g . e, float32; None: zero
     score_grad_ptr,  # [T, C] input dtype, out: gradient of h w + bias; None: not wanted
     prob_ptr,  # [T, C] input dtype, out: embed_scale * P; None: not wanted
     temperature_part_ptr,  # [T, tiles] float32, out: sum of dS (s - peak); None: not wanted

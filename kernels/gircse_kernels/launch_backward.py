@@ -104,8 +104,9 @@ def backward(
 class _Walk:
     """The loop over chunks and blocks of rows, and the scratch of one of each.
 
-    `sums` holds the products of a chunk, [2, T, C]: h W^T and g E^T. `outs` holds dS and, where it is wanted, P. It is
-    the same memory where the dtypes are the same.
+    `outs` holds dS and, where it is wanted, P, [1 or 2, T, C]. `sums` holds the products h W^T and g E^T in float32,
+    [2, T, C]; it is the same memory for float32 inputs. Where scores are rounded, as they were in the forward, they
+    take the memory of dS, and `sums` holds g E^T alone.
     """
 
     def __init__(
@@ -123,10 +124,12 @@ class _Walk:
         self.need_scores = needs.hidden or needs.head or needs.bias or needs.temperature
         hidden = inputs.hidden
         self.elements = size = plan.row_block * padded(min(plan.chunk, inputs.head.shape[0]))
-        apart = not plan.half_scores and hidden.dtype != torch.float32
+        apart = hidden.dtype != torch.float32
         outs = 1 + need_values if apart else 2
         self.outs = torch.empty(outs * size, dtype=hidden.dtype, device=hidden.device)
-        self.sums = torch.empty(2 * size, dtype=torch.float32, device=hidden.device) if apart else self.outs
+        self.sums = self.outs
+        if apart:
+            self.sums = torch.empty((2 - plan.half_scores) * size, dtype=torch.float32, device=hidden.device)
         self.stacked: tuple[slice, Tensor] | None = None  # of the last block of rows
         self.ones = hidden.new_ones((plan.row_block, 1)) if needs.bias else None
 
@@ -171,18 +174,23 @@ class _Walk:
             for flat in (self.sums, self.outs)
         )
         probs = None if self.saved.probs is None else self.saved.probs[rows, vocab]
+        scores, grad_probs = (outs if self.plan.half_scores else sums)[0], sums[-1]
+        at_once = probs is None and not self.plan.half_scores
         both = None  # [2 T, D], where both products are with the same matrix
-        if embed is None and grad_out is not None and (probs is None or need_values):
+        if embed is None and grad_out is not None and (at_once or need_values):
             both = self._stack(rows, hidden, grad_out)
-        if both is not None and probs is None:
+        if both is not None and at_once:
             launching.product(both, head[vocab].T, sums.flatten(0, 1))
         else:
             if probs is None:
-                launching.product(hidden, head[vocab].T, sums[0])
+                launching.product(hidden, head[vocab].T, scores)
             if grad_out is not None and self.need_scores:
                 values = head if embed is None else embed
-                launching.product(grad_out, values[vocab].T, sums[1])
-        self._score_grad(inputs, upstream, rows, vocab, sums, outs, probs, grads.temperature)
+                launching.product(grad_out, values[vocab].T, grad_probs)
+        products = scores if probs is None else probs
+        self._score_grad(
+            inputs, upstream, rows, vocab, products, grad_probs, outs, probs is not None, grads.temperature
+        )
         first_rows, first_vocab = rows.start == 0, vocab.start == 0
         if grads.hidden is not None:
             launching.product(outs[0], head[vocab], grads.hidden, add=not first_vocab)
@@ -207,32 +215,33 @@ class _Walk:
         upstream: _Upstream,
         rows: slice,
         vocab: slice,
-        sums: Tensor,
+        products: Tensor,
+        grad_probs: Tensor,
         outs: Tensor,
-        probs: Tensor | None,
+        kept: bool,
         grad_temperature: Tensor | None,
     ) -> None:
         count, size, config = inputs.hidden.shape[0], vocab.stop - vocab.start, self.plan.score_grad
         tiles = cdiv(size, config.blocks["BLOCK_V"])
-        products = sums[0] if probs is None else probs
         part = None
         if grad_temperature is not None:
-            part = torch.empty((count, tiles), dtype=torch.float32, device=sums.device)
+            part = torch.empty((count, tiles), dtype=torch.float32, device=outs.device)
         launching.launch(
             kernels.score_grad_kernel,
             (cdiv(count, config.blocks["BLOCK_T"]) * tiles,),
             (
-                products, None if upstream.out is None or not self.need_scores else sums[1],
+                products, None if upstream.out is None or not self.need_scores else grad_probs,
                 outs[0] if self.need_scores else None, outs[1] if self.need_values else None, part,
                 inputs.bias, inputs.temperature, inputs.seeds, inputs.threshold,
                 self.saved.peak[rows], self.saved.total[rows], upstream.constant, upstream.entropy,
-                count, inputs.head.shape[0], products.stride(0), sums.stride(1), outs.stride(1), bias_stride(inputs),
+                count, inputs.head.shape[0],
+                products.stride(0), grad_probs.stride(0), outs.stride(1), bias_stride(inputs),
                 self.options.vocab_start, vocab.start, size, *score_scalars(inputs, self.options),
                 self.options.embed_scale,
             ),
             config,
             ALIGNED=score_flags(inputs, self.options)["ALIGNED"],
-            KEPT=probs is not None,
+            KEPT=kept,
         )  # fmt: skip
         if part is not None and grad_temperature is not None:
             if vocab.start == 0:

@@ -149,9 +149,8 @@ class Backward(NamedTuple):
     def scratch(self, problem: Problem) -> int:
         """Bytes that a call for the gradient of hidden states allocates beyond its inputs and results."""
         elements = self.row_block * padded(min(self.chunk, problem.vocab))
-        apart = not self.half_scores and problem.itemsize == 2
-        stacked = 2 * self.row_block * problem.width * problem.itemsize if problem.tied else 0
-        return elements * (8 + problem.itemsize if apart else 2 * problem.itemsize) + stacked + 4 * problem.rows
+        stacked = 2 * self.row_block * problem.width * problem.itemsize if problem.tied and not self.half_scores else 0
+        return elements * _backward_bytes(problem.itemsize, self.half_scores, False) + stacked + 4 * problem.rows
 
 
 def cdiv(a: int, b: int) -> int:
@@ -288,8 +287,7 @@ def plan_backward(
     half = choice.rounds(problem, exact_scores) and isinstance(plan_forward(problem, device), TwoProducts)
     config = lookup("score_grad", device.arch, problem.itemsize, problem.rows)
     tile = config.blocks["BLOCK_V"]
-    # scores and dP, whose memory dS and P take where the dtypes are the same
-    each = 2 * problem.itemsize if half or problem.itemsize == 4 else 8 + problem.itemsize * (1 + need_values)
+    each = _backward_bytes(problem.itemsize, half, need_values)
     # float32 sums over the blocks of rows
     sums = 4 * (problem.width * need_head + problem.value_width * (need_values and not problem.tied))
     sums = sums if problem.itemsize == 2 else 0
@@ -298,6 +296,12 @@ def plan_backward(
     per_column = row_block * each + (sums if row_block < problem.rows else 0)
     most = min(choice.chunk_mib << 20, scratch) // per_column
     return Backward(config, row_block, chunk_size(problem.vocab, most, tile), half)
+
+
+def _backward_bytes(itemsize: int, half_scores: bool, need_values: bool) -> int:
+    """Of an entry of a chunk: dS and P, dP in float32, and scores, which are dS's memory where they are rounded. For
+    float32 inputs scores and dP are the memory of dS and P."""
+    return 8 if itemsize == 4 else itemsize * (1 + need_values) + (4 if half_scores else 8)
 
 
 def padded(columns: int) -> int:
