@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -18,7 +19,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
 
-def metrics_table(metrics: Mapping[int, Mapping[str, float]]) -> str:
-    """One line for each number of steps, one column for each metric."""
+def metrics_table(metrics: Mapping[Any, Mapping[str, float]], *, title: str = "K") -> str:
+    """One line for each key, whose column has the title, and one column for each metric."""
     names = list(next(iter(metrics.values())))
-    return text_table(["K", *names], [[k, *(values[name] for name in names)] for k, values in metrics.items()])
+    return text_table([title, *names], [[key, *(values[name] for name in names)] for key, values in metrics.items()])

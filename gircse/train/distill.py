@@ -25,7 +25,7 @@ from gircse.data.sources import load_rows
 from gircse.evaluation.retrieval import evaluate_retrieval
 from gircse.files.atomic import new_file
 from gircse.model import GIRCSE
-from gircse.show.tables import text_table
+from gircse.show.tables import metrics_table
 from gircse.train import run_folder
 from gircse.train.batches import Example, TrainingData
 from gircse.train.distill_config import DistillConfig
@@ -53,10 +53,7 @@ class DistillResult(TrainResult):
 
     def table(self) -> str:
         """The quality of teacher and student, one line each; empty without evaluation data."""
-        if not self.quality:
-            return ""
-        names = list(next(iter(self.quality.values())))
-        return text_table(["model", *names], [[k, *(v[name] for name in names)] for k, v in self.quality.items()])
+        return metrics_table(self.quality, title="model") if self.quality else ""
 
 
 def distill(
