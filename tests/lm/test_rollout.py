@@ -95,7 +95,8 @@ def relative_error(got, expected):
     return ((got - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+# The others have the same casts as Llama.
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt2"])
 def test_loss_and_lora_gradients_as_the_models_come(name):
     assert_equal_to_plain(name, plain_results(name, definition(name)), 1e-6)
 
