@@ -172,8 +172,8 @@ class CausalLM:
         return self._run_steps(kv, step, token[:, None])[:, 0]
 
     def run_block(self, kv: RolloutKV, tokens: Tensor) -> Tensor:
-        """All K steps in one pass: embeddings [B, K, D] of the tokens at positions length + 0..K-1 -> last hidden states
-        [B, K, D]."""
+        """All K steps in one pass: embeddings [B, K, D] of the tokens at positions length + 0..K-1 -> last hidden
+        states [B, K, D]."""
         return self._run_steps(kv, 0, tokens)
 
     def _run_steps(self, kv: RolloutKV, step: int, tokens: Tensor) -> Tensor:

@@ -15,9 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from gircse.lm.attention import RolloutKV
@@ -118,6 +119,8 @@ def rollout(
         drafter = drafter or draft
         tokens = drafter(lm, kv.detached(), prompt.detach(), num_steps, temperature=temperature, observer=observer)
         steps = lm.run_block(kv, tokens.detach())
+        if _is_sharded(lm.body):
+            steps = steps + 0 * prompt[:, None]
     else:
         watching = observer if torch.is_grad_enabled() else None
         next_token, hidden, each = _next_token(lm, temperature, watching), prompt, []
@@ -156,6 +159,19 @@ def draft(
     return torch.stack(tokens, dim=1)
 
 
+class KeptDraft:
+    """A `Drafter` that drafts in its first call and gives the same tokens in all others: the two passes of gradient
+    caching must run on the same tokens, and the second need not make them again."""
+
+    def __init__(self) -> None:
+        self._tokens: Tensor | None = None
+
+    def __call__(self, *rollout: Any, **options: Any) -> Tensor:
+        if self._tokens is None:
+            self._tokens = draft(*rollout, **options)
+        return self._tokens
+
+
 def _next_token(
     lm: CausalLM, temperature: float | Tensor, observer: RolloutObserver | None
 ) -> Callable[[int, Tensor], Tensor]:
@@ -170,6 +186,16 @@ def _next_token(
         return token
 
     return next_token
+
+
+def _is_sharded(body: nn.Module) -> bool:
+    """Whether FSDP2 shares its layers out. It gathers a layer in backward when a gradient reaches the layer's output,
+    and by the block none would reach that of the prompt pass, whose keys and values have gradients all the same."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(body, FSDPModule)
 
 
 def _observe_backward(observer: RolloutObserver, **entries: list[Tensor]) -> None:

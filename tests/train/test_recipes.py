@@ -65,6 +65,10 @@ def test_the_command_line_is_over_the_recipe_and_that_over_the_defaults(tmp_path
     assert config("--model", "m", "--data", "a", "--num-steps", "2:4", "--instructions", "") == TrainConfig(
         model="m", data=("a",), num_steps="2:4", instructions=("",)
     )
+    factors = {"0.1": 0.1, "1": 1.0, "0:1@0.5": "0:1@0.5"}
+    for text, factor in factors.items():
+        settings = config("--model", "m", "--data", "a", "--soft-token-gradient", text)
+        assert settings.soft_token_gradient == factor
     with pytest.raises(ValueError, match="data: got none, expected --data"):
         config("--model", "m")
     with pytest.raises(ValueError, match="model: got none"):
