@@ -164,12 +164,12 @@ class KeptDraft:
     caching must run on the same tokens, and the second need not make them again."""
 
     def __init__(self) -> None:
-        self._tokens: Tensor | None = None
+        self._tokens: dict[torch.device, Tensor] = {}  # `DataParallel` calls it on each device with other texts
 
-    def __call__(self, *rollout: Any, **options: Any) -> Tensor:
-        if self._tokens is None:
-            self._tokens = draft(*rollout, **options)
-        return self._tokens
+    def __call__(self, lm: CausalLM, kv: RolloutKV, prompt: Tensor, num_steps: int, **options: Any) -> Tensor:
+        if prompt.device not in self._tokens:
+            self._tokens[prompt.device] = draft(lm, kv, prompt, num_steps, **options)
+        return self._tokens[prompt.device]
 
 
 def _next_token(
