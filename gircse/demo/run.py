@@ -105,7 +105,7 @@ def run_demo(output: Path, *, max_steps: int | None = None, seed: int = 0, dtype
         if max_steps is None and affordable < TRAINING_STEPS:
             say(
                 f"\nthis machine is slow, or busy: it takes {affordable} training steps instead of {TRAINING_STEPS}, "
-                f"to end after {TIME_LIMIT / 60:g} minutes, and learns less; --max-steps {TRAINING_STEPS} takes them all"
+                f"to end after {TIME_LIMIT / 60:g} minutes, and learns less. --max-steps {TRAINING_STEPS} takes all"
             )
         say(
             f"\ntraining: {config.max_steps} steps of {config.batch_size}, LoRA r={config.lora_r}, K={config.num_steps}"
