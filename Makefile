@@ -24,7 +24,7 @@ $(VENV)/.test: $(VENV)/.base
 	$(PIP) --editable ".[demo,dev]"
 	touch $@
 
-demo: $(VENV)/.base  ## train, evaluate and plot a real small model on text found on this machine (10 minutes)
+demo: $(VENV)/.base  ## train, evaluate and plot a real small model on text found on this machine (8 minutes)
 	$(BIN)/python -m gircse demo --output runs/demo
 
 # Each worker gets one thread: two processes with two threads each on two cores would wait for each other.

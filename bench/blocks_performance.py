@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from bench import big_batch, info_nce
+from bench import big_batch, info_nce, soft_token_gradient
 from bench.cases import BOTH, CASES, H100, MODELS, PASSES, Case
 from bench.documents import NO_RECORD, Record, Results, block
 from bench.plots import BLACK, GREY, Figure, Panel, Series
@@ -185,6 +185,18 @@ def info_nce_floors(results: Results) -> str:
         what = f"hidden states in {record['dtype']}, products in float32."
         parts += [_caption(results, name, record, what), markdown(info_nce.COLUMNS, record["points"])]
     return "\n\n".join(parts) or "no record yet: `python bench/info_nce.py`"
+
+
+@block("soft-token-gradient")
+def soft_tokens(results: Results) -> str:
+    parts = []
+    for name, record in results.of("soft-token-gradient").items():
+        what = (
+            f"forward and backward of {record['rows']} texts of {record['length']} tokens, SmolLM2-135M with LoRA, "
+            "float32; operators (views left out) of 4 texts, Qwen2.5-0.5B of 4 layers, bfloat16."
+        )
+        parts += [_caption(results, name, record, what), markdown(soft_token_gradient.COLUMNS, record["points"])]
+    return "\n\n".join(parts) or "no record yet: `python bench/soft_token_gradient.py`"
 
 
 _COMMANDS = {

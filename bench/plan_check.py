@@ -37,6 +37,7 @@ class PlanCase:
     length: int
     num_steps: int
     checkpointing: bool
+    soft_token_gradient: float = 1.0
     layers: int | None = None
     dtype: str = "bfloat16"
 
@@ -44,6 +45,7 @@ class PlanCase:
         return TrainConfig(
             batch_size=self.queries,
             num_steps=self.num_steps,
+            soft_token_gradient=self.soft_token_gradient,
             gradient_checkpointing=self.checkpointing,
             dtype=self.dtype,
             query_max_length=self.length,
@@ -60,11 +62,13 @@ CASES = [
     PlanCase("qwen2.5-0.5b", 8, 512, 5, checkpointing=False),
     PlanCase("qwen2.5-0.5b", 16, 512, 5, checkpointing=True),
     PlanCase("qwen2.5-0.5b", 8, 128, 10, checkpointing=False),
+    PlanCase("qwen2.5-0.5b", 8, 128, 20, checkpointing=False, soft_token_gradient=0.0),
     PlanCase("mistral-7b", 2, 512, 5, checkpointing=False),
     PlanCase("mistral-7b", 8, 512, 5, checkpointing=True),
+    PlanCase("mistral-7b", 8, 512, 20, checkpointing=True, soft_token_gradient=0.0),
 ]
 SMOKE_CASES = [
-    PlanCase("smollm2-135m", 2, 16, 2, checkpointing=checkpointing, layers=4, dtype="float32")
+    PlanCase("smollm2-135m", 2, 16, 2, checkpointing, float(checkpointing), layers=4, dtype="float32")
     for checkpointing in (False, True)
 ]
 
@@ -88,7 +92,9 @@ def check_on_cuda(case: PlanCase, device: torch.device) -> dict[str, Any]:
     ]
 
     def step() -> None:
-        states = [rollout(lm, *batch, case.num_steps).steps for batch in batches]
+        states = [
+            rollout(lm, *batch, case.num_steps, soft_token_gradient=case.soft_token_gradient).steps for batch in batches
+        ]
         ops.icr_objective(ops.stepwise_info_nce(*states)).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -116,14 +122,15 @@ def _make_workspaces(case: PlanCase, device: torch.device) -> None:
 def check_on_cpu(case: PlanCase, device: torch.device) -> dict[str, Any]:
     """The activations alone, of one batch and its backward."""
     traced = TracedModel.of(case.config(), SHAPES[case.shape].config(case.layers))
-    predicted = traced.memory([PromptShape(case.queries, case.length)], case.num_steps, cuda=False).peak
+    prompts = [PromptShape(case.queries, case.length)]
+    predicted = traced.memory(prompts, case.num_steps, case.soft_token_gradient, cuda=False).peak
     lm = case.trainable(device)
     batch = random_batch(lm.embed_weight.shape[0], [case.length] * case.queries, seed=0, device=device)
     for parameter in lm.model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
 
     def step() -> None:
-        states = rollout(lm, *batch, case.num_steps).steps
+        states = rollout(lm, *batch, case.num_steps, soft_token_gradient=case.soft_token_gradient).steps
         states.backward(torch.ones_like(states))
 
     with checkpointed(lm, case.checkpointing):

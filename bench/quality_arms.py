@@ -84,6 +84,7 @@ class Scale:
 
 _TRAIN = {
     "num_steps": 5,
+    "soft_token_gradient": 1.0,
     "learning_rate": 5e-4,
     "warmup_ratio": 0.1,
     "lora_dropout": 0.0,

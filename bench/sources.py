@@ -35,6 +35,7 @@ MEASURED_BY: dict[str, tuple[str, ...]] = {
     "scaling": ("bench.sweep",),
     "summary": ("bench.suite",),
     "soft_embed": ("bench.soft_embed",),
+    "soft-token-gradient": ("bench.soft_token_gradient",),
     "tests": ("tests.gpu", "tests.conftest"),
     "throughput": ("bench.throughput", "bench.encode_check", "bench.floors", "bench.shapes"),
     "training": ("bench.training", "bench.train_check", "bench.floors", "bench.shapes"),

@@ -17,7 +17,7 @@ from gircse.lm.config import GircseConfig
 from gircse.lm.device import without_autocast
 from gircse.lm.forking import compute_on_one_thread_in_child, is_lost, rewriting_weights, tell_after_fork
 from gircse.lm.merged_adapter import MergedAdapter
-from gircse.lm.rollout import RolloutObserver, rollout
+from gircse.lm.rollout import Drafter, RolloutObserver, rollout
 from gircse.lm.token_ids import check_prompt
 from gircse.ops.head_facts import below_peft
 from gircse.ops.pooling import pool_steps
@@ -92,6 +92,8 @@ class Embedder(nn.Module):
         attention_mask: Tensor,
         num_steps: int | None = None,
         *,
+        soft_token_gradient: float = 1.0,
+        drafter: Drafter | None = None,
         observer: RolloutObserver | None = None,
     ) -> Tensor:
         """The hidden states that are pooled, g_1..g_K, differentiable.
@@ -100,7 +102,9 @@ class Embedder(nn.Module):
             input_ids: [B, N] integer token ids, padded on either side.
             attention_mask: [B, N], nonzero at real tokens; every row has at least one.
             num_steps: K; default: the config's.
-            observer: see `gircse.lm.rollout.rollout`.
+            soft_token_gradient: in [0, 1], multiplies the gradient of every soft token; with 0 the steps go by the
+                block (`gircse.lm.rollout`).
+            drafter, observer: see `gircse.lm.rollout.rollout`.
 
         Returns:
             [B, K, D] in the model's dtype: with the config's `include_prompt_state` h_0, g_1..g_{K-1}. With K = 0, the
@@ -124,6 +128,8 @@ class Embedder(nn.Module):
             attention_mask.to(self.device),
             max(steps - 1, 0) if with_prompt else steps,
             temperature=self.config.temperature,
+            soft_token_gradient=soft_token_gradient,
+            drafter=drafter,
             observer=observer,
         )
         return states.with_prompt if with_prompt else states.steps
@@ -218,8 +224,8 @@ class Embedder(nn.Module):
     ) -> None:
         """Recomputes the prompt pass in backward instead of keeping its activations, in training mode.
 
-        Checkpointing is non-reentrant, so that the gradient through keys and values is exact. The K steps are not
-        checkpointed.
+        Checkpointing is non-reentrant, so that the gradient through keys and values is exact. Steps by the block are
+        recomputed, too, and steps one after the other are not.
 
         Args:
             gradient_checkpointing_kwargs, options: as for the transformers method of that name.

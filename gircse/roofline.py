@@ -13,9 +13,13 @@ values), V the vocabulary, D the hidden size, s bytes per element, S_k = sum_i (
     prompt           2 P sum n_i + 4 L H d sum pairs(n_i)    s (P + T D + 2 L H_kv d sum n_i)
     vocabulary, k    2 B V (D + E)                           s V D (tied) or s V (D + E)
     body, k          2 P B + 4 L H d S_k                     s (P + 2 L H_kv d S_k)
+    block            2 P B K + 4 L H d sum_k S_k             s (P + 2 L H_kv d S_K)
     backward         the prompt's and body's matrix products once more (frozen base: no weight gradients), attention
                      2.5 times, the vocabulary 2 B V (D + 2 E) (scores are recomputed: docs/method.md §11);
                      bytes as forward
+
+In a training by the block (`gircse.lm.rollout`) the soft tokens are drafted without the body of the last step, the
+block follows, and backward goes through the block and the prompt alone.
 
 `pairs(n) = n (n + 1) / 2` are the visible pairs; there are fewer under a sliding window. Activations, norms and
 launches are not counted, because an implementation may save them. Bytes are those that must come from memory once, so
@@ -36,10 +40,11 @@ if TYPE_CHECKING:
 
 
 class Work(NamedTuple):
-    """FLOPs and bytes of one phase."""
+    """FLOPs and bytes of one phase; `decoder`: whether it reads the decoder's matrices."""
 
     flops: float
     bytes: float
+    decoder: bool = True
 
 
 @dataclass(frozen=True)
@@ -133,14 +138,21 @@ class ModelFacts:
     def vocabulary(self, rows: int) -> Work:
         """One soft token for each row."""
         elements = self.vocab * (self.hidden if self.tied else self.hidden + self.embed)
-        return Work(2 * rows * self.vocab * (self.hidden + self.embed), self.itemsize * elements)
+        return Work(2 * rows * self.vocab * (self.hidden + self.embed), self.itemsize * elements, decoder=False)
 
     def body(self, lengths: Sequence[int], step: int) -> Work:
         """The decoder on the soft token of a step (from 1), each row on its own keys and values."""
-        seen = sum(self._visible(length + step) for length in lengths)
+        return self._steps(lengths, step, step)
+
+    def block(self, lengths: Sequence[int], num_steps: int) -> Work:
+        """The decoder on the soft tokens of all steps in one pass."""
+        return self._steps(lengths, 1, num_steps)
+
+    def _steps(self, lengths: Sequence[int], first: int, last: int) -> Work:
+        seen = [sum(self._visible(length + step) for length in lengths) for step in range(first, last + 1)]
         return Work(
-            2 * self.matrix * len(lengths) + 4 * self.layers * self.heads * self.head_dim * seen,
-            self.itemsize * (self.matrix + 2 * self.layers * self.kv_heads * self.head_dim * seen),
+            2 * self.matrix * len(lengths) * len(seen) + 4 * self.layers * self.heads * self.head_dim * sum(seen),
+            self.itemsize * (self.matrix + 2 * self.layers * self.kv_heads * self.head_dim * seen[-1]),
         )
 
     def inference(self, lengths: Sequence[int], num_steps: int, *, shared_prefix: int = 0) -> list[Work]:
@@ -150,16 +162,27 @@ class ModelFacts:
         return [self.prompt(lengths, shared_prefix), *(work for step in steps for work in step)]
 
     def training(self, lengths: Sequence[int], num_steps: int) -> list[Work]:
-        """Forward and backward with a frozen base. The adapters' own products are not counted."""
+        """Forward and backward with a frozen base, one step after the other."""
+        forward, backward = self.training_passes(lengths, num_steps)
+        return forward + backward
+
+    def training_passes(
+        self, lengths: Sequence[int], num_steps: int, *, by_block: bool = False
+    ) -> tuple[list[Work], list[Work]]:
+        """Forward (the prompt, then the steps) and backward, with a frozen base. The adapters' own products are not
+        counted."""
         forward = self.inference(lengths, num_steps)
         tokens, rows = sum(lengths), len(lengths)
-        again = [self._backward(forward[0], 2 * self.matrix * tokens)]
+        backward = [self._backward(forward[0], 2 * self.matrix * tokens)]
+        if by_block and num_steps:
+            forward[-1] = self.block(lengths, num_steps)
+            return forward, [*backward, self._backward(forward[-1], 2 * self.matrix * rows * num_steps)]
         for vocabulary, body in zip(forward[1::2], forward[2::2], strict=True):
-            again += [
-                Work(2 * rows * self.vocab * (self.hidden + 2 * self.embed), vocabulary.bytes),
+            backward += [
+                vocabulary._replace(flops=2 * rows * self.vocab * (self.hidden + 2 * self.embed)),
                 self._backward(body, 2 * self.matrix * rows),
             ]
-        return forward + again
+        return forward, backward
 
     @staticmethod
     def _backward(work: Work, linear: float) -> Work:

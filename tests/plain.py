@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 
-def plain_rollout(model, ids: Tensor, num_steps: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def plain_rollout(
+    model, ids: Tensor, num_steps: int, temperature: float = 1.0, soft_token_gradient: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """ids [N] of one row -> h_0 [D], g_1..g_K [K, D]."""
     transformer = model.base_model
     embed, head, config = model.get_input_embeddings(), model.get_output_embeddings(), model.config
@@ -23,6 +25,8 @@ def plain_rollout(model, ids: Tensor, num_steps: int, temperature: float = 1.0) 
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         token = scale * torch.softmax(logits / temperature, -1) @ embed.weight
+        if soft_token_gradient != 1:
+            token = soft_token_gradient * token + (1 - soft_token_gradient) * token.detach()
         sequence = torch.cat([sequence, token[None, None]], dim=1)
         states.append(transformer(inputs_embeds=sequence, use_cache=False).last_hidden_state[0, -1])
     return states[0], torch.stack(states[1:]) if num_steps else states[0].new_empty(0, states[0].shape[0])

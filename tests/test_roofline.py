@@ -45,6 +45,10 @@ def test_flops_of_the_prompt_and_of_a_training_step():
     forward, whole = facts.inference([7, 7], 2), facts.training([7, 7], 2)
     assert whole[: len(forward)] == forward
     assert len(whole) == 2 * len(forward)
+    by_block, backward = facts.training_passes([7, 7], 2, by_block=True)
+    assert by_block[:-1] == forward[:-1]
+    assert by_block[-1].flops == forward[2].flops + forward[4].flops
+    assert len(backward) == 2  # of the prompt and of the block
 
 
 def test_sliding_window_limits_the_pairs():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ def add_settings(parser: argparse.ArgumentParser, config: type[RunConfig]) -> No
             options["action"] = argparse.BooleanOptionalAction
         elif get_origin(hint) is tuple:
             options |= {"nargs": "+", "metavar": "X", "type": get_args(hint)[0]}
-        elif set(get_args(hint)) == {int, str}:
-            options["type"] = _integer_or_text
+        elif set(get_args(hint)) in ({int, str}, {float, str}):
+            options["type"] = partial(_number_or_text, get_args(hint)[0])
         else:
             options["type"] = next((kind for kind in get_args(hint) if kind is not type(None)), hint)
         parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **options)
@@ -66,8 +67,8 @@ def _written(default: object) -> str:
     return " ".join(default) if isinstance(default, tuple) else str(default)
 
 
-def _integer_or_text(text: str) -> int | str:
+def _number_or_text(kind: type[int] | type[float], text: str) -> int | float | str:
     try:
-        return int(text)
+        return kind(text)
     except ValueError:
         return text

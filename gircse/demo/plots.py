@@ -11,18 +11,19 @@ import numpy as np
 from gircse.show.plots import mark_steps, new_figure, save_figure
 
 
-def plot_quality(
-    curves: Mapping[str, Mapping[int, Mapping[str, float]]], path: Path, *, metric: str = "ndcg@10", trained_steps: int
-) -> None:
-    """Quality versus number of steps at inference, with one line for each model. The K of the training is marked."""
+def plot_quality(curves: Mapping[str, Mapping[int, float]], path: Path, *, metric: str, trained_steps: int) -> None:
+    """Quality {K: value} versus number of steps at inference, with one line for each model. The K of the training is
+    marked, and a level line shows the first model without soft tokens (K = 0)."""
     figure, axes = new_figure()
     for (name, curve), marker in zip(curves.items(), "osD^v", strict=False):
-        steps = list(curve)
-        axes.plot(steps, [curve[k][metric] for k in steps], marker=marker, label=name)
+        steps = [k for k in curve if k]
+        axes.plot(steps, [curve[k] for k in steps], marker=marker, label=name)
+    name, first = next(iter(curves.items()))
+    axes.axhline(first[0], color="C2", linestyle="--", label=f"{name}, no soft token (K = 0)")
     mark_steps(axes, trained_steps, f"trained with K = {trained_steps}")
     axes.set(xlabel="soft tokens K at inference", ylabel=metric, title="Retrieval quality versus number of steps")
     axes.set_ylim(bottom=0)
-    axes.set_xticks(sorted({k for curve in curves.values() for k in curve}))
+    axes.set_xticks(sorted({k for curve in curves.values() for k in curve if k}))
     axes.legend()
     save_figure(figure, path)
 

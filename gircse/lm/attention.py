@@ -6,8 +6,8 @@ rollout has `RolloutKV.prompt_pass()` and `RolloutKV.step_pass(t)`; `gircse.engi
 decoding pass. Shapes: B rows, H query and H_kv key heads, N prompt slots.
 
     prompt pass   q, k, v [B, H|H_kv, N, d]   causal attention within the prompt; k and v are kept, contiguous, once
-    step pass t   q, k, v [B, H|H_kv, 1, d]   one softmax over [prompt N | steps 1..t+1]: the prompt's k and v are never
-                                              copied, the few generated ones are concatenated
+    step pass t   q, k, v [B, H|H_kv, Q, d]   steps t+1..t+Q, one softmax over [prompt N | steps 1..t+Q] for each: the
+                                              prompt's k and v are never copied, the few generated ones are concatenated
 
 Rows are padded on the *right*, so the causal mask alone hides the padding from every real token and SDPA needs no other
 mask. A step masks the slots beyond its row's length. Slot j holds position j; step t has position length + t.
@@ -49,6 +49,13 @@ class RolloutKV:
 
     def step_pass(self, step: int) -> StepPass:
         return StepPass(self, step)
+
+    @torch.no_grad()
+    def detached(self) -> RolloutKV:
+        """The same prompts, without autograd, and no step yet."""
+        kv = RolloutKV(self.lengths)
+        kv.prompt = {layer: (key.detach(), value.detach()) for layer, (key, value) in self.prompt.items()}
+        return kv
 
 
 class AttentionPass:
@@ -101,6 +108,8 @@ class PromptPass(_RolloutPass):
 
 
 class StepPass(_RolloutPass):
+    """Args: step: of the first query; each query also sees those before it in the pass, and itself."""
+
     def __init__(self, kv: RolloutKV, step: int) -> None:
         super().__init__(kv)
         self.step = step
@@ -114,33 +123,36 @@ class StepPass(_RolloutPass):
         key = torch.cat([k for k, _ in earlier] + [key], dim=2)
         value = torch.cat([v for _, v in earlier] + [value], dim=2)
 
-        batch, heads, _, head_dim = query.shape
+        batch, heads, queries, head_dim = query.shape
         kv_heads, slots = prompt_key.shape[1:3]
-        query = query.reshape(batch, kv_heads, heads // kv_heads, head_dim) * scaling
+        query = (
+            query.reshape(batch, kv_heads, -1, head_dim) * scaling
+        )  # the queries of heads with one key in one product
         scores = torch.cat([query @ prompt_key.transpose(-1, -2), query @ key.transpose(-1, -2)], dim=-1)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         mask = self._masks.get(window)
         if mask is None:
-            mask = self._masks[window] = self._mask(slots, window)
-        scores = scores.masked_fill(mask, float("-inf"))
+            mask = self._masks[window] = self._mask(queries, slots, window)
+        scores = scores.unflatten(2, (-1, queries)).masked_fill(mask, float("-inf")).flatten(2, 3)
         # Half precision takes its softmax in float32, as in every stock implementation.
         probs = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
         probs = F.dropout(probs, dropout) if dropout else probs
         out = probs[..., :slots] @ prompt_value + probs[..., slots:] @ value
-        return out.reshape(batch, heads, 1, value.shape[-1])
+        return out.reshape(batch, heads, queries, value.shape[-1])
 
-    def _mask(self, slots: int, window: int | None) -> Tensor:
-        """[B, 1, 1, slots + step + 1], True where step `self.step` must not attend."""
-        lengths = self.kv.lengths[:, None]
+    def _mask(self, queries: int, slots: int, window: int | None) -> Tensor:
+        """[B, 1, 1, queries, slots + steps], True where a query must not attend."""
+        lengths = self.kv.lengths[:, None, None]
         slot = torch.arange(slots, device=lengths.device)
-        step = torch.arange(self.step + 1, device=lengths.device).expand(lengths.shape[0], -1)
-        hidden = slot >= lengths
-        generated = torch.zeros_like(step, dtype=torch.bool)
+        step = torch.arange(self.step + queries, device=lengths.device)
+        own = step[self.step :, None]
+        hidden, generated = slot >= lengths, step > own
         if window is not None:  # a key at distance >= window is hidden
-            hidden = hidden | (lengths + self.step - slot >= window)
-            generated = self.step - step >= window
-        return torch.cat([hidden, generated], dim=1)[:, None, None, :]
+            hidden = hidden | (lengths + own - slot >= window)
+            generated = generated | (own - step >= window)
+        parts = (hidden.expand(-1, queries, -1), generated.expand(len(lengths), -1, -1))
+        return torch.cat(parts, dim=-1)[:, None, None]
 
 
 def causal_attention(

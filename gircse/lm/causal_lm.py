@@ -169,8 +169,16 @@ class CausalLM:
 
     def run_step(self, kv: RolloutKV, step: int, token: Tensor) -> Tensor:
         """One step pass: embeddings [B, D] of the tokens at position length + step -> last hidden states [B, D]."""
-        positions = (kv.lengths + step)[:, None]
-        return self.run_body(kv.step_pass(step), positions, inputs_embeds=token[:, None])[:, 0]
+        return self._run_steps(kv, step, token[:, None])[:, 0]
+
+    def run_block(self, kv: RolloutKV, tokens: Tensor) -> Tensor:
+        """All K steps in one pass: embeddings [B, K, D] of the tokens at positions length + 0..K-1 -> last hidden
+        states [B, K, D]."""
+        return self._run_steps(kv, 0, tokens)
+
+    def _run_steps(self, kv: RolloutKV, step: int, tokens: Tensor) -> Tensor:
+        positions = kv.lengths[:, None] + torch.arange(step, step + tokens.shape[1], device=kv.lengths.device)
+        return self.run_body(kv.step_pass(step), positions, inputs_embeds=tokens)
 
     def run_body(self, kv_pass: AttentionPass, position_ids: Tensor, **inputs: Tensor) -> Tensor:
         """Any pass of the decoder body: `input_ids` [B, Q] or `inputs_embeds` [B, Q, D] at `position_ids` [B or 1, Q]

@@ -3,17 +3,23 @@
 
 The paper's code runs the whole sequence again for every step. Here step k costs one position per row, and gradients
 flow through the kept keys and values, so that loss and gradients are those of the uncached computation.
+
+Where soft tokens are constants in backward (`soft_token_gradient=0`), nothing but their values is sequential, and the
+steps go *by the block*: the tokens are drafted without autograd on the prompt's detached keys and values, and then all
+K positions go through the decoder in one differentiable pass. States and gradients are those of one step after the
+other with detached tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gircse.lm.attention import RolloutKV
 from gircse.lm.causal_lm import CausalLM
@@ -43,8 +49,25 @@ class RolloutObserver(Protocol):
         """Called when the "prompt" pass and the "steps" begin, in forward and again in backward."""
 
     def soft_token(self, step: int, entropy: Tensor) -> None:
-        """Called with the entropies [B] of the soft tokens of step 0..K-1, in nats, detached, in passes with autograd.
-        Gradient caching makes one such pass for each text."""
+        """Called with the entropies [B] of the soft tokens of step 0..K-1, in nats, detached: in passes with autograd,
+        and wherever tokens are drafted. Gradient caching makes one such pass for each text."""
+
+
+class Drafter(Protocol):
+    """Makes the soft tokens of a rollout by the block. `draft` does it by definition; a caller may hand in another."""
+
+    def __call__(
+        self,
+        lm: CausalLM,
+        kv: RolloutKV,
+        prompt: Tensor,
+        num_steps: int,
+        *,
+        temperature: float | Tensor = 1.0,
+        observer: RolloutObserver | None = None,
+    ) -> Tensor:
+        """The prompts' keys and values and h_0 [B, D], without autograd -> the tokens d_1..d_K [B, K, E]. It draws no
+        random numbers."""
 
 
 def rollout(
@@ -54,6 +77,8 @@ def rollout(
     num_steps: int,
     *,
     temperature: float | Tensor = 1.0,
+    soft_token_gradient: float = 1.0,
+    drafter: Drafter | None = None,
     observer: RolloutObserver | None = None,
 ) -> Rollout:
     """Encodes the prompts and generates `num_steps` soft tokens for each.
@@ -64,42 +89,125 @@ def rollout(
         attention_mask: [B, N], nonzero at real tokens; every row has at least one.
         num_steps: K >= 0.
         temperature: logit temperature T of the soft tokens, a float or a tensor that broadcasts to [B].
+        soft_token_gradient: in [0, 1], multiplies the gradient of every soft token. 1 is the paper's method. With 0 the
+            steps go by the block; then a part of the model that only soft tokens reach, such as an untied head, gets no
+            gradient.
+        drafter: makes the tokens of a rollout by the block; default: `draft`, one after the other.
         observer: is told when the phases begin and how certain the soft tokens are; changes no result.
 
     The result is differentiable in every parameter of the model. With activation checkpointing switched on in the model
-    (`gradient_checkpointing_enable`, non-reentrant) the prompt pass is checkpointed and the K short steps are not.
+    (`gradient_checkpointing_enable`, non-reentrant) the prompt pass and the block are checkpointed; single steps are
+    not. In training mode dropout falls on the prompt pass and on single steps or the block. The draft is made without
+    dropout, so that it is what the model would say.
+
+    Raises:
+        ValueError: `soft_token_gradient` is out of range.
     """
+    if not 0 <= soft_token_gradient <= 1:
+        raise ValueError(f"soft_token_gradient: got {soft_token_gradient!r}, expected a number from 0 to 1")
     if observer is not None:
         observer.enter("prompt")
     input_ids, lengths = _pad_right(input_ids, attention_mask)
     kv = RolloutKV(lengths)
     states = lm.run_prompt(kv, input_ids)
-    prompt = hidden = states[torch.arange(len(lengths), device=lengths.device), lengths - 1]
-    steps, facts = [], lm.facts()
+    prompt = states[torch.arange(len(lengths), device=lengths.device), lengths - 1]
     if observer is not None:
         observer.enter("steps")
-    with _no_checkpointing(lm.body):
-        for t in range(num_steps):
-            if observer is None or not torch.is_grad_enabled():
-                token = lm.soft_embed(hidden, temperature=temperature, facts=facts)
-            else:
-                token, stats = lm.soft_embed(hidden, temperature=temperature, return_stats=True, facts=facts)
-                observer.soft_token(t, stats.entropy.detach())
-            hidden = lm.run_step(kv, t, token)
-            steps.append(hidden)
-    result = Rollout(
-        prompt, torch.stack(steps, dim=1) if steps else prompt.new_empty(prompt.shape[0], 0, prompt.shape[1])
-    )
+    if num_steps == 0:
+        steps = prompt.new_empty(prompt.shape[0], 0, prompt.shape[1])
+    elif soft_token_gradient == 0:
+        drafter = drafter or draft
+        tokens = drafter(lm, kv.detached(), prompt.detach(), num_steps, temperature=temperature, observer=observer)
+        steps = lm.run_block(kv, tokens.detach())
+        if _is_sharded(lm.body):
+            steps = steps + 0 * prompt[:, None]
+    else:
+        watching = observer if torch.is_grad_enabled() else None
+        next_token, hidden, each = _next_token(lm, temperature, watching), prompt, []
+        # the activations of one position are not worth a second forward
+        with _switched_off(lm.body, "gradient_checkpointing"):
+            for t in range(num_steps):
+                token = next_token(t, hidden)
+                if soft_token_gradient != 1 and token.requires_grad:
+                    token.register_hook(partial(torch.mul, other=soft_token_gradient))
+                hidden = lm.run_step(kv, t, token)
+                each.append(hidden)
+        steps = torch.stack(each, dim=1)
     if observer is not None:
-        _observe_backward(result, observer)
-    return result
+        # backward enters the prompt pass at h_0, and by the block at the keys of its last layer
+        _observe_backward(observer, steps=[steps], prompt=[prompt, kv.prompt[max(kv.prompt)][0]])
+    return Rollout(prompt, steps)
 
 
-def _observe_backward(states: Rollout, observer: RolloutObserver) -> None:
-    """Registers hooks that report the phases of backward, which goes through the steps and then the prompt pass."""
-    for phase, tensor in (("steps", states.steps), ("prompt", states.prompt)):
-        if tensor.requires_grad:
-            tensor.register_hook(lambda _, phase=phase: observer.enter(phase))
+@torch.no_grad()
+def draft(
+    lm: CausalLM,
+    kv: RolloutKV,
+    prompt: Tensor,
+    num_steps: int,
+    *,
+    temperature: float | Tensor = 1.0,
+    observer: RolloutObserver | None = None,
+) -> Tensor:
+    """The soft tokens d_1..d_K [B, K, E], one after the other, without dropout (a `Drafter`)."""
+    next_token, hidden, tokens = _next_token(lm, temperature, observer), prompt, []
+    with _switched_off(lm.body, "training"):
+        for t in range(num_steps):
+            tokens.append(next_token(t, hidden))
+            if t + 1 < num_steps:
+                hidden = lm.run_step(kv, t, tokens[-1])
+    return torch.stack(tokens, dim=1)
+
+
+class KeptDraft:
+    """A `Drafter` that drafts in its first call and gives the same tokens in all others: the two passes of gradient
+    caching must run on the same tokens, and the second need not make them again."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[torch.device, Tensor] = {}  # `DataParallel` calls it on each device with other texts
+
+    def __call__(self, lm: CausalLM, kv: RolloutKV, prompt: Tensor, num_steps: int, **options: Any) -> Tensor:
+        if prompt.device not in self._tokens:
+            self._tokens[prompt.device] = draft(lm, kv, prompt, num_steps, **options)
+        return self._tokens[prompt.device]
+
+
+def _next_token(
+    lm: CausalLM, temperature: float | Tensor, observer: RolloutObserver | None
+) -> Callable[[int, Tensor], Tensor]:
+    """-> the function of a step t and its hidden states [B, D] that gives the soft tokens [B, E]."""
+    facts = lm.facts()
+
+    def next_token(t: int, hidden: Tensor) -> Tensor:
+        if observer is None:
+            return lm.soft_embed(hidden, temperature=temperature, facts=facts)
+        token, stats = lm.soft_embed(hidden, temperature=temperature, return_stats=True, facts=facts)
+        observer.soft_token(t, stats.entropy.detach())
+        return token
+
+    return next_token
+
+
+def _is_sharded(body: nn.Module) -> bool:
+    """Whether FSDP2 shares its layers out. It gathers a layer in backward when a gradient reaches the layer's output,
+    and by the block none would reach that of the prompt pass, whose keys and values have gradients all the same."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(body, FSDPModule)
+
+
+def _observe_backward(observer: RolloutObserver, **entries: list[Tensor]) -> None:
+    """Registers hooks that report the phases of backward, which goes through the steps and then the prompt pass.
+
+    Args:
+        entries: for each phase the tensors at which backward enters it.
+    """
+    for phase, tensors in entries.items():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                tensor.register_hook(lambda _, phase=phase: observer.enter(phase))
 
 
 def _pad_right(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,13 +218,13 @@ def _pad_right(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tenso
 
 
 @contextmanager
-def _no_checkpointing(body: nn.Module) -> Iterator[None]:
-    """Switches layer checkpointing off inside: the activations of one position are not worth a second forward."""
-    layers = [m for m in body.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
-    for layer in layers:
-        layer.gradient_checkpointing = False
+def _switched_off(body: nn.Module, flag: str) -> Iterator[None]:
+    """Sets a flag of all its modules that have it on to False inside."""
+    modules = [module for module in body.modules() if getattr(module, flag, False)]
+    for module in modules:
+        setattr(module, flag, False)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.gradient_checkpointing = True
+        for module in modules:
+            setattr(module, flag, True)

@@ -6,6 +6,7 @@
     modeling_gircse_math.py     its soft token, pooling and padding; saved with it
     module.py                   `GIRCSEModule`: the same module on the engine (encoding) and the rollout (training)
     losses.py                   `GIRCSELoss`, `CachedGIRCSELoss` for `SentenceTransformerTrainer`
+    callback.py                 `SoftTokenGradientCallback`: a schedule of the gradient at the soft token
     loading.py                  `load`, which is `gircse.load`
 
 Imports `gircse.model`, `gircse.data` and what is below them.
@@ -26,8 +27,9 @@ except PackageNotFoundError:
 if int(_version.split(".")[0]) < 6:
     raise ImportError(f"gircse.sentence_transformers needs sentence-transformers >= 6, got {_version}: {_INSTALL}")
 
+from gircse.sentence_transformers.callback import SoftTokenGradientCallback  # noqa: E402
 from gircse.sentence_transformers.loading import load  # noqa: E402
 from gircse.sentence_transformers.losses import CachedGIRCSELoss, GIRCSELoss  # noqa: E402
 from gircse.sentence_transformers.module import GIRCSEModule  # noqa: E402
 
-__all__ = ["CachedGIRCSELoss", "GIRCSELoss", "GIRCSEModule", "load"]
+__all__ = ["CachedGIRCSELoss", "GIRCSELoss", "GIRCSEModule", "SoftTokenGradientCallback", "load"]

@@ -25,8 +25,10 @@ from gircse import ops
 from gircse.data.false_negatives import false_negatives
 from gircse.integers import check_integer
 from gircse.lm.adapter import check_trainable
+from gircse.lm.rollout import Drafter, KeptDraft
 from gircse.ops.objective import REDUCTIONS
 from gircse.sentence_transformers import modeling_gircse
+from gircse.sentence_transformers.module import GIRCSEModule
 
 _CITATION = """
 @inproceedings{tsai2026gircse,
@@ -48,6 +50,8 @@ class GIRCSELoss(nn.Module):
         temperature: tau of the contrastive losses.
         reg_weight: weight of the penalty on steps that do not improve.
         reduction: "mean" (the reference code) or "sum" (the paper's formula) over the steps.
+        soft_token_gradient: in [0, 1], multiplies the gradient of every soft token (docs/training.md). It may be set
+            anew between steps, as `SoftTokenGradientCallback` does.
         filter_false_negatives: a candidate does not count for a row if its text is the row's anchor, or the positive of
             another row with the same anchor, unless it is the row's own positive. Texts with the same tokens are the
             same.
@@ -60,6 +64,7 @@ class GIRCSELoss(nn.Module):
         temperature: float = 0.02,
         reg_weight: float = 1.0,
         reduction: str = "mean",
+        soft_token_gradient: float = 1.0,
         filter_false_negatives: bool = True,
     ) -> None:
         super().__init__()
@@ -74,7 +79,32 @@ class GIRCSELoss(nn.Module):
         self.temperature = temperature
         self.reg_weight = reg_weight
         self.reduction = reduction
+        self._damps = isinstance(model[0], GIRCSEModule)
+        self.soft_token_gradient = soft_token_gradient
         self.filter_false_negatives = filter_false_negatives
+
+    @property
+    def soft_token_gradient(self) -> float:
+        return self._soft_token_gradient
+
+    @soft_token_gradient.setter
+    def soft_token_gradient(self, value: float) -> None:
+        if not 0 <= value <= 1:
+            raise ValueError(f"soft_token_gradient: got {value!r}, expected a number from 0 to 1")
+        if value != 1 and not self._damps:
+            raise ValueError(
+                f"soft_token_gradient: got {value!r} with the plain modeling_gircse.py, expected 1, or a model of "
+                "gircse.load"
+            )
+        self._soft_token_gradient = value
+
+    def embed(self, features: dict[str, Tensor], drafter: Drafter | None = None) -> Tensor:
+        """`embed_steps` with this loss' factor."""
+        if self.soft_token_gradient == 1:
+            return embed_steps(self.model, features)
+        # A feature, because the library's wrappers of `forward` pass nothing else on.
+        options = {"soft_token_gradient": self.soft_token_gradient, "drafter": drafter}
+        return embed_steps(self.model, {**features, modeling_gircse.ROLLOUT: options})
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         """One dict of features for each column -> the loss, a scalar.
@@ -83,7 +113,7 @@ class GIRCSELoss(nn.Module):
             ValueError: there are fewer than two columns, there are labels, or all weights of the model are frozen.
         """
         columns = self.check(sentence_features, labels)
-        return self.objective([embed_steps(self.model, features) for features in columns], self.mask_of(columns))
+        return self.objective(list(map(self.embed, columns)), self.mask_of(columns))
 
     def check(
         self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None
@@ -122,7 +152,7 @@ class GIRCSELoss(nn.Module):
         return ops.icr_objective(losses, reg_weight=self.reg_weight, reduction=self.reduction)
 
     def get_config_dict(self) -> dict[str, Any]:
-        names = ("temperature", "reg_weight", "reduction", "filter_false_negatives")
+        names = ("temperature", "reg_weight", "reduction", "soft_token_gradient", "filter_false_negatives")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -135,8 +165,8 @@ class CachedGIRCSELoss(CachedLossMixin, GIRCSELoss):
     size, in the memory of `mini_batch_size` texts, at the cost of one more forward pass.
 
     A first pass embeds the batch without gradients. The loss over the whole batch gives the gradient of each embedding.
-    Then every mini-batch is embedded again, with the random numbers of the first pass (dropout), and its part of the
-    gradient goes backward.
+    Then every mini-batch is embedded again, with the random numbers (dropout) and the drafted soft tokens of the first
+    pass, and its part of the gradient goes backward.
 
     Args:
         mini_batch_size: texts embedded at once.
@@ -151,6 +181,7 @@ class CachedGIRCSELoss(CachedLossMixin, GIRCSELoss):
         temperature: float = 0.02,
         reg_weight: float = 1.0,
         reduction: str = "mean",
+        soft_token_gradient: float = 1.0,
         filter_false_negatives: bool = True,
         show_progress_bar: bool = False,
     ) -> None:
@@ -159,6 +190,7 @@ class CachedGIRCSELoss(CachedLossMixin, GIRCSELoss):
             temperature=temperature,
             reg_weight=reg_weight,
             reduction=reduction,
+            soft_token_gradient=soft_token_gradient,
             filter_false_negatives=filter_false_negatives,
         )
         self.mini_batch_size = check_integer("mini_batch_size", mini_batch_size, least=1)
@@ -193,14 +225,23 @@ class CachedGIRCSELoss(CachedLossMixin, GIRCSELoss):
         """The library's method, with the embeddings after every number of steps instead of the last one."""
         features = minibatch(sentence_feature, begin, end)
         with random_state or nullcontext(), nullcontext() if with_grad else torch.no_grad():
-            state = RandContext(*features.values()) if copy_random_state else None
-            return embed_steps(self.model, features), state
+            state = _FirstPass(*features.values()) if copy_random_state else None
+            first = random_state or state
+            return self.embed(features, first.drafter if isinstance(first, _FirstPass) else None), state
 
     def get_config_dict(self) -> dict[str, Any]:
         return {**super().get_config_dict(), "mini_batch_size": self.mini_batch_size}
 
 
-def embed_steps(model: nn.Module, features: dict[str, Tensor]) -> Tensor:
+class _FirstPass(RandContext):
+    """What the second pass of gradient caching takes over from the first: random state and drafted soft tokens."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        super().__init__(*tensors)
+        self.drafter = KeptDraft()
+
+
+def embed_steps(model: nn.Module, features: dict[str, Any]) -> Tensor:
     """[B, K, D'] embeddings after 1..K steps, with as many dimensions as the output's `sentence_embedding` has."""
     output = model(features)
     return output["step_embeddings"][..., : output["sentence_embedding"].shape[-1]]

@@ -33,6 +33,7 @@ from .modeling_gircse_folder import ModelCard, load_causal_lm, name_base_model, 
 from .modeling_gircse_math import POOLINGS, pad_left, pool_steps, position_limit, soft_token
 
 LENGTH_CONFIG = "sentence_bert_config.json"
+ROLLOUT = "rollout"  # a feature: more arguments of `generate`, of the losses of the package for its module
 IN_ENCODE = "in_encode"  # a feature: `encode` was called with `return_steps`, and will scale and cut the result
 
 
@@ -200,12 +201,12 @@ class GIRCSEModule(InputModule):
         """Adds to the features `step_embeddings` [B, K, D], the embeddings after 1..K steps ([B, 1, D] for K = 0), and
         `sentence_embedding`, the last of them [B, D], or all of them with `return_steps`. float32 (or 64), length 1."""
         steps = self.num_steps if num_steps is None else check_steps(num_steps)
-        states = self.generate(features["input_ids"], features["attention_mask"], steps)
+        states = self.generate(features["input_ids"], features["attention_mask"], steps, **features.get(ROLLOUT, {}))
         embeddings = F.normalize(pool_steps(states, self.pooling), dim=-1)
         sentence = embeddings if return_steps else embeddings[:, -1]
         if return_steps and IN_ENCODE in features:
             sentence = embeddings.as_subclass(StepEmbeddings)
-        kept = {name: value for name, value in features.items() if name != IN_ENCODE}
+        kept = {name: value for name, value in features.items() if name not in (IN_ENCODE, ROLLOUT)}
         return Output(kept, step_embeddings=embeddings, sentence_embedding=sentence)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, num_steps: int) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gircse.lm.load import load_pretrained
+from gircse.lm.rollout import Drafter
 from gircse.model import GIRCSE
 from gircse.sentence_transformers import modeling_gircse
 from gircse.sentence_transformers.modeling_gircse import LENGTH_CONFIG
@@ -71,9 +72,19 @@ class GIRCSEModule(modeling_gircse.GIRCSEModule):
     def tokenizer(self, value: Any) -> None:
         self.model.tokenizer = value
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor, num_steps: int) -> Tensor:
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        num_steps: int,
+        *,
+        soft_token_gradient: float = 1.0,
+        drafter: Drafter | None = None,
+    ) -> Tensor:
         if self.training or torch.is_grad_enabled():
-            return self.model.rollout(input_ids, attention_mask, num_steps)
+            return self.model.rollout(
+                input_ids, attention_mask, num_steps, soft_token_gradient=soft_token_gradient, drafter=drafter
+            )
         return self._generate_on_engine(input_ids, attention_mask, num_steps)
 
     @torch.compiler.disable

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from gircse.lm.soft_token_gradient import SoftTokenGradient
 from gircse.train.run_config import RunConfig
 from gircse.train.settings import setting
 
@@ -19,6 +21,7 @@ class TrainConfig(RunConfig):
 
     command: ClassVar[str] = "train"
     free_on_resume: ClassVar[frozenset[str]] = RunConfig.free_on_resume | {"eval_every", "fsdp", "model", "adapter"}
+    unsaved: ClassVar[Mapping[str, Any]] = {"soft_token_gradient": 1.0}
 
     model: str = setting("", "base model: folder or hub name")
     adapter: str | None = setting(
@@ -34,6 +37,11 @@ class TrainConfig(RunConfig):
     )
     inference_steps: int | None = setting(
         None, "K that the saved model encodes with; default: num_steps, or the end of its range"
+    )
+    soft_token_gradient: float | str = setting(
+        0.0,
+        "factor on the gradient of each soft token: 0 (constants in backward, steps by the block) to 1 (the paper's), "
+        "or a schedule: 0:1@0.5 goes from 0 to 1 over the first half of the steps",
     )
     stepwise: bool = setting(True, "contrastive loss on every step; without it on the last embedding only")
     reg_weight: float = setting(1.0, "lambda, weight of the penalty on steps that get worse")
@@ -59,6 +67,7 @@ class TrainConfig(RunConfig):
         super().__post_init__()
         self.expect("num_steps", _step_range(self.num_steps) is not None, "an integer >= 0 or a range such as '3:10'")
         self.expect_integers("inference_steps", least=0)
+        SoftTokenGradient.of(self.soft_token_gradient)  # checks it
         self.gircse_config()  # checks pooling, temperature, append_eos and the like
         self.expect_integers("eval_every")
         self.expect_positive("contrastive_temperature")
@@ -92,6 +101,15 @@ class TrainConfig(RunConfig):
         steps = _step_range(self.num_steps)
         assert steps is not None
         return steps
+
+    def soft_token_gradient_at(self, step: int, total_steps: int) -> float:
+        """The factor of a step (from 0)."""
+        return SoftTokenGradient.of(self.soft_token_gradient).at(step, total_steps)
+
+    @property
+    def max_soft_token_gradient(self) -> float:
+        """The largest factor that a step can have."""
+        return SoftTokenGradient.of(self.soft_token_gradient).largest
 
     def gircse_config(self) -> GircseConfig:
         """The part that belongs to the model and is saved with it."""

@@ -9,21 +9,28 @@ The loss needs the states of all texts of a batch at once. The activations behin
 
 So the activations of one micro-batch live at a time, at the cost of nearly one more forward pass. The second pass
 starts from the random state of the first, so dropout masks are the same and the gradient is that of the whole batch.
+Soft tokens that are drafted (`gircse.lm.rollout`, "by the block") are kept from the first pass for the second.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from functools import partial
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from gircse.encode.tokens import pad
+from gircse.lm.rollout import Drafter, KeptDraft
 
-Embed = Callable[[Tensor, Tensor], Tensor]
 Extra = TypeVar("Extra")
+
+
+class Embed(Protocol):
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, *, drafter: Drafter) -> Tensor:
+        """Token ids and mask [b, N] -> states [b, K, D]; soft tokens are drafted by `drafter` if at all."""
 
 
 class MicroBatch(NamedTuple):
@@ -79,7 +86,7 @@ def backward(
     """Adds the gradient of `objective(states of all texts)` to the parameters' `.grad`.
 
     Args:
-        embed: token ids and mask [b, N] -> states [b, K, D]; called in the order of `batches`.
+        embed: called in the order of `batches`.
         batches: each text of the batch is in one of them.
         objective: states [T, K, D] in the order of the texts -> (scalar loss, anything). It must depend on the
             parameters through the states only.
@@ -88,25 +95,29 @@ def backward(
     Returns:
         (loss, anything) of `objective`, the loss without its graph.
     """
+    drafts = [KeptDraft() for _ in batches]
+    passes = [partial(embed, *batch[1:], drafter=draft) for batch, draft in zip(batches, drafts, strict=True)]
     if not cached:
-        loss, extra = objective(_in_order([embed(*b[1:])[: len(b.rows)] for b in batches], batches))
+        loss, extra = objective(
+            _in_order([run()[: len(b.rows)] for run, b in zip(passes, batches, strict=True)], batches)
+        )
         loss.backward()
         return loss.detach(), extra
 
     states, randoms = [], []
     with torch.no_grad():
-        for batch in batches[:-1]:
+        for run, batch in zip(passes[:-1], batches, strict=False):
             randoms.append(random_state())
-            states.append(embed(*batch[1:])[: len(batch.rows)])
-    kept = embed(*batches[-1][1:])
+            states.append(run()[: len(batch.rows)])
+    kept = passes[-1]()
     leaf = _in_order([*states, kept.detach()[: len(batches[-1].rows)]], batches).requires_grad_()
     loss, extra = objective(leaf)
     (gradient,) = torch.autograd.grad(loss, leaf)
     _send(gradient, batches[-1], kept)
     del states, leaf, kept
-    for batch, random in zip(batches, randoms, strict=False):
+    for run, batch, random in zip(passes, batches, randoms, strict=False):
         with replayed(random):
-            replay = embed(*batch[1:])
+            replay = run()
         _send(gradient, batch, replay)
         del replay
     return loss.detach(), extra

@@ -107,8 +107,15 @@ def train(
             )
         if config.fsdp:
             shard_layers(model, ranks)
-        config = with_micro_batch_tokens(config, model, ranks, num_steps=config.max_num_steps, sharded=config.fsdp)
-        step = contrastive_step(model, config, ranks)
+        config = with_micro_batch_tokens(
+            config,
+            model,
+            ranks,
+            num_steps=config.max_num_steps,
+            soft_token_gradient=config.max_soft_token_gradient,
+            sharded=config.fsdp,
+        )
+        step = contrastive_step(model, config, ranks, total_steps=config.max_steps or data.steps_per_epoch)
         return run_steps(
             config, data, model, step, ranks, stop, digests, evaluate=evaluate, eval_every=config.eval_every
         )
@@ -140,7 +147,13 @@ def open_data(config: TrainConfig | DistillConfig, ranks: Ranks, *, rows: Sequen
 
 
 def with_micro_batch_tokens(
-    config: _Config, model: GIRCSE, ranks: Ranks, *, num_steps: int, sharded: bool = False
+    config: _Config,
+    model: GIRCSE,
+    ranks: Ranks,
+    *,
+    num_steps: int,
+    soft_token_gradient: float = 1.0,
+    sharded: bool = False,
 ) -> _Config:
     """`config` with its `micro_batch_tokens`, those of the run that is resumed, or what a probe of the memory allows.
 
@@ -152,7 +165,9 @@ def with_micro_batch_tokens(
         tokens = run_folder.earlier_config(config).micro_batch_tokens
     if tokens is None:
         length = max(config.query_max_length, config.passage_max_length)
-        tokens = probe_budget(model, num_steps=num_steps, length=length, sharded=sharded)
+        tokens = probe_budget(
+            model, num_steps=num_steps, soft_token_gradient=soft_token_gradient, length=length, sharded=sharded
+        )
     return replace(config, micro_batch_tokens=-int(ranks.most(-tokens)))
 
 

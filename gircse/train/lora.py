@@ -14,6 +14,7 @@ from gircse.lm.config import GircseConfig
 from gircse.lm.load import load_pretrained, with_adapter
 from gircse.lm.prompts import DEFAULT_TEMPLATE
 from gircse.model import GIRCSE
+from gircse.ops.head_facts import vocabulary_layers
 from gircse.train.config import TrainConfig
 from gircse.train.ranks import Ranks
 from gircse.train.run_config import LORA_TARGETS, RunConfig
@@ -26,7 +27,8 @@ def trainable_model(config: TrainConfig, model: GIRCSE | None = None, *, ranks: 
     `gircse.train.fsdp.shard_layers` distributes it.
 
     Raises:
-        ValueError: the base has an adapter already, the adapter does not fit, or layers cannot be adapted.
+        ValueError: the base has an adapter already, the adapter does not fit, or layers cannot be adapted; the head is
+            trained and gets no gradient in any step.
     """
     ranks = ranks or Ranks(torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu")))
     if model is None and not (config.model or config.adapter):  # transformers would read the current folder
@@ -54,6 +56,12 @@ def trainable_model(config: TrainConfig, model: GIRCSE | None = None, *, ranks: 
             check_base(base, type(base).__name__, config.adapter)
             base = with_adapter(base, config.adapter, is_trainable=True)
     trained = GIRCSE(base, tokenizer, config.gircse_config())
+    head = vocabulary_layers(trained.causal_lm.model)[0]
+    if config.max_soft_token_gradient == 0 and any(p.requires_grad for p in head.parameters()):
+        raise ValueError(
+            "soft_token_gradient: got 0 and an adapter on the model's head, which only soft tokens reach, expected a "
+            "factor > 0"
+        )
     if config.gradient_checkpointing:
         trained.gradient_checkpointing_enable()
     return trained

@@ -15,7 +15,9 @@ _FIRST_ON_CUDA = 2048
 _SHARE = 0.8  # of the memory; the rest is for the optimizer's state, the loss and fragmentation
 
 
-def probe_budget(model: GIRCSE, *, num_steps: int, length: int, sharded: bool = False) -> int:
+def probe_budget(
+    model: GIRCSE, *, num_steps: int, length: int, soft_token_gradient: float = 1.0, sharded: bool = False
+) -> int:
     """The positions of a micro-batch (padding and K steps included) that fit the memory.
 
     On CUDA, micro-batches of growing size go forward and backward. On a CPU, and where every process must make the same
@@ -24,32 +26,33 @@ def probe_budget(model: GIRCSE, *, num_steps: int, length: int, sharded: bool = 
 
     Args:
         length: tokens of the longest texts of the run.
+        soft_token_gradient: the largest factor of the run: steps by the block, at 0, keep less than others.
     """
     if model.device.type == "cuda" and not sharded:
-        tokens = _by_trying(model, num_steps, min(length, 512))
+        tokens = _by_trying(model, num_steps, soft_token_gradient, min(length, 512))
     else:
-        tokens = int(_SHARE * free_bytes(model.device) / activation_bytes(model, num_steps))
+        tokens = int(_SHARE * free_bytes(model.device) / activation_bytes(model, num_steps, soft_token_gradient))
     if model.device.type == "cpu":
         tokens = min(tokens, _MOST_ON_CPU)
     return max(tokens, _LEAST)
 
 
-def activation_bytes(model: GIRCSE, num_steps: int) -> float:
+def activation_bytes(model: GIRCSE, num_steps: int, soft_token_gradient: float = 1.0) -> float:
     """The measured bytes that autograd keeps for backward for each position, without the parameters.
 
     With activation checkpointing backward also holds one layer at a time in full.
     """
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = _kept_bytes(model, num_steps, own)
+    kept = _kept_bytes(model, num_steps, soft_token_gradient, own)
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         training = model.training
         model.eval()  # layers are checkpointed in training only
-        kept += _kept_bytes(model, num_steps, own) / model.causal_lm.config.num_hidden_layers
+        kept += _kept_bytes(model, num_steps, soft_token_gradient, own) / model.causal_lm.config.num_hidden_layers
         model.train(training)
     return kept
 
 
-def _kept_bytes(model: GIRCSE, num_steps: int, own: set[int]) -> float:
+def _kept_bytes(model: GIRCSE, num_steps: int, soft_token_gradient: float, own: set[int]) -> float:
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -59,12 +62,12 @@ def _kept_bytes(model: GIRCSE, num_steps: int, own: set[int]) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        states = model.rollout(*_texts(model, _ROWS, _LENGTH), num_steps)
+        states = model.rollout(*_texts(model, _ROWS, _LENGTH), num_steps, soft_token_gradient=soft_token_gradient)
     del states
     return max(sum(kept.values()), 1) / (_ROWS * (_LENGTH + num_steps))
 
 
-def _by_trying(model: GIRCSE, num_steps: int, length: int) -> int:
+def _by_trying(model: GIRCSE, num_steps: int, soft_token_gradient: float, length: int) -> int:
     """Doubles the size until memory can be extrapolated linearly, or until it runs out."""
     device = model.device
     before = torch.cuda.memory_allocated(device)
@@ -74,7 +77,8 @@ def _by_trying(model: GIRCSE, num_steps: int, length: int) -> int:
         rows = max(1, tokens // (length + num_steps))
         torch.cuda.reset_peak_memory_stats(device)
         try:
-            model.rollout(*_texts(model, rows, length), num_steps).sum().backward()
+            texts = _texts(model, rows, length)
+            model.rollout(*texts, num_steps, soft_token_gradient=soft_token_gradient).sum().backward()
         except torch.OutOfMemoryError:
             return tokens // 2
         finally:

@@ -28,6 +28,8 @@ class RunConfig(Settings):
         {"output", "resume", "save_every", "keep_checkpoints", "eval_data", "progress", "device", "max_steps", "data"}
         | {"micro_batch_tokens", "wandb", "rank_timeout"}
     )
+    # The values of fields that files of earlier versions do not name, where these are not the defaults of today.
+    unsaved: ClassVar[Mapping[str, Any]] = {}
 
     data: tuple[str, ...] = setting((), "training rows: JSONL files or saved `datasets` folders")
     output: str = setting("runs/train", "folder of the run")
@@ -87,7 +89,8 @@ class RunConfig(Settings):
 
     @classmethod
     def from_json(cls: type[_Config], path: Path) -> _Config:
-        """The settings that `to_json` wrote. A field that the file does not name has its default.
+        """The settings that `to_json` wrote. A field that the file does not name has its value of `unsaved`,
+        or its default.
 
         Raises:
             ValueError: the file holds no JSON object, an unknown key, a wrong type or a wrong value; names the file.
@@ -97,7 +100,7 @@ class RunConfig(Settings):
             if not isinstance(values, dict):
                 raise ValueError(f"got {type(values).__name__}, expected an object")
             cls.check_names(values)
-            return cls(**values)
+            return cls(**{**cls.unsaved, **values})
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from None
 

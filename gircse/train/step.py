@@ -94,16 +94,19 @@ def _token_ids(tokenizer: PromptTokenizer, prompts: Sequence[str]) -> list[list[
     return rows
 
 
-def contrastive_step(model: GIRCSE, config: TrainConfig, ranks: Ranks) -> Step:
-    """The training step of a run."""
+def contrastive_step(model: GIRCSE, config: TrainConfig, ranks: Ranks, *, total_steps: int) -> Step:
+    """The training step of a run of `total_steps`."""
     tokenizer = RowTokenizer(model, config, config.max_num_steps)
 
     def step(examples: Sequence[Example], number: int, monitor: StepMonitor) -> StepResult:
         rows = tokenize_rows(tokenizer, examples, config, share=ranks.share(len(examples)))
+        factor = config.soft_token_gradient_at(number, total_steps)
         loss, losses, passes = contrastive_backward(
-            model, rows, config, num_steps=config.steps_at(number), ranks=ranks, monitor=monitor
-        )
-        return StepResult(loss, {"losses": losses}, rows.texts, rows.tokens, passes)
+            model, rows, config,
+            num_steps=config.steps_at(number), soft_token_gradient=factor, ranks=ranks, monitor=monitor,
+        )  # fmt: skip
+        parts = {"losses": losses, "soft_token_gradient": torch.tensor(factor, dtype=torch.float64)}
+        return StepResult(loss, parts, rows.texts, rows.tokens, passes)
 
     return step
 
@@ -131,6 +134,7 @@ def contrastive_backward(
     config: TrainConfig,
     *,
     num_steps: int,
+    soft_token_gradient: float = 1.0,
     ranks: Ranks | None = None,
     monitor: StepMonitor | None = None,
 ) -> tuple[Tensor, Tensor, int]:
@@ -163,7 +167,8 @@ def contrastive_backward(
     ids = [*rows.queries, *rows.passages]
     return backward_of(
         model, ids, split, objective, config.micro_batch_tokens,
-        num_steps=num_steps, monitor=monitor, same_passes=ranks if config.fsdp else None,
+        num_steps=num_steps, soft_token_gradient=soft_token_gradient, monitor=monitor,
+        same_passes=ranks if config.fsdp else None,
     )  # fmt: skip
 
 
@@ -175,6 +180,7 @@ def backward_of(
     budget: int | None,
     *,
     num_steps: int,
+    soft_token_gradient: float = 1.0,
     monitor: StepMonitor | None = None,
     same_passes: Ranks | None = None,
 ) -> tuple[Tensor, Extra, int]:
@@ -206,6 +212,6 @@ def backward_of(
             monitor.enter("loss")
         return objective(states)
 
-    embed = partial(model.rollout, num_steps=num_steps, observer=monitor)
+    embed = partial(model.rollout, num_steps=num_steps, soft_token_gradient=soft_token_gradient, observer=monitor)
     loss, extra = backward(embed, parts, timed, cached=cached)
     return loss, extra, len(parts)

@@ -15,7 +15,7 @@ from gircse.train.plan.predict import plan
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("case", plan_check.SMOKE_CASES, ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("case", plan_check.SMOKE_CASES, ids=["by the block", "checkpointed"])
 def test_predictions_hold(case):
     assert abs(plan_check.check(case, CPU)["error"]) <= plan_check.TOLERANCE
 

@@ -27,6 +27,17 @@ def _entry(step: int, *losses: float) -> dict:
     return {"step": step, "losses": list(losses)}
 
 
+def test_quality_with_and_without_soft_tokens(monkeypatch, tmp_path):
+    kept = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: kept.append(figure))
+    curves = {"trained": {0: 0.3, 1: 0.4, 5: 0.5}, "untrained": {0: 0.01, 1: 0.02, 5: 0.04}}
+    plots.plot_quality(curves, tmp_path / "quality.png", metric="ndcg@10", trained_steps=5)
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in kept[0].axes[0].get_lines()}
+    assert lines["trained"] == ([1, 5], [0.4, 0.5])
+    assert lines["untrained"] == ([1, 5], [0.02, 0.04])
+    assert lines["trained, no soft token (K = 0)"][1] == [0.3, 0.3]
+
+
 def test_losses_of_a_run_with_one_k(drawn):
     lines, title = drawn([_entry(step, step, 10 * step) for step in range(1, 21)])
     assert list(lines) == ["$L_{1}$", "$L_{2}$"]

@@ -11,6 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from gircse import GIRCSE, GircseConfig, ops
+from gircse.lm.attention import StepPass
+from gircse.lm.rollout import draft
 from tests.plain import plain_losses, plain_objective, plain_rollout
 from tests.tiny_models import CONFIGS, VOCAB, definition, tiny_model, tiny_tokenizer
 
@@ -41,12 +43,12 @@ def lora_gradients(model):
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-def assert_equal_to_plain(name, expected, tolerance, *, checkpointing=False, training=False):
-    ours = GIRCSE(with_lora(tiny_model(name, dtype=torch.float64)), tiny_tokenizer())
+def assert_equal_to_plain(name, expected, tolerance, *, checkpointing=False, training=False, factor=1.0, **overrides):
+    ours = GIRCSE(with_lora(tiny_model(name, dtype=torch.float64, **overrides)), tiny_tokenizer())
     if checkpointing:
         ours.gradient_checkpointing_enable()
     ours.train(training)
-    got = {kind: ours.rollout(*batch, K) for kind, batch in batches().items()}
+    got = {kind: ours.rollout(*batch, K, soft_token_gradient=factor) for kind, batch in batches().items()}
     losses = ops.stepwise_info_nce(got["queries"], got["docs"], POSITIVES)
     ops.icr_objective(losses).backward()
 
@@ -73,11 +75,13 @@ def batches():
     return {kind: left_padded(lengths, seed) for seed, (kind, lengths) in enumerate(LENGTHS.items())}
 
 
-def plain_results(name, attn):
-    model = with_lora(tiny_model(name, dtype=torch.float64, attn=attn))
+def plain_results(name, attn, factor=1.0, **overrides):
+    model = with_lora(tiny_model(name, dtype=torch.float64, attn=attn, **overrides))
     stock = model.get_base_model()
     states = {
-        kind: torch.stack([plain_rollout(stock, row[keep.bool()], K)[1] for row, keep in zip(*batch, strict=True)])
+        kind: torch.stack(
+            [plain_rollout(stock, row[keep.bool()], K, 1.0, factor)[1] for row, keep in zip(*batch, strict=True)]
+        )
         for kind, batch in batches().items()
     }
     losses = plain_losses(states["queries"], states["docs"], POSITIVES)
@@ -86,9 +90,9 @@ def plain_results(name, attn):
 
 
 @functools.cache
-def without_casts(name):
+def without_casts(name, factor=1.0, **overrides):
     """Once for the tests below that use `no_downcast`, which is when to call it."""
-    return plain_results(name, "eager")
+    return plain_results(name, "eager", factor, **overrides)
 
 
 def relative_error(got, expected):
@@ -107,13 +111,93 @@ def test_loss_and_lora_gradients_without_the_stock_float32_casts(name):
     assert_equal_to_plain(name, without_casts(name), 1e-10)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
 @pytest.mark.usefixtures("no_downcast")
 def test_activation_checkpointing_gives_the_same_gradients(name):
     assert_equal_to_plain(name, without_casts(name), 1e-10, checkpointing=True, training=True)
 
 
-def test_checkpointing_really_checkpoints_the_prompt_and_only_it(monkeypatch):
+BY_THE_BLOCK = [("llama", {}), ("qwen2", {}), ("mistral", {"sliding_window": 9}), ("mistral", {"sliding_window": 3})]
+
+
+@pytest.mark.parametrize(("name", "overrides"), [*BY_THE_BLOCK, ("gemma2", {})])
+@pytest.mark.usefixtures("no_downcast")
+def test_the_block_is_the_rollout_with_detached_tokens(name, overrides):
+    """A window of 3 hides some of the generated steps, too."""
+    expected = without_casts(name, 0.0, **overrides)
+    assert_equal_to_plain(name, expected, 1e-10, factor=0.0, **overrides)
+    if name in ("llama", "gemma2"):
+        assert_equal_to_plain(name, expected, 1e-10, factor=0.0, checkpointing=True, training=True, **overrides)
+
+
+@pytest.mark.usefixtures("no_downcast")
+def test_a_damped_gradient_at_the_soft_tokens():
+    assert_equal_to_plain("llama", without_casts("llama", 0.3), 1e-10, factor=0.3)
+    with pytest.raises(AssertionError):  # the factor matters
+        assert_equal_to_plain("llama", without_casts("llama"), 1e-3, factor=0.3)
+
+
+@pytest.mark.parametrize("wrong", ["sees later steps", "sees padding"])
+@pytest.mark.usefixtures("no_downcast")
+def test_a_wrong_mask_of_the_block_is_found(monkeypatch, wrong):
+    right = StepPass._mask
+
+    def mask(self, queries, slots, window):
+        hidden = right(self, queries, slots, window).clone()
+        hidden[..., slots:] &= wrong == "sees padding"
+        hidden[..., :slots] &= wrong == "sees later steps"
+        return hidden
+
+    monkeypatch.setattr(StepPass, "_mask", mask)
+    with pytest.raises(AssertionError):
+        assert_equal_to_plain("llama", without_casts("llama", 0.0), 1e-3, factor=0.0)
+
+
+def test_the_draft_is_made_without_dropout_and_the_block_with_it():
+    model = GIRCSE(with_lora(tiny_model("llama"), dropout=0.3), tiny_tokenizer()).train()
+    layer, seen = model.causal_lm.body.layers[0].self_attn.q_proj.lora_dropout["default"], []
+    layer.register_forward_hook(lambda module, inputs, _: seen.append((inputs[0].shape[1], module.training)))
+
+    def drafted(lm, kv, prompt, num_steps, **options):
+        random = torch.get_rng_state()
+        tokens = draft(lm, kv, prompt, num_steps, **options)
+        assert torch.equal(torch.get_rng_state(), random)
+        assert not tokens.requires_grad
+        return tokens
+
+    states = model.rollout(*left_padded([4, 2], 0), 3, soft_token_gradient=0, drafter=drafted)
+    assert seen == [(4, True), (1, False), (1, False), (3, True)]
+    assert states.requires_grad
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(("factor", "entered"), [(1.0, ["prompt", "prompt"]), (0.0, ["prompt"])])
+def test_what_an_observer_is_told(factor, entered):
+    """In backward a rollout by the block enters the prompt pass by its keys alone."""
+    model = GIRCSE(with_lora(tiny_model("llama")), tiny_tokenizer())
+
+    class Observer:
+        phases, entropies = [], []
+
+        def enter(self, phase):
+            self.phases.append(phase)
+
+        def soft_token(self, step, entropy):
+            self.entropies.append((step, entropy.shape, entropy.requires_grad))
+
+    observer = Observer()
+    model.rollout(*left_padded([4, 2], 0), 2, soft_token_gradient=factor, observer=observer).sum().backward()
+    assert observer.phases == ["prompt", "steps", "steps", *entered]
+    assert observer.entropies == [(0, (2,), False), (1, (2,), False)]
+
+
+@pytest.mark.parametrize("factor", [-0.1, 1.5, float("nan")])
+def test_a_factor_out_of_range_is_named(factor):
+    with pytest.raises(ValueError, match=r"soft_token_gradient: got .*, expected a number from 0 to 1"):
+        GIRCSE(tiny_model("llama"), tiny_tokenizer()).rollout(*left_padded([4], 0), 1, soft_token_gradient=factor)
+
+
+def test_checkpointing_covers_the_prompt_and_the_block_and_no_single_step(monkeypatch):
     model = GIRCSE(with_lora(tiny_model("llama")), tiny_tokenizer())
     model.gradient_checkpointing_enable()
     model.train()
@@ -126,6 +210,10 @@ def test_checkpointing_really_checkpoints_the_prompt_and_only_it(monkeypatch):
     assert [type(c).__name__ for c in calls] == ["PromptPass", "StepPass", "StepPass"]
     out.sum().backward()
     assert [type(c).__name__ for c in calls[3:]] == ["PromptPass"]
+    calls.clear()
+    model.rollout(ids, mask, 2, soft_token_gradient=0).sum().backward()
+    assert [type(c).__name__ for c in calls] == ["PromptPass", "StepPass", "StepPass", "StepPass", "PromptPass"]
+    assert calls[2] is calls[3]  # the block; the draft before it is not recomputed
 
 
 def test_reentrant_checkpointing_is_refused():

@@ -9,10 +9,11 @@ pytest.importorskip("sentence_transformers")
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+from transformers import TrainerState
 
 from gircse import GIRCSE, GircseConfig
 from gircse.ops.info_nce_reference import info_nce_reference
-from gircse.sentence_transformers import CachedGIRCSELoss, GIRCSELoss, GIRCSEModule
+from gircse.sentence_transformers import CachedGIRCSELoss, GIRCSELoss, GIRCSEModule, SoftTokenGradientCallback
 from gircse.sentence_transformers.losses import embed_steps, minibatch
 from tests.plain import plain_losses, plain_objective, plain_rollout
 from tests.tiny_models import tiny_model, tiny_tokenizer
@@ -59,10 +60,10 @@ def test_the_loss_is_the_specs(no_downcast):
     assert torch.allclose(CachedGIRCSELoss(st, mini_batch_size=2)(features(st)), plain_loss(st), atol=1e-10)
 
 
-@pytest.mark.parametrize("mini_batch_size", [1, 2, 3, 8])
-def test_cached_equals_uncached(no_downcast, mini_batch_size):
+@pytest.mark.parametrize(("mini_batch_size", "factor"), [(1, 1.0), (2, 0.3), (3, 0.0), (8, 1.0)])
+def test_cached_equals_uncached(no_downcast, mini_batch_size, factor):
     st = build()
-    options = {"temperature": 0.05, "reg_weight": 0.3, "reduction": "sum"}
+    options = {"temperature": 0.05, "reg_weight": 0.3, "reduction": "sum", "soft_token_gradient": factor}
     whole = GIRCSELoss(st, **options)(features(st))
     expected = gradients(st, whole)
     cached = CachedGIRCSELoss(st, mini_batch_size=mini_batch_size, **options)(features(st))
@@ -76,18 +77,49 @@ def test_cached_equals_uncached(no_downcast, mini_batch_size):
         assert abs(float(CachedGIRCSELoss(st, mini_batch_size=2, **options)(features(st)) - whole)) < 1e-10
 
 
-def test_dropout_is_replayed(no_downcast):
+def test_the_factor_reaches_the_rollout(no_downcast):
+    """The head gets no gradient where tokens are constants."""
+    st, found = build(), {}
+    for factor in (1.0, 0.0):
+        loss = GIRCSELoss(st, soft_token_gradient=factor)
+        assert loss.get_config_dict()["soft_token_gradient"] == factor
+        found[factor] = gradients(st, loss(features(st)[:2]))
+        model, columns = st[0].model, []
+        for column in features(st)[:2]:
+            states = model.rollout(column["input_ids"], column["attention_mask"], soft_token_gradient=factor)
+            columns.append(torch.nn.functional.normalize(model.pool(states), dim=-1))
+        expected = gradients(st, loss.objective(columns))
+        assert found[factor].keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert (found[factor][name] - gradient).abs().max() < 1e-10, name
+    assert [name for name in found[1.0] if name not in found[0.0]] == ["0.model.base.lm_head.weight"]
+
+
+def test_a_schedule_sets_the_factor_of_each_step():
+    st = build()
+    loss = GIRCSELoss(st)
+    callback = SoftTokenGradientCallback(loss, "0:1@0.5")
+    for step, expected in ((0, 0.0), (1, 0.5), (3, 1.0)):
+        callback.on_step_begin(None, TrainerState(global_step=step, max_steps=4), None)
+        assert loss.soft_token_gradient == expected
+    for factor in (-0.5, 2):
+        with pytest.raises(ValueError, match="soft_token_gradient: got"):
+            loss.soft_token_gradient = factor
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.0])
+def test_dropout_is_replayed(no_downcast, factor):
     """Both passes of gradient caching draw the same masks: its gradient is that of one pass over the mini-batches."""
     st = build(attention_dropout=0.3)
     torch.manual_seed(7)
-    cached = CachedGIRCSELoss(st, mini_batch_size=2)
+    cached = CachedGIRCSELoss(st, mini_batch_size=2, soft_token_gradient=factor)
     loss = cached(features(st))
     torch.rand(5)  # whatever else draws in between
     found = gradients(st, loss)
 
     torch.manual_seed(7)
     columns = [
-        torch.cat([embed_steps(st, minibatch(column, start, start + 2)) for start in range(0, 5, 2)])
+        torch.cat([cached.embed(minibatch(column, start, start + 2)) for start in range(0, 5, 2)])
         for column in features(st)
     ]
     once = cached.objective(columns)
@@ -103,13 +135,13 @@ def test_dropout_is_replayed(no_downcast):
 def test_matryoshka_shortens_every_step(no_downcast, kind):
     st = build()
     dims, weights = [32, 12, 5], [1.0, 0.5, 0.25]
-    loss = MatryoshkaLoss(st, kind(st), dims, weights)(features(st), None)
+    loss = MatryoshkaLoss(st, kind(st, soft_token_gradient=0.3), dims, weights)(features(st), None)
     expected = sum(weight * plain_loss(st, dim) for dim, weight in zip(dims, weights, strict=True))
     assert torch.allclose(loss, expected, atol=1e-10)
     assert abs(float(plain_loss(st, 5) - plain_loss(st))) > 1e-3
     found = gradients(st, loss)
 
-    columns = [embed_steps(st, column) for column in features(st)]
+    columns = [GIRCSELoss(st, soft_token_gradient=0.3).embed(column) for column in features(st)]
     parts = [GIRCSELoss(st).objective([column[..., :dim] for column in columns]) for dim in dims]
     by_hand = gradients(st, sum(weight * part for weight, part in zip(weights, parts, strict=True)))
     for name, gradient in by_hand.items():

@@ -32,6 +32,8 @@ from gircse.train.learning_rate import learning_rate
             ({"num_steps": steps}, f"num_steps: got {steps!r}, expected an integer >= 0 or a range")
             for steps in ("5", "", ":", "3:", "10:3", "0:3", "-1:3", "3:10:2", "3-10", "a:b", "1:9999999999", "٣:٤")
         ),
+        ({"soft_token_gradient": 2}, "soft_token_gradient: got 2.0, expected a number from 0 to 1, or a schedule"),
+        ({"soft_token_gradient": "0.1"}, "soft_token_gradient: got '0.1', expected a number from 0 to 1, or"),
         ({"inference_steps": -1}, "inference_steps: got -1, expected an integer >= 0"),
         ({"reduction": "max"}, "reduction: got 'max', expected 'mean' or 'sum'"),
         ({"batching": "both"}, "batching: got 'both', expected 'homogeneous' or 'mixed'"),
@@ -74,6 +76,13 @@ def test_fixed_and_drawn_numbers_of_steps():
     assert TrainConfig(num_steps="7:7").steps_at(5) == 7
 
 
+def test_the_factor_at_the_soft_tokens_of_each_step():
+    config = TrainConfig(soft_token_gradient="0:1@0.5")
+    assert [config.soft_token_gradient_at(step, 4) for step in range(4)] == [0, 0.5, 1, 1]
+    assert config.max_soft_token_gradient == 1
+    assert TrainConfig().soft_token_gradient_at(3, 4) == TrainConfig().max_soft_token_gradient == 0
+
+
 def test_the_steps_of_the_saved_model():
     lengths = {"query_max_length": 7, "passage_max_length": 9}
     saved = TrainConfig(num_steps="3:10", **lengths).gircse_config()
@@ -94,6 +103,15 @@ def test_saved_and_read_again(tmp_path):
     path.write_text(json.dumps({k: v for k, v in asdict(config).items() if k not in new}))
     assert TrainConfig.from_json(path) == TrainConfig(model="m", data=("a", "b"), num_steps="3:10")
     TrainConfig.from_json(path).check_continues(TrainConfig(model="m", data=("a", "b"), num_steps="3:10", resume=True))
+
+
+def test_a_run_from_before_the_factor_goes_on_with_the_whole_gradient(tmp_path):
+    path = tmp_path / "train_config.json"
+    path.write_text(json.dumps({k: v for k, v in asdict(TrainConfig()).items() if k != "soft_token_gradient"}))
+    earlier = TrainConfig.from_json(path)
+    assert earlier == TrainConfig(soft_token_gradient=1.0)
+    with pytest.raises(ValueError, match=r"soft_token_gradient: was 1\.0, is 0\.0"):
+        TrainConfig().check_continues(earlier)
 
 
 @pytest.mark.parametrize(

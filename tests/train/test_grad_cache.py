@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 
+from gircse.lm import rollout
 from gircse.train import grad_cache
 from gircse.train.grad_cache import MicroBatch, backward, micro_batches, positions
 from gircse.train.step import contrastive_backward
@@ -18,16 +20,17 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 @pytest.mark.usefixtures("no_downcast")
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("budget", [1, 45])
-def test_equals_the_batch_in_one_piece(budget, checkpointing):
+@pytest.mark.parametrize(
+    ("budget", "checkpointing", "factor"), [(1, False, 1.0), (45, True, 1.0), (1, True, 0.0), (45, False, 0.0)]
+)
+def test_equals_the_batch_in_one_piece(budget, checkpointing, factor):
     """Two padded rollouts, queries and passages, with all activations kept, against micro-batches by length."""
     whole, settings = batch(), config(gradient_checkpointing=checkpointing)
-    model = adapted(settings)
-    loss, losses, passes = contrastive_backward(model, whole, settings, num_steps=NUM_STEPS)
+    model, options = adapted(settings), {"num_steps": NUM_STEPS, "soft_token_gradient": factor}
+    loss, losses, passes = contrastive_backward(model, whole, settings, **options)
     expected = gradients(model)
     assert passes == 2
-    cached = contrastive_backward(model, whole, config(micro_batch_tokens=budget), num_steps=NUM_STEPS)
+    cached = contrastive_backward(model, whole, config(micro_batch_tokens=budget), **options)
     assert cached[2] > 2
     assert cached[2] == whole.texts or budget > 1
     assert relative(cached[0], loss) < 1e-10
@@ -36,9 +39,12 @@ def test_equals_the_batch_in_one_piece(budget, checkpointing):
 
 
 @pytest.mark.usefixtures("no_downcast")
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_dropout_falls_on_the_same_places(checkpointing):
-    """The same micro-batches, so the same masks, with all activations kept: one graph, one backward."""
+@pytest.mark.parametrize(("checkpointing", "factor"), [(False, 1.0), (True, 1.0), (True, 0.0)])
+def test_dropout_falls_on_the_same_places(monkeypatch, checkpointing, factor):
+    """The same micro-batches, so the same masks, with all activations kept: one graph, one backward. Tokens that are
+    drafted are drafted once."""
+    drafts, draft = [], rollout.draft
+    monkeypatch.setattr(rollout, "draft", lambda *args, **options: drafts.append(1) or draft(*args, **options))
     whole, settings = batch(), config(lora_dropout=0.3, gradient_checkpointing=checkpointing)
     model = adapted(settings)
     ids, pad_id = [*whole.queries, *whole.passages], model.tokenizer.pad_token_id
@@ -48,15 +54,18 @@ def test_dropout_falls_on_the_same_places(checkpointing):
         weight = torch.linspace(-1, 1, states.numel(), dtype=states.dtype).view_as(states)
         return (states * weight).tanh().sum(), states.detach()
 
+    embed = partial(model.rollout, soft_token_gradient=factor)
     results = []
     for cached in (False, True):
         torch.manual_seed(3)
-        loss, states = backward(model.rollout, parts, objective, cached=cached)
+        loss, states = backward(embed, parts, objective, cached=cached)
         results.append((loss, states, gradients(model), torch.rand(3)))
+        assert len(drafts) == (0 if factor else len(parts))
+        drafts.clear()
     for one_piece, cached in zip(*results, strict=True):
         assert relative(cached, one_piece) < 1e-10
     torch.manual_seed(4)  # dropout is on: other masks give another result
-    backward(model.rollout, parts, objective, cached=True)
+    backward(embed, parts, objective, cached=True)
     assert relative(gradients(model), results[0][2]) > 1e-3
 
 

@@ -100,6 +100,14 @@ def test_adapters_of_a_half_precision_base_train_in_float32(base):
     assert np.isfinite(model.encode(["red"])).all()
 
 
+def test_a_head_that_no_step_gives_a_gradient_is_not_trained_in_vain():
+    settings = TrainConfig(num_steps=2, lora_targets=("q_proj", "lm_head"))
+    with pytest.raises(ValueError, match="soft_token_gradient: got 0 and an adapter on the model's head"):
+        trainable_model(settings, GIRCSE(tiny_model("llama"), tiny_tokenizer()))
+    some = replace(settings, soft_token_gradient="0:0.5@1")
+    assert trainable_model(some, GIRCSE(tiny_model("llama"), tiny_tokenizer())) is not None
+
+
 def test_adapted_layers_are_asked_for_by_names_that_exist(base):
     model = tiny_model("llama")
     assert lora_targets(model) == list(LORA_TARGETS)

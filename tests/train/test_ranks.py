@@ -59,15 +59,16 @@ def compare(ranks: Ranks, rows: int, sharded: bool) -> None:
 
 def compare_in_float64(ranks: Ranks, rows: int, sharded: bool) -> None:
     tolerance, whole = 1e-10, batch(rows)
-    model = adapted(config())
-    loss, losses, _ = contrastive_backward(model, whole, config(), num_steps=NUM_STEPS)
-    expected = gradients(model)
-    # in one piece; by gradient caching, with other numbers of passes in each process, and activation checkpointing
-    for options in ({}, {"gradient_checkpointing": True, "micro_batch_tokens": 60}):
+    # in one piece; by the block and gradient caching, with other numbers of passes in each process, and checkpointing
+    for factor, options in ((1.0, {}), (0.0, {"gradient_checkpointing": True, "micro_batch_tokens": 60})):
+        steps = {"num_steps": NUM_STEPS, "soft_token_gradient": factor}
+        model = adapted(config())
+        loss, losses, _ = contrastive_backward(model, whole, config(), **steps)
+        expected = gradients(model)
         settings = config(fsdp=sharded, **options)
         model = adapted(settings, ranks=ranks)
         own = share_of(whole, ranks.share(rows))
-        shared = contrastive_backward(model, own, settings, num_steps=NUM_STEPS, ranks=ranks)
+        shared = contrastive_backward(model, own, settings, **steps, ranks=ranks)
         digest = ranks.sum_gradients([p for p in model.parameters() if p.requires_grad])
         assert relative(shared[0], loss) < tolerance
         assert relative(shared[1], losses) < tolerance

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from gircse.train.config import TrainConfig
 from gircse.train.recipes import load_recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes"
-NAMES = {"mistral-7b", "qwen2.5-7b", "qwen2.5-0.5b", "smollm2-demo", "encoder-only", "one-step", "no-penalty"}
+PAPERS = ("mistral-7b", "qwen2.5-7b", "qwen2.5-0.5b")
+NAMES = {*PAPERS, *(f"{name}-block" for name in PAPERS), "smollm2-demo", "encoder-only", "one-step", "no-penalty"}
 
 
 def config(*arguments: str) -> TrainConfig:
@@ -39,6 +41,9 @@ def test_what_the_papers_recipes_have_in_common_and_the_ablations_change():
     assert paper.model == "mistralai/Mistral-7B-v0.1"
     for name in ("num_steps", "learning_rate", "warmup_ratio", "contrastive_temperature", "lora_r", "lora_alpha"):
         assert getattr(paper, name) == getattr(TrainConfig(), name) == getattr(recipes["qwen2.5-7b"], name)
+    for name in PAPERS:
+        assert recipes[name].soft_token_gradient == 1  # the paper's exact gradient
+        assert recipes[f"{name}-block"] == replace(recipes[name], soft_token_gradient=0.0)
     changed = {}
     for ablation in ("encoder-only", "one-step", "no-penalty"):
         changed[ablation] = {
@@ -65,6 +70,10 @@ def test_the_command_line_is_over_the_recipe_and_that_over_the_defaults(tmp_path
     assert config("--model", "m", "--data", "a", "--num-steps", "2:4", "--instructions", "") == TrainConfig(
         model="m", data=("a",), num_steps="2:4", instructions=("",)
     )
+    factors = {"0.1": 0.1, "1": 1.0, "0:1@0.5": "0:1@0.5"}
+    for text, factor in factors.items():
+        settings = config("--model", "m", "--data", "a", "--soft-token-gradient", text)
+        assert settings.soft_token_gradient == factor
     with pytest.raises(ValueError, match="data: got none, expected --data"):
         config("--model", "m")
     with pytest.raises(ValueError, match="model: got none"):

@@ -42,7 +42,7 @@ def command(home: Path, *more: str) -> list[str]:
         "train", "--model", str(home / "base"), "--data", str(home / "rows.jsonl"), "--instructions", "echo",
         "--eval-data", str(home / "rows.jsonl"), "--output", str(home / "run"), "--batch-size", "4", "--num-steps", "2",
         "--max-steps", "4", "--save-every", "2", "--learning-rate", "3e-3", "--micro-batch-tokens", "500",
-        "--no-progress", "--device", "cpu", *more,
+        "--soft-token-gradient", "0.4:0@0.5", "--no-progress", "--device", "cpu", *more,
     ]  # fmt: skip
 
 
@@ -51,7 +51,8 @@ def log(run: Path) -> list[dict]:
 
 
 def numbers(run: Path) -> list[tuple]:
-    return [(entry["losses"], entry["learning_rate"], entry.get("evaluation")) for entry in log(run)]
+    names = ("losses", "learning_rate", "soft_token_gradient", "evaluation")
+    return [tuple(map(entry.get, names)) for entry in log(run)]
 
 
 def test_the_run_folder_alone_goes_on(home):
@@ -61,7 +62,8 @@ def test_the_run_folder_alone_goes_on(home):
     assert main(["train", "--resume", "--output", str(run)]) == 0
     assert numbers(run) == whole
     assert (run / "model" / "adapter_model.safetensors").read_bytes() == weights
-    assert whole[-1][2] is not None  # evaluated, with the instruction for rows without one
+    assert [entry[2] for entry in whole] == [0.4, 0.2, 0, 0]  # one step after the other, then by the block
+    assert whole[-1][3] is not None  # evaluated, with the instruction for rows without one
     assert TrainConfig.from_json(run / "train_config.json").num_steps == 2
 
 
@@ -87,7 +89,7 @@ def test_a_finished_run_can_be_extended(home, capsys):
     assert after[:4] == before
     assert [entry["step"] for entry in log(run)] == [1, 2, 3, 4, 5, 6]
     rates = [learning_rate(TrainConfig(learning_rate=3e-3), step, 6) for step in (4, 5)]
-    assert [rate for _, rate, _ in after[4:]] == rates
+    assert [rate for _, rate, *_ in after[4:]] == rates
     assert main(["train", "--resume", "--output", str(run), "--max-steps", "5"]) == 2
     assert "max_steps: got 5, expected at least the 6 that the run was started with" in capsys.readouterr().err
 

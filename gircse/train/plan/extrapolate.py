@@ -57,6 +57,7 @@ class TracedModel:
         self,
         prompts: Sequence[PromptShape],
         num_steps: int,
+        soft_token_gradient: float,
         *,
         cuda: bool = True,
         loss_bytes: int = 0,
@@ -64,7 +65,9 @@ class TracedModel:
     ) -> StepMemory:
         """See `step_memory`."""
         near, *far = [
-            step_memory(base, prompts, num_steps, cuda=cuda, loss_bytes=loss_bytes, any_rows=any_rows)
+            step_memory(
+                base, prompts, num_steps, soft_token_gradient, cuda=cuda, loss_bytes=loss_bytes, any_rows=any_rows
+            )
             for base in self.cut
         ]
         return near.extrapolated(far[0], self.times) if far else near
@@ -78,8 +81,13 @@ class StepRows:
     two: StepMemory
 
     @classmethod
-    def of(cls, model: TracedModel, length: int, num_steps: int) -> StepRows:
-        return cls(*(model.memory([PromptShape(rows, length)], num_steps, any_rows=True) for rows in (1, 2)))
+    def of(cls, model: TracedModel, length: int, num_steps: int, soft_token_gradient: float) -> StepRows:
+        return cls(
+            *(
+                model.memory([PromptShape(rows, length)], num_steps, soft_token_gradient, any_rows=True)
+                for rows in (1, 2)
+            )
+        )
 
     def memory(self, rows: int) -> StepMemory:
         return self.one.extrapolated(self.two, rows - 1)

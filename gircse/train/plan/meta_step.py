@@ -44,8 +44,8 @@ class StepMemory:
         keys_values: keys and values of the prompts, kept for the steps and for backward.
         prompt: everything else that the prompt passes leave alive, mostly what autograd saved.
         steps: what the generated steps add to that.
-        moments: the peak of each part of the step: up to the first soft token, up to the second, .., and so on in
-            backward.
+        moments: the peak of each part of the step: up to the first soft token, up to the second, .., up to the end of
+            the rollout, and so on in backward.
     """
 
     keys_values: int
@@ -81,6 +81,7 @@ def step_memory(
     base: Any,
     prompts: Sequence[PromptShape],
     num_steps: int,
+    soft_token_gradient: float,
     *,
     cuda: bool,
     loss_bytes: int = 0,
@@ -93,6 +94,7 @@ def step_memory(
             to the rollout's attention function.
         prompts: one micro-batch, or the queries and the passages where the batch is not divided.
         num_steps: K >= 0.
+        soft_token_gradient: the factor; with 0 the steps go by the block.
         cuda: stand in for the GPU's kernels; otherwise for the CPU's.
         loss_bytes: temporaries of the loss, between forward and backward.
         any_rows: count the workspace of `soft_embed` on a GPU at its bound, whatever the rows, so that the memory of
@@ -112,11 +114,13 @@ def step_memory(
         for rows, length in prompts:
             before = live.now
             ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
-            hidden = rollout(lm, ids, torch.ones_like(ids), num_steps)
+            hidden = rollout(lm, ids, torch.ones_like(ids), num_steps, soft_token_gradient=soft_token_gradient)
+            of_steps = live.now - lm.marks[-1]
             states.append(hidden.steps if num_steps else hidden.prompt)
-            del hidden, ids
-            prompt += lm.marks[-1] - before
-            steps += live.now - lm.marks[-1]
+            del hidden, ids  # by the block h_0 has no gradient: what autograd kept for it goes
+            prompt += live.now - before - of_steps
+            steps += of_steps
+            live.cut()
         if loss_bytes:
             _scratch(loss_bytes)
         torch.autograd.backward(states, [torch.empty_like(state) for state in states])
@@ -186,7 +190,8 @@ class _StandIn(CausalLM):
     def run_prompt(self, kv: RolloutKV, input_ids: Tensor) -> Tensor:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         states = self.run_body(_FusedPrompt(kv, self.cuda), positions, input_ids=input_ids)
-        states.register_hook(lambda _: self.live.cut())
+        for entry in (states, kv.prompt[max(kv.prompt)][0]):  # backward enters the pass here, or by the block there
+            entry.register_hook(lambda _: self.live.cut())
         self.marks.append(self.live.now)
         self.kept.append(sum(t.nbytes for pair in kv.prompt.values() for t in pair))
         return states

@@ -132,6 +132,8 @@ def plan(
     if negatives is None:
         negatives = 1 if config.max_negatives is None else config.max_negatives
     steps = config.max_num_steps if num_steps is None else num_steps
+    factor = config.max_soft_token_gradient
+    by_block = factor == 0 and steps > 0
     model = TracedModel.of(config, model_config)
     base, facts = model.base, model.facts
     rows = math.ceil(config.batch_size / world_size)
@@ -144,26 +146,31 @@ def plan(
     ]
     fixed = _fixed(base, facts, config.quantization, world_size if config.fsdp else 1)
     loss = info_nce_bytes(rows, negatives, steps, facts.hidden, ranks=world_size)
-    of_length = {tokens: StepRows.of(model, tokens, steps) for tokens in sorted({one.length for one in prompts})}
+    of_length = {
+        tokens: StepRows.of(model, tokens, steps, factor) for tokens in sorted({one.length for one in prompts})
+    }
     by_rows = [of_length[one.length] for one in prompts]
-    states = _cache_bytes(prompts, steps, facts)
+    states = _cache_bytes(prompts, steps, facts, by_block)
     if config.micro_batch_tokens is None:
-        memory = fixed | _activations(model.memory(prompts, steps, loss_bytes=loss))
+        memory = fixed | _activations(model.memory(prompts, steps, factor, loss_bytes=loss))
     else:
         largest = max(
             (of_rows.memory(part.rows) for of_rows, part in zip(by_rows, parts, strict=True)), key=lambda one: one.peak
         )
         memory = fixed | {"gradient cache": states} | _activations(largest, at_least=loss)
     room = USABLE * device.memory - sum(fixed.values()) - states - CONTEXT_BYTES
-    passes = (1 + steps) * (2 if config.micro_batch_tokens is None else 3) + config.gradient_checkpointing
+    # of the whole decoder: forward, then what goes backward, is computed again for gradient caching, and by checkpoints
+    differentiable = 2 if by_block else 1 + steps
+    passes = 1 + steps + differentiable * (1 if config.micro_batch_tokens is None else 2)
+    passes += config.gradient_checkpointing * (1 + by_block)
     passes *= sum(math.ceil(whole.rows / part.rows) for whole, part in zip(prompts, parts, strict=True))
     gathered = fixed["frozen weights"] * (world_size - 1) * passes if config.fsdp else 0
     where = f"{world_size} x {device.name}" + (", FSDP" if config.fsdp else "")
     return Plan(
-        heading=_heading(config, base, prompts, parts, steps, where),
+        heading=_heading(config, base, prompts, parts, f"{steps}{' by the block' if by_block else ''}", where),
         gpu=device,
         memory=memory | {"CUDA context": CONTEXT_BYTES},
-        seconds=_seconds(config, prompts, parts, steps, facts, ceilings(device, base.dtype)),
+        seconds=_seconds(config, prompts, parts, steps, facts, ceilings(device, base.dtype), by_block),
         network_seconds=gathered / device.link_bytes_per_s,
         micro_batch_tokens=config.micro_batch_tokens,
         largest_micro_batch_tokens=_largest_micro_batch(by_rows, prompts, room, steps) if room >= loss else None,
@@ -237,9 +244,10 @@ def _activations(step: StepMemory, at_least: int = 0) -> dict[str, int]:
     }
 
 
-def _cache_bytes(prompts: Sequence[PromptShape], num_steps: int, facts: ModelFacts) -> int:
-    """Gradient caching keeps the states [B, K, D] of the whole batch, and the loss' gradient for them."""
-    return 2 * sum(one.rows for one in prompts) * max(num_steps, 1) * facts.hidden * facts.itemsize
+def _cache_bytes(prompts: Sequence[PromptShape], num_steps: int, facts: ModelFacts, by_block: bool) -> int:
+    """Gradient caching keeps the states [B, K, D] of the whole batch, the loss' gradient for them, and the drafted
+    tokens."""
+    return (2 + by_block) * sum(one.rows for one in prompts) * max(num_steps, 1) * facts.hidden * facts.itemsize
 
 
 def _seconds(
@@ -249,30 +257,33 @@ def _seconds(
     num_steps: int,
     facts: ModelFacts,
     rates: Ceilings,
+    by_block: bool,
 ) -> dict[str, float]:
     """The floor of each phase, over all micro-batches. Adapters, norms and launches are not counted."""
     spared = _spared(facts, config.quantization)  # a pass need not read these bytes
 
-    def floor(phases: Sequence[Work], body: bool) -> float:
-        return rates.seconds([Work(work.flops, work.bytes - spared * body) for work in phases])
+    def floor(phases: Sequence[Work]) -> float:
+        return rates.seconds([work._replace(bytes=work.bytes - spared * work.decoder) for work in phases])
 
     seconds = dict.fromkeys(("prompt, forward", "steps, forward", "backward"), 0.0)
+    again = {"prompt": 0.0, "steps": 0.0}  # of forward, what gradient caching computes twice
     for whole, part in zip(prompts, parts, strict=True):
         full, rest = divmod(whole.rows, part.rows)
         for rows, count in ((part.rows, full), (rest, 1)):
             if not rows:
                 continue
-            work = facts.training([whole.length] * rows, num_steps)
-            half = len(work) // 2
-            forward, backward = work[:half], work[half:]
-            # phases: the prompt, then (vocabulary, body) of each step
-            seconds["prompt, forward"] += count * floor(forward[:1], body=True)
-            seconds["steps, forward"] += count * (floor(forward[1::2], body=False) + floor(forward[2::2], body=True))
-            seconds["backward"] += count * (floor(backward[1::2], body=False) + floor(backward[::2], body=True))
+            (prompt, *steps), backward = facts.training_passes([whole.length] * rows, num_steps, by_block=by_block)
+            seconds["prompt, forward"] += count * floor([prompt])
+            seconds["steps, forward"] += count * floor(steps)
+            seconds["backward"] += count * floor(backward)
+            again["prompt"] += count * floor([prompt])
+            again["steps"] += count * floor(steps[-1:] if by_block else steps)  # the draft is kept
     if config.micro_batch_tokens is not None:
-        seconds["gradient caching, the extra forward"] = seconds["prompt, forward"] + seconds["steps, forward"]
+        seconds["gradient caching, the extra forward"] = again["prompt"] + again["steps"]
     if config.gradient_checkpointing:
-        seconds["checkpointing, the prompt again"] = seconds["prompt, forward"]
+        seconds["checkpointing, the prompt again"] = again["prompt"]
+        if by_block:
+            seconds["checkpointing, the block again"] = again["steps"]
     return seconds
 
 
@@ -281,7 +292,7 @@ def _heading(
     base: Any,
     prompts: Sequence[PromptShape],
     parts: Sequence[PromptShape],
-    num_steps: int,
+    num_steps: str,
     where: str,
 ) -> tuple[str, ...]:
     adapter = sum(p.numel() for p in base.parameters() if p.requires_grad)

@@ -68,15 +68,16 @@ class Saved:
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "qwen2.5-0.5b"])
 @pytest.mark.parametrize(
-    ("dtype", "checkpointing"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)]
+    ("dtype", "checkpointing", "factor"),
+    [(torch.float32, False, 1.0), (torch.float32, True, 0.0), (torch.bfloat16, False, 1.0)],
 )
-def test_what_autograd_saves_and_the_peak(name, dtype, checkpointing):
+def test_what_autograd_saves_and_the_peak(name, dtype, checkpointing, factor):
     (meta, lm), length, num_steps = models(name, checkpointing, dtype), 24, 3
-    predicted = step_memory(meta, [PromptShape(ROWS, length)], num_steps, cuda=False)
+    predicted = step_memory(meta, [PromptShape(ROWS, length)], num_steps, factor, cuda=False)
     ids = torch.randint(0, 4096, (ROWS, length))
 
     def step():
-        states = rollout(lm, ids, torch.ones_like(ids), num_steps).steps
+        states = rollout(lm, ids, torch.ones_like(ids), num_steps, soft_token_gradient=factor).steps
         states.backward(torch.ones_like(states))
 
     saved = Saved(lm.model)
@@ -90,16 +91,16 @@ def test_what_autograd_saves_and_the_peak(name, dtype, checkpointing):
     assert predicted.peak == pytest.approx(peak_extra_bytes(step, torch.device("cpu")), rel=WITHIN)
 
 
-@pytest.mark.parametrize(("name", "checkpointing"), [("smollm2-135m", False), ("mistral-7b", True)])
-def test_depth_and_rows_are_extrapolated_exactly(name, checkpointing):
+@pytest.mark.parametrize(("name", "checkpointing", "factor"), [("smollm2-135m", False, 0.0), ("mistral-7b", True, 1.0)])
+def test_depth_and_rows_are_extrapolated_exactly(name, checkpointing, factor):
     """What is counted at 2 and 3 layers, and at one row and two, is what 5 layers and 3 rows take."""
     config = TrainConfig(dtype="bfloat16", gradient_checkpointing=checkpointing)
     shape = shape_config(name, 5)
     model = TracedModel.of(config, shape)
     assert len(model.cut) == 2
-    whole = step_memory(model.base, [PromptShape(3, 40)], 1, cuda=True)
-    assert model.memory([PromptShape(3, 40)], 1) == whole
-    one, two = (model.memory([PromptShape(rows, 40)], 1) for rows in (1, 2))
+    whole = step_memory(model.base, [PromptShape(3, 40)], 1, factor, cuda=True)
+    assert model.memory([PromptShape(3, 40)], 1, factor) == whole
+    one, two = (model.memory([PromptShape(rows, 40)], 1, factor) for rows in (1, 2))
     assert one.extrapolated(two, 2).peak == pytest.approx(whole.peak, rel=1e-3)
 
 
@@ -109,12 +110,12 @@ def test_layers_of_alternating_types():
     config.num_hidden_layers, config.layer_types = 8, config.layer_types * 4
     model = TracedModel.of(TrainConfig(), config)
     assert [base.config.num_hidden_layers for base in model.cut] == [4, 6]
-    assert model.memory([PromptShape(2, 20)], 1) == step_memory(model.base, [PromptShape(2, 20)], 1, cuda=True)
+    assert model.memory([PromptShape(2, 20)], 1, 0) == step_memory(model.base, [PromptShape(2, 20)], 1, 0, cuda=True)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma", "gemma3", "gpt2"])
 def test_every_architecture_can_be_counted(name):
-    memory = TracedModel.of(TrainConfig(), CONFIGS[name]()).memory([PromptShape(2, 12)], 2)
+    memory = TracedModel.of(TrainConfig(), CONFIGS[name]()).memory([PromptShape(2, 12)], 2, 0.0)
     assert min(memory.keys_values, memory.prompt, memory.steps) > 0
     assert memory.peak >= memory.keys_values + memory.prompt + memory.steps
 
@@ -140,7 +141,7 @@ def test_live_bytes_forget_what_dies_and_count_a_storage_once():
 
 def test_a_model_with_storage_is_refused():
     with pytest.raises(ValueError, match="base: got parameters with storage"):
-        step_memory(tiny_model("llama"), [PromptShape(1, 4)], 1, cuda=False)
+        step_memory(tiny_model("llama"), [PromptShape(1, 4)], 1, 1.0, cuda=False)
 
 
 @pytest.mark.parametrize(("rows", "name"), [(48, "smollm2-135m"), (3000, "mistral-7b")])
@@ -170,5 +171,5 @@ def test_a_tiny_step_is_not_charged_the_largest_workspace():
     config = TrainConfig(dtype="float32", gradient_checkpointing=True)
     few = TracedModel.of(config, SHAPES["smollm2-135m"].config(2))
     batches = [PromptShape(2, 16), PromptShape(4, 16)]
-    assert few.memory(batches, 2).peak < 10 << 20
-    assert few.memory(batches, 2, any_rows=True).peak > 64 << 20
+    assert few.memory(batches, 2, 1.0).peak < 10 << 20
+    assert few.memory(batches, 2, 1.0, any_rows=True).peak > 64 << 20

@@ -25,17 +25,21 @@ SHALLOW = SHAPES["qwen2.5-7b"].config(LAYERS)  # its plan takes a second
 
 def settings(**options):
     defaults = {"dtype": "bfloat16", "batch_size": 16, "num_steps": 1, "query_max_length": 512}
+    defaults |= {"soft_token_gradient": 1.0}
     return TrainConfig(**{**defaults, "passage_max_length": 512, **options})
 
 
 @cache
-def planned(gpu="h100", checkpointing=False, batch_size=16, micro=None, quantization=None, fsdp=False, **options):
+def planned(
+    gpu="h100", checkpointing=False, batch_size=16, micro=None, quantization=None, fsdp=False, factor=1.0, **options
+):
     config = settings(
         gradient_checkpointing=checkpointing,
         batch_size=batch_size,
         micro_batch_tokens=micro,
         quantization=quantization,
         fsdp=fsdp,
+        soft_token_gradient=factor,
     )
     return plan(config, gpu=gpu, model_config=SHALLOW, **options)
 
@@ -120,6 +124,17 @@ def test_checkpointing_adds_a_prompt_and_takes_memory():
     plain, checkpointed = (planned(checkpointing=on) for on in (False, True))
     assert checkpointed.seconds["checkpointing, the prompt again"] == plain.seconds["prompt, forward"]
     assert checkpointed.memory["prompt activations"] < 0.2 * plain.memory["prompt activations"]
+
+
+def test_steps_by_the_block():
+    """No backward through single steps, and gradient caching does not draft twice."""
+    steps, block = (planned(micro=1040, num_steps=8, factor=factor) for factor in (1.0, 0.0))
+    assert block.seconds["backward"] < steps.seconds["backward"]
+    assert block.memory["generated steps"] < steps.memory["generated steps"]
+    assert block.memory["gradient cache"] == 1.5 * steps.memory["gradient cache"]
+    extra = block.seconds["gradient caching, the extra forward"]
+    assert block.seconds["prompt, forward"] < extra < 0.8 * steps.seconds["gradient caching, the extra forward"]
+    assert "K = 8 by the block" in str(block)
 
 
 def test_lengths_are_capped_by_the_config():
