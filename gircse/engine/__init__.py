@@ -4,7 +4,9 @@
 
     config.py        `EngineConfig`, and the limits that follow from the free memory
     free_memory.py   the free memory of a GPU, of the machine and of the process's container
-    kv.py            the pool of keys and values; the attention of prefill and decoding
+    pool.py          the pool of keys and values
+    prefill.py       packed texts and their attention
+    decode.py        one token of every row and its attention
     schedule.py      which rows make a decode batch, and which of them are prefilled together
     fused.py         Liger-Kernel's norms, rotary embedding and MLPs in place of the model's
     step.py          the decode step and its state; its capture and replay

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from gircse.engine.config import STEPS_BUCKET, EngineConfig, Limits, kv_bytes_per_token
+from gircse.engine.decode import decode_kernel
 from gircse.engine.fused import FusedKernels, has_liger
-from gircse.engine.kv import KVPool, PrefillPass, decode_kernel
+from gircse.engine.pool import KVPool
+from gircse.engine.prefill import PrefillPass
 from gircse.engine.schedule import DecodeBatch, by_length, common_prefix, next_batch
 from gircse.engine.step import DecodeState, StepRunner
 from gircse.lm.attention import RolloutKV
@@ -222,7 +224,7 @@ class Engine:
         lengths = [len(text) for text in texts]
         kv = PrefillPass(pool, batch.buffer_rows, batch.slots, start, lengths, job.prefix, self.lm.device)
         ids = torch.tensor([token for text in texts for token in text])[None].to(self.lm.device)
-        return self.lm.run_body(kv, kv.positions, input_ids=ids)[0, kv.last]
+        return self.lm.run_body(kv, kv.positions[None], input_ids=ids)[0, kv.last]
 
     def _decode(self, batch: DecodeBatch, pool: KVPool, state: DecodeState, job: _Job) -> tuple[Tensor, Tensor]:
         """Up to K states of each row, and how many it has. With `include_prompt` the first one is there already."""

@@ -17,7 +17,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from gircse.engine.kv import DecodePass, KVPool
+from gircse.engine.decode import DecodePass
+from gircse.engine.pool import KVPool
 from gircse.lm.adapter import adapters_at_work
 from gircse.lm.causal_lm import CausalLM
 from gircse.ops.head_facts import HeadFacts
@@ -130,7 +131,7 @@ class StepRunner:
         """A function that takes one step of `state`'s rows each time it is called."""
         rows = len(state.hidden)
         kv = self._passes.get((rows, slots))
-        if kv is None or kv.pool is not pool or kv.position.data_ptr() != state.position.data_ptr():
+        if kv is None or kv.pool is not pool or kv.positions.data_ptr() != state.position.data_ptr():
             if not self.captures and len(self._passes) >= MAX_PASSES:  # a captured graph goes on reading its pass
                 self._passes.clear()
             kv = self._passes[rows, slots] = DecodePass(pool, rows, slots, state.position, self._kernel)

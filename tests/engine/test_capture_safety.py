@@ -12,7 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from gircse.engine.kv import KVPool, PrefillPass
+from gircse.engine.pool import KVPool
+from gircse.engine.prefill import PrefillPass
 from gircse.engine.step import DecodeState, StepRunner, _fingerprint
 from gircse.lm.causal_lm import CausalLM
 from tests.lm.test_rollout import with_lora
@@ -83,7 +84,7 @@ def prepared(name, kernel="sdpa"):
     pool, lengths = KVPool(ROWS * SLOTS), [9, 5, 2]
     with torch.no_grad():
         kv = PrefillPass(pool, ROWS, SLOTS, 0, lengths, None, lm.device)
-        hidden = lm.run_body(kv, kv.positions, input_ids=torch.randint(3, 100, (1, sum(lengths))))[0, kv.last]
+        hidden = lm.run_body(kv, kv.positions[None], input_ids=torch.randint(3, 100, (1, sum(lengths))))[0, kv.last]
     state = DecodeState.allocate(ROWS, 4, hidden)
     state.hidden.copy_(hidden)
     state.position.copy_(torch.tensor(lengths))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gircse.engine import Engine, EngineConfig
-from gircse.engine.kv import decode_kernel
+from gircse.engine.decode import decode_kernel
 from gircse.lm.causal_lm import CausalLM
 from tests.plain import plain_rollout
 from tests.tiny_models import CONFIGS, VOCAB, definition, tiny_model

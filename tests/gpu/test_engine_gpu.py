@@ -7,7 +7,7 @@ import torch
 
 from gircse import GIRCSE
 from gircse.engine import Engine, EngineConfig
-from gircse.engine.kv import has_flash_attention
+from gircse.engine.decode import has_flash_attention
 from gircse.lm.causal_lm import CausalLM
 from tests.engine.test_engine import LENGTHS, K, relative_error, rows_of
 from tests.tiny_models import CONFIGS, tiny_model, tiny_tokenizer
