@@ -22,11 +22,12 @@ class PrefillPass(AttentionPass):
     Args:
         pool, rows, slots: the buffers, viewed as `rows` rows of `slots` slots.
         start: the first text's row; the others follow.
-        lengths: tokens of each text without the prefix, longest first.
+        texts: token ids of each text without the prefix, longest first.
         prefix: keys and values of the tokens before each text (`RolloutKV.prompt` of one row), or None.
         device: of the model.
 
     Attributes:
+        ids: [T] int64, the packed tokens.
         positions: [T] int64, position of each packed token.
         row: [T] int64, its row in the buffers.
         last: [n] int64, index among the packed tokens of each text's last.
@@ -38,11 +39,12 @@ class PrefillPass(AttentionPass):
         rows: int,
         slots: int,
         start: int,
-        lengths: Sequence[int],
+        texts: Sequence[Sequence[int]],
         prefix: dict[int, tuple[Tensor, Tensor]] | None,
         device: torch.device,
     ) -> None:
         self.pool, self.rows, self.slots, self.prefix = pool, rows, slots, prefix
+        lengths = [len(text) for text in texts]
         self.batch = slice(start, start + len(lengths))
         self.before = 0 if prefix is None else next(iter(prefix.values()))[0].shape[2]
         self.longest = lengths[0]
@@ -53,6 +55,7 @@ class PrefillPass(AttentionPass):
         first = count.cumsum(0) - count
         inside = torch.arange(int(count.sum())) - first[self._text]
         gather = (first[:, None] + torch.arange(self.longest)).clamp_max(len(inside) - 1)
+        self.ids = torch.tensor([token for text in texts for token in text]).to(device)
         self.positions = (inside + self.before).to(device)
         self.last = (first + count - 1).to(device)
         self.row = (self._text + start).to(device)
