@@ -221,10 +221,8 @@ class Engine:
     def _prefill(self, batch: DecodeBatch, pool: KVPool, start: int, stop: int, job: _Job) -> Tensor:
         """The last states [n, D] of rows `start` to `stop`. Keys and values go to the same rows of the pool."""
         texts = [job.rows[row][job.shared :] for row in batch.rows[start:stop]]
-        lengths = [len(text) for text in texts]
-        kv = PrefillPass(pool, batch.buffer_rows, batch.slots, start, lengths, job.prefix, self.lm.device)
-        ids = torch.tensor([token for text in texts for token in text])[None].to(self.lm.device)
-        return self.lm.run_body(kv, kv.positions[None], input_ids=ids)[0, kv.last]
+        kv = PrefillPass(pool, batch.buffer_rows, batch.slots, start, texts, job.prefix, self.lm.device)
+        return self.lm.run_body(kv, kv.positions[None], input_ids=kv.ids[None])[0, kv.last]
 
     def _decode(self, batch: DecodeBatch, pool: KVPool, state: DecodeState, job: _Job) -> tuple[Tensor, Tensor]:
         """Up to K states of each row, and how many it has. With `include_prompt` the first one is there already."""

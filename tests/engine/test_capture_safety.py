@@ -83,8 +83,9 @@ def prepared(name, kernel="sdpa"):
     lm = CausalLM.from_model(tiny_model(name))
     pool, lengths = KVPool(ROWS * SLOTS), [9, 5, 2]
     with torch.no_grad():
-        kv = PrefillPass(pool, ROWS, SLOTS, 0, lengths, None, lm.device)
-        hidden = lm.run_body(kv, kv.positions[None], input_ids=torch.randint(3, 100, (1, sum(lengths))))[0, kv.last]
+        texts = torch.randint(3, 100, (1, sum(lengths)))[0].split(lengths)
+        kv = PrefillPass(pool, ROWS, SLOTS, 0, texts, None, lm.device)
+        hidden = lm.run_body(kv, kv.positions[None], input_ids=kv.ids[None])[0, kv.last]
     state = DecodeState.allocate(ROWS, 4, hidden)
     state.hidden.copy_(hidden)
     state.position.copy_(torch.tensor(lengths))
