@@ -5,21 +5,21 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from gircse.engine.body import Decoder, StockDecoder, choose_decoder
 from gircse.engine.config import STEPS_BUCKET, EngineConfig, Limits, kv_bytes_per_token
 from gircse.engine.decode import decode_kernel
-from gircse.engine.fused import FusedKernels, has_liger
 from gircse.engine.pool import KVPool
 from gircse.engine.prefill import PrefillPass
 from gircse.engine.schedule import DecodeBatch, by_length, common_prefix, next_batch
-from gircse.engine.step import DecodeState, StepRunner
-from gircse.lm.attention import RolloutKV
+from gircse.engine.state import DecodeState
+from gircse.engine.step import StepRunner
+from gircse.engine.watch import ModelWatch
 from gircse.lm.causal_lm import CausalLM
 from gircse.lm.device import without_autocast
 from gircse.lm.forking import compute_on_one_thread_in_child, is_lost, tell_after_fork
@@ -54,6 +54,7 @@ class EngineReport:
         graph_bytes: memory that captured graphs reserved.
         graphs: (rows, slots) of each captured graph.
         not_captured: why the step runs eagerly although it was to be captured, or None.
+        not_fused: why the model's own decoder body runs although ours was to, or None.
         limits: the limits of a decode batch, derived from the free memory.
     """
 
@@ -62,6 +63,7 @@ class EngineReport:
     graph_bytes: int
     graphs: list[tuple[int, int]]
     not_captured: str | None
+    not_fused: str | None
     limits: Limits
 
 
@@ -80,16 +82,17 @@ class Engine:
 
     def __init__(self, lm: CausalLM, config: EngineConfig | None = None) -> None:
         self.lm, self.config = lm, config or EngineConfig()
-        kernel = decode_kernel(self.config.decode_attention, lm.device, lm.head_weight.dtype)
-        self._runner = StepRunner(lm, capture=self.config.capture, compile=self.config.compile, kernel=kernel)
+        self._kernel = decode_kernel(self.config.decode_attention, lm.device, lm.head_weight.dtype)
+        self._runner = StepRunner(lm, capture=self.config.capture, kernel=self._kernel)
+        self._decoder: Decoder = StockDecoder(lm)
+        self._watch = ModelWatch(lm.model)
+        self._not_fused: str | None = None
         self._pool: KVPool | None = None
         self._state: DecodeState | None = None
         self._where = (lm.device, lm.head_weight.dtype)
         self._lock = threading.RLock()
-        wanted = self.config.fused_kernels == "auto" and not self.config.compile
         with without_autocast(lm.device):
             self._limits = Limits.of(self.config, lm.device, kv_bytes_per_token(lm))
-            self._fused = FusedKernels.of(lm) if wanted and lm.device.type == "cuda" and has_liger() else None
         tell_after_fork(self)
 
     def after_fork(self) -> None:
@@ -110,6 +113,7 @@ class Engine:
             graph_bytes=self._runner.graph_bytes,
             graphs=self._runner.buckets,
             not_captured=self._runner.refusal,
+            not_fused=self._not_fused,
             limits=self._limits,
         )
 
@@ -174,9 +178,8 @@ class Engine:
         order = by_length(lengths)
         shared = common_prefix(rows) if self.config.reuse_prefix else 0
         job = _Job(rows, num_steps, temperature, settled, include_prompt, shared)
-        fused = self._fused.active() if self._fused is not None else nullcontext()
-        with self._lock, fused, without_autocast(self.lm.device), torch.inference_mode():
-            self._runner.check_weights()
+        with self._lock, without_autocast(self.lm.device), torch.inference_mode():
+            self._read_model()
             done = 0
             while done < len(order):
                 batch: DecodeBatch | None = None
@@ -195,6 +198,22 @@ class Engine:
                     continue
                 sink(batch.rows, states, counts)
                 done += len(batch.rows)
+
+    def _read_model(self) -> None:
+        """Where modules, weights or adapters have changed since the last call, drops the graphs and chooses the decoder
+        again."""
+        if not self._watch.changed():
+            return
+        self._runner.drop()
+        self._decoder, reason = choose_decoder(self.lm, self.config, self._kernel)
+        self._watch.changed()  # sees that weights were fused
+        if reason and reason != self._not_fused:
+            warnings.warn(
+                f"the engine runs the decoder of {type(self.lm.model).__name__} layer by layer instead of its own, "
+                f"which is slower: {reason}",
+                stacklevel=4,
+            )
+        self._not_fused = reason
 
     def _run_batch(self, batch: DecodeBatch, job: _Job) -> tuple[Tensor, Tensor]:
         """The states [n, max(K, 1), D] of the batch's rows, and the number of valid ones of each [n]."""
@@ -222,12 +241,12 @@ class Engine:
         """The last states [n, D] of rows `start` to `stop`. Keys and values go to the same rows of the pool."""
         texts = [job.rows[row][job.shared :] for row in batch.rows[start:stop]]
         kv = PrefillPass(pool, batch.buffer_rows, batch.slots, start, texts, job.prefix, self.lm.device)
-        return self.lm.run_body(kv, kv.positions[None], input_ids=kv.ids[None])[0, kv.last]
+        return self._decoder.prefill(kv)
 
     def _decode(self, batch: DecodeBatch, pool: KVPool, state: DecodeState, job: _Job) -> tuple[Tensor, Tensor]:
         """Up to K states of each row, and how many it has. With `include_prompt` the first one is there already."""
         count, num_steps, first = len(batch.rows), job.num_steps, 1 + int(job.include_prompt)
-        step = self._runner.bind(pool, state, batch.slots, job.temperature)
+        step = self._runner.bind(self._decoder, pool, state, batch.slots, job.temperature)
         if job.settled is None:
             for _ in range(first, num_steps + 1):
                 step()
@@ -252,7 +271,7 @@ class Engine:
                 alive = _compact(alive, left, pool, state, batch.slots)
                 state = state.first(smaller)
                 state.position[left:] = 0  # otherwise spare rows run beyond their slots
-                step = self._runner.bind(pool, state, batch.slots, job.temperature)
+                step = self._runner.bind(self._decoder, pool, state, batch.slots, job.temperature)
         for row, text in enumerate(alive):
             if text >= 0:
                 states[text] = state.states[row, :num_steps]
@@ -261,9 +280,9 @@ class Engine:
     def _prefix(self, tokens: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
         """Keys and values of the tokens that all rows start with. Every `run` makes them again, because weights or
         adapters may have changed in between, and no cheap check sees every such change."""
-        kv = RolloutKV(torch.tensor([len(tokens)], device=self.lm.device))
-        self.lm.run_prompt(kv, torch.tensor([list(tokens)], device=self.lm.device))
-        return kv.prompt
+        pool = KVPool(len(tokens))
+        self._decoder.prefill(PrefillPass(pool, 1, len(tokens), 0, [tokens], None, self.lm.device))
+        return pool.prefix(len(tokens))
 
     def _buffers(self, batch: DecodeBatch, num_steps: int) -> tuple[KVPool, DecodeState]:
         """Pool and state for a batch. They are replaced by larger ones only where the batch needs that."""

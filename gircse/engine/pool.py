@@ -33,6 +33,10 @@ class KVPool:
     def bytes(self) -> int:
         return sum(tensor.nbytes for pair in self._flat.values() for tensor in pair)
 
+    def prefix(self, tokens: int) -> dict[int, tuple[Tensor, Tensor]]:
+        """Keys and values [1, H_kv, tokens, d] of each layer, in a pool of one row."""
+        return {layer: self.layer(layer, 1, tokens) for layer in self._flat}
+
     def zero_(self) -> None:
         """Removes numbers that are not finite, from a model that overflowed, before another batch uses the buffers."""
         for pair in self._flat.values():

@@ -1,4 +1,4 @@
-"""The decode step: its state on the device, and its CUDA graphs.
+"""The decode step and its CUDA graphs.
 
 One step reads and writes static buffers only. It makes the soft token of `hidden`, runs the decoder body at `position`,
 writes `hidden` and `states[:, step]`, and adds 1 to `position` and `step`. So one captured graph per (rows, slots)
@@ -8,18 +8,16 @@ runs eagerly.
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
+from gircse.engine.body.decoder import Decoder
 from gircse.engine.decode import DecodePass
 from gircse.engine.pool import KVPool
-from gircse.lm.adapter import adapters_at_work
+from gircse.engine.state import DecodeState
 from gircse.lm.causal_lm import CausalLM
 from gircse.ops.head_facts import HeadFacts
 
@@ -29,57 +27,18 @@ MAX_PASSES = 128  # sizes of batches whose index tensors are kept
 _WARM_UP = 2
 
 
-@dataclass(frozen=True)
-class DecodeState:
-    """What a step reads and writes, for R rows.
-
-    Attributes:
-        hidden: [R, D], the state of which the next soft token is made.
-        position: [R] int64, the position of that token.
-        step: [1] int64, the number of steps so far.
-        states: [R, K_max, D], g_1..g_step.
-    """
-
-    hidden: Tensor
-    position: Tensor
-    step: Tensor
-    states: Tensor
-
-    @classmethod
-    def allocate(cls, rows: int, num_steps: int, like: Tensor) -> DecodeState:
-        """Zeros, with the dtype and device of `like` [.., D]."""
-        width = like.shape[-1]
-        return cls(
-            like.new_zeros(rows, width),
-            torch.zeros(rows, dtype=torch.long, device=like.device),
-            torch.zeros(1, dtype=torch.long, device=like.device),
-            like.new_zeros(rows, num_steps, width),
-        )
-
-    def first(self, rows: int) -> DecodeState:
-        """A view of the first rows."""
-        return DecodeState(self.hidden[:rows], self.position[:rows], self.step, self.states[:rows])
-
-    def move_rows(self, source: Tensor, target: Tensor) -> None:
-        for tensor in (self.hidden, self.position, self.states):
-            tensor[target] = tensor[source]
-
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (self.hidden, self.position, self.step, self.states))
-
-
 def decode_step(
-    lm: CausalLM, kv: DecodePass, state: DecodeState, temperature: float, facts: HeadFacts | None = None
+    lm: CausalLM,
+    decoder: Decoder,
+    kv: DecodePass,
+    state: DecodeState,
+    temperature: float,
+    facts: HeadFacts | None = None,
 ) -> None:
     """One soft token for every row, in place. It can be captured: shapes are static and the host never waits."""
     token = lm.soft_embed(state.hidden, temperature=temperature, facts=facts)
     kv.begin()
-    hidden = lm.run_body(kv, state.position[:, None], inputs_embeds=token[:, None])[:, 0]
-    state.hidden.copy_(hidden)
-    state.states.index_copy_(1, state.step, hidden[:, None])
-    state.position.add_(1)
-    state.step.add_(1)
+    decoder.step(kv, token, state)
 
 
 class StepRunner:
@@ -87,16 +46,12 @@ class StepRunner:
 
     Args:
         lm: the model.
-        capture, compile: see `EngineConfig`.
+        capture: see `EngineConfig`.
         kernel: the attention kernel, see `DecodePass`.
     """
 
-    def __init__(self, lm: CausalLM, *, capture: str, compile: bool, kernel: str) -> None:
-        # Shapes are static, so a step is compiled once per bucket. This class captures graphs; the compiler does not.
-        self._lm = (
-            dataclasses.replace(lm, body=cast(nn.Module, torch.compile(lm.body, dynamic=False))) if compile else lm
-        )
-        self._kernel = kernel
+    def __init__(self, lm: CausalLM, *, capture: str, kernel: str) -> None:
+        self._lm, self._kernel = lm, kernel
         self._required = capture == "always"
         self.captures = capture == "always" or (capture == "auto" and lm.device.type == "cuda")
         self.refusal: str | None = None
@@ -104,7 +59,6 @@ class StepRunner:
         self._graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
         self._passes: dict[tuple[int, int], DecodePass] = {}
         self._memory: Any = None
-        self._fingerprint: tuple | None = None
         if self._required and lm.device.type != "cuda":
             raise ValueError(f"capture: got 'always' with a model on {lm.device}, expected a CUDA device")
 
@@ -119,15 +73,9 @@ class StepRunner:
         self._passes.clear()
         self._memory, self.graph_bytes = None, 0
 
-    def check_weights(self) -> None:
-        """Drops graphs if weights have moved or adapters were switched since they were captured."""
-        if self.captures:
-            fingerprint = _fingerprint(self._lm.model)
-            if fingerprint != self._fingerprint:
-                self.drop()
-            self._fingerprint = fingerprint
-
-    def bind(self, pool: KVPool, state: DecodeState, slots: int, temperature: float) -> Callable[[], None]:
+    def bind(
+        self, decoder: Decoder, pool: KVPool, state: DecodeState, slots: int, temperature: float
+    ) -> Callable[[], None]:
         """A function that takes one step of `state`'s rows each time it is called."""
         rows = len(state.hidden)
         kv = self._passes.get((rows, slots))
@@ -139,7 +87,7 @@ class StepRunner:
         facts = None if self.captures else self._lm.facts()  # a graph must read them in every step
 
         def step() -> None:
-            decode_step(self._lm, kv, state, temperature, facts)
+            decode_step(self._lm, decoder, kv, state, temperature, facts)
 
         if not self.captures:
             return step
@@ -189,9 +137,3 @@ class StepRunner:
             restore()
         self.graph_bytes += max(0, torch.cuda.memory_reserved(device) - reserved)
         return graph
-
-
-def _fingerprint(model: nn.Module) -> tuple:
-    """The addresses of the weights and the factors of the active adapters, which a captured graph contains."""
-    tensors = tuple(t.data_ptr() for kind in (model.parameters(), model.buffers()) for t in kind)
-    return tensors, tuple(adapters_at_work(layer) for layer in model.modules() if hasattr(layer, "merged_adapters"))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gircse.engine import Engine, EngineConfig
+from gircse.engine.body import StockDecoder
 from gircse.engine.decode import decode_kernel
 from gircse.lm.causal_lm import CausalLM
 from tests.plain import plain_rollout
@@ -123,22 +124,17 @@ def test_a_row_that_overflows_does_not_spoil_the_next_batch():
     assert torch.equal(engine.states(rows, K), expected)
 
 
-def test_prefix_is_encoded_once():
+def test_prefix_is_encoded_once(monkeypatch):
     engine, rows = engine_of("llama"), rows_of(LENGTHS, prefix=20)
-    lengths = []
-    run_body = CausalLM.run_body
+    tokens, prefill = [], StockDecoder.prefill
 
-    def counted(self, kv, positions, **inputs):
-        lengths.append((type(kv).__name__, positions.numel()))
-        return run_body(self, kv, positions, **inputs)
+    def counted(self, kv):
+        tokens.append(len(kv.ids))
+        return prefill(self, kv)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CausalLM, "run_body", counted)
-        engine.states(rows, 1)
-    prompts = [count for kind, count in lengths if kind == "PromptPass"]
-    packed = [count for kind, count in lengths if kind == "PrefillPass"]
-    assert prompts == [20]
-    assert sum(packed) == sum(LENGTHS)  # nothing but the texts' own tokens: no padding, no prefix
+    monkeypatch.setattr(StockDecoder, "prefill", counted)
+    engine.states(rows, 1)
+    assert tokens == [20, sum(LENGTHS)]  # nothing but the texts' own tokens: no padding, no prefix
 
 
 def test_kv_budget_bounds_the_pool():
