@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gircse.engine import Engine, EngineConfig
-from gircse.engine.body import FusedDecoder, StockDecoder, plain, probe
+from gircse.engine.body import FusedDecoder, StockDecoder, decoder, plain, probe
 from gircse.engine.body.facts import DecoderFacts, UnknownDecoderError
 from gircse.lm.causal_lm import CausalLM
 from tests.engine.test_engine import LENGTHS, engine_of, relative_error, rows_of
@@ -54,6 +54,18 @@ def test_rounds_no_more_than_the_stock_decoder(name):
         for config in (OURS, EngineConfig(fused_kernels="never"))
     ]
     assert errors[0] <= 2 * errors[1]
+
+
+@pytest.mark.parametrize("name", ["gemma3", "phi3"])
+def test_runs_on_the_kernels(name, monkeypatch):
+    pytest.importorskip("triton")
+    from gircse_kernels import decoder as kernels
+
+    model, rows = randomised(tiny_model(name)), rows_of((7, 1))
+    expected = Engine(CausalLM.from_model(model), EngineConfig(fused_kernels="never")).states(rows, 1)
+    monkeypatch.setattr(decoder, "_ops", lambda weight: kernels)
+    config = EngineConfig(fused_kernels="always", decode_attention="triton")
+    assert relative_error(Engine(CausalLM.from_model(model), config).states(rows, 1), expected) <= 1e-5
 
 
 def reason(lm):
