@@ -19,6 +19,7 @@ from gircse.engine.prefill import PrefillPass
 from gircse.engine.schedule import DecodeBatch, by_length, common_prefix, next_batch
 from gircse.engine.state import DecodeState
 from gircse.engine.step import StepRunner
+from gircse.engine.step_cost import StepCost
 from gircse.engine.watch import ModelWatch
 from gircse.lm.causal_lm import CausalLM
 from gircse.lm.device import without_autocast
@@ -53,6 +54,7 @@ class EngineReport:
         state_bytes: the state of the step.
         graph_bytes: memory that captured graphs reserved.
         graphs: (rows, slots) of each captured graph.
+        steps: kernels and bytes of each captured step, the largest batch last.
         not_captured: why the step runs eagerly although it was to be captured, or None.
         not_fused: why the model's own decoder body runs although ours was to, or None.
         limits: the limits of a decode batch, derived from the free memory.
@@ -62,6 +64,7 @@ class EngineReport:
     state_bytes: int
     graph_bytes: int
     graphs: list[tuple[int, int]]
+    steps: list[StepCost]
     not_captured: str | None
     not_fused: str | None
     limits: Limits
@@ -83,10 +86,11 @@ class Engine:
     def __init__(self, lm: CausalLM, config: EngineConfig | None = None) -> None:
         self.lm, self.config = lm, config or EngineConfig()
         self._kernel = decode_kernel(self.config.decode_attention, lm.device, lm.head_weight.dtype)
-        self._runner = StepRunner(lm, capture=self.config.capture, kernel=self._kernel)
+        self._runner = StepRunner(lm, capture=self.config.capture, kernel=self._kernel, counted=not self.config.compile)
         self._decoder: Decoder = StockDecoder(lm)
         self._watch = ModelWatch(lm.model)
         self._not_fused: str | None = None
+        self._warned: set[str] = set()
         self._pool: KVPool | None = None
         self._state: DecodeState | None = None
         self._where = (lm.device, lm.head_weight.dtype)
@@ -112,6 +116,7 @@ class Engine:
             state_bytes=self._state.bytes if self._state is not None else 0,
             graph_bytes=self._runner.graph_bytes,
             graphs=self._runner.buckets,
+            steps=self._runner.costs,
             not_captured=self._runner.refusal,
             not_fused=self._not_fused,
             limits=self._limits,
@@ -207,10 +212,11 @@ class Engine:
         self._runner.drop()
         self._decoder, reason = choose_decoder(self.lm, self.config, self._kernel)
         self._watch.changed()  # sees that weights were fused
-        if reason and reason != self._not_fused:
+        if reason and reason not in self._warned:
+            self._warned.add(reason)
             warnings.warn(
-                f"the engine runs the decoder of {type(self.lm.model).__name__} layer by layer instead of its own, "
-                f"which is slower: {reason}",
+                f"the engine runs the decoder layers of {type(self.lm.model).__name__} itself instead of its own fused "
+                f"kernels, which are faster: {reason}",
                 stacklevel=4,
             )
         self._not_fused = reason

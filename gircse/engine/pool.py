@@ -29,9 +29,13 @@ class KVPool:
         self._views: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
         self._shapes: dict[int, tuple[int, int, int]] = {}
 
+    def tensors(self) -> list[Tensor]:
+        """The flat tensors of all layers."""
+        return [tensor for pair in self._flat.values() for tensor in pair]
+
     @property
     def bytes(self) -> int:
-        return sum(tensor.nbytes for pair in self._flat.values() for tensor in pair)
+        return sum(tensor.nbytes for tensor in self.tensors())
 
     def prefix(self, tokens: int) -> dict[int, tuple[Tensor, Tensor]]:
         """Keys and values [1, H_kv, tokens, d] of each layer, in a pool of one row."""
@@ -39,9 +43,8 @@ class KVPool:
 
     def zero_(self) -> None:
         """Removes numbers that are not finite, from a model that overflowed, before another batch uses the buffers."""
-        for pair in self._flat.values():
-            for tensor in pair:
-                tensor.zero_()
+        for tensor in self.tensors():
+            tensor.zero_()
 
     def buffers(
         self, layer: int, rows: int, slots: int, heads: int, dims: tuple[int, int], like: Tensor

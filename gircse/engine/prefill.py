@@ -1,17 +1,20 @@
 """Prefill: the tokens of several texts, packed; their keys and values go to the pool.
 
-Projections, norms and MLPs see no padding, and only the attention itself pads (texts of a prefill are about equally
-long). The decoder's own body brings q, k, v as [1, H | H_kv, T, d] (`attend`), ours as [T, H | H_kv, d] after it has
-written k and v to their slots (`attention`).
+No layer sees padding. Attention reads keys and values from the pool (`varlen`); where that kernel cannot run, the
+attention alone pads (texts of a prefill are about equally long). The decoder's own body brings q, k, v as
+[1, H | H_kv, T, d] (`attend`), ours as [T, H | H_kv, d] after it has written k and v to their slots (`attention`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from gircse.engine import varlen
 from gircse.engine.pool import KVPool
 from gircse.lm.attention import AttentionPass, causal_attention, causal_band
 
@@ -23,12 +26,12 @@ class PrefillPass(AttentionPass):
         pool, rows, slots: the buffers, viewed as `rows` rows of `slots` slots.
         start: the first text's row; the others follow.
         texts: token ids of each text without the prefix, longest first.
-        prefix: keys and values of the tokens before each text (`RolloutKV.prompt` of one row), or None.
+        prefix: keys and values [1, H_kv, P, d] of the tokens before each text, for each layer, or None.
         device: of the model.
 
     Attributes:
         ids: [T] int64, the packed tokens.
-        positions: [T] int64, position of each packed token.
+        positions: [T] int64, position of each.
         row: [T] int64, its row in the buffers.
         last: [n] int64, index among the packed tokens of each text's last.
     """
@@ -44,29 +47,36 @@ class PrefillPass(AttentionPass):
         device: torch.device,
     ) -> None:
         self.pool, self.rows, self.slots, self.prefix = pool, rows, slots, prefix
-        lengths = [len(text) for text in texts]
-        self.batch = slice(start, start + len(lengths))
+        self.batch = slice(start, start + len(texts))
         self.before = 0 if prefix is None else next(iter(prefix.values()))[0].shape[2]
-        self.longest = lengths[0]
-        self.uniform = lengths[-1] == lengths[0]
-        # The indices are computed on the host and copied once, so that nothing waits for the device.
-        count = torch.tensor(lengths)
-        self._text = torch.repeat_interleave(torch.arange(len(lengths)), count)
-        first = count.cumsum(0) - count
-        inside = torch.arange(int(count.sum())) - first[self._text]
-        gather = (first[:, None] + torch.arange(self.longest)).clamp_max(len(inside) - 1)
-        self.ids = torch.tensor([token for text in texts for token in text]).to(device)
-        self.positions = (inside + self.before).to(device)
-        self.last = (first + count - 1).to(device)
-        self.row = (self._text + start).to(device)
-        self._text, self._inside, self._gather = self._text.to(device), inside.to(device), gather.to(device)
+        self.longest = len(texts[0])
+        self.uniform = len(texts[-1]) == self.longest
+
+        count = np.fromiter(map(len, texts), np.int64, len(texts))
+        ends = count.cumsum()
+        total = int(ends[-1])
+        self._text = np.repeat(np.arange(len(texts)), count)
+        self._inside = np.arange(total) - np.repeat(ends - count, count)
+        self.ids, self.positions, self.row, self.last, starts, used, row_starts = _to_device(
+            device,
+            np.fromiter(chain.from_iterable(texts), np.int64, total),
+            self._inside + self.before,
+            self._text + start,
+            ends - 1,
+            np.concatenate([[0], ends]).astype(np.int32),
+            (count + self.before).astype(np.int32),
+            (np.arange(start, start + len(texts) + 1) * slots).astype(np.int32),
+        )
+        self._starts, self._used, self._row_starts = starts, used, row_starts
+        self._key_starts: dict[int, Tensor] = {}
         self._masks: dict[int | None, Tensor | None] = {}
+        self._padding: tuple[Tensor, ...] | None = None
 
     def attend(self, layer, query, key, value, *, scaling, dropout, window, softcap):
         query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         keys, values = self.buffers(layer, key.shape[1], (key.shape[2], value.shape[2]), key)
         for buffer, new in ((keys, key), (values, value)):
-            if self.uniform:  # without padding, views replace the gathers
+            if self.uniform:  # views replace the indices
                 buffer[self.batch, :, self.before : self.before + self.longest] = self._unpack(new)
             else:
                 buffer[self.row, :, self.positions] = new
@@ -91,21 +101,51 @@ class PrefillPass(AttentionPass):
         """Queries [T, H, d], keys [T, H_kv, d] and values [T, H_kv, d_v], which are in the buffers too,
         -> [T, H, d_v]."""
         keys, values = self.pool.layer(layer, self.rows, self.slots)
-        end = self.before + self.longest
         if self.prefix is not None:
             prefix_key, prefix_value = self.prefix[layer]
             keys[self.batch, :, : self.before] = prefix_key
             values[self.batch, :, : self.before] = prefix_value
-        out = causal_attention(
-            self._unpack(query) if self.uniform else query[self._gather].transpose(1, 2),
-            keys[self.batch, :, :end],
-            values[self.batch, :, :end],
-            mask=self._mask(window, query.device),
+        if window is not None and window >= self.before + self.longest:
+            window = None
+        if not varlen.usable(query, keys, values, softcap):
+            return self._padded(query, keys, values, scaling=scaling, window=window, softcap=softcap)
+        heads = keys.shape[1]
+        if heads not in self._key_starts:
+            self._key_starts[heads] = self._row_starts * heads
+        return varlen.varlen_attention(
+            query,
+            keys,
+            values,
+            starts=self._starts,
+            key_starts=self._key_starts[heads],
+            used=self._used,
+            longest=self.longest,
+            longest_key=self.before + self.longest,
             scaling=scaling,
-            softcap=softcap,
+            window=window,
         )
-        out = out.transpose(1, 2)  # [n, longest, H, d_v]
-        return out.flatten(0, 1) if self.uniform else out[self._text, self._inside]
+
+    def _padded(self, query: Tensor, keys: Tensor, values: Tensor, *, window: int | None, **options) -> Tensor:
+        """`attention` with queries padded to the longest text."""
+        end, mask = self.before + self.longest, self._mask(window, query.device)
+        keys, values = keys[self.batch, :, :end], values[self.batch, :, :end]
+        if self.uniform:
+            out = causal_attention(self._unpack(query), keys, values, mask=mask, **options)
+            return out.transpose(1, 2).flatten(0, 1)
+        if self._padding is None:
+            self._padding = self._padding_indices(query.device)
+        gather, text, inside = self._padding
+        out = causal_attention(query[gather].transpose(1, 2), keys, values, mask=mask, **options)
+        return out.transpose(1, 2)[text, inside]
+
+    def _padding_indices(self, device: torch.device) -> tuple[Tensor, ...]:
+        """[n, longest] of the packed tokens, for every text to the length of the longest, and back: [T] twice, the text
+        of each token and its place there. Made in the first layer that pads."""
+        total = len(self._inside)
+        first = np.flatnonzero(self._inside == 0)
+        gather = (first[:, None] + np.arange(self.longest)).clip(max=total - 1)
+        flat, text, inside = _to_device(device, gather.ravel(), self._text, self._inside)
+        return flat.view(gather.shape), text, inside
 
     def _unpack(self, packed: Tensor) -> Tensor:
         """[n * longest, H, d] -> [n, H, longest, d]."""
@@ -114,10 +154,22 @@ class PrefillPass(AttentionPass):
     def _mask(self, window: int | None, device: torch.device) -> Tensor | None:
         """None where plain causality is enough, else [1, 1, longest, before + longest]. One mask serves all rows:
         the slots beyond a text's end are later than each of its tokens."""
-        if window is not None and window >= self.before + self.longest:
-            window = None
         if window is None and not self.before:
             return None
         if window not in self._masks:
             self._masks[window] = causal_band(self.longest, self.before, window=window, device=device)
         return self._masks[window]
+
+
+def _to_device(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
+    """The arrays as tensors on the device, after one copy for all of them that the host does not wait for. int64 arrays
+    come before int32 ones, so that each is aligned."""
+    ends = np.cumsum([array.nbytes for array in arrays])
+    host = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    np.concatenate([array.view(np.uint8) for array in arrays], out=host.numpy())
+    moved = host.to(device, non_blocking=True)
+    starts = [0, *ends[:-1].tolist()]
+    return [
+        moved[start : start + array.nbytes].view(torch.int64 if array.itemsize == 8 else torch.int32)
+        for start, array in zip(starts, arrays, strict=True)
+    ]

@@ -18,13 +18,13 @@ from gircse.engine.body.decoder import Decoder
 from gircse.engine.decode import DecodePass
 from gircse.engine.pool import KVPool
 from gircse.engine.state import DecodeState
+from gircse.engine.step_cost import StepCost, step_cost
 from gircse.lm.causal_lm import CausalLM
 from gircse.ops.head_facts import HeadFacts
 
 # At these counts all graphs or passes are dropped and made again when they are needed, so that memory stays bounded.
 MAX_GRAPHS = 48
 MAX_PASSES = 128  # sizes of batches whose index tensors are kept
-_WARM_UP = 2
 
 
 def decode_step(
@@ -48,15 +48,17 @@ class StepRunner:
         lm: the model.
         capture: see `EngineConfig`.
         kernel: the attention kernel, see `DecodePass`.
+        counted: count kernels and bytes of captured steps; false where a compiler makes kernels that nothing counts.
     """
 
-    def __init__(self, lm: CausalLM, *, capture: str, kernel: str) -> None:
-        self._lm, self._kernel = lm, kernel
+    def __init__(self, lm: CausalLM, *, capture: str, kernel: str, counted: bool = True) -> None:
+        self._lm, self._kernel, self._counted = lm, kernel, counted
         self._required = capture == "always"
         self.captures = capture == "always" or (capture == "auto" and lm.device.type == "cuda")
         self.refusal: str | None = None
         self.graph_bytes = 0
         self._graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self._costs: dict[tuple[int, int], StepCost] = {}
         self._passes: dict[tuple[int, int], DecodePass] = {}
         self._memory: Any = None
         if self._required and lm.device.type != "cuda":
@@ -67,9 +69,15 @@ class StepRunner:
         """(rows, slots) of the captured graphs."""
         return [key[:2] for key in self._graphs]
 
+    @property
+    def costs(self) -> list[StepCost]:
+        """Of the captured steps, largest batch last."""
+        return [self._costs[key] for key in sorted(self._costs)]
+
     def drop(self) -> None:
         """Drops graphs and passes, because the buffers that they point to are about to be freed."""
         self._graphs.clear()
+        self._costs.clear()
         self._passes.clear()
         self._memory, self.graph_bytes = None, 0
 
@@ -78,6 +86,9 @@ class StepRunner:
     ) -> Callable[[], None]:
         """A function that takes one step of `state`'s rows each time it is called."""
         rows = len(state.hidden)
+        key = (rows, slots, temperature)
+        if self.captures and key not in self._graphs and len(self._graphs) >= MAX_GRAPHS:
+            self.drop()  # before the pass is made, which the new graph goes on reading
         kv = self._passes.get((rows, slots))
         if kv is None or kv.pool is not pool or kv.positions.data_ptr() != state.position.data_ptr():
             if not self.captures and len(self._passes) >= MAX_PASSES:  # a captured graph goes on reading its pass
@@ -91,12 +102,9 @@ class StepRunner:
 
         if not self.captures:
             return step
-        key = (rows, slots, temperature)
         if key not in self._graphs:
-            if len(self._graphs) >= MAX_GRAPHS:
-                self.drop()
             try:
-                self._graphs[key] = self._capture(step, state)
+                self._graphs[key] = self._capture(step, pool, state, slots)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # a model's forward may do many things that a capture forbids
@@ -111,7 +119,7 @@ class StepRunner:
                 return step
         return self._graphs[key].replay
 
-    def _capture(self, step: Callable[[], None], state: DecodeState) -> torch.cuda.CUDAGraph:
+    def _capture(self, step: Callable[[], None], pool: KVPool, state: DecodeState, slots: int) -> torch.cuda.CUDAGraph:
         device = state.hidden.device
         saved = [(tensor, tensor.clone()) for tensor in (state.hidden, state.position, state.step)]
         reserved = torch.cuda.memory_reserved(device)
@@ -124,9 +132,13 @@ class StepRunner:
         stream.wait_stream(torch.cuda.current_stream(device))
         try:
             with torch.cuda.stream(stream):
-                for _ in range(_WARM_UP):  # compiles kernels and allocates libraries' workspaces outside the graph
+                step()  # compiles kernels and allocates libraries' workspaces outside the graph
+                restore()
+                if self._counted:
+                    self._costs[len(state.hidden), slots] = step_cost(step, pool, state, slots)
+                else:
                     step()
-                    restore()
+                restore()
             torch.cuda.current_stream(device).wait_stream(stream)
             if self._memory is None:
                 self._memory = torch.cuda.graph_pool_handle()  # graphs run one after the other and share it

@@ -26,21 +26,17 @@ class ModelWatch:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self.reset()
-
-    def reset(self) -> None:
-        """The next `changed` is true."""
-        self._tree: list[nn.Module] = []
+        self._tree: list[nn.Module | None] = []
         self._children: list[dict[str, nn.Module | None]] = []
         self._seen: list[Any] | None = None
 
     def changed(self) -> bool:
-        """Whether the model has changed since the last call; true at the first one."""
-        if self._seen is None or [*chain.from_iterable(map(dict.values, self._children))] != self._tree:
+        """Whether the model has changed since the last call; true at the first one. A caller that moves weights itself
+        calls this afterwards, and no later call tells it of that."""
+        before = self._seen
+        if before is None or [*chain.from_iterable(map(dict.values, self._children))] != self._tree:
             self._list()
             before = None
-        else:
-            before = self._seen
         self._seen = self._look()
         return before != self._seen
 
@@ -49,7 +45,7 @@ class ModelWatch:
         makes the lists old."""
         modules = list(self._model.modules())
         self._children = [module._modules for module in modules if module._modules]
-        self._tree = [*chain.from_iterable(map(dict.values, self._children))]  # type: ignore[arg-type]
+        self._tree = [*chain.from_iterable(map(dict.values, self._children))]
         self._instances = [vars(module) for module in modules]
         self._tensors = [d for module in modules for d in (module._parameters, module._buffers)]
         self._hooks = [d for module in modules for d in (module._forward_hooks, module._forward_pre_hooks)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,13 +48,15 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], confi
         config: tiles, warps and stages.
         constants: all other compile-time parameters.
     """
+    device = arguments[0].device
+    if not INTERPRETED and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # Triton launches on the current device
+            return launch(kernel, grid, arguments, config, **constants)
+    for observer in _OBSERVERS:
+        observer(arguments)
     if INTERPRETED:
         kernel[grid](*arguments, **constants, **config.blocks)
         return
-    device = arguments[0].device
-    if device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):  # Triton launches on the current device
-            return launch(kernel, grid, arguments, config, **constants)
     key = (kernel.fn, device.index, config, *constants.items(), *map(_compiled_for, arguments))
     known = _COMPILED.get(key)
     if known is None:
@@ -64,6 +68,17 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], confi
         compiled[(*grid, 1, 1)[:3]](*arguments, *last)
 
 
+@contextmanager
+def telling(observer: Callable[[tuple[Any, ...]], None]) -> Iterator[None]:
+    """Inside, `observer` receives the arguments of every kernel that is started, by whatever thread."""
+    _OBSERVERS.append(observer)
+    try:
+        yield
+    finally:
+        _OBSERVERS.remove(observer)
+
+
+_OBSERVERS: list[Callable[[tuple[Any, ...]], None]] = []
 _COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
