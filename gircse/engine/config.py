@@ -28,8 +28,8 @@ class EngineConfig:
             warning), "always" (with an error instead of the warning) or "never".
         compile: run the decoder body of the step through `torch.compile`.
         reuse_prefix: encode once the tokens that all texts of a window start with, such as an instruction.
-        decode_attention: on CUDA "flash" (flash-attn's `flash_attn_with_kvcache`), "triton" (our split-KV kernel) or
-            "sdpa"; "auto" takes flash where it is installed and the dtype is half precision, else sdpa.
+        decode_attention: "triton" (our split-KV kernel; heads of more than 256 columns run SDPA), "sdpa", or on CUDA
+            "flash" (flash-attn's `flash_attn_with_kvcache`); "auto" takes triton where its kernels run, else sdpa.
         fused_kernels: "auto" runs a decoder body of our own on a GPU, of nine kernels a layer; it runs the model's own,
             with a warning, where ours does not know the layers or an adapter is not merged. "always" runs ours on any
             device and raises an error instead of the warning. "never" runs the model's. `compile` excludes ours.

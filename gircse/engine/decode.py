@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gircse.engine.pool import KVPool
 from gircse.lm.attention import AttentionPass
+from gircse.ops.backends import refusal
 
 
 class DecodePass(AttentionPass):
@@ -35,6 +36,7 @@ class DecodePass(AttentionPass):
         self._slot = torch.arange(slots, device=position.device)
         self._length: Tensor | None = None
         self._bias: dict[int | None, Tensor] = {}
+        self._arrivals: Tensor | None = None  # of the triton kernel: zeros between any two layers
 
     def begin(self) -> None:
         """Discards what was computed from the positions of the step before."""
@@ -71,9 +73,21 @@ class DecodePass(AttentionPass):
         if self.kernel == "flash":
             return _flash_decode(query, keys, values, self._lengths(), scaling, window, softcap)
         if self.kernel == "triton":
-            from gircse_kernels.decode_attention import decode_attention
+            from gircse_kernels.decode_attention import WIDEST, decode_attention
 
-            return decode_attention(query, keys, values, self.positions, scale=scaling, window=window, softcap=softcap)
+            if max(query.shape[-1], values.shape[-1]) <= WIDEST:
+                if self._arrivals is None or len(self._arrivals) < self.rows * query.shape[1]:
+                    self._arrivals = torch.zeros(self.rows * query.shape[1], dtype=torch.int32, device=query.device)
+                return decode_attention(
+                    query,
+                    keys,
+                    values,
+                    self.positions,
+                    scale=scaling,
+                    window=window,
+                    softcap=softcap,
+                    arrivals=self._arrivals,
+                )
         # The query heads of one key head become queries of that head, so that keys and values are not repeated.
         batch, heads, head_dim = query.shape
         query = query.reshape(batch, keys.shape[1], heads // keys.shape[1], head_dim)
@@ -120,18 +134,20 @@ def decode_kernel(choice: str, device: torch.device, dtype: torch.dtype) -> str:
     Raises:
         ValueError: the choice cannot run on this device, in this dtype or without the package it needs.
     """
-    half = dtype in (torch.float16, torch.bfloat16)
-    if choice == "flash" or (choice == "auto" and device.type == "cuda" and half and has_flash_attention()):
+    if choice == "flash":
+        half = dtype in (torch.float16, torch.bfloat16)
         if device.type != "cuda" or not half or not has_flash_attention():
             raise ValueError(
                 f"decode_attention: got 'flash' with {dtype} on {device.type}, expected float16 or bfloat16 on CUDA "
                 "and the package flash-attn (pip install flash-attn)"
             )
         return "flash"
-    if choice == "triton":
-        if importlib.util.find_spec("triton") is None:
-            raise ValueError("decode_attention: got 'triton', expected the package triton to be installed")
-        return "triton"
+    if choice == "triton" or (choice == "auto" and device.type == "cuda"):
+        reason = refusal(device, dtype)
+        if reason is None:
+            return "triton"
+        if choice == "triton":
+            raise ValueError(f"decode_attention: got 'triton', expected what its kernel takes: {reason}")
     return "sdpa"
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import plan
 from .contract import Inputs, Options
 from .matmul import dot, product_kernel
 from .plan import SMALL_SHARED, Config, Device, cdiv, lookup
@@ -27,6 +28,11 @@ def device_of(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
     arch = 10 * properties.major + properties.minor
     return Device(SMALL_SHARED[0] if arch in SMALL_SHARED else arch, properties.multi_processor_count)
+
+
+def dependent(device: torch.device) -> bool:
+    """Whether the decoder's kernels are launched there as `dependent.py` says."""
+    return plan.DEPENDENT_LAUNCH and not INTERPRETED and device_of(device).arch >= 90
 
 
 def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], config: Config, **constants: Any) -> None:
@@ -54,7 +60,9 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], confi
     key = (kernel.fn, device.index, config, *constants.items(), *map(_compiled_for, arguments))
     known = _COMPILED.get(key)
     if known is None:
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        if config.dependent:
+            options["launch_pdl"] = True
         compiled = kernel[grid](*arguments, **constants, **config.blocks, **options)
         constants.update(config.blocks)
         _COMPILED[key] = compiled, tuple(constants[p.name] for p in kernel.params if p.is_constexpr)

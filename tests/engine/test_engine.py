@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from gircse.engine import Engine, EngineConfig
+from gircse.engine import Engine, EngineConfig, decode
 from gircse.engine.body import StockDecoder
 from gircse.engine.decode import decode_kernel
 from gircse.lm.causal_lm import CausalLM
@@ -239,12 +239,20 @@ def test_capture_needs_a_gpu():
     ("choice", "device", "dtype", "expected"),
     [
         ("auto", "cpu", torch.float32, "sdpa"),
+        ("auto", "cuda", torch.bfloat16, "triton"),
+        ("auto", "cuda", torch.float64, "sdpa"),
         ("sdpa", "cuda", torch.bfloat16, "sdpa"),
         ("triton", "cpu", torch.float32, "triton"),
     ],
 )
-def test_decode_attention_is_chosen_by_what_is_there(choice, device, dtype, expected):
+def test_decode_attention_is_chosen_by_what_is_there(choice, device, dtype, expected, monkeypatch):
+    monkeypatch.setattr(decode, "refusal", lambda device, dtype: "too wide" if dtype == torch.float64 else None)
     assert decode_kernel(choice, torch.device(device), dtype) == expected
+
+
+def test_our_decode_kernel_is_refused_where_it_cannot_run():
+    with pytest.raises(ValueError, match="decode_attention: got 'triton', .*float64"):
+        decode_kernel("triton", torch.device("cpu"), torch.float64)
 
 
 def test_flash_attention_is_refused_where_it_cannot_run():
