@@ -86,9 +86,7 @@ class Engine:
     def __init__(self, lm: CausalLM, config: EngineConfig | None = None) -> None:
         self.lm, self.config = lm, config or EngineConfig()
         self._kernel = decode_kernel(self.config.decode_attention, lm.device, lm.head_weight.dtype)
-        self._runner = StepRunner(
-            lm, capture=self.config.capture, kernel=self._kernel, counted=not self.config.compile
-        )
+        self._runner = StepRunner(lm, capture=self.config.capture, kernel=self._kernel, counted=not self.config.compile)
         self._decoder: Decoder = StockDecoder(lm)
         self._watch = ModelWatch(lm.model)
         self._not_fused: str | None = None

@@ -119,9 +119,7 @@ class StepRunner:
                 return step
         return self._graphs[key].replay
 
-    def _capture(
-        self, step: Callable[[], None], pool: KVPool, state: DecodeState, slots: int
-    ) -> torch.cuda.CUDAGraph:
+    def _capture(self, step: Callable[[], None], pool: KVPool, state: DecodeState, slots: int) -> torch.cuda.CUDAGraph:
         device = state.hidden.device
         saved = [(tensor, tensor.clone()) for tensor in (state.hidden, state.position, state.step)]
         reserved = torch.cuda.memory_reserved(device)
