@@ -40,6 +40,7 @@ from bench.suite.alternatives import using
 from bench.suite.candidates import read
 from bench.suite.model_cases import MODEL_CASES
 from bench.suite.ops import SIZES
+from bench.suite.steps import DEPENDENT_LAUNCH
 from gircse.engine.config import STEPS_BUCKET
 
 _CHECKED_ROWS = (1, 4, 32)
@@ -203,15 +204,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--multiprocessors", type=int, help="of the device; default: those of that architecture's largest chip")
     add("--jobs", type=int, default=os.cpu_count(), help="processes (default: the machine's cores)")
     add("--seconds", type=float, default=3600.0, help="what is not compiled by then is left out")
-    add("--sections", default="ops,engine,training,loss", help="of the suite, comma-separated")
+    add("--sections", default="ops,engine,step,training,loss", help="of the suite, comma-separated")
     add("--candidates", type=Path, metavar="FILE", help="compile these alternatives, too")
     add("--smoke", action="store_true", help="the dry run's tiny shapes")
     options = parser.parse_args(argv)
     device = DEVICES.get(options.arch, DEVICES[90])._replace(arch=options.arch)
     if options.multiprocessors:
         device = device._replace(num_sms=options.multiprocessors)
-    found = calls(options.sections.split(","), smoke=options.smoke)
+    sections = options.sections.split(",")
+    found = calls(sections, smoke=options.smoke)
     pairs = [(call, "{}") for call in found]
+    if "step" in sections and not options.smoke:
+        pairs += [(call, json.dumps(DEPENDENT_LAUNCH)) for call in calls(["step"])]
     for entry in read(options.candidates) if options.candidates else ():
         pairs += [(op_call(entry.case), json.dumps(alternative)) for alternative in entry.alternatives.values()]
     jobs = jobs_of(pairs, device)
