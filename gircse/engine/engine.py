@@ -90,6 +90,7 @@ class Engine:
         self._decoder: Decoder = StockDecoder(lm)
         self._watch = ModelWatch(lm.model)
         self._not_fused: str | None = None
+        self._warned: set[str] = set()
         self._pool: KVPool | None = None
         self._state: DecodeState | None = None
         self._where = (lm.device, lm.head_weight.dtype)
@@ -211,10 +212,11 @@ class Engine:
         self._runner.drop()
         self._decoder, reason = choose_decoder(self.lm, self.config, self._kernel)
         self._watch.changed()  # sees that weights were fused
-        if reason and reason != self._not_fused:
+        if reason and reason not in self._warned:
+            self._warned.add(reason)
             warnings.warn(
-                f"the engine runs the decoder of {type(self.lm.model).__name__} layer by layer instead of its own, "
-                f"which is slower: {reason}",
+                f"the engine runs the decoder layers of {type(self.lm.model).__name__} itself instead of its own fused "
+                f"kernels, which are faster: {reason}",
                 stacklevel=4,
             )
         self._not_fused = reason

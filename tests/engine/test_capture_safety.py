@@ -161,7 +161,7 @@ def test_a_capture_that_fails_falls_back_with_one_warning(monkeypatch):
     runner.captures = True
     attempts = []
 
-    def refused(step, state):
+    def refused(*_):
         attempts.append(1)
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 

@@ -75,11 +75,9 @@ class FusedDecoder:
         self._rotary = RotaryTables(facts.rotary, facts.norm, facts.positions)
 
     def prefill(self, kv: PrefillPass) -> Tensor:
-        x, delta = self._run(kv, self._lm.model.get_input_embeddings()(kv.ids))
-        last = self._facts.layers[-1]
-        return self._ops.add_rms_norm(
-            x[kv.last], delta[kv.last], self._facts.norm, delta_weight=last.after_mlp, **self._norm
-        )
+        x, delta = self._run(kv, self._lm.model.get_input_embeddings()(kv.ids), kv.last)
+        after = self._facts.layers[-1].after_mlp
+        return self._ops.add_rms_norm(x, delta, self._facts.norm, delta_weight=after, **self._norm)
 
     def step(self, kv: DecodePass, token: Tensor, state: DecodeState) -> None:
         x, delta = self._run(kv, token)
@@ -95,9 +93,13 @@ class FusedDecoder:
             **self._norm,
         )
 
-    def _run(self, kv: DecodePass | PrefillPass, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings [T, D], which are overwritten -> the residual stream [T, D] before the last addition, and what
-        the last layer adds to it."""
+    def _run(self, kv: DecodePass | PrefillPass, x: Tensor, last: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The residual stream before its last addition, and what the last layer adds to it.
+
+        Args:
+            x: [T, D], the embeddings; overwritten.
+            last: [n] int64, the tokens whose states are wanted; None: all.
+        """
         ops, delta, after, norm = self._ops, None, None, self._norm
         with onednn_linears(self._lm.body, x[None]):
             for layer, project_qkv, project_gate_up in self._layers:
@@ -111,6 +113,8 @@ class FusedDecoder:
                 )
                 query, key, value = qkv.view(len(qkv), -1, size).split((heads, kv_heads, kv_heads), dim=1)
                 out = kv.attention(index, query, key, value, scaling=scaling, window=window, softcap=softcap)
+                if last is not None and layer is self._facts.layers[-1]:
+                    x, out = x[last], out[last]
                 delta = F.linear(out.flatten(1), layer.out.weight, layer.out.bias)
                 normed = ops.add_rms_norm(x, delta, layer.before_mlp, delta_weight=layer.after_attention, **norm)
                 delta = F.linear(

@@ -20,7 +20,7 @@ from gircse.lm.adapter import adapters_at_work
 from gircse.lm.attention import PromptPass, RolloutKV
 from gircse.lm.causal_lm import CausalLM
 from gircse.ops.head_facts import text_config
-from gircse.ops.probe import relative_error
+from gircse.ops.probe import relative_error, tolerance_of
 
 # The decoders that were read line by line. Another one may have the same parts and combine them differently in cases
 # that no short probe sees, such as a factor on the queries of far positions.
@@ -243,7 +243,7 @@ def _offset(norm: Any) -> float:
     x = torch.linspace(-1, 2, weight.numel(), dtype=weight.dtype, device=weight.device)[None]
     errors = {offset: relative_error(rms_norm(x, weight, _eps(norm), offset), norm(x)) for offset in (0.0, 1.0)}
     offset = min(errors, key=lambda offset: errors[offset])
-    if not errors[offset] <= 2 * torch.finfo(weight.dtype).eps ** 0.5:
+    if not errors[offset] <= tolerance_of(weight.dtype):
         raise UnknownDecoderError(f"{type(norm).__name__} scales neither by its weight nor by 1 + weight")
     return offset
 

@@ -31,15 +31,19 @@ def choose_decoder(lm: CausalLM, config: EngineConfig, kernel: str) -> tuple[Dec
     Raises:
         ValueError: `fused_kernels` is "always", and ours cannot run.
     """
-    how = config.fused_kernels
-    if how == "never" or config.compile or (how == "auto" and lm.device.type != "cuda"):
+    if not _wanted(config, lm.device):
         return StockDecoder(lm, compile=config.compile), None
     try:
         return fused_decoder(lm, kernel), None
     except UnknownDecoderError as error:
-        if how == "always":
+        if config.fused_kernels == "always":
             raise ValueError(f"fused_kernels: got 'always', expected a decoder that can be fused: {error}") from error
         return StockDecoder(lm), str(error)
+
+
+def _wanted(config: EngineConfig, device: torch.device) -> bool:
+    chosen = config.fused_kernels == "always" or (config.fused_kernels == "auto" and device.type == "cuda")
+    return chosen and not config.compile
 
 
 def fused_decoder(lm: CausalLM, kernel: str) -> FusedDecoder:
