@@ -34,6 +34,7 @@ MEASURED_BY: dict[str, tuple[str, ...]] = {
     "quality": ("bench.quality",),
     "scaling": ("bench.sweep",),
     "summary": ("bench.suite",),
+    "step": ("bench.suite.steps", "bench.floors", "bench.shapes"),
     "soft_embed": ("bench.soft_embed",),
     "tests": ("tests.gpu", "tests.conftest"),
     "throughput": ("bench.throughput", "bench.encode_check", "bench.floors", "bench.shapes"),

@@ -60,10 +60,7 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], confi
     key = (kernel.fn, device.index, config, *constants.items(), *map(_compiled_for, arguments))
     known = _COMPILED.get(key)
     if known is None:
-        options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        if config.dependent:
-            options["launch_pdl"] = True
-        compiled = kernel[grid](*arguments, **constants, **config.blocks, **options)
+        compiled = kernel[grid](*arguments, **constants, **config.blocks, **config.options)
         constants.update(config.blocks)
         _COMPILED[key] = compiled, tuple(constants[p.name] for p in kernel.params if p.is_constexpr)
     else:

@@ -47,6 +47,12 @@ class Config(NamedTuple):
     def __hash__(self) -> int:
         return hash((*self.blocks.items(), *self[1:]))
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton compiles with, beside the kernel's own constants."""
+        found: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**found, "launch_pdl": True} if self.dependent else found
+
 
 SAFE = {
     "score": Config({"BLOCK_T": 16, "BLOCK_V": 64, "BLOCK_K": 32, "GROUP": 8}, 4, 2),

@@ -26,7 +26,7 @@ from .dependent import wait_for_kernel_before
 from .launching import dependent
 from .plan import Config, cdiv
 
-ELEMENTS = 512  # of a block of heads, in one half: 8 for each thread of 2 warps, 16 bytes in half precision
+ELEMENTS = 512  # of a block of heads, in one half, at most
 
 
 @triton.jit
@@ -203,12 +203,13 @@ def rotary_write(
 
 
 def head_config(width: int, half: int, heads: int, device: torch.device) -> Config:
-    """Blocks of heads, of which one may be enough, and columns."""
-    block = 1 << (half - 1).bit_length()
-    rest = width - 2 * half
+    """Blocks of heads, of which one may be enough, and columns. A thread has 8 columns of each half, 16 bytes in half
+    precision."""
+    block, rest = 1 << (half - 1).bit_length(), width - 2 * half
+    block_heads = max(1, min(ELEMENTS // block, 1 << (heads - 1).bit_length()))
     blocks = {
-        "BLOCK_H": max(1, min(ELEMENTS // block, 1 << (heads - 1).bit_length())),
+        "BLOCK_H": block_heads,
         "BLOCK_HALF": block,
         "BLOCK_REST": 1 << (rest - 1).bit_length() if rest else 0,
     }
-    return Config(blocks, 2, 1, dependent=dependent(device))
+    return Config(blocks, max(1, block_heads * block // 256), 1, dependent=dependent(device))
