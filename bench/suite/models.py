@@ -203,6 +203,8 @@ def _keep(session: Session, case: ModelCase, record: Record) -> None:
     for name, kept in record.get("generation", {}).items():
         if kept["not_captured"] is not None:
             session.problem(f"{case.name}: {name} ran its step eagerly: {kept['not_captured']}")
+        if kept["not_fused"] is not None:
+            session.problem(f"{case.name}: {name} ran the model's own decoder: {kept['not_fused']}")
     say(shown(record))
 
 

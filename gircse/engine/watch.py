@@ -52,7 +52,7 @@ class ModelWatch:
         self._adapted = [module for module in modules if hasattr(module, "merged_adapters")]
 
     def _look(self) -> list[Any]:
-        tensors = chain.from_iterable(map(dict.values, self._tensors))  # type: ignore[arg-type]
+        tensors: Any = chain.from_iterable(map(dict.values, self._tensors))  # type: ignore[arg-type]
         return [
             [(tensor.data_ptr(), tensor.dtype) for tensor in tensors if tensor is not None],
             [own.get("forward") for own in self._instances],

@@ -38,7 +38,7 @@ class UnknownDecoderError(Exception):
 class Attention(NamedTuple):
     """What the stock attention of a layer is called with."""
 
-    index: int  # of the layer, under which the pool keeps its keys and values
+    layer: int  # its index, under which the pool keeps its keys and values
     heads: int
     kv_heads: int
     size: int

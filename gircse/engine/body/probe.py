@@ -56,19 +56,19 @@ def fused_decoder(lm: CausalLM, kernel: str) -> FusedDecoder:
         ids = probe_tokens(lm.model, lm.facts())
         facts, expected = DecoderFacts.of(lm, ids)
         with rewriting_weights():
-            for layer in facts.layers:
-                fuse(layer.qkv)
-                fuse(layer.gate_up)
+            moved = [fuse(layers) for layer in facts.layers for layers in (layer.qkv, layer.gate_up)]
+        if any(moved) and lm.device.type == "cuda":
+            torch.cuda.empty_cache()  # a freed weight is too small for the next buffer, and would stay reserved
         decoder = FusedDecoder(lm, facts)
         states, expected = _states(decoder, lm, ids[0], kernel, expected[0])
     except (UnknownDecoderError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a kernel that does not compile, a layer that takes other arguments
         raise UnknownDecoderError(f"the probe of the fused decoder raised {type(error).__name__}: {error}") from error
-    error, tolerance = relative_error(states, expected), tolerance_of(expected.dtype)
-    if not error <= tolerance:
+    difference, tolerance = relative_error(states, expected), tolerance_of(expected.dtype)
+    if not difference <= tolerance:
         raise UnknownDecoderError(
-            f"the fused decoder's states differ by {error:.1e} from the model's own, expected <= {tolerance:.0e}"
+            f"the fused decoder's states differ by {difference:.1e} from the model's own, expected <= {tolerance:.0e}"
         )
     return decoder
 

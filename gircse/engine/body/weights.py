@@ -44,12 +44,13 @@ class Projection:
         return F.linear(x, weight, None if bias is None else bias.as_strided((self._width,), bias.stride()))
 
 
-def fuse(layers: Sequence[nn.Linear]) -> None:
-    """Makes the weights, and the biases, of the layers neighbours in memory, unless they are so already.
+def fuse(layers: Sequence[nn.Linear]) -> bool:
+    """Makes the weights, and the biases, of the layers neighbours in memory; false where they are so already.
 
     For the time of the call one more copy of these layers' weights exists. No other thread may compute with them at
     that time, as with `nn.Module.to`.
     """
+    moved = False
     for parameters in ([layer.weight for layer in layers], [layer.bias for layer in layers]):
         if len(parameters) == 1 or parameters[0] is None or _adjacent(parameters):
             continue
@@ -58,6 +59,8 @@ def fuse(layers: Sequence[nn.Linear]) -> None:
             buffer = torch.cat([parameter.data for parameter in parameters])
             for parameter, part in zip(parameters, buffer.split([len(p) for p in parameters]), strict=True):
                 parameter.data = part
+        moved = True
+    return moved
 
 
 def _adjacent(tensors: Sequence[Tensor]) -> bool:
