@@ -5,7 +5,7 @@
 
 from .add_rms_norm import add_rms_norm, finish_step
 from .decode_attention import decode_attention
-from .gated import gated
+from .gated import ACTIVATIONS, gated
 from .rotary_write import rotary_write
 
-__all__ = ["add_rms_norm", "decode_attention", "finish_step", "gated", "rotary_write"]
+__all__ = ["ACTIVATIONS", "add_rms_norm", "decode_attention", "finish_step", "gated", "rotary_write"]

@@ -94,7 +94,7 @@ def test_weights_changed_in_place_and_moved_count() -> None:
 
 
 def test_a_step_that_cannot_be_captured_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, rows = engine_on_gpu("llama"), rows_of((3, 9))
+    engine, rows = engine_on_gpu("llama", EngineConfig(fused_kernels="never")), rows_of((3, 9))
     expected = engine_on_gpu("llama", EngineConfig(capture="never")).states(rows, 3)
     step = FusedDecoder.step
 
@@ -134,6 +134,16 @@ def test_the_same_text_whatever_its_batch(dtype: torch.dtype) -> None:
     together = engine_on_gpu("llama", dtype=dtype).states(rows, K).float().mean(1)
     alone = engine_on_gpu("llama", EngineConfig(max_rows=1), dtype=dtype).states(rows, K).float().mean(1)
     assert torch.cosine_similarity(together, alone).min() >= 0.9999
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "mistral", "qwen3", "gemma2", "gemma3"])
+def test_our_decoder_gives_the_states_of_the_model_s_own(name: str) -> None:
+    rows = rows_of(LENGTHS, prefix=6)
+    ours = engine_on_gpu(name, EngineConfig(fused_kernels="always"))
+    stock = engine_on_gpu(name, EngineConfig(fused_kernels="never"))
+    for num_steps in (0, K):
+        assert relative_error(ours.states(rows, num_steps), stock.states(rows, num_steps)) <= 1e-4
+    assert ours.report().steps[0].launches < stock.report().steps[0].launches
 
 
 @pytest.mark.skipif(not has_flash_attention(), reason="needs flash-attn")

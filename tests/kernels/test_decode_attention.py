@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from typing import Any
@@ -304,13 +305,17 @@ def test_splits_follow_from_the_slots_alone() -> None:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """In a process of its own: here the kernels belong to the interpreter."""
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The report of every entry with all options, and the code of one call with slices. In a process of its own: here the kernels belong
+    to the interpreter."""
     out = tmp_path_factory.mktemp("report") / "report.json"
     script = (
-        "import json, sys; from pathlib import Path; from bench.static.compile_report import decode_cases, report\n"
-        "cases = decode_cases() + decode_cases('scores')\n"
-        "Path(sys.argv[1]).write_text(json.dumps(report(cases, [80, 90])))"
+        "import json, sys; from pathlib import Path; from bench.static import compile_report as c\n"
+        "from bench.static.launches import DEVICES, Call, launches\n"
+        "(launch,) = launches(Call('decode_attention', (64, 2048, 64, 64, 14, 2), 'bfloat16'), DEVICES[90])\n"
+        "found = {'ptx': c.compiled(launch, 90).asm['ptx']}\n"
+        "found['report'] = c.report(c.decode_cases('scores'), [80, 90])\n"
+        "Path(sys.argv[1]).write_text(json.dumps(found))"
     )
     environment = checkout_environment(TRITON_INTERPRET="0")
     command = [sys.executable, "-c", script, str(out)]
@@ -319,11 +324,21 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return json.loads(out.read_text())
 
 
-def test_every_entry_of_the_table_compiles(compiled: list[dict[str, Any]]) -> None:
+def test_parts_are_written_before_they_are_counted(compiled: dict[str, Any]) -> None:
+    """What the interpreter cannot show: all threads write, wait for each other, one counts, and what the last program
+    then reads comes from L2."""
+    operations = r"\b(st\.global|bar\.sync|atom\.global\.gpu\.acq_rel|ld\.global(?:\.cg)?)\b"
+    found = re.findall(operations, compiled["ptx"])
+    count = found.index("atom.global.gpu.acq_rel")
+    assert found[count - 2 : count + 2] == ["st.global", "bar.sync", "atom.global.gpu.acq_rel", "bar.sync"]
+    assert {name for name in found[count:] if name.startswith("ld")} == {"ld.global.cg"}
+
+
+def test_every_entry_of_the_table_compiles(compiled: dict[str, Any]) -> None:
     """It fits, spills nothing and copies asynchronously; half precision runs on the tensor cores, float32 does not."""
-    assert [entry for entry in compiled if not is_good(entry)] == []
+    assert [entry for entry in compiled["report"] if not is_good(entry)] == []
     found = set()
-    for entry in compiled:
+    for entry in compiled["report"]:
         half = entry["dtype"] != "float32"
         assert bool(entry["instructions"]) == half, entry
         assert entry["async_copies"] > 0, entry
