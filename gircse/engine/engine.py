@@ -85,7 +85,8 @@ class Engine:
 
     def __init__(self, lm: CausalLM, config: EngineConfig | None = None) -> None:
         self.lm, self.config = lm, config or EngineConfig()
-        self._kernel = decode_kernel(self.config.decode_attention, lm.device, lm.head_weight.dtype)
+        self._device, self._dtype = lm.device, lm.head_weight.dtype
+        self._kernel = decode_kernel(self.config.decode_attention, self._device, self._dtype)
         self._runner = StepRunner(lm, capture=self.config.capture, kernel=self._kernel, counted=not self.config.compile)
         self._decoder: Decoder = StockDecoder(lm)
         self._watch = ModelWatch(lm.model)
@@ -93,10 +94,9 @@ class Engine:
         self._warned: set[str] = set()
         self._pool: KVPool | None = None
         self._state: DecodeState | None = None
-        self._where = (lm.device, lm.head_weight.dtype)
         self._lock = threading.RLock()
-        with without_autocast(lm.device):
-            self._limits = Limits.of(self.config, lm.device, kv_bytes_per_token(lm))
+        with without_autocast(self._device):
+            self._limits = Limits.of(self.config, self._device, kv_bytes_per_token(lm))
         tell_after_fork(self)
 
     def after_fork(self) -> None:
@@ -108,7 +108,8 @@ class Engine:
 
     def fits(self, lm: CausalLM, config: EngineConfig) -> bool:
         """Whether this engine can run the model, which must not have been moved or cast since, with that config."""
-        return self.lm is lm and self.config == config and self._where == (lm.device, lm.head_weight.dtype)
+        here = (self._device, self._dtype) == (lm.device, lm.head_weight.dtype)
+        return self.lm is lm and self.config == config and here
 
     def report(self) -> EngineReport:
         return EngineReport(
@@ -146,8 +147,8 @@ class Engine:
         Raises:
             ValueError: a row has no token or too many, or the model has no embedding for a token id.
         """
-        lm = self.lm
-        result = torch.empty(len(rows), max(num_steps, 1), lm.hidden_size, dtype=lm.head_weight.dtype, device=lm.device)
+        shape = len(rows), max(num_steps, 1), self.lm.hidden_size
+        result = torch.empty(shape, dtype=self._dtype, device=self._device)
 
         def keep(chosen: list[int], states: Tensor, counts: Tensor) -> None:
             result[torch.tensor(chosen, device=result.device)] = states
@@ -183,7 +184,7 @@ class Engine:
         order = by_length(lengths)
         shared = common_prefix(rows) if self.config.reuse_prefix else 0
         job = _Job(rows, num_steps, temperature, settled, include_prompt, shared)
-        with self._lock, without_autocast(self.lm.device), torch.inference_mode():
+        with self._lock, without_autocast(self._device), torch.inference_mode():
             self._read_model()
             done = 0
             while done < len(order):
@@ -246,7 +247,7 @@ class Engine:
     def _prefill(self, batch: DecodeBatch, pool: KVPool, start: int, stop: int, job: _Job) -> Tensor:
         """The last states [n, D] of rows `start` to `stop`. Keys and values go to the same rows of the pool."""
         texts = [job.rows[row][job.shared :] for row in batch.rows[start:stop]]
-        kv = PrefillPass(pool, batch.buffer_rows, batch.slots, start, texts, job.prefix, self.lm.device)
+        kv = PrefillPass(pool, batch.buffer_rows, batch.slots, start, texts, job.prefix, self._device)
         return self._decoder.prefill(kv)
 
     def _decode(self, batch: DecodeBatch, pool: KVPool, state: DecodeState, job: _Job) -> tuple[Tensor, Tensor]:
@@ -287,7 +288,7 @@ class Engine:
         """Keys and values of the tokens that all rows start with. Every `run` makes them again, because weights or
         adapters may have changed in between, and no cheap check sees every such change."""
         pool = KVPool(len(tokens))
-        self._decoder.prefill(PrefillPass(pool, 1, len(tokens), 0, [tokens], None, self.lm.device))
+        self._decoder.prefill(PrefillPass(pool, 1, len(tokens), 0, [tokens], None, self._device))
         return pool.prefix(len(tokens))
 
     def _buffers(self, batch: DecodeBatch, num_steps: int) -> tuple[KVPool, DecodeState]:
@@ -302,7 +303,7 @@ class Engine:
             rows = max(batch.buffer_rows, len(state.hidden) if state is not None else 0)
             self._state = None
             self._runner.drop()
-            like = torch.empty(0, self.lm.hidden_size, dtype=self.lm.head_weight.dtype, device=self.lm.device)
+            like = torch.empty(0, self.lm.hidden_size, dtype=self._dtype, device=self._device)
             state = self._state = DecodeState.allocate(rows, steps, like)
         return self._pool, state.first(batch.buffer_rows)
 
@@ -310,9 +311,9 @@ class Engine:
         """After an out-of-memory error, frees all buffers and halves the batches permanently."""
         self._pool = self._state = None
         self._runner.drop()
-        first = self._limits.rows == Limits.of(self.config, self.lm.device, 1).rows
+        first = self._limits.rows == Limits.of(self.config, self._device, 1).rows
         self._limits = self._limits.halved()
-        if self.lm.device.type == "cuda":
+        if self._device.type == "cuda":
             torch.cuda.empty_cache()
         if first:
             warnings.warn(

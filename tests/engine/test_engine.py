@@ -70,7 +70,7 @@ def test_equals_the_stock_model_in_its_own_precision(name):
     assert relative_error(engine_of(name).states(rows, K), plain(name, rows, K)) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral"])
+@pytest.mark.parametrize("name", ["gemma2"])  # windows, soft-caps, grouped heads
 def test_our_decode_kernel_gives_the_same(name):
     pytest.importorskip("triton")
     rows = rows_of((5, 20, 1))

@@ -25,6 +25,7 @@ from gircse.engine.prefill import PrefillPass
 from gircse.engine.state import DecodeState
 from gircse.lm.causal_lm import CausalLM
 from gircse.lm.onednn import onednn_linears
+from gircse.ops.backends import kernels, resolve_backend
 
 
 class Decoder(Protocol):
@@ -131,8 +132,4 @@ class FusedDecoder:
 
 def _ops(weight: Tensor) -> ModuleType:
     """The elementwise steps for weights like this one."""
-    if weight.device.type == "cuda" and weight.dtype in (torch.float16, torch.bfloat16, torch.float32):
-        from gircse_kernels import decoder
-
-        return decoder
-    return plain
+    return kernels("decoder") if resolve_backend(None, weight) == "triton" else plain

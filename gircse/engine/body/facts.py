@@ -119,10 +119,10 @@ class DecoderFacts:
         states = lm.run_body(recorder, positions, input_ids=ids)
         if len(recorder.layers) != len(body.layers):
             raise UnknownDecoderError(f"{len(recorder.layers)} of {len(body.layers)} layers attend")
-        norms = [m for m in body.modules() if type(m).__name__.endswith("RMSNorm")]
-        settings = {(_eps(norm), type(norm)) for norm in norms}
-        if len(settings) != 1:
-            raise UnknownDecoderError(f"its norms differ: {sorted(map(str, settings))}")
+        norms = [module for name, module in body.named_modules() if name.endswith("norm")]
+        kinds = {(type(norm).__name__, _eps(norm)) for norm in norms}
+        if len(kinds) != 1:
+            raise UnknownDecoderError(f"its norms differ: {', '.join(f'{n}, epsilon {e}' for n, e in sorted(kinds))}")
         eps, offset = _eps(body.norm), _offset(body.norm)
         dtype, device = body.norm.weight.dtype, body.norm.weight.device
         layers = [_layer(layer, call) for layer, call in zip(body.layers, recorder.layers, strict=True)]
@@ -249,7 +249,7 @@ def _offset(norm: Any) -> float:
 
 
 def _activation(function: Any) -> str:
-    x = torch.linspace(-4, 4, 64)
+    x = torch.linspace(-4, 4, 64, dtype=torch.float32)
     for name, known in ACTIVATIONS.items():
         if torch.allclose(function(x), known(x), rtol=1e-6, atol=1e-6):
             return name
