@@ -99,7 +99,8 @@ class Call(NamedTuple):
     def prepare(self) -> Prepared:
         """The call, with its inputs made."""
         empty = functools.partial(torch.empty, dtype=getattr(torch, self.dtype), device="meta")
-        return globals()[f"_{self.op}"](self, empty)
+        ops = {"soft_embed": _soft_embed, "info_nce": _info_nce, "decode_attention": _decode_attention}
+        return {**ops, "decoder": _decoder}[self.op](self, empty)
 
 
 class Prepared(NamedTuple):

@@ -14,13 +14,15 @@ counters, so no program reads what another one writes.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import launching
-from .checks import check, check_dtype
+from .checks import check, check_first
 from .dependent import wait_for_kernel_before
 from .launching import dependent
 from .plan import Config
@@ -146,9 +148,7 @@ def _launch(
     eps: float,
     offset: float,
 ) -> Tensor:
-    check_dtype("x", x)
-    check("x", x, (None, None), x)
-    rows, width = x.shape
+    rows, width = check_first("x", x)
     check("weight", weight, (width,), x, weight.dtype)
     if delta is not None:
         check("delta", delta, (rows, width), x)
@@ -159,7 +159,7 @@ def _launch(
     else:
         check("out", out, (rows, width), x)
     states, position, step = end if end is not None else (None, None, None)
-    config = row_config(width, x.device)
+    config = row_config(width, dependent(x.device))
     if rows:
         launching.launch(
             add_rms_norm_kernel,
@@ -175,8 +175,9 @@ def _launch(
     return out
 
 
-def row_config(width: int, device: torch.device) -> Config:
+@functools.lru_cache(maxsize=64)
+def row_config(width: int, dependent: bool) -> Config:
     """A whole row for each program: 8 elements a thread, one load of 16 bytes in half precision, up to 2,048 columns,
     16 beyond."""
     block = max(32, 1 << (width - 1).bit_length())
-    return Config({"BLOCK_D": block}, max(1, min(8, block // 256), block // 512), 1, dependent=dependent(device))
+    return Config({"BLOCK_D": block}, max(1, min(8, block // 256), block // 512), 1, dependent=dependent)

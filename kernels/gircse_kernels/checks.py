@@ -18,18 +18,26 @@ def check(
         TypeError: the dtype. ValueError: shape, device or last stride.
     """
     dtype = like.dtype if dtype is None else dtype
+    sizes = tuple(tensor.shape)
+    if sizes == shape and tensor.dtype == dtype and tensor.stride(-1) == 1 and tensor.device == like.device:
+        return  # for the host's sake, which a short prefill waits for
     if tensor.dtype != dtype:
         raise TypeError(f"{name}: got {tensor.dtype}, expected {dtype}")
-    if tensor.dim() != len(shape) or any(n not in (None, m) for n, m in zip(shape, tensor.shape, strict=True)):
+    if len(sizes) != len(shape) or any(n not in (None, m) for n, m in zip(shape, sizes, strict=True)):
         expected = ", ".join("any" if n is None else str(n) for n in shape)
-        raise ValueError(f"{name}: got shape {list(tensor.shape)}, expected [{expected}]")
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name}: got shape {list(sizes)}, expected [{expected}]")
+    if sizes[-1] > 1 and tensor.stride(-1) != 1:
         raise ValueError(f"{name}: got strides {tensor.stride()}, expected 1 as the last one")
     if tensor.device != like.device:
         raise ValueError(f"{name}: got a tensor on {tensor.device}, expected {like.device}")
 
 
-def check_dtype(name: str, tensor: Tensor) -> None:
-    """Raises TypeError for a dtype that no kernel takes."""
+def check_first(name: str, tensor: Tensor) -> tuple[int, int]:
+    """Holds the tensor that others are held to to two dimensions and a dtype that the kernels take. -> its shape."""
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name}: got {tensor.dtype}, expected float16, bfloat16 or float32")
+    rows, columns = tensor.shape if tensor.dim() == 2 else (None, None)
+    check(name, tensor, (rows, columns), tensor)
+    assert rows is not None
+    assert columns is not None
+    return rows, columns

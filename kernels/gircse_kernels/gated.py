@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launching
-from .checks import check, check_dtype
+from .checks import check_first
 from .dependent import wait_for_kernel_before
 from .launching import dependent
 from .plan import Config, cdiv
@@ -67,9 +67,7 @@ def gated(gate_up: Tensor, activation: str) -> Tensor:
     Raises:
         TypeError, ValueError: the tensor does not fit, or the activation is another one.
     """
-    check_dtype("gate_up", gate_up)
-    check("gate_up", gate_up, (None, None), gate_up)
-    rows, double = gate_up.shape
+    rows, double = check_first("gate_up", gate_up)
     if double % 2:
         raise ValueError(f"gate_up: got {double} columns, expected an even number")
     if activation not in ACTIVATIONS:

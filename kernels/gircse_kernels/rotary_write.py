@@ -15,13 +15,15 @@ Traffic, s bytes per element: s T d (2 H + 5 H_kv) and r T 4 bytes of cosines an
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import launching
-from .checks import check, check_dtype
+from .checks import check, check_first
 from .dependent import wait_for_kernel_before
 from .launching import dependent
 from .plan import Config, cdiv
@@ -162,15 +164,14 @@ def rotary_write(
     Raises:
         TypeError, ValueError: a tensor does not fit.
     """
-    check_dtype("qkv", qkv)
-    check("qkv", qkv, (None, None), qkv)
-    check("keys", keys, (None, None, None, None), qkv)
+    tokens, columns = check_first("qkv", qkv)
+    check("keys", keys, tuple(keys.shape) if keys.dim() == 4 else (None, None, None, None), qkv)
     check("values", values, tuple(keys.shape), qkv)
-    tokens, kv_heads, width = len(qkv), keys.shape[1], keys.shape[3]
-    heads, left = divmod(qkv.shape[1], width)
+    _, kv_heads, _, width = keys.shape
+    heads, left = divmod(columns, width)
     if left or heads <= 2 * kv_heads:
         raise ValueError(
-            f"qkv: got {qkv.shape[1]} columns, expected a multiple of {width} beyond the {2 * kv_heads} heads of keys "
+            f"qkv: got {columns} columns, expected a multiple of {width} beyond the {2 * kv_heads} heads of keys "
             "and values"
         )
     for name, table in (("cos", cos), ("sin", sin)):
@@ -184,7 +185,7 @@ def rotary_write(
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
         if norm is not None:
             check(name, norm, (width,), qkv, norm.dtype)
-    config = head_config(width, cos.shape[1], heads, qkv.device)
+    config = head_config(width, cos.shape[1], heads, dependent(qkv.device))
     if tokens:
         launching.launch(
             rotary_write_kernel,
@@ -202,7 +203,8 @@ def rotary_write(
         )  # fmt: skip
 
 
-def head_config(width: int, half: int, heads: int, device: torch.device) -> Config:
+@functools.lru_cache(maxsize=64)
+def head_config(width: int, half: int, heads: int, dependent: bool) -> Config:
     """Blocks of heads, of which one may be enough, and columns. A thread has 8 columns of each half, 16 bytes in half
     precision."""
     block, rest = 1 << (half - 1).bit_length(), width - 2 * half
@@ -212,4 +214,4 @@ def head_config(width: int, half: int, heads: int, device: torch.device) -> Conf
         "BLOCK_HALF": block,
         "BLOCK_REST": 1 << (rest - 1).bit_length() if rest else 0,
     }
-    return Config(blocks, max(1, block_heads * block // 256), 1, dependent=dependent(device))
+    return Config(blocks, max(1, block_heads * block // 256), 1, dependent=dependent)

@@ -306,8 +306,8 @@ def test_splits_follow_from_the_slots_alone() -> None:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The report of every entry with all options, and the code of one call with slices. In a process of its own: here the kernels belong
-    to the interpreter."""
+    """The report of every entry with all options, and the code of one call with slices. In a process of its own: here
+    the kernels belong to the interpreter."""
     out = tmp_path_factory.mktemp("report") / "report.json"
     script = (
         "import json, sys; from pathlib import Path; from bench.static import compile_report as c\n"
