@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from gircse_kernels.plan import SCRATCH_BYTES, plan_backward
 
 from bench.documents import Results, block
 from bench.info_nce import Size
+from bench.shapes import SHAPES, meta_model
 from bench.static import plans, traffic
 from bench.static.compile_report import is_good
 from bench.static.launches import DEVICES
 from bench.tables import Column, markdown
+from gircse.roofline import ModelFacts
 
 _H100 = DEVICES[90]
 
@@ -68,6 +71,41 @@ def _form(
 def choices(_: Results) -> str:
     """No record: what the plan chooses for many problems, on an H100."""
     return markdown(plans.COLUMNS, plans.lines(_H100))
+
+
+@block("decode-step")
+def decode_step(_: Results) -> str:
+    """No record: the traffic model of the body's part of a step."""
+    cases = [("smollm2-135m", 64, 48), ("qwen2.5-0.5b", 64, 48), ("qwen2.5-0.5b", 512, 48), ("mistral-7b", 64, 528)]
+    rows = []
+    for name, count, cached in cases:
+        facts = ModelFacts.of(meta_model(SHAPES[name].config(), torch.bfloat16))
+        work = traffic.step_work(facts, SHAPES[name].settings["intermediate_size"], count, cached)
+        floor = facts.body([cached - 1] * count, 1).bytes
+        matrices = {w.kernel: w.matrix_bytes for w in work}
+        rows.append(
+            {
+                "model": f"{name}, {count} rows, {cached} slots",
+                "launches": sum(w.launches for w in work),
+                "layers": facts.layers,
+                "weights": matrices[traffic.PRODUCT],
+                "cached": matrices["decode_attention_kernel"],
+                "partial": sum(w.partial_bytes for w in work),
+                "rows": sum(w.row_bytes for w in work),
+                "share": sum(w.bytes for w in work) / floor,
+            }
+        )
+    columns: list[Column] = [
+        ("step", lambda r: r["model"]),
+        ("layers", lambda r: str(r["layers"])),
+        ("launches", lambda r: str(r["launches"])),
+        ("weights MB", lambda r: f"{r['weights'] / 1e6:,.0f}"),
+        ("keys and values MB", lambda r: f"{r['cached'] / 1e6:,.0f}"),
+        ("partials MB", lambda r: f"{r['partial'] / 1e6:,.0f}"),
+        ("rows MB", lambda r: f"{r['rows'] / 1e6:,.0f}"),
+        ("bytes / floor", lambda r: f"{r['share']:.2f}"),
+    ]
+    return markdown(columns, rows)
 
 
 @block("kernels")

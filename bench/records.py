@@ -37,6 +37,8 @@ _COLUMNS: list[Column] = [
     column("time/floor", "time_over_floor", "{:.2f}"),
     column("time(K)/time(0)", "time_over_zero", "{:.2f}"),
     column("floor(K)/floor(0)", "floor_over_zero", "{:.2f}"),
+    column("kernels/step", "step_launches", "{:,}"),
+    column("GB/step", "step_bytes", "{:.3g}", 1e-9),
     column("1 text p50 ms", "latency_p50", "{:,.4g}", 1e3),
     column("p95 ms", "latency_p95", "{:,.4g}", 1e3),
     ("check", lambda row: "-" if row.get("verdict", OK) == OK else row["verdict"]),
@@ -105,6 +107,8 @@ def report(record: dict[str, Any]) -> str:
     for name, kept in record.get("generation", {}).items():
         if kept["not_captured"] is not None:
             lines.append(f"NOT CAPTURED: {name} ran its step eagerly: {kept['not_captured']}")
+        if kept["not_fused"] is not None:
+            lines.append(f"NOT FUSED: {name} ran the model's own decoder: {kept['not_fused']}")
     unsteady = sum(row["spread"] > UNSTEADY for row in record["points"])
     if unsteady:
         lines.append(

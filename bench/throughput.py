@@ -76,7 +76,20 @@ def measure(
                 continue
             work = facts.inference(lengths, trial.point.num_steps, shared_prefix=shared_prefix)
             row = point_row(trial.point, timings, lengths, work, at_zero, ceilings)
-            yield Measured(trial.point, row | {"peak_extra_bytes": trial.peak}, trial.result.cpu())
+            row |= {"peak_extra_bytes": trial.peak} | _step(lm, trial.point, len(lengths), max(lengths))
+            yield Measured(trial.point, row, trial.result.cpu())
+
+
+def _step(lm: CausalLM, point: Point, rows: int, longest: int) -> dict[str, int]:
+    """Kernels and bytes of the captured step that a generation engine replayed for a batch; empty where it captured
+    none."""
+    run, positions = ENGINES[point.engine].run, longest + point.num_steps
+    steps = run.engine(lm).report().steps if isinstance(run, Generation) and point.num_steps else []
+    fitting = [step for step in steps if step.rows >= rows and step.slots >= positions]
+    if not fitting:
+        return {}
+    least = min(fitting, key=lambda step: step.rows * step.slots)
+    return {"step_launches": least.launches, "step_bytes": least.bytes}
 
 
 def latency(lm: CausalLM, text: Batch, engines: list[str], steps: list[int], runs: int) -> Iterator[Measured]:

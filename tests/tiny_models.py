@@ -64,12 +64,22 @@ CONFIGS = {
     ),
 }
 
+# Layers that differ from those above only for the engine's own decoder body.
+MORE_CONFIGS = {
+    "phi3": lambda: AutoConfig.for_model("phi3", **_COMMON, partial_rotary_factor=0.5, sliding_window=5),
+    "llama-bias": lambda: AutoConfig.for_model("llama", **_COMMON, attention_bias=True, mlp_bias=True),
+    "llama-wide-heads": lambda: AutoConfig.for_model("llama", **_COMMON | {"num_key_value_heads": 1}, head_dim=24),
+    "qwen2-window": lambda: AutoConfig.for_model(
+        "qwen2", **_COMMON, use_sliding_window=True, sliding_window=5, layer_types=_TYPES
+    ),
+}
+
 
 def tiny_model(
     name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, attn: str | None = None, **overrides
 ) -> PreTrainedModel:
     """The same weights for the same name and seed, whatever `attn`."""
-    config = CONFIGS[name]()
+    config = (CONFIGS | MORE_CONFIGS)[name]()
     for key, value in overrides.items():
         setattr(config, key, value)
     torch.manual_seed(seed)

@@ -86,7 +86,7 @@ def compiled(launch: Launch, arch: int) -> Any:
     return triton.compile(
         ASTSource(fn=launch.kernel, signature=types, constexprs=constants, attrs=hints),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages},
+        options=launch.config.options,
     )
 
 
@@ -112,6 +112,7 @@ def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
         "programs": programs(launch.config.num_warps, found["REG"], kernel.metadata.shared, arch),
         "instructions": {name: ptx.count(name) for name in MMA if name in ptx},
         "async_copies": ptx.count("cp.async"),
+        "dependent": "griddepcontrol.wait" in ptx,
         "wide_accesses": len(re.findall(r"\b(?:ld|st)\.global\S*\.v4\.b32", ptx)),
     }
 
@@ -119,8 +120,7 @@ def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
 def key(launch: Launch, arch: int) -> str:
     """What decides the compiled code."""
     types, constants, hints = signature(launch)
-    config = launch.config
-    return repr((launch.kernel.__name__, arch, types, constants, hints, config.num_warps, config.num_stages))
+    return repr((launch.kernel.__name__, arch, types, constants, hints, launch.config.options))
 
 
 def programs(num_warps: int, registers: int, shared: int, arch: int) -> int:
@@ -190,6 +190,23 @@ def decode_cases(*variants: str) -> list[Case]:
     ]
 
 
+# D, H, H_kv, d, r / 2, I: every width of a block, heads that are no power of two, columns that are not rotated
+_DECODERS = {
+    "qwen2.5-0.5b": (896, 14, 2, 64, 32, 4864),
+    "gemma-3-1b": (1152, 4, 1, 256, 128, 6912),
+    "phi-4-mini": (3072, 24, 8, 128, 48, 8192),
+    "qwen2.5-32b": (5120, 40, 8, 128, 64, 27648),
+}
+
+
+def decoder_cases(*variants: str) -> list[Case]:
+    """The kernels between the products of a layer; also as they are where a launch may start before the one in front of
+    it has ended."""
+    calls = [Call("decoder", (64, *sizes), "bfloat16", variants=variants) for sizes in _DECODERS.values()]
+    calls += [Call("decoder", (64, *_DECODERS["qwen2.5-0.5b"]), "float32", variants=variants)]
+    return [*map(Case, calls), Case(calls[0], '{"plan": {"DEPENDENT_LAUNCH": true}}')]
+
+
 def table_cases(*variants: str) -> list[Case]:
     """Calls that between them launch every entry of the config table, in the variants that users run.
 
@@ -211,7 +228,7 @@ def table_cases(*variants: str) -> list[Case]:
     if {"noise", "threshold"}.isdisjoint(variants):  # which no other op has
         sizes = [(rows, 8192, 1, 1024) for rows in (16, 64, plan.ROW_BLOCK)]
         cases += [Case(Call("info_nce", size, "float32", backward=True, variants=variants)) for size in sizes]
-        cases += decode_cases(*variants)
+        cases += [*decode_cases(*variants), *decoder_cases(*variants)]
     return cases
 
 

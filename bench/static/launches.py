@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from gircse_kernels import decode_attention as decode_attention_kernels
+from gircse_kernels import decoder as decoder_kernels
 from gircse_kernels import info_nce as info_nce_kernels
 from gircse_kernels import launching
 from gircse_kernels.contract import Inputs, Options
 from gircse_kernels.plan import Config, Device, Problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gircse.ops import info_nce_op, observers, soft_embed_op, soft_embed_triton, stepwise_info_nce
+from gircse.ops import info_nce_op, soft_embed_op, soft_embed_triton, stepwise_info_nce
 
 # The largest chip of each architecture that the compile report knows.
 DEVICES = {arch: Device(arch, num_sms) for arch, num_sms in ((80, 108), (90, 132), (100, 148))}
@@ -64,13 +64,16 @@ class Call(NamedTuple):
     """A call of an op whose launches are wanted.
 
     Attributes:
-        op: "soft_embed", "info_nce" or "decode_attention".
-        sizes: T, V, D, E; or B, M, K, D; or T, S, D, E, H, H_kv (rows, slots, widths of a key and of a value, heads).
+        op: "soft_embed", "info_nce", "decode_attention" or "decoder" (each step of a layer once, and a step's end).
+        sizes: T, V, D, E; or B, M, K, D; or T, S, D, E, H, H_kv (rows, slots, widths of a key and of a value, heads);
+            or T, D, H, H_kv, d, r / 2, I (rows, width, heads, columns of a head and half of those that are rotated,
+            columns of the MLP).
         dtype: a name of torch's.
         tied: the embedding table is the head.
         backward: the gradients of the hidden states, or of both sides of the loss, too.
         variants: of `VARIANTS`, in this order: return_stats; bias, soft-cap and a temperature for each row (the loss:
-            a mask, `include_queries` and `symmetric`; the attention: a window and a soft-cap); a seed for each row; a
+            a mask, `include_queries` and `symmetric`; the attention: a window and a soft-cap; the decoder: Gemma
+            3's norms and activation); a seed for each row; a
             lowest score for each row; gradients of the matrices, too.
     """
 
@@ -96,7 +99,8 @@ class Call(NamedTuple):
     def prepare(self) -> Prepared:
         """The call, with its inputs made."""
         empty = functools.partial(torch.empty, dtype=getattr(torch, self.dtype), device="meta")
-        return {"soft_embed": _soft_embed, "info_nce": _info_nce, "decode_attention": _decode}[self.op](self, empty)
+        ops = {"soft_embed": _soft_embed, "info_nce": _info_nce, "decode_attention": _decode_attention}
+        return {**ops, "decoder": _decoder}[self.op](self, empty)
 
 
 class Prepared(NamedTuple):
@@ -150,13 +154,35 @@ def _info_nce(call: Call, empty: Callable[..., torch.Tensor]) -> Prepared:
     )
 
 
-def _decode(call: Call, empty: Callable[..., torch.Tensor]) -> Prepared:
+def _decode_attention(call: Call, empty: Callable[..., torch.Tensor]) -> Prepared:
     rows, slots, width, value_width, heads, kv_heads = call.sizes
     query, key = empty((rows, heads, width)), empty((rows, kv_heads, slots, width))
     value, position = empty((rows, kv_heads, slots, value_width)), empty(rows, dtype=torch.int64)
     options = {"window": slots // 2, "softcap": 50.0} if "scores" in call.variants else {}
-    op = decode_attention_kernels.decode_attention
+    options["arrivals"] = empty(rows * heads, dtype=torch.int32)
+    op = decoder_kernels.decode_attention
     return Prepared(functools.partial(op, query, key, value, position, scale=width**-0.5, **options))
+
+
+def _decoder(call: Call, empty: Callable[..., torch.Tensor]) -> Prepared:
+    rows, width, heads, kv_heads, size, half, inner = call.sizes
+    gemma = "scores" in call.variants
+    x, delta, weight, head_weight = empty(rows, width), empty(rows, width), empty(width), empty(size) if gemma else None
+    qkv, keys, values = empty(rows, (heads + 2 * kv_heads) * size), *empty(2, rows, kv_heads, 64, size)
+    cos, sin = empty(2, 64, half, dtype=torch.float32)
+    position, row, step = empty(3, rows, dtype=torch.int64)
+    norm: dict[str, Any] = {"eps": 1e-6, "offset": float(gemma)}
+    post = {**norm, "delta_weight": weight if gemma else None}
+
+    def forward() -> None:
+        ops = decoder_kernels
+        ops.add_rms_norm(x, None, weight, **norm)
+        ops.rotary_write(qkv, cos, sin, position, row, keys, values, q_norm=head_weight, k_norm=head_weight, **norm)
+        ops.add_rms_norm(x, delta, weight, **post)
+        ops.gated(empty(rows, 2 * inner), "gelu_tanh" if gemma else "silu")
+        ops.finish_step(x, delta, weight, empty(rows, 32, width), position, step, **post)
+
+    return Prepared(forward)
 
 
 def launches(call: Call, device: Device) -> list[Launch]:
@@ -214,7 +240,6 @@ def recorded(device: Device) -> Iterator[Recording]:
                 replace(module, "device_of", lambda *_: device)
         replace(soft_embed_op, "_module", lambda *_: soft_embed_triton)
         replace(info_nce_op, "_module", lambda *_: info_nce_kernels)
-        replace(observers, "dispatched", lambda: False)  # `Allocations` only looks on
         replace(torch, "is_autocast_enabled", lambda *_: False)  # PyTorch has no autocast for meta tensors
         replace(torch, "autocast", lambda *_, **__: nullcontext())
         yield recording
@@ -222,6 +247,8 @@ def recorded(device: Device) -> Iterator[Recording]:
 
 class Allocations(TorchDispatchMode):
     """The most bytes of fresh tensors that are alive at once."""
+
+    looks_on = True
 
     def __init__(self) -> None:
         super().__init__()

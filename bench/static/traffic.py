@@ -1,8 +1,10 @@
-"""Bytes and FLOPs of a call of `soft_embed`, kernel by kernel, from its plan: what the floor is compared with.
+"""Bytes and FLOPs, kernel by kernel, of a call of `soft_embed`, from its plan, and of a decode step of the body: what
+their floors are compared with.
 
 The model counts what must cross the memory bus::
 
-    matrix   a matrix is read once by each product with it; blocks of rows that run side by side find it in L2
+    matrix   a matrix is read once by each product with it; blocks of rows that run side by side find it in L2. In a
+             decode step keys and values count here, too
     partial  what one kernel writes for another to read: partial sums of shares, scores and probabilities of a chunk,
              sums over chunks. Counted in full, written and read, though some of it never leaves L2
     rows     hidden states, upstream gradients and results, once for each kernel that touches them
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from gircse_kernels.decode_attention import SLICE
 from gircse_kernels.plan import (
     Device,
     FewRows,
@@ -26,6 +29,8 @@ from gircse_kernels.plan import (
     plan_forward,
     plan_two_products,
 )
+
+from gircse.roofline import ModelFacts
 
 PRODUCT = "cuBLAS"  # the name of a product that is none of our kernels
 
@@ -141,6 +146,39 @@ def backward_work(problem: Problem, device: Device, *, kept: bool = False) -> li
         *sums,
         Work("score_grad_kernel", launches, partial_bytes=read + grad),
         Work(PRODUCT, launches, 2 * rows * vocab * width, head, grad + accumulator),
+    ]
+
+
+def step_work(facts: ModelFacts, inner: int, rows: int, cached: int) -> list[Work]:
+    """The body's part of a decode step of `rows` rows that see `cached` slots each, without biases and norms of heads.
+
+    Args:
+        inner: I, columns of the MLP.
+    """
+    s, layers, width, size = facts.itemsize, facts.layers, facts.hidden, facts.head_dim
+    queries, both = facts.heads * size, (facts.heads + 2 * facts.kv_heads) * size
+    products = [(width, both), (queries, width), (width, 2 * inner), (inner, width)]
+    slices = cdiv(cached, SLICE)
+    partial = 8 * rows * layers * (queries + 2 * facts.heads) * slices if slices > 1 else 0
+    return [
+        Work("add_rms_norm_kernel", 2 * layers + 1, row_bytes=s * rows * width * (4 * 2 * layers + 3)),
+        Work(
+            PRODUCT,
+            4 * layers,
+            2 * rows * layers * sum(n * m for n, m in products),
+            s * layers * sum(n * m for n, m in products),
+            row_bytes=s * rows * layers * sum(n + m for n, m in products),
+        ),
+        Work("rotary_write_kernel", layers, row_bytes=s * rows * layers * (both + queries + 3 * facts.kv_heads * size)),
+        Work(
+            "decode_attention_kernel",
+            layers,
+            4 * rows * layers * queries * cached,
+            s * rows * layers * 2 * facts.kv_heads * size * cached,
+            partial,
+            s * rows * layers * 2 * queries,
+        ),
+        Work("gated_kernel", layers, row_bytes=s * rows * layers * 3 * inner),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Encoding and training steps of whole models, timed on random weights that are made once for each shape.
+"""Encoding, decode steps and training steps of whole models, timed on random weights that are made once for each shape.
 
 The clocks come first. Then the embeddings, losses and gradients are compared (`bench.encode_check`,
 `bench.train_check`), once for all encodings of a shape, because a float32 copy of the model is made for it. A record is
@@ -19,6 +19,7 @@ from bench.engines import CACHED, ENGINES, GRAPH, OFFICIAL_EVAL, REFERENCE, forg
 from bench.memory import give_back
 from bench.records import judged, problems, settings
 from bench.shapes import SHAPES, random_model
+from bench.suite import steps
 from bench.suite.model_cases import MODEL_CASES, SMOKE_MODEL_CASES, ModelCase
 from bench.suite.profile import profile
 from bench.suite.session import Record, Session, say
@@ -33,13 +34,16 @@ _ENGINES = {"engine": (GRAPH, OFFICIAL_EVAL), "training": (CACHED, REFERENCE)}  
 
 
 def run(session: Session, sections: Sequence[str], *, profiled: bool) -> None:
-    """One shape after the other: its encodings, then its training step, which puts LoRA on the same weights."""
+    """One shape after the other: its encodings and decode steps, then its training step, which puts LoRA on the same
+    weights."""
     cases = [case for case in (SMOKE_MODEL_CASES if session.smoke else MODEL_CASES) if case.section in sections]
     for shape in dict.fromkeys(case.shape for case in cases):
         todo = [case for case in cases if case.shape == shape and not _finished(session, case, profiled)]
         weights = _Weights(session)
         with session.surviving(f"encode-{shape}"):
             _encode(session, weights, [case for case in todo if case.section == "engine"], profiled)
+        for case in (case for case in todo if case.section == "step"):
+            _step(session, weights, case)
         weights.end_of_encoding()
         for case in (case for case in todo if case.section == "training"):
             if session.fits(case.name, case.seconds):
@@ -77,7 +81,7 @@ class _Weights:
 
 def _finished(session: Session, case: ModelCase, profiled: bool) -> bool:
     """A case whose profile is asked for and not there is measured again."""
-    missing = profiled and not list(session.folder.glob(f"profile-*{case.name}.txt"))
+    missing = profiled and case.section != "step" and not list(session.folder.glob(f"profile-*{case.name}.txt"))
     return not missing and session.had(case.name)
 
 
@@ -140,6 +144,10 @@ def _encoding(session: Session, lm: CausalLM, case: ModelCase) -> tuple[Record, 
     return record, encode_check.Timed(case.name, batch, points)
 
 
+def _step(session: Session, weights: _Weights, case: ModelCase) -> None:
+    session.measure(case.name, case.seconds, lambda: steps.measure(session, weights.encoder(case), case))
+
+
 def _train(session: Session, base: Any, case: ModelCase, profiled: bool) -> None:
     steps, engines = sorted(case.targets), [REFERENCE, CACHED]
     job = training.TrainJob(
@@ -195,6 +203,8 @@ def _keep(session: Session, case: ModelCase, record: Record) -> None:
     for name, kept in record.get("generation", {}).items():
         if kept["not_captured"] is not None:
             session.problem(f"{case.name}: {name} ran its step eagerly: {kept['not_captured']}")
+        if kept["not_fused"] is not None:
+            session.problem(f"{case.name}: {name} ran the model's own decoder: {kept['not_fused']}")
     say(shown(record))
 
 

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 os.environ["TRITON_INTERPRET"] = os.environ.get("TRITON_INTERPRET", "0")
 
 import triton
+from gircse_kernels.decode_attention import SLICE
 from gircse_kernels.plan import Device
 from triton.backends.compiler import GPUTarget
 
@@ -35,10 +36,13 @@ from bench.provenance import ROOT, checkout_environment
 from bench.shapes import SHAPES
 from bench.static.compile_report import key
 from bench.static.launches import DEVICES, Call, Launch, launches
+from bench.suite import attention
 from bench.suite.alternatives import using
 from bench.suite.candidates import read
 from bench.suite.model_cases import MODEL_CASES
 from bench.suite.ops import SIZES
+from bench.suite.steps import DEPENDENT_LAUNCH
+from gircse.engine.config import STEPS_BUCKET
 
 _CHECKED_ROWS = (1, 4, 32)
 
@@ -65,6 +69,7 @@ def calls(sections: Sequence[str], *, smoke: bool = False) -> list[Call]:
             (n, "float32") for n in ((2, 4) if trains else _CHECKED_ROWS)
         ]:
             found.append(_model_call(case.shape, rows, dtype, trains))
+            found += [] if trains else _decoder_calls(case.shape, rows, case.length, dtype)
         for k in case.targets if trains else ():
             sizes = (case.rows, 2 * case.rows, max(k, 1), SHAPES[case.shape].settings["hidden_size"])
             found.append(Call("info_nce", sizes, case.dtype, backward=True))
@@ -74,6 +79,8 @@ def calls(sections: Sequence[str], *, smoke: bool = False) -> list[Call]:
             for timed in SIZES
             for size in (timed, checked(timed.width))
         ]
+    if "attention" in sections and not smoke:
+        found += attention.calls()
     return list(dict.fromkeys(found))
 
 
@@ -87,6 +94,18 @@ def _model_call(shape: str, rows: int, dtype: str, backward: bool) -> Call:
     width = settings["hidden_size"]
     sizes = (rows, settings["vocab_size"], width, width)
     return Call("soft_embed", sizes, dtype, settings["tie_word_embeddings"], backward)
+
+
+def _decoder_calls(shape: str, rows: int, length: int, dtype: str) -> list[Call]:
+    """The engine's own decoder: the steps of its layers, and its attention at that length and a shorter one."""
+    settings = SHAPES[shape].settings
+    heads, kv_heads = settings["num_attention_heads"], settings["num_key_value_heads"]
+    width = settings["hidden_size"]
+    size = settings.get("head_dim") or width // heads
+    sizes = (rows, width, heads, kv_heads, size, size // 2, settings["intermediate_size"])
+    slots = {min(length + STEPS_BUCKET, limit) for limit in (SLICE, length + STEPS_BUCKET)}
+    attention = [Call("decode_attention", (rows, n, size, size, heads, kv_heads), dtype) for n in sorted(slots)]
+    return [Call("decoder", sizes, dtype), *attention]
 
 
 def jobs_of(found: Iterable[tuple[Call, str]], device: Device) -> list[Job]:
@@ -133,14 +152,7 @@ def compile_one(job: Job) -> str:
 def _compile(launch: Launch) -> None:
     """Has Triton compile it for the active driver's device, through the same call as a real start."""
     config = launch.config
-    launch.kernel.warmup(
-        *launch.arguments,
-        grid=launch.grid,
-        **launch.constants,
-        **config.blocks,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.constants, **config.blocks, **config.options)
 
 
 @contextmanager
@@ -195,15 +207,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--multiprocessors", type=int, help="of the device; default: those of that architecture's largest chip")
     add("--jobs", type=int, default=os.cpu_count(), help="processes (default: the machine's cores)")
     add("--seconds", type=float, default=3600.0, help="what is not compiled by then is left out")
-    add("--sections", default="ops,engine,training,loss", help="of the suite, comma-separated")
+    add("--sections", default="ops,engine,step,attention,training,loss", help="of the suite, comma-separated")
     add("--candidates", type=Path, metavar="FILE", help="compile these alternatives, too")
     add("--smoke", action="store_true", help="the dry run's tiny shapes")
     options = parser.parse_args(argv)
     device = DEVICES.get(options.arch, DEVICES[90])._replace(arch=options.arch)
     if options.multiprocessors:
         device = device._replace(num_sms=options.multiprocessors)
-    found = calls(options.sections.split(","), smoke=options.smoke)
+    sections = options.sections.split(",")
+    found = calls(sections, smoke=options.smoke)
     pairs = [(call, "{}") for call in found]
+    if "step" in sections and not options.smoke:
+        pairs += [(call, json.dumps(DEPENDENT_LAUNCH)) for call in calls(["step"])]
     for entry in read(options.candidates) if options.candidates else ():
         pairs += [(op_call(entry.case), json.dumps(alternative)) for alternative in entry.alternatives.values()]
     jobs = jobs_of(pairs, device)

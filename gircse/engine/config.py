@@ -11,7 +11,7 @@ from gircse.integers import check_integer
 from gircse.lm.attention import RolloutKV
 
 CAPTURES = ("auto", "always", "never")
-FUSED = ("auto", "never")
+FUSED = ("auto", "always", "never")
 ATTENTIONS = ("auto", "sdpa", "flash", "triton")
 
 # Every K up to this one runs in the same batches and buffers, so a short run is bitwise the beginning of a longer one.
@@ -28,11 +28,11 @@ class EngineConfig:
             warning), "always" (with an error instead of the warning) or "never".
         compile: run the decoder body of the step through `torch.compile`.
         reuse_prefix: encode once the tokens that all texts of a window start with, such as an instruction.
-        decode_attention: on CUDA "flash" (flash-attn's `flash_attn_with_kvcache`), "triton" (our split-KV kernel) or
-            "sdpa"; "auto" takes flash where it is installed and the dtype is half precision, else sdpa.
-        fused_kernels: "auto" runs norms, rotary embeddings and gated MLPs on Liger-Kernel's kernels where that is
-            installed (`pip install gircse[fast]`) and the model is on a GPU; "never" runs the model's own layers.
-            `compile` fuses them itself and excludes Liger-Kernel's.
+        decode_attention: "triton" (our split-KV kernel; heads of more than 256 columns run SDPA), "sdpa", or on CUDA
+            "flash" (flash-attn's `flash_attn_with_kvcache`); "auto" takes triton where its kernels run, else sdpa.
+        fused_kernels: "auto" runs a decoder body of our own on a GPU, of nine kernels a layer; it runs the model's own,
+            with a warning, where ours does not know the layers or an adapter is not merged. "always" runs ours on any
+            device and raises an error instead of the warning. "never" runs the model's. `compile` excludes ours.
         max_rows: rows of a decode batch at most; None: by device.
         prefill_tokens: tokens of one prefill at most (a longer text runs alone); None: by device.
         kv_bytes: memory for keys and values; None: a share of what is free.

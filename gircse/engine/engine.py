@@ -5,19 +5,22 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from gircse.engine.body import Decoder, StockDecoder, choose_decoder
 from gircse.engine.config import STEPS_BUCKET, EngineConfig, Limits, kv_bytes_per_token
-from gircse.engine.fused import FusedKernels, has_liger
-from gircse.engine.kv import KVPool, PrefillPass, decode_kernel
+from gircse.engine.decode import decode_kernel
+from gircse.engine.pool import KVPool
+from gircse.engine.prefill import PrefillPass
 from gircse.engine.schedule import DecodeBatch, by_length, common_prefix, next_batch
-from gircse.engine.step import DecodeState, StepRunner
-from gircse.lm.attention import RolloutKV
+from gircse.engine.state import DecodeState
+from gircse.engine.step import StepRunner
+from gircse.engine.step_cost import StepCost
+from gircse.engine.watch import ModelWatch
 from gircse.lm.causal_lm import CausalLM
 from gircse.lm.device import without_autocast
 from gircse.lm.forking import compute_on_one_thread_in_child, is_lost, tell_after_fork
@@ -51,7 +54,9 @@ class EngineReport:
         state_bytes: the state of the step.
         graph_bytes: memory that captured graphs reserved.
         graphs: (rows, slots) of each captured graph.
+        steps: kernels and bytes of each captured step, the largest batch last.
         not_captured: why the step runs eagerly although it was to be captured, or None.
+        not_fused: why the model's own decoder body runs although ours was to, or None.
         limits: the limits of a decode batch, derived from the free memory.
     """
 
@@ -59,7 +64,9 @@ class EngineReport:
     state_bytes: int
     graph_bytes: int
     graphs: list[tuple[int, int]]
+    steps: list[StepCost]
     not_captured: str | None
+    not_fused: str | None
     limits: Limits
 
 
@@ -78,16 +85,18 @@ class Engine:
 
     def __init__(self, lm: CausalLM, config: EngineConfig | None = None) -> None:
         self.lm, self.config = lm, config or EngineConfig()
-        kernel = decode_kernel(self.config.decode_attention, lm.device, lm.head_weight.dtype)
-        self._runner = StepRunner(lm, capture=self.config.capture, compile=self.config.compile, kernel=kernel)
+        self._device, self._dtype = lm.device, lm.head_weight.dtype
+        self._kernel = decode_kernel(self.config.decode_attention, self._device, self._dtype)
+        self._runner = StepRunner(lm, capture=self.config.capture, kernel=self._kernel, counted=not self.config.compile)
+        self._decoder: Decoder = StockDecoder(lm)
+        self._watch = ModelWatch(lm.model)
+        self._not_fused: str | None = None
+        self._warned: set[str] = set()
         self._pool: KVPool | None = None
         self._state: DecodeState | None = None
-        self._where = (lm.device, lm.head_weight.dtype)
         self._lock = threading.RLock()
-        wanted = self.config.fused_kernels == "auto" and not self.config.compile
-        with without_autocast(lm.device):
-            self._limits = Limits.of(self.config, lm.device, kv_bytes_per_token(lm))
-            self._fused = FusedKernels.of(lm) if wanted and lm.device.type == "cuda" and has_liger() else None
+        with without_autocast(self._device):
+            self._limits = Limits.of(self.config, self._device, kv_bytes_per_token(lm))
         tell_after_fork(self)
 
     def after_fork(self) -> None:
@@ -99,7 +108,8 @@ class Engine:
 
     def fits(self, lm: CausalLM, config: EngineConfig) -> bool:
         """Whether this engine can run the model, which must not have been moved or cast since, with that config."""
-        return self.lm is lm and self.config == config and self._where == (lm.device, lm.head_weight.dtype)
+        here = (self._device, self._dtype) == (lm.device, lm.head_weight.dtype)
+        return self.lm is lm and self.config == config and here
 
     def report(self) -> EngineReport:
         return EngineReport(
@@ -107,7 +117,9 @@ class Engine:
             state_bytes=self._state.bytes if self._state is not None else 0,
             graph_bytes=self._runner.graph_bytes,
             graphs=self._runner.buckets,
+            steps=self._runner.costs,
             not_captured=self._runner.refusal,
+            not_fused=self._not_fused,
             limits=self._limits,
         )
 
@@ -135,8 +147,8 @@ class Engine:
         Raises:
             ValueError: a row has no token or too many, or the model has no embedding for a token id.
         """
-        lm = self.lm
-        result = torch.empty(len(rows), max(num_steps, 1), lm.hidden_size, dtype=lm.head_weight.dtype, device=lm.device)
+        shape = len(rows), max(num_steps, 1), self.lm.hidden_size
+        result = torch.empty(shape, dtype=self._dtype, device=self._device)
 
         def keep(chosen: list[int], states: Tensor, counts: Tensor) -> None:
             result[torch.tensor(chosen, device=result.device)] = states
@@ -172,9 +184,8 @@ class Engine:
         order = by_length(lengths)
         shared = common_prefix(rows) if self.config.reuse_prefix else 0
         job = _Job(rows, num_steps, temperature, settled, include_prompt, shared)
-        fused = self._fused.active() if self._fused is not None else nullcontext()
-        with self._lock, fused, without_autocast(self.lm.device), torch.inference_mode():
-            self._runner.check_weights()
+        with self._lock, without_autocast(self._device), torch.inference_mode():
+            self._read_model()
             done = 0
             while done < len(order):
                 batch: DecodeBatch | None = None
@@ -193,6 +204,23 @@ class Engine:
                     continue
                 sink(batch.rows, states, counts)
                 done += len(batch.rows)
+
+    def _read_model(self) -> None:
+        """Where modules, weights or adapters have changed since the last call, drops the graphs and chooses the decoder
+        again."""
+        if not self._watch.changed():
+            return
+        self._runner.drop()
+        self._decoder, reason = choose_decoder(self.lm, self.config, self._kernel)
+        self._watch.changed()  # sees that weights were fused
+        if reason and reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(
+                f"the engine runs the decoder layers of {type(self.lm.model).__name__} itself instead of its own fused "
+                f"kernels, which are faster: {reason}",
+                stacklevel=4,
+            )
+        self._not_fused = reason
 
     def _run_batch(self, batch: DecodeBatch, job: _Job) -> tuple[Tensor, Tensor]:
         """The states [n, max(K, 1), D] of the batch's rows, and the number of valid ones of each [n]."""
@@ -219,15 +247,14 @@ class Engine:
     def _prefill(self, batch: DecodeBatch, pool: KVPool, start: int, stop: int, job: _Job) -> Tensor:
         """The last states [n, D] of rows `start` to `stop`. Keys and values go to the same rows of the pool."""
         texts = [job.rows[row][job.shared :] for row in batch.rows[start:stop]]
-        lengths = [len(text) for text in texts]
-        kv = PrefillPass(pool, batch.buffer_rows, batch.slots, start, lengths, job.prefix, self.lm.device)
-        ids = torch.tensor([token for text in texts for token in text])[None].to(self.lm.device)
-        return self.lm.run_body(kv, kv.positions, input_ids=ids)[0, kv.last]
+        where = pool, batch.buffer_rows, batch.slots, start, texts
+        states = self._runner.prefill(self._decoder, *where) if job.prefix is None else None
+        return self._decoder.prefill(PrefillPass(*where, job.prefix, self._device)) if states is None else states
 
     def _decode(self, batch: DecodeBatch, pool: KVPool, state: DecodeState, job: _Job) -> tuple[Tensor, Tensor]:
         """Up to K states of each row, and how many it has. With `include_prompt` the first one is there already."""
         count, num_steps, first = len(batch.rows), job.num_steps, 1 + int(job.include_prompt)
-        step = self._runner.bind(pool, state, batch.slots, job.temperature)
+        step = self._runner.bind(self._decoder, pool, state, batch.slots, job.temperature)
         if job.settled is None:
             for _ in range(first, num_steps + 1):
                 step()
@@ -252,7 +279,7 @@ class Engine:
                 alive = _compact(alive, left, pool, state, batch.slots)
                 state = state.first(smaller)
                 state.position[left:] = 0  # otherwise spare rows run beyond their slots
-                step = self._runner.bind(pool, state, batch.slots, job.temperature)
+                step = self._runner.bind(self._decoder, pool, state, batch.slots, job.temperature)
         for row, text in enumerate(alive):
             if text >= 0:
                 states[text] = state.states[row, :num_steps]
@@ -261,9 +288,9 @@ class Engine:
     def _prefix(self, tokens: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
         """Keys and values of the tokens that all rows start with. Every `run` makes them again, because weights or
         adapters may have changed in between, and no cheap check sees every such change."""
-        kv = RolloutKV(torch.tensor([len(tokens)], device=self.lm.device))
-        self.lm.run_prompt(kv, torch.tensor([list(tokens)], device=self.lm.device))
-        return kv.prompt
+        pool = KVPool(len(tokens))
+        self._decoder.prefill(PrefillPass(pool, 1, len(tokens), 0, [tokens], None, self._device))
+        return pool.prefix(len(tokens))
 
     def _buffers(self, batch: DecodeBatch, num_steps: int) -> tuple[KVPool, DecodeState]:
         """Pool and state for a batch. They are replaced by larger ones only where the batch needs that."""
@@ -277,7 +304,7 @@ class Engine:
             rows = max(batch.buffer_rows, len(state.hidden) if state is not None else 0)
             self._state = None
             self._runner.drop()
-            like = torch.empty(0, self.lm.hidden_size, dtype=self.lm.head_weight.dtype, device=self.lm.device)
+            like = torch.empty(0, self.lm.hidden_size, dtype=self._dtype, device=self._device)
             state = self._state = DecodeState.allocate(rows, steps, like)
         return self._pool, state.first(batch.buffer_rows)
 
@@ -285,9 +312,9 @@ class Engine:
         """After an out-of-memory error, frees all buffers and halves the batches permanently."""
         self._pool = self._state = None
         self._runner.drop()
-        first = self._limits.rows == Limits.of(self.config, self.lm.device, 1).rows
+        first = self._limits.rows == Limits.of(self.config, self._device, 1).rows
         self._limits = self._limits.halved()
-        if self.lm.device.type == "cuda":
+        if self._device.type == "cuda":
             torch.cuda.empty_cache()
         if first:
             warnings.warn(

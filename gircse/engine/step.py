@@ -1,4 +1,4 @@
-"""The decode step: its state on the device, and its CUDA graphs.
+"""The decode step and its CUDA graphs.
 
 One step reads and writes static buffers only. It makes the soft token of `hidden`, runs the decoder body at `position`,
 writes `hidden` and `states[:, step]`, and adds 1 to `position` and `step`. So one captured graph per (rows, slots)
@@ -8,77 +8,39 @@ runs eagerly.
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gircse.engine.kv import DecodePass, KVPool
-from gircse.lm.adapter import adapters_at_work
+from gircse.engine.body.decoder import Decoder
+from gircse.engine.decode import DecodePass
+from gircse.engine.pool import KVPool
+from gircse.engine.prefill_graphs import PrefillGraphs
+from gircse.engine.state import DecodeState
+from gircse.engine.step_cost import StepCost, step_cost
 from gircse.lm.causal_lm import CausalLM
 from gircse.ops.head_facts import HeadFacts
 
 # At these counts all graphs or passes are dropped and made again when they are needed, so that memory stays bounded.
 MAX_GRAPHS = 48
 MAX_PASSES = 128  # sizes of batches whose index tensors are kept
-_WARM_UP = 2
-
-
-@dataclass(frozen=True)
-class DecodeState:
-    """What a step reads and writes, for R rows.
-
-    Attributes:
-        hidden: [R, D], the state of which the next soft token is made.
-        position: [R] int64, the position of that token.
-        step: [1] int64, the number of steps so far.
-        states: [R, K_max, D], g_1..g_step.
-    """
-
-    hidden: Tensor
-    position: Tensor
-    step: Tensor
-    states: Tensor
-
-    @classmethod
-    def allocate(cls, rows: int, num_steps: int, like: Tensor) -> DecodeState:
-        """Zeros, with the dtype and device of `like` [.., D]."""
-        width = like.shape[-1]
-        return cls(
-            like.new_zeros(rows, width),
-            torch.zeros(rows, dtype=torch.long, device=like.device),
-            torch.zeros(1, dtype=torch.long, device=like.device),
-            like.new_zeros(rows, num_steps, width),
-        )
-
-    def first(self, rows: int) -> DecodeState:
-        """A view of the first rows."""
-        return DecodeState(self.hidden[:rows], self.position[:rows], self.step, self.states[:rows])
-
-    def move_rows(self, source: Tensor, target: Tensor) -> None:
-        for tensor in (self.hidden, self.position, self.states):
-            tensor[target] = tensor[source]
-
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (self.hidden, self.position, self.step, self.states))
 
 
 def decode_step(
-    lm: CausalLM, kv: DecodePass, state: DecodeState, temperature: float, facts: HeadFacts | None = None
+    lm: CausalLM,
+    decoder: Decoder,
+    kv: DecodePass,
+    state: DecodeState,
+    temperature: float,
+    facts: HeadFacts | None = None,
 ) -> None:
     """One soft token for every row, in place. It can be captured: shapes are static and the host never waits."""
     token = lm.soft_embed(state.hidden, temperature=temperature, facts=facts)
     kv.begin()
-    hidden = lm.run_body(kv, state.position[:, None], inputs_embeds=token[:, None])[:, 0]
-    state.hidden.copy_(hidden)
-    state.states.index_copy_(1, state.step, hidden[:, None])
-    state.position.add_(1)
-    state.step.add_(1)
+    decoder.step(kv, token, state)
 
 
 class StepRunner:
@@ -86,24 +48,22 @@ class StepRunner:
 
     Args:
         lm: the model.
-        capture, compile: see `EngineConfig`.
+        capture: see `EngineConfig`.
         kernel: the attention kernel, see `DecodePass`.
+        counted: count kernels and bytes of captured steps; false where a compiler makes kernels that nothing counts.
     """
 
-    def __init__(self, lm: CausalLM, *, capture: str, compile: bool, kernel: str) -> None:
-        # Shapes are static, so a step is compiled once per bucket. This class captures graphs; the compiler does not.
-        self._lm = (
-            dataclasses.replace(lm, body=cast(nn.Module, torch.compile(lm.body, dynamic=False))) if compile else lm
-        )
-        self._kernel = kernel
+    def __init__(self, lm: CausalLM, *, capture: str, kernel: str, counted: bool = True) -> None:
+        self._lm, self._kernel, self._counted = lm, kernel, counted
         self._required = capture == "always"
         self.captures = capture == "always" or (capture == "auto" and lm.device.type == "cuda")
         self.refusal: str | None = None
         self.graph_bytes = 0
         self._graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self._costs: dict[tuple[int, int], StepCost] = {}
         self._passes: dict[tuple[int, int], DecodePass] = {}
         self._memory: Any = None
-        self._fingerprint: tuple | None = None
+        self._prefills = PrefillGraphs()
         if self._required and lm.device.type != "cuda":
             raise ValueError(f"capture: got 'always' with a model on {lm.device}, expected a CUDA device")
 
@@ -112,25 +72,37 @@ class StepRunner:
         """(rows, slots) of the captured graphs."""
         return [key[:2] for key in self._graphs]
 
+    @property
+    def costs(self) -> list[StepCost]:
+        """Of the captured steps, largest batch last."""
+        return [self._costs[key] for key in sorted(self._costs)]
+
     def drop(self) -> None:
         """Drops graphs and passes, because the buffers that they point to are about to be freed."""
         self._graphs.clear()
+        self._costs.clear()
         self._passes.clear()
+        self._prefills.drop()
         self._memory, self.graph_bytes = None, 0
 
-    def check_weights(self) -> None:
-        """Drops graphs if weights have moved or adapters were switched since they were captured."""
-        if self.captures:
-            fingerprint = _fingerprint(self._lm.model)
-            if fingerprint != self._fingerprint:
-                self.drop()
-            self._fingerprint = fingerprint
+    def prefill(
+        self, decoder: Decoder, pool: KVPool, rows: int, slots: int, start: int, texts: Sequence[Sequence[int]]
+    ) -> Tensor | None:
+        """See `PrefillGraphs.run`; None where nothing is captured."""
+        if not self.captures:
+            return None
+        return self._prefills.run(self._capture, decoder, pool, rows, slots, start, texts, self._lm.device)
 
-    def bind(self, pool: KVPool, state: DecodeState, slots: int, temperature: float) -> Callable[[], None]:
+    def bind(
+        self, decoder: Decoder, pool: KVPool, state: DecodeState, slots: int, temperature: float
+    ) -> Callable[[], None]:
         """A function that takes one step of `state`'s rows each time it is called."""
         rows = len(state.hidden)
+        key = (rows, slots, temperature)
+        if self.captures and key not in self._graphs and len(self._graphs) >= MAX_GRAPHS:
+            self.drop()  # before the pass is made, which the new graph goes on reading
         kv = self._passes.get((rows, slots))
-        if kv is None or kv.pool is not pool or kv.position.data_ptr() != state.position.data_ptr():
+        if kv is None or kv.pool is not pool or kv.positions.data_ptr() != state.position.data_ptr():
             if not self.captures and len(self._passes) >= MAX_PASSES:  # a captured graph goes on reading its pass
                 self._passes.clear()
             kv = self._passes[rows, slots] = DecodePass(pool, rows, slots, state.position, self._kernel)
@@ -138,16 +110,17 @@ class StepRunner:
         facts = None if self.captures else self._lm.facts()  # a graph must read them in every step
 
         def step() -> None:
-            decode_step(self._lm, kv, state, temperature, facts)
+            decode_step(self._lm, decoder, kv, state, temperature, facts)
+
+        def count() -> None:
+            self._costs[rows, slots] = step_cost(step, pool, state, slots)
 
         if not self.captures:
             return step
-        key = (rows, slots, temperature)
         if key not in self._graphs:
-            if len(self._graphs) >= MAX_GRAPHS:
-                self.drop()
             try:
-                self._graphs[key] = self._capture(step, state)
+                restored = state.hidden, state.position, state.step
+                self._graphs[key] = self._capture(step, restored, count if self._counted else None)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # a model's forward may do many things that a capture forbids
@@ -162,9 +135,16 @@ class StepRunner:
                 return step
         return self._graphs[key].replay
 
-    def _capture(self, step: Callable[[], None], state: DecodeState) -> torch.cuda.CUDAGraph:
-        device = state.hidden.device
-        saved = [(tensor, tensor.clone()) for tensor in (state.hidden, state.position, state.step)]
+    def _capture(
+        self, run: Callable[[], Any], restored: Sequence[Tensor] = (), counted: Callable[[], Any] | None = None
+    ) -> torch.cuda.CUDAGraph:
+        """A graph of `run`, which is run twice before; `counted` is the second time, in its place.
+
+        Args:
+            restored: tensors that have the same values afterwards.
+        """
+        device = self._lm.device
+        saved = [(tensor, tensor.clone()) for tensor in restored]
         reserved = torch.cuda.memory_reserved(device)
 
         def restore() -> None:
@@ -175,22 +155,16 @@ class StepRunner:
         stream.wait_stream(torch.cuda.current_stream(device))
         try:
             with torch.cuda.stream(stream):
-                for _ in range(_WARM_UP):  # compiles kernels and allocates libraries' workspaces outside the graph
-                    step()
+                for warm_up in (run, counted or run):  # compile kernels and allocate workspaces outside the graph
+                    warm_up()
                     restore()
             torch.cuda.current_stream(device).wait_stream(stream)
             if self._memory is None:
                 self._memory = torch.cuda.graph_pool_handle()  # graphs run one after the other and share it
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._memory, stream=stream):
-                step()
+                run()
         finally:
             restore()
         self.graph_bytes += max(0, torch.cuda.memory_reserved(device) - reserved)
         return graph
-
-
-def _fingerprint(model: nn.Module) -> tuple:
-    """The addresses of the weights and the factors of the active adapters, which a captured graph contains."""
-    tensors = tuple(t.data_ptr() for kind in (model.parameters(), model.buffers()) for t in kind)
-    return tensors, tuple(adapters_at_work(layer) for layer in model.modules() if hasattr(layer, "merged_adapters"))

@@ -37,7 +37,7 @@ def resolve_backend(backend: str | None, tensor: Tensor) -> str:
     if backend == "torch" or (backend is None and not tensor.is_cuda):
         return "torch"
     check_backend(backend)
-    reason = _refusal(tensor.device, tensor.dtype)
+    reason = refusal(tensor.device, tensor.dtype)
     if reason is None:
         return "triton"
     if backend is None:
@@ -53,7 +53,7 @@ def kernels(name: str = "soft_embed") -> ModuleType:
 
 
 @functools.lru_cache(maxsize=64)
-def _refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why triton cannot take such tensors; None: it can."""
     if dtype not in TRITON_DTYPES:
         return f"got dtype {dtype}, the kernels take {', '.join(map(str, TRITON_DTYPES))}"

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
@@ -43,5 +44,8 @@ def grads_batched(grads: Sequence[Tensor | None]) -> bool:
 
 
 def dispatched() -> bool:
-    """Whether a dispatch mode sees every operator."""
-    return bool(torch._C._len_torch_dispatch_stack())
+    """Whether a dispatch mode sees every operator. One with the attribute `looks_on` only counts, and sees those that
+    an op of ours is made of."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return not all(getattr(mode, "looks_on", False) for mode in _get_current_dispatch_mode_stack())

@@ -11,24 +11,25 @@ The difference comes before the factor: where a weight counts it is small, and s
 
 Grid: (B, H_kv, splits). The G = H / H_kv query heads of a key head are the rows of one tile, so a key and a value are
 read once for all of them (more than 16 heads are several tiles, which share the reads through L2). A program walks the
-blocks of its slice of slots that hold something visible; one whose slice holds nothing ends at once. With one split it
-writes the result, else its (m, l, acc) in float32, and `decode_merge_kernel`, a program for each row and head, adds up
-the splits that the row can see. Nothing is read on the host and no shape depends on a value, so a CUDA graph that
-captured the call is replayed while `position` moves on.
+blocks of its slice of slots that hold something visible; one whose slice holds nothing ends at once. Where a row sees
+one slice, its program writes the result. Otherwise each program writes its (m, l, acc) in float32 and counts itself in
+`arrivals`; the one that finds all others of the row's slices counted adds up the parts, slice by slice, and sets the
+count back to 0. So the attention is one launch whatever S. Nothing is read on the host and no shape depends on a value,
+so a CUDA graph that captured the call is replayed while `position` moves on.
 
 A slice is `SLICE` slots, whatever the batch: the number of splits follows from S alone. So a row's result is bitwise
 the same in every batch, and, up to S = SLICE * MOST_SPLITS, in every buffer that is long enough for it. A count made to
 fit the multiprocessors would change the order of a row's sum with the rows beside it. The price is a small batch on a
 short buffer, which occupies few multiprocessors; then the step is bound by the weights.
 
-No atomics: every result has one owner, two runs are bitwise equal. Products accumulate in float32; those of float32
-inputs are exact float32 products, on no tensor core.
+The count is the only atomic operation, and no sum depends on who arrives last: two runs are bitwise equal. Products
+accumulate in float32; those of float32 inputs are exact float32 products, on no tensor core.
 
-Traffic, s bytes per element, n_b the slots that row b sees, t_b the slices that these lie in::
+Traffic, s bytes per element, n_b the slots that row b sees, t_b the slices that these lie in (0 where it is one)::
 
     s H_kv (d + d_v) sum_b n_b              keys and values, once
     s B H (d + d_v)                         queries, results
-    8 H (d_v + 2) sum_b t_b                 partials, written and read; none with one split
+    8 H (d_v + 2) sum_b t_b                 partials, written and read
 
 Stale slots are not read, so they may hold anything.
 
@@ -48,6 +49,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launching
+from .dependent import wait_for_kernel_before
+from .launching import dependent
 from .matmul import dot
 from .plan import Config, cdiv
 from .scores import tanh
@@ -56,7 +59,6 @@ SLICE = 512  # slots of a split: its partials are then a few percent of its keys
 MOST_SPLITS = 64
 BLOCK_G = 16  # query heads of a tile, the least that a matrix product takes
 WIDEST = 256
-MERGED = Config({"BLOCK_N": 16}, 4, 1)  # splits that the merge reads at once
 START = tl.constexpr(-1e30)  # of a running maximum: below every product, and finite after the factor, too
 # (padded width, bytes per element) -> slots of a block, warps, stages
 TABLE = {
@@ -68,7 +70,7 @@ TABLE = {
     (16, 4): (32, 4, 2),
     (32, 4): (64, 4, 2),
     (64, 4): (32, 4, 2),
-    (128, 4): (32, 8, 2),
+    (128, 4): (16, 8, 2),
     (256, 4): (16, 8, 2),
 }
 
@@ -91,10 +93,11 @@ def decode_attention_kernel(
     key_ptr,  # [B, H_kv, S, d]
     value_ptr,  # [B, H_kv, S, d_v]
     position_ptr,  # [B] int64
-    out_ptr,  # [B, H, d_v], out, with one split
+    out_ptr,  # [B, H, d_v], out
     acc_ptr,  # [B, H, splits, d_v] float32, out, with SPLIT
     peak_ptr,  # [B, H, splits] float32, out, with SPLIT; the same for total
     total_ptr,
+    arrival_ptr,  # [B, tiles of heads] int32, with SPLIT: 0 before and after
     num_heads,
     num_slots,
     slice_size,  # slots of a split, a multiple of BLOCK_S
@@ -118,6 +121,7 @@ def decode_attention_kernel(
     CAPPED: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -127,11 +131,14 @@ def decode_attention_kernel(
     tiles: tl.constexpr = (HEADS + BLOCK_G - 1) // BLOCK_G
     kv_head = (tl.program_id(1) // tiles).to(tl.int64)
     i_split = tl.program_id(2)
+    wait_for_kernel_before(DEPENDENT)
     first, stop = visible_slots(position_ptr, row, stride_position, num_slots, window, HAS_WINDOW)
     begin = tl.maximum(i_split * slice_size, first // BLOCK_S * BLOCK_S)
     end = tl.minimum((i_split + 1) * slice_size, stop)
-    if SPLIT and begin >= end:
-        return  # the merge does not read what is not written here
+    first_split = first // slice_size
+    last_split = tl.maximum(tl.cdiv(stop, slice_size), first_split + 1)  # a row that sees nothing has one
+    if SPLIT and (i_split < first_split or i_split >= last_split):
+        return
 
     in_group = tl.program_id(1) % tiles * BLOCK_G + tl.arange(0, BLOCK_G)
     m_heads = in_group < HEADS
@@ -171,66 +178,42 @@ def decode_attention_kernel(
         acc = dot(prob.to(value.dtype), value, acc * decay[:, None], PRECISION)
 
     index = row * num_heads + heads
+    finished = True
     if SPLIT:
-        slot_out = index * tl.num_programs(2) + i_split
-        tl.store(peak_ptr + slot_out, peak, mask=m_heads)
-        tl.store(total_ptr + slot_out, total, mask=m_heads)
-        tl.store(acc_ptr + slot_out[:, None] * VALUE_WIDTH + e[None, :], acc, mask=m_heads[:, None] & m_e[None, :])
-    else:
-        out = acc / tl.where(total > 0, total, 1.0)[:, None]
-        tl.store(
-            out_ptr + index[:, None] * VALUE_WIDTH + e[None, :],
-            out.to(out_ptr.dtype.element_ty),
-            mask=m_heads[:, None] & m_e[None, :],
-        )
-
-
-@triton.jit(do_not_specialize=["num_slots", "slice_size", "num_splits", "window"])
-def decode_merge_kernel(
-    acc_ptr,  # [B, H, splits, d_v] float32
-    peak_ptr,  # [B, H, splits] float32; the same for total
-    total_ptr,
-    position_ptr,  # [B] int64
-    out_ptr,  # [B, H, d_v], out
-    num_heads,
-    num_slots,
-    slice_size,
-    num_splits,
-    window,
-    stride_position,
-    factor,
-    VALUE_WIDTH: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    index = tl.program_id(0).to(tl.int64)
-    row = index // num_heads
-    first, stop = visible_slots(position_ptr, row, stride_position, num_slots, window, HAS_WINDOW)
-    first_split = first // slice_size
-    last_split = tl.cdiv(stop, slice_size)
-    e = tl.arange(0, BLOCK_E)
-    m_e = e < VALUE_WIDTH
-    peak = tl.full([1], START, tl.float32)
-    total = tl.zeros([1], tl.float32)
-    acc = tl.zeros([BLOCK_E], tl.float32)
-    for start in range(first_split, last_split, BLOCK_N):
-        split = start + tl.arange(0, BLOCK_N)
-        m_split = split < last_split
-        slot = index * num_splits + split
-        peaks = tl.load(peak_ptr + slot, mask=m_split, other=START)
-        totals = tl.load(total_ptr + slot, mask=m_split, other=0.0)
-        part = tl.load(
-            acc_ptr + slot[:, None] * VALUE_WIDTH + e[None, :], mask=m_split[:, None] & m_e[None, :], other=0.0
-        )
-        new_peak = tl.maximum(peak, tl.max(peaks, 0))
-        weights = tl.exp2((peaks - new_peak) * factor)
-        decay = tl.exp2((peak - new_peak) * factor)
-        total = total * decay + tl.sum(totals * weights, 0)
-        acc = acc * decay + tl.sum(part * weights[:, None], 0)
-        peak = new_peak
-    out = acc / tl.where(total > 0, total, 1.0)
-    tl.store(out_ptr + index * VALUE_WIDTH + e, out.to(out_ptr.dtype.element_ty), mask=m_e)
+        splits = last_split - first_split
+        if splits > 1:
+            num_splits = tl.num_programs(2)
+            p_part = index * num_splits
+            p_acc = acc_ptr + p_part[:, None] * VALUE_WIDTH + e[None, :]
+            m_acc = m_heads[:, None] & m_e[None, :]
+            tl.store(peak_ptr + p_part + i_split, peak, mask=m_heads)
+            tl.store(total_ptr + p_part + i_split, total, mask=m_heads)
+            tl.store(p_acc + i_split * VALUE_WIDTH, acc, mask=m_acc)
+            tl.debug_barrier()  # the whole program has written before it counts itself
+            arrival = arrival_ptr + row * tl.num_programs(1) + tl.program_id(1)
+            finished = tl.atomic_add(arrival, 1, sem="acq_rel", scope="gpu") == splits - 1
+            if finished:
+                tl.store(arrival, 0)
+                peak = tl.full([BLOCK_G], START, tl.float32)
+                total = tl.zeros([BLOCK_G], tl.float32)
+                acc = tl.zeros([BLOCK_G, BLOCK_E], tl.float32)
+                for split in tl.range(first_split, last_split, loop_unroll_factor=4):
+                    # from L2: this multiprocessor's own cache may hold what was there before
+                    part_peak = tl.load(peak_ptr + p_part + split, mask=m_heads, other=START, cache_modifier=".cg")
+                    part_total = tl.load(total_ptr + p_part + split, mask=m_heads, other=0.0, cache_modifier=".cg")
+                    part = tl.load(p_acc + split * VALUE_WIDTH, mask=m_acc, other=0.0, cache_modifier=".cg")
+                    new_peak = tl.maximum(peak, part_peak)
+                    weight = tl.exp2((part_peak - new_peak) * factor)
+                    decay = tl.exp2((peak - new_peak) * factor)
+                    total = total * decay + part_total * weight
+                    acc = acc * decay[:, None] + part * weight[:, None]
+                    peak = new_peak
+    out = acc / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(
+        out_ptr + index[:, None] * VALUE_WIDTH + e[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=m_heads[:, None] & m_e[None, :] & finished,
+    )
 
 
 def decode_attention(
@@ -243,6 +226,7 @@ def decode_attention(
     window: int | None = None,
     softcap: float | None = None,
     splits: int | None = None,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
     """softmax(softcap(scale q K^T)) V of one token per row over the slots that it sees.
 
@@ -257,6 +241,8 @@ def decode_attention(
         window: a row sees the last `window` of its slots; None: all.
         softcap: scores are softcap * tanh(score / softcap); None: as they are.
         splits: into how many slices the slots are cut, at most; None: as many as slices of 512, at most 64.
+        arrivals: int32 zeros, contiguous, at least B * H of them, which are zeros again when the call is done. Calls
+            that may run at the same time need one each. None: made here, in one more launch where there are slices.
 
     Returns:
         [B, H, d_v], contiguous, in the query's dtype.
@@ -265,7 +251,7 @@ def decode_attention(
         TypeError: an argument has a dtype that it cannot have.
         ValueError: shapes, strides, devices or numbers that do not fit.
     """
-    _check(query, key, value, position, scale, window, softcap, splits)
+    _check(query, key, value, position, scale, window, softcap, splits, arrivals)
     batch, num_heads, width = query.shape
     kv_heads, num_slots, value_width = value.shape[1:]
     out = torch.empty((batch, num_heads, value_width), dtype=query.dtype, device=query.device)
@@ -275,19 +261,21 @@ def decode_attention(
     config = tiles(width, value_width, query.dtype.itemsize)
     size = slice_size(num_slots, splits, config.blocks["BLOCK_S"])
     count = cdiv(num_slots, size)
+    config = config._replace(dependent=dependent(query.device))
     acc = peak = total = None
     if count > 1:
         acc = torch.empty((batch, num_heads, count, value_width), dtype=torch.float32, device=query.device)
         peak, total = torch.empty((2, batch, num_heads, count), dtype=torch.float32, device=query.device)
-    factor = (scale if softcap is None else softcap) * math.log2(math.e)
+        if arrivals is None:
+            arrivals = torch.zeros(batch * num_heads, dtype=torch.int32, device=query.device)
     launching.launch(
         decode_attention_kernel,
         (batch, kv_heads * cdiv(heads, BLOCK_G), count),
         (
-            query, key, value, position, out, acc, peak, total,
+            query, key, value, position, out, acc, peak, total, arrivals if count > 1 else None,
             num_heads, num_slots, size, window or 0,
             *query.stride(), *key.stride()[:3], *value.stride()[:3], position.stride(0),
-            0.0 if softcap is None else scale / softcap, factor,
+            0.0 if softcap is None else scale / softcap, (scale if softcap is None else softcap) * math.log2(math.e),
         ),
         config,
         HEADS=heads,
@@ -297,19 +285,8 @@ def decode_attention(
         CAPPED=softcap is not None,
         SPLIT=count > 1,
         PRECISION="widen" if launching.INTERPRETED and query.dtype == torch.bfloat16 else "ieee",
+        DEPENDENT=config.dependent,
     )  # fmt: skip
-    if count > 1:
-        launching.launch(
-            decode_merge_kernel,
-            (batch * num_heads,),
-            (
-                acc, peak, total, position, out,
-                num_heads, num_slots, size, count, window or 0, position.stride(0), factor,
-            ),
-            MERGED._replace(blocks={**MERGED.blocks, "BLOCK_E": config.blocks["BLOCK_E"]}),
-            VALUE_WIDTH=value_width,
-            HAS_WINDOW=window is not None,
-        )  # fmt: skip
     return out
 
 
@@ -335,6 +312,7 @@ def _check(
     window: int | None,
     softcap: float | None,
     splits: int | None,
+    arrivals: Tensor | None,
 ) -> None:
     if query.dtype not in launching.DTYPES:
         raise TypeError(f"query: got {query.dtype}, expected float16, bfloat16 or float32")
@@ -362,7 +340,15 @@ def _check(
         raise TypeError(f"position: got {position.dtype}, expected int64")
     if position.shape != (batch,):
         raise ValueError(f"position: got shape {list(position.shape)}, expected [{batch}]")
-    for name, tensor in (("key", key), ("value", value), ("position", position)):
+    if arrivals is not None:
+        if arrivals.dtype != torch.int32:
+            raise TypeError(f"arrivals: got {arrivals.dtype}, expected int32")
+        if arrivals.dim() != 1 or len(arrivals) < batch * num_heads or not arrivals.is_contiguous():
+            raise ValueError(
+                f"arrivals: got shape {list(arrivals.shape)}, expected at least [{batch * num_heads}], contiguous"
+            )
+    tensors = {"key": key, "value": value, "position": position, **({} if arrivals is None else {"arrivals": arrivals})}
+    for name, tensor in tensors.items():
         if tensor.device != query.device:
             raise ValueError(f"{name}: got a tensor on {tensor.device}, expected {query.device} as the query")
     for name, number in (("scale", scale), ("softcap", softcap if softcap is not None else 1.0)):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import plan
 from .contract import Inputs, Options
 from .matmul import dot, product_kernel
 from .plan import SMALL_SHARED, Config, Device, cdiv, lookup
@@ -27,6 +30,11 @@ def device_of(device: torch.device) -> Device:
     return Device(SMALL_SHARED[0] if arch in SMALL_SHARED else arch, properties.multi_processor_count)
 
 
+def dependent(device: torch.device) -> bool:
+    """Whether the decoder's kernels are launched there as `dependent.py` says."""
+    return plan.DEPENDENT_LAUNCH and not INTERPRETED and device_of(device).arch >= 90
+
+
 def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], config: Config, **constants: Any) -> None:
     """Start a kernel. Every start goes through here, so that tools can record starts instead of making them.
 
@@ -40,18 +48,19 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], confi
         config: tiles, warps and stages.
         constants: all other compile-time parameters.
     """
+    device = arguments[0].device
+    if not INTERPRETED and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # Triton launches on the current device
+            return launch(kernel, grid, arguments, config, **constants)
+    for observer in _OBSERVERS:
+        observer(arguments)
     if INTERPRETED:
         kernel[grid](*arguments, **constants, **config.blocks)
         return
-    device = arguments[0].device
-    if device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):  # Triton launches on the current device
-            return launch(kernel, grid, arguments, config, **constants)
     key = (kernel.fn, device.index, config, *constants.items(), *map(_compiled_for, arguments))
     known = _COMPILED.get(key)
     if known is None:
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        compiled = kernel[grid](*arguments, **constants, **config.blocks, **options)
+        compiled = kernel[grid](*arguments, **constants, **config.blocks, **config.options)
         constants.update(config.blocks)
         _COMPILED[key] = compiled, tuple(constants[p.name] for p in kernel.params if p.is_constexpr)
     else:
@@ -59,6 +68,17 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], confi
         compiled[(*grid, 1, 1)[:3]](*arguments, *last)
 
 
+@contextmanager
+def telling(observer: Callable[[tuple[Any, ...]], None]) -> Iterator[None]:
+    """Inside, `observer` receives the arguments of every kernel that is started, by whatever thread."""
+    _OBSERVERS.append(observer)
+    try:
+        yield
+    finally:
+        _OBSERVERS.remove(observer)
+
+
+_OBSERVERS: list[Callable[[tuple[Any, ...]], None]] = []
 _COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 

@@ -29,6 +29,9 @@ FEW_ROWS = 32
 # others 163 or 227. All of them are planned as 8.6: with Ampere's tiles, and form 2 up to the width that fits.
 SMALL_SHARED = (86, 89, 120, 121)
 SMALL_SHARED_WIDTH = 576
+# On sm_90 and newer a kernel of the decoder may start before the one in front of it has ended, see `dependent.py`. Off
+# until a measurement shows a gain.
+DEPENDENT_LAUNCH = False
 TABLE = Path(__file__).with_name("configs.json")
 
 
@@ -39,9 +42,16 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     per_sm: int = 1  # programs that a multiprocessor should have; decides into how many shares work is split
+    dependent: bool = False  # it may start before the kernel in front of it has ended
 
     def __hash__(self) -> int:
         return hash((*self.blocks.items(), *self[1:]))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton compiles with, beside the kernel's own constants."""
+        found: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**found, "launch_pdl": True} if self.dependent else found
 
 
 SAFE = {

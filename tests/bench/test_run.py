@@ -14,6 +14,8 @@ from bench.batches import check_lengths, draw_lengths, random_batch
 from bench.engines import ENGINES, cached
 from bench.floors import measure_ceilings
 from bench.shapes import SHAPES, meta_model, random_model
+from gircse.engine.step import StepRunner
+from gircse.engine.step_cost import StepCost
 from gircse.lm.attention import ATTENTION_NAME
 from gircse.lm.causal_lm import CausalLM
 from gircse.roofline import Ceilings, ModelFacts
@@ -37,7 +39,9 @@ def bench(folder, tmp_path, monkeypatch):
     return call
 
 
-def test_table_record_and_plot(bench, tmp_path, capsys):
+def test_table_record_and_plot(bench, tmp_path, capsys, monkeypatch):
+    steps = [StepCost(2, 64, 1, 1), StepCost(4, 48, 19, 2_000_000), StepCost(8, 48, 20, 3_000_000)]
+    monkeypatch.setattr(StepRunner, "costs", steps)  # a CPU captures none; the batch has three rows
     assert bench("--steps", "0", "1", "3", "--batch", "3", "--mixed") == 0
     printed = capsys.readouterr().out.splitlines()
     record = json.loads(printed[-1])
@@ -67,6 +71,10 @@ def test_table_record_and_plot(bench, tmp_path, capsys):
         )
         assert point["time_over_floor"] == pytest.approx(point["seconds"] / point["floor_seconds"], rel=1e-4)
         assert len(point["runs"]) == 2
+        captured = point["engine"] == "graph" and point["num_steps"] > 0
+        assert point.get("step_launches") == (19 if captured else None)
+        assert point.get("step_bytes") == (2_000_000 if captured else None)
+    assert "kernels/step" in header
     assert {"date", "device", "torch", "triton", "transformers", "commit", "sources"} <= record["provenance"].keys()
     assert record["agreement"]["worst"]["relative error"] < 1e-4
 

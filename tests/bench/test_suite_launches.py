@@ -86,11 +86,13 @@ def test_recording_leaves_the_ops_as_they_were():
 
 
 def test_every_section_is_compiled_beforehand():
-    found = precompile.calls(["ops", "engine", "training", "loss"])
+    found = precompile.calls(["ops", "engine", "step", "training", "loss"])
     assert len(set(found)) == len(found)
     assert {precompile.op_call(case) for case in CASES} <= set(found)
     vocab, width = 151_936, 896
     assert Call("soft_embed", (512, vocab, width, width), "bfloat16") in found  # a decode batch
+    assert Call("decoder", (64, 4096, 32, 8, 128, 64, 14336), "bfloat16") in found
+    assert {Call("decode_attention", (64, n, 128, 128, 32, 8), "bfloat16") for n in (512, 544)} <= set(found)
     assert Call("soft_embed", (8, vocab, width, width), "bfloat16", True, True) in found  # training, the queries
     assert Call("info_nce", (8, 16, 5, width), "bfloat16", backward=True) in found
     assert Call("info_nce", (8, 16, 1, width), "bfloat16", backward=True) in found  # K = 0

@@ -40,12 +40,15 @@ def test_a_model_that_could_not_be_checked_is_marked(suite, monkeypatch):
     assert suite.record(MODELS[0])["points"][0]["seconds"] > 0
 
 
-def test_a_step_that_was_not_captured_is_named(suite, monkeypatch):
+def test_a_step_that_was_not_captured_or_fused_is_named(suite, monkeypatch):
     monkeypatch.setattr(models.encode_check, "check", lambda *_, **__: [])
-    monkeypatch.setattr(Generation, "report", lambda *_: {"not_captured": "RuntimeError: a synchronisation"})
+    kept = {"not_captured": "RuntimeError: a synchronisation", "not_fused": "an unknown norm"}
+    monkeypatch.setattr(Generation, "report", lambda *_: kept)
     assert suite("--only", "engine") == 1
-    (problem,) = suite.record("summary")["problems"]
-    assert problem == f"{MODELS[0]}: graph ran its step eagerly: RuntimeError: a synchronisation"
+    assert suite.record("summary")["problems"] == [
+        f"{MODELS[0]}: graph ran its step eagerly: RuntimeError: a synchronisation",
+        f"{MODELS[0]}: graph ran the model's own decoder: an unknown norm",
+    ]
 
 
 def test_a_comparison_that_was_lost_is_left_out(suite, monkeypatch, tmp_path):

@@ -95,7 +95,7 @@ def test_batches_of_every_size_do_not_grow_what_is_kept(own):
 
 
 def test_what_is_kept_by_size_of_batch_is_limited(own, monkeypatch):
-    monkeypatch.setattr("gircse.engine.kv._MAX_VIEWS", 6)
+    monkeypatch.setattr("gircse.engine.pool._MAX_VIEWS", 6)
     monkeypatch.setattr("gircse.engine.step.MAX_PASSES", 5)
     texts = ["x" * (1 + 20 * (i % 4)) for i in range(12)]
     for rows in range(1, 13):

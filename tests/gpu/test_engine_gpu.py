@@ -7,18 +7,20 @@ import torch
 
 from gircse import GIRCSE
 from gircse.engine import Engine, EngineConfig
-from gircse.engine.kv import has_flash_attention
+from gircse.engine.body import FusedDecoder, StockDecoder
+from gircse.engine.decode import has_flash_attention
 from gircse.lm.causal_lm import CausalLM
 from tests.engine.test_engine import LENGTHS, K, relative_error, rows_of
-from tests.tiny_models import CONFIGS, tiny_model, tiny_tokenizer
+from tests.tiny_models import CONFIGS, MORE_CONFIGS, tiny_model, tiny_tokenizer
 
 
 def engine_on_gpu(name: str, config: EngineConfig | None = None, dtype: torch.dtype = torch.float32) -> Engine:
     return Engine(CausalLM.from_model(tiny_model(name, dtype=dtype).cuda()), config)
 
 
+@pytest.mark.filterwarnings("ignore:the engine runs the decoder layers of GPT2LMHeadModel itself")
 @pytest.mark.parametrize("attention", ["sdpa", "triton"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, *MORE_CONFIGS])
 def test_captured_steps_equal_the_cpu(name: str, attention: str) -> None:
     expected_engine = Engine(CausalLM.from_model(tiny_model(name)))
     engine = engine_on_gpu(name, EngineConfig(capture="always", decode_attention=attention))
@@ -27,6 +29,30 @@ def test_captured_steps_equal_the_cpu(name: str, attention: str) -> None:
         assert relative_error(engine.states(rows, K).cpu(), expected_engine.states(rows, K)) <= 1e-3
         assert relative_error(engine.states(rows, 0).cpu(), expected_engine.states(rows, 0)) <= 1e-3
     assert engine.report().graphs
+    assert isinstance(engine._decoder, StockDecoder if name == "gpt2" else FusedDecoder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama-bias", "gemma3", "phi3"])
+def test_our_decoder_rounds_no_more_than_the_stock_one(name: str, dtype: torch.dtype) -> None:
+    rows = rows_of(LENGTHS, prefix=9)
+    exact = Engine(CausalLM.from_model(tiny_model(name, dtype=torch.float64))).states(rows, K)
+    ours, stock = (
+        relative_error(
+            engine_on_gpu(name, EngineConfig(fused_kernels=how), dtype).states(rows, K).cpu().double(), exact
+        )
+        for how in ("always", "never")
+    )
+    assert ours <= 2 * stock
+
+
+def test_fusing_takes_no_memory() -> None:
+    model = tiny_model("llama", hidden_size=512, intermediate_size=2048).cuda()
+    engine = Engine(CausalLM.from_model(model))
+    before = torch.cuda.memory_allocated()
+    engine._read_model()
+    assert isinstance(engine._decoder, FusedDecoder)
+    assert torch.cuda.memory_allocated() - before < 1 << 18  # tables of rotary values; a layer's weights are 16 MiB
 
 
 def test_a_graph_serves_every_number_of_steps_and_every_length_of_its_bucket() -> None:
@@ -68,16 +94,16 @@ def test_weights_changed_in_place_and_moved_count() -> None:
 
 
 def test_a_step_that_cannot_be_captured_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, rows = engine_on_gpu("llama"), rows_of((3, 9))
+    engine, rows = engine_on_gpu("llama", EngineConfig(fused_kernels="never")), rows_of((3, 9))
     expected = engine_on_gpu("llama", EngineConfig(capture="never")).states(rows, 3)
-    run_body = CausalLM.run_body
+    step = FusedDecoder.step
 
-    def synchronising(self, kv, positions, **inputs):
-        out = run_body(self, kv, positions, **inputs)
-        out.sum().item()
-        return out
+    def synchronising(self, kv, token, state):
+        step(self, kv, token, state)
+        token.sum().item()
 
-    monkeypatch.setattr(CausalLM, "run_body", synchronising)
+    engine.states(rows, 0)  # with the step as it is, the decoder is chosen
+    monkeypatch.setattr(FusedDecoder, "step", synchronising)
     with pytest.warns(UserWarning, match="cannot be captured"):
         states = engine.states(rows, 3)
     assert relative_error(states, expected) <= 1e-5
@@ -108,6 +134,16 @@ def test_the_same_text_whatever_its_batch(dtype: torch.dtype) -> None:
     together = engine_on_gpu("llama", dtype=dtype).states(rows, K).float().mean(1)
     alone = engine_on_gpu("llama", EngineConfig(max_rows=1), dtype=dtype).states(rows, K).float().mean(1)
     assert torch.cosine_similarity(together, alone).min() >= 0.9999
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "mistral", "qwen3", "gemma2", "gemma3"])
+def test_our_decoder_gives_the_states_of_the_model_s_own(name: str) -> None:
+    rows = rows_of(LENGTHS, prefix=6)
+    ours = engine_on_gpu(name, EngineConfig(fused_kernels="always"))
+    stock = engine_on_gpu(name, EngineConfig(fused_kernels="never"))
+    for num_steps in (0, K):
+        assert relative_error(ours.states(rows, num_steps), stock.states(rows, num_steps)) <= 1e-4
+    assert ours.report().steps[0].launches < stock.report().steps[0].launches
 
 
 @pytest.mark.skipif(not has_flash_attention(), reason="needs flash-attn")

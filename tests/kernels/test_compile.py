@@ -56,10 +56,17 @@ def test_tensor_cores(report: list[dict]) -> None:
 
 def test_elementwise_kernels_move_16_bytes_at_a_time(report: list[dict]) -> None:
     """They do nothing but read and write, and need a compiler that knows how columns of a chunk are aligned."""
-    elementwise = [e for e in report if e["kernel"] in ("weights_kernel", "settle_kernel", "score_grad_kernel")]
-    assert len({entry["kernel"] for entry in elementwise}) == 3
+    least = dict.fromkeys(("weights_kernel", "settle_kernel", "score_grad_kernel"), 4)
+    least |= {"add_rms_norm_kernel": 3, "gated_kernel": 3, "rotary_write_kernel": 6}  # every load and store of a row
+    elementwise = [entry for entry in report if entry["kernel"] in least]
+    assert {entry["kernel"] for entry in elementwise} == set(least)
     for entry in elementwise:
-        assert entry["wide_accesses"] >= 4 or entry["blocks"].get("TILE") == 256, entry  # two columns of each thread
+        two_columns = entry["blocks"].get("TILE") == 256  # of each thread
+        assert entry["wide_accesses"] >= least[entry["kernel"]] or two_columns, entry
+
+
+def test_dependent_launch_is_compiled_where_it_exists(report: list[dict]) -> None:
+    assert {entry["arch"] for entry in report if entry["dependent"]} == {90, 100}
 
 
 def test_programs_per_multiprocessor_are_those_that_the_plan_counts_on(report: list[dict]) -> None:

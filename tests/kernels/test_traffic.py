@@ -8,8 +8,10 @@ import pytest
 import torch
 from gircse_kernels.plan import ROW_BLOCK, SCRATCH_BYTES, Device, Problem, TwoProducts
 
+from bench.shapes import SHAPES, meta_model
 from bench.static import plans, traffic
 from bench.static.launches import DEVICES, Call, allocated_bytes, record
+from gircse.roofline import ModelFacts
 
 NARROW, WIDE = ("smollm2-135m", "qwen2.5-0.5b", "qwen3-0.6b", "llama-3.2-1b"), ("qwen3-4b",)  # tied
 UNTIED = ("mistral-7b", "qwen2.5-7b")
@@ -129,3 +131,23 @@ def test_scratch_is_what_the_launcher_allocates(rows: int, dtype: str) -> None:
     found = allocated_bytes(Call("soft_embed", problem[:4], dtype), DEVICES[90]).forward
     results = rows * 576 * itemsize + 5 * 4 * rows
     assert plan.scratch(problem) <= found <= plan.scratch(problem) + results
+
+
+@pytest.mark.parametrize("cached", [40, 2000])
+def test_a_decode_step_is_nine_launches_a_layer(cached: int) -> None:
+    """The launches of each kernel are those of the decoder's ops on meta tensors; what lies between the products stays
+    a small part of the bytes, and most of that in L2."""
+    facts = ModelFacts.of(meta_model(SHAPES["qwen2.5-0.5b"].config(2), torch.bfloat16))
+    work = traffic.step_work(facts, 4864, 8, cached)
+    assert sum(w.launches for w in work) == 9 * facts.layers + 1
+    sizes = (facts.hidden, facts.heads, facts.kv_heads, facts.head_dim, facts.head_dim // 2, 4864)
+    calls = [
+        Call("decoder", (8, *sizes), "bfloat16"),
+        Call("decode_attention", (8, cached, facts.head_dim, facts.head_dim, facts.heads, facts.kv_heads), "bfloat16"),
+    ]
+    layer = Counter(launch.name for call in calls for launch in record(call, DEVICES[90]).launches)
+    layer["add_rms_norm_kernel"] -= 1  # the last one, which ends the step
+    assert {w.kernel: w.launches // facts.layers for w in work if w.kernel != traffic.PRODUCT} == layer
+    floor = facts.body([cached - 1] * 8, 1).bytes
+    assert floor == sum(w.matrix_bytes for w in work)
+    assert sum(w.bytes for w in work) <= 1.1 * floor

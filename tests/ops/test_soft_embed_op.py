@@ -217,7 +217,7 @@ def test_old_gpus_get_the_torch_backend_and_one_warning(monkeypatch: pytest.Monk
     class OnCuda:
         is_cuda, device, dtype = True, torch.device("cuda", 0), torch.float16
 
-    backends._refusal.cache_clear()
+    backends.refusal.cache_clear()
     backends._warn_once.cache_clear()
     try:
         with warnings.catch_warnings(record=True) as found:
@@ -230,7 +230,7 @@ def test_old_gpus_get_the_torch_backend_and_one_warning(monkeypatch: pytest.Monk
         with pytest.raises(RuntimeError, match="backend: 'triton' is not available: Tesla T4"):
             backends.resolve_backend("triton", OnCuda())  # type: ignore[arg-type]
     finally:
-        backends._refusal.cache_clear()
+        backends.refusal.cache_clear()
         backends._warn_once.cache_clear()
 
 
