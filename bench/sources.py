@@ -26,6 +26,7 @@ MEASURED_BY: dict[str, tuple[str, ...]] = {
     "big-batch": ("bench.big_batch",),
     "candidates": ("bench.suite.candidates",),
     "corpus": ("bench.corpus", "bench.floors", "bench.shapes"),
+    "decode-attention": ("bench.suite.attention", "bench.floors"),
     "info_nce": ("bench.info_nce",),
     "info_nce-ranks": ("bench.info_nce",),
     "kernels-compile": ("bench.compile_kernels",),

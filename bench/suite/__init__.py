@@ -8,6 +8,7 @@
 | `tests.py` | `tests/gpu` in many processes |
 | `ops.py`, `models.py`, `plan.py` | what is timed: both ops, encoding and training, the plan |
 | `steps.py` | one captured decode step, beside its floor |
+| `attention.py` | the attention of a decode step, for many shapes |
 | `model_cases.py` | the encodings and training steps, and what they are held to |
 | `profile.py` | where the time of a step goes, as text |
 | `candidates.py` | alternatives of a kernel against the table's choice |

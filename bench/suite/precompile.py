@@ -36,6 +36,7 @@ from bench.provenance import ROOT, checkout_environment
 from bench.shapes import SHAPES
 from bench.static.compile_report import key
 from bench.static.launches import DEVICES, Call, Launch, launches
+from bench.suite import attention
 from bench.suite.alternatives import using
 from bench.suite.candidates import read
 from bench.suite.model_cases import MODEL_CASES
@@ -78,6 +79,8 @@ def calls(sections: Sequence[str], *, smoke: bool = False) -> list[Call]:
             for timed in SIZES
             for size in (timed, checked(timed.width))
         ]
+    if "attention" in sections and not smoke:
+        found += attention.calls()
     return list(dict.fromkeys(found))
 
 
@@ -204,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--multiprocessors", type=int, help="of the device; default: those of that architecture's largest chip")
     add("--jobs", type=int, default=os.cpu_count(), help="processes (default: the machine's cores)")
     add("--seconds", type=float, default=3600.0, help="what is not compiled by then is left out")
-    add("--sections", default="ops,engine,step,training,loss", help="of the suite, comma-separated")
+    add("--sections", default="ops,engine,step,attention,training,loss", help="of the suite, comma-separated")
     add("--candidates", type=Path, metavar="FILE", help="compile these alternatives, too")
     add("--smoke", action="store_true", help="the dry run's tiny shapes")
     options = parser.parse_args(argv)

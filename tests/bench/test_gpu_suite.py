@@ -17,7 +17,7 @@ from bench import gpu_suite, op_engines, records
 from bench.cases import CASES
 from bench.op_engines import eager
 from bench.provenance import ROOT
-from bench.suite import models, ops, plan, session, steps, summary, tests
+from bench.suite import attention, models, ops, plan, session, steps, summary, tests
 from bench.suite.model_cases import MODEL_CASES
 from bench.tables import table
 from tests.bench.suite_runner import LOSS, MODELS, OPS, Runner
@@ -40,7 +40,7 @@ def test_everything_is_measured_in_the_order_of_its_worth(everything):
     assert runner.compiled[0] == list(gpu_suite.SECTIONS)
     assert "compiled for sm_90: 3 kernels" in printed
     names = {path.stem for path in runner.records.glob("*.json")}
-    assert names == {"tests", *OPS, *MODELS, LOSS, "plan", "summary"}
+    assert names == {"tests", *OPS, *MODELS, attention.NAME, LOSS, "plan", "summary"}
     for name in names:
         assert {"device", "torch", "triton", "driver", "date", "sources"} <= runner.record(name)["provenance"].keys()
     header = next(line for line in printed.splitlines() if line.startswith("case "))
@@ -228,7 +228,7 @@ def test_what_does_not_fit_is_named_and_a_second_call_goes_on(suite, capsys):
     skipped = suite.record("summary")["skipped"]
     encoding, training, step = MODELS  # in the order of their worth, but one shape after the other
     plans = [f"plan {case.shape}" for case in plan.plan_check.SMOKE_CASES]
-    assert skipped == ["tests", *OPS, encoding, step, training, LOSS, *plans]
+    assert skipped == ["tests", *OPS, encoding, step, training, attention.NAME, LOSS, *plans]
     printed = capsys.readouterr().out
     assert f"skipped: {OPS[0]} takes about" in printed
     assert f"no time for: tests, {OPS[0]}" in printed
@@ -273,9 +273,11 @@ def test_the_table_fits_on_one_screen():
     lines += [
         ops.LOSS_TARGET.judge({"case": f"info_nce-B{s.rows}-M{s.candidates}-D{s.width}", **times}) for s in ops.SIZES
     ]
+    worst = f"{attention.NAME}, worst of 80: 16x16x256x8192"
+    lines.append(attention.TARGET.judge({"case": worst, **times}))
     lines.append({"case": "plan of 5 steps: worst error +12.3%", "target": "within 15%", "met": True})
     text = table(summary.COLUMNS, lines).splitlines()
-    assert len(text) <= 52
+    assert len(text) <= 53
     assert max(map(len, text)) <= 120
 
 
