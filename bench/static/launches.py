@@ -124,8 +124,8 @@ def _soft_embed(call: Call, empty: Callable[..., torch.Tensor]) -> Prepared:
         None if call.tied else empty(vocab, value_width, requires_grad=train),
         empty(vocab, requires_grad=train) if scores else None,
         float32(requires_grad=train) if scores else None,
-        empty(rows, dtype=torch.int64) if "noise" in call.variants else None,
-        float32() if "threshold" in call.variants else None,
+        seeds=empty(rows, dtype=torch.int64) if "noise" in call.variants else None,
+        threshold=float32() if "threshold" in call.variants else None,
     )
     options = Options(softcap=30.0 if scores else None)
     grad, vector = empty(rows, value_width), float32()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .backends import kernels
 from .soft_embed_torch import Scorer
+from .soft_embed_triton import takes
 from .tiles_torch import ChunkReader
 
 
@@ -36,14 +37,13 @@ class TritonScores:
         self.inputs, self.options = inputs, options
 
     def __call__(self, rows: slice, vocab: slice) -> Tensor:
-        temperature = None if self.inputs.temperature is None else self.inputs.temperature[rows]
-        part = self.inputs._replace(hidden=self.inputs.hidden[rows], temperature=temperature)
-        return kernels().chunk_scores(part, self.options, vocab.start, vocab.stop - vocab.start)
+        return kernels().chunk_scores(self.inputs.of_rows(rows), self.options, vocab.start, vocab.stop - vocab.start)
 
 
 def chunk_scores(inputs: Inputs, options: Options, size: int, backend: str) -> TorchScores | TritonScores:
     """A function of rows and vocabulary entries, both slices; no noise."""
-    return (TritonScores if backend == "triton" else TorchScores)(inputs, options, size)
+    fused = backend == "triton" and takes(inputs, options)
+    return (TritonScores if fused else TorchScores)(inputs, options, size)
 
 
 def ordered_bits(scores: Tensor) -> Tensor:

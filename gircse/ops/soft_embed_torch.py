@@ -18,6 +18,7 @@ forward that a vocabulary shard runs; its ``OnlineState`` is what shards merge b
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -42,31 +43,30 @@ class OnlineState(NamedTuple):
 
 
 class Scorer:
-    """Scores ``softcap(logit_scale * (hidden @ head.T + bias)) / temperature`` of a row tile against a vocabulary
-    chunk.
+    """Scores of a row tile against a vocabulary chunk, as `Options` defines them.
 
     All that is constant along a row is folded into one scaled copy of hidden (``inner``) and one factor after the
     soft-cap (``outer``), so that the plain case costs no pass over the scores.
     """
 
     def __init__(self, inputs: Inputs, options: Options) -> None:
-        hidden, head, _, bias, temperature, seeds, threshold = inputs
-        self.dtype = accumulation_dtype(hidden.dtype)
-        self.head, self.bias, self.capped = head, bias, options.softcap is not None
+        hidden = inputs.hidden
+        self.inputs, self.dtype = inputs, accumulation_dtype(hidden.dtype)
+        self.capped, self.vocab_start = options.softcap is not None, options.vocab_start
         inner: float | Tensor = options.logit_scale
-        before = options.logit_temperature
         outer: float | Tensor = 1.0 / options.temperature
-        if temperature is not None:
-            outer = outer / temperature.to(self.dtype)[:, None]
-        self.inverse_temperature, self.vocab_start = outer, options.vocab_start
-        self.threshold = None if threshold is None else threshold[:, None]
+        if inputs.temperature is not None:
+            outer = outer / inputs.temperature.to(self.dtype)[:, None]
+        self.inverse_temperature = outer
+        noise_scale = inputs.noise_scale
+        self.noise_scale = options.noise_scale if noise_scale is None else noise_scale.to(self.dtype)[:, None]
+        self.seeds = inputs.seeds
         if options.seed is not None:  # the same noise in every row
-            seeds = torch.tensor([options.seed], device=hidden.device)
-        self.seeds = seeds
+            self.seeds = torch.tensor([options.seed], device=hidden.device)
         if options.softcap is not None:
-            inner, outer = inner / options.softcap, outer * (options.softcap / before)
+            inner, outer = inner / options.softcap, outer * options.softcap
         else:
-            inner, outer = outer * (inner / before), 1.0
+            inner, outer = outer * inner, 1.0
         self.inner, self.outer = inner, outer  # numbers, or [T, 1]
         rows = hidden.to(self.dtype)
         self.rows = (rows if isinstance(inner, float) and inner == 1.0 else rows * inner).contiguous()  # [T, D]
@@ -74,8 +74,8 @@ class Scorer:
     def __call__(self, rows: slice, vocab: slice, chunk: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores [R, C], which the caller may overwrite, and tanh of the capped logits (None without soft-cap)."""
         scores = matmul_nt(self.rows[rows], chunk)
-        if self.bias is not None:
-            bias = self.bias[vocab].to(self.dtype)
+        if self.inputs.bias is not None:
+            bias = self.inputs.bias[vocab].to(self.dtype)
             if isinstance(self.inner, Tensor):
                 scores.addr_(self.inner[rows, 0], bias)
             else:
@@ -84,22 +84,46 @@ class Scorer:
         if self.capped:
             tanh = scores.tanh_()
             scores = tanh * row_factor(self.outer, rows)
-        removed = None if self.threshold is None else scores < self.threshold[rows]  # whatever the noise
+        if self.inputs.bias_ids is not None:
+            add_entries(scores, *self._entries(rows, vocab))
+        if self.inputs.bitmask is not None:
+            scores.masked_fill_(~unpack_bits(self.inputs.bitmask[rows], *self._whole(vocab)), -torch.inf)
+        threshold = self.inputs.threshold
+        removed = None if threshold is None else scores < threshold[rows, None]  # whatever the noise
         if self.seeds is not None:
-            self._add_noise(scores, rows, vocab)
+            factor = row_factor(self.noise_scale, rows)
+            for part, noise in self.noise(rows, vocab):
+                scores[:, part] += noise * factor
         if removed is not None:
             scores = scores.masked_fill_(removed, -torch.inf)
         return scores, tanh
 
-    def _add_noise(self, scores: Tensor, rows: slice, vocab: slice) -> None:
-        """Gumbel noise over the temperature, a few columns at a time: the generator has a dozen temporaries."""
+    def noise(self, rows: slice, vocab: slice) -> Iterator[tuple[slice, Tensor]]:
+        """Standard Gumbel noise, a few columns at a time, because the generator has a dozen temporaries."""
         assert self.seeds is not None
         seeds = self.seeds if self.seeds.shape[0] == 1 else self.seeds[rows]
-        factor = row_factor(self.inverse_temperature, rows)
+        start = self._whole(vocab)[0]
         for part in slices(vocab.stop - vocab.start, max(4, (1 << 16) // max(1, seeds.shape[0]))):
-            start = self.vocab_start + vocab.start
-            noise = gumbel(seeds, start + part.start, start + part.stop).to(scores.dtype)
-            scores[:, part] += noise * factor
+            yield part, gumbel(seeds, start + part.start, start + part.stop).to(self.dtype)
+
+    def _whole(self, vocab: slice) -> tuple[int, int]:
+        """First and last + 1 in the whole vocabulary."""
+        return self.vocab_start + vocab.start, self.vocab_start + vocab.stop
+
+    def _entries(self, rows: slice, vocab: slice) -> tuple[Tensor, Tensor]:
+        """Columns and values [R, m] of what `bias_ids` add to the scores of a chunk."""
+        assert self.inputs.bias_values is not None
+        columns, inside = self._columns(rows, vocab)
+        values = self.inputs.bias_values[rows].to(self.dtype) * row_factor(self.inverse_temperature, rows)
+        return columns, values.masked_fill(~inside, 0.0)
+
+    def _columns(self, rows: slice, vocab: slice) -> tuple[Tensor, Tensor]:
+        """Columns [R, m] of `bias_ids` in a chunk, and which of them are in it."""
+        assert self.inputs.bias_ids is not None
+        start, stop = self._whole(vocab)
+        columns = self.inputs.bias_ids[rows] - start
+        inside = (columns >= 0) & (columns < stop - start)
+        return columns.masked_fill(~inside, 0), inside
 
     def backpropagate(self, grad: Tensor, tanh: Tensor | None, rows: slice) -> Tensor:
         """Gradient of ``scaled hidden @ head.T`` from the gradient of the scores, in place."""
@@ -108,6 +132,31 @@ class Scorer:
         # d(outer * tanh(x)) = outer * (1 - tanh^2) dx
         grad.addcmul_(grad * tanh, tanh, value=-1.0)
         return grad.mul_(row_factor(self.outer, rows))
+
+    def entry_gradient(self, grad: Tensor, rows: slice, vocab: slice) -> Tensor:
+        """A chunk's part of the gradient of `bias_values` [R, m], from the gradient of its scores."""
+        columns, inside = self._columns(rows, vocab)
+        return grad.gather(1, columns).masked_fill_(~inside, 0.0) * row_factor(self.inverse_temperature, rows)
+
+    def noise_gradient(self, grad: Tensor, rows: slice, vocab: slice) -> Tensor:
+        """A chunk's sum of dS gumbel [R, 1], from the gradient of its scores."""
+        return sum((grad[:, part] * noise).sum(1, keepdim=True) for part, noise in self.noise(rows, vocab))  # type: ignore[return-value]
+
+
+def add_entries(scores: Tensor, columns: Tensor, values: Tensor) -> None:
+    """``scores[r, columns[r, j]] += values[r, j]``, in place, in a fixed order where columns occur twice."""
+    if scores.device.type == "cpu":
+        scores.scatter_add_(1, columns, values)
+    else:  # sorts, where a scatter on CUDA would add atomically
+        row = torch.arange(scores.shape[0], device=scores.device)[:, None]
+        scores.index_put_((row.expand_as(columns), columns), values, accumulate=True)
+
+
+def unpack_bits(bitmask: Tensor, start: int, stop: int) -> Tensor:
+    """Bits start to stop - 1 of packed rows [R, W] int32, as bool [R, stop - start]; see `Inputs.bitmask`."""
+    words = bitmask[:, start // 32 : -(-stop // 32)]
+    bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=bitmask.device)
+    return (bits & 1).bool().flatten(1)[:, start % 32 :][:, : stop - start]
 
 
 def row_factor(factor: float | Tensor, rows: slice) -> float | Tensor:
@@ -141,7 +190,7 @@ def scan(inputs: Inputs, options: Options, *, stats: bool) -> OnlineState:
     tile, size = tiling(
         num_rows,
         num_vocab,
-        tiles=1 + (options.softcap is not None) + stats + (inputs.threshold is not None),
+        tiles=1 + (options.softcap is not None) + stats + _masks(inputs),
         per_vocab=copied,
         per_row=values.shape[1],
         itemsize=dtype.itemsize,
@@ -238,7 +287,7 @@ def backward(
     upstream = (upstream * (options.embed_scale / total)).contiguous()
 
     need_values = needs.embed if embed is not None else needs.head
-    need_scores = needs.hidden or needs.head or needs.bias or needs.temperature
+    need_scores = any(needs._replace(embed=False))
     keep_log = slope is not None or needs.temperature
     grad_rows = torch.zeros((num_rows, width), dtype=dtype, device=hidden.device) if needs.hidden else None
     grad_head = torch.empty_like(head, memory_format=torch.contiguous_format) if needs.head else None
@@ -247,16 +296,16 @@ def backward(
     )
     grad_bias = torch.zeros(num_vocab, dtype=dtype, device=hidden.device) if bias is not None and needs.bias else None
     grad_temperature = torch.zeros((num_rows, 1), dtype=dtype, device=hidden.device) if needs.temperature else None
+    grad_noise = torch.zeros((num_rows, 1), dtype=dtype, device=hidden.device) if needs.noise_scale else None
+    grad_values = None
+    if needs.bias_values and inputs.bias_values is not None:
+        grad_values = torch.zeros_like(inputs.bias_values, dtype=dtype)
 
     value_width = values.shape[1]
     tile, size = tiling(
         num_rows,
         num_vocab,
-        tiles=2
-        + keep_log
-        + 2 * (options.softcap is not None)
-        + 2 * (needs.head or need_values)
-        + (inputs.threshold is not None),
+        tiles=2 + keep_log + 2 * (options.softcap is not None) + 2 * (needs.head or need_values) + _masks(inputs),
         per_vocab=(width if is_copied(head, dtype) else 0)
         + (value_width if embed is not None and is_copied(embed, dtype) else 0)
         + (2 * width if needs.head else 0)
@@ -290,6 +339,14 @@ def backward(
             grad.mul_(weights)
             if grad_temperature is not None and logs is not None:
                 grad_temperature[rows] -= logs.mul_(grad).sum(1, keepdim=True)
+            if scorer.seeds is not None and (grad_temperature is not None or grad_noise is not None):
+                noise_sum = scorer.noise_gradient(grad, rows, vocab)
+                if grad_temperature is not None:  # of the scores without noise
+                    grad_temperature[rows] += noise_sum * row_factor(scorer.noise_scale, rows)
+                if grad_noise is not None:
+                    grad_noise[rows] += noise_sum
+            if grad_values is not None:
+                grad_values[rows] += scorer.entry_gradient(grad, rows, vocab)
             grad = scorer.backpropagate(grad, tanh, rows)
             if grad_rows is not None:
                 grad_rows[rows] += matmul_nt(grad, chunk.T)
@@ -307,9 +364,13 @@ def backward(
                 matrix.zero_()
     if grad_rows is not None and not (isinstance(scorer.inner, float) and scorer.inner == 1.0):
         grad_rows.mul_(scorer.inner)
-    return Grads(
-        grad_rows, grad_head, grad_embed, grad_bias, None if grad_temperature is None else grad_temperature[:, 0]
-    )
+    temperature, noise_scale = (None if grad is None else grad[:, 0] for grad in (grad_temperature, grad_noise))
+    return Grads(grad_rows, grad_head, grad_embed, grad_bias, temperature, noise_scale, grad_values)
+
+
+def _masks(inputs: Inputs) -> int:
+    """Buffers of a tile that what removes entries takes."""
+    return (inputs.threshold is not None) + 2 * (inputs.bitmask is not None)
 
 
 def _add(total: Tensor | None, part: Tensor) -> Tensor:

@@ -13,31 +13,40 @@ from torch import Tensor
 
 
 class Options(NamedTuple):
-    """The scalar parameters of `soft_embed`. They define the operation and are never tensors."""
+    """The scalar parameters of `soft_embed`. They define the operation and are never tensors.
+
+    With `logits = softcap(logit_scale * (hidden @ head.T + bias))` and the values of `Inputs.bias_ids` added to them,
+    the scores of which the softmax is taken are `logits / temperature + noise_scale * gumbel`: a public temperature
+    that divides the noise, too, is in both numbers.
+    """
 
     temperature: float = 1.0
     softcap: float | None = None
     logit_scale: float = 1.0
     embed_scale: float = 1.0
     seed: int | None = None  # of the Gumbel noise, one for all rows
-    vocab_start: int = 0  # first vocabulary index of this shard; the noise depends on it
-    logit_temperature: float = 1.0  # divides the capped logits before noise and temperature
+    vocab_start: int = 0  # first vocabulary index of this shard; noise, bits and ids count from the whole's first
+    noise_scale: float = 1.0  # factor of the noise
 
 
 class Inputs(NamedTuple):
-    """The tensors of the forward of `soft_embed`."""
+    """The tensors of the forward of `soft_embed`: first those that have gradients, in the order of `Needs`."""
 
     hidden: Tensor  # [T, D]
     head: Tensor  # [V, D]
     embed: Tensor | None = None  # [V, E]; None: tied, the head serves as embedding matrix
     bias: Tensor | None = None  # [V]
     temperature: Tensor | None = None  # [T], instead of the number
+    noise_scale: Tensor | None = None  # [T], instead of the number
+    bias_values: Tensor | None = None  # [T, m], added to the logits of the entries `bias_ids`
+    bias_ids: Tensor | None = None  # [T, m] int64, in the whole vocabulary; those of other shards count for nothing
     seeds: Tensor | None = None  # [T] int64, instead of the number
     threshold: Tensor | None = None  # [T] accumulation dtype, the lowest score without noise that a row keeps
+    bitmask: Tensor | None = None  # [T, W] int32, entry v of the whole is bit v % 32 of word v // 32; 0 removes it
 
     def of_rows(self, rows: slice) -> Inputs:
         """The same call for some of the rows."""
-        parts = (None if tensor is None else tensor[rows] for tensor in (self.temperature, self.seeds, self.threshold))
+        parts = (None if tensor is None else tensor[rows] for tensor in self[4:])
         return Inputs(self.hidden[rows], self.head, self.embed, self.bias, *parts)
 
 
@@ -82,20 +91,24 @@ class Needs(NamedTuple):
     embed: bool
     bias: bool
     temperature: bool
+    noise_scale: bool = False
+    bias_values: bool = False
 
 
 class Grads(NamedTuple):
     """What the backward returns. A gradient that was not asked for is None.
 
-    Over a vocabulary shard, those of hidden and temperature are this shard's share of a sum, in the accumulation dtype.
-    The caller, who knows the whole sum, finishes the temperature's: `(sum over shards - peak grad_lse) / temperature`.
+    Over a vocabulary shard, those of what has rows are this shard's share of a sum, in the accumulation dtype. The
+    caller, who knows the whole sum, finishes the temperature's: `(sum over shards - peak grad_lse) / temperature`.
     """
 
     hidden: Tensor | None  # [T, D] accumulation dtype
     head: Tensor | None  # [V, D] the head's dtype; of a tied matrix the sum of both uses
     embed: Tensor | None  # [V, E] its dtype
     bias: Tensor | None  # [V] accumulation dtype
-    temperature: Tensor | None  # [T] accumulation dtype, -sum of dS (score - peak)
+    temperature: Tensor | None  # [T] accumulation dtype, -sum of dS (score without noise - peak)
+    noise_scale: Tensor | None = None  # [T] accumulation dtype, sum of dS gumbel
+    bias_values: Tensor | None = None  # [T, m] accumulation dtype
 
 
 class Pooled(NamedTuple):

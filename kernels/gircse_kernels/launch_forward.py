@@ -48,7 +48,8 @@ def forward(
 
 
 def _one_row(inputs: Inputs, options: Options, plan: OneRow, partial: Tensor, stats: bool) -> None:
-    hidden, head, _, bias, temperature, seeds, threshold = inputs
+    hidden, head, bias, temperature = inputs.hidden, inputs.head, inputs.bias, inputs.temperature
+    seeds, threshold = inputs.seeds, inputs.threshold
     launching.launch(
         one_row_kernel,
         (plan.splits,),
@@ -65,7 +66,8 @@ def _one_row(inputs: Inputs, options: Options, plan: OneRow, partial: Tensor, st
 
 
 def _few_rows(inputs: Inputs, options: Options, plan: FewRows, partial: Tensor, stats: bool) -> None:
-    hidden, head, _, bias, temperature, seeds, threshold = inputs
+    hidden, head, bias, temperature = inputs.hidden, inputs.head, inputs.bias, inputs.temperature
+    seeds, threshold = inputs.seeds, inputs.threshold
     launching.launch(
         few_rows_kernel,
         (plan.splits * plan.row_blocks,),

@@ -132,7 +132,8 @@ def _weights(
     stats: bool,
 ) -> None:
     """P of a chunk, each tile relative to a reference of its own, and the tiles' sums."""
-    hidden, head, _, bias, temperature, seeds, threshold = inputs
+    hidden, head, bias, temperature = inputs.hidden, inputs.head, inputs.bias, inputs.temperature
+    seeds, threshold = inputs.seeds, inputs.threshold
     count, size = hidden.shape[0], vocab.stop - vocab.start
     row_options = (bias, temperature, seeds, threshold)
     sums = (*scratch.tiles, scratch.tile_argmax, count, head.shape[0])
@@ -168,7 +169,8 @@ def _weights(
 
 def chunk_scores(inputs: Inputs, options: Options, chunk_start: int, size: int) -> Tensor:
     """Scores [T, size] of a chunk of the vocabulary, float32, by the same kernel."""
-    hidden, head, _, bias, temperature, seeds, threshold = inputs
+    hidden, head, bias, temperature = inputs.hidden, inputs.head, inputs.bias, inputs.temperature
+    seeds, threshold = inputs.seeds, inputs.threshold
     num_rows = hidden.shape[0]
     out = torch.empty((num_rows, size), dtype=torch.float32, device=hidden.device)
     if num_rows:
