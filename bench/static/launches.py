@@ -65,7 +65,8 @@ class Call(NamedTuple):
 
     Attributes:
         op: "soft_embed", "info_nce" or "decode_attention".
-        sizes: T, V, D, E, where a D of 0 says that logits are given; or B, M, K, D; or T, S, D, E, H, H_kv (rows, slots, widths of a key and of a value, heads).
+        sizes: T, V, D, E (D = 0: logits are given); or B, M, K, D; or T, S, D, E, H, H_kv (rows, slots, widths of a
+            key and of a value, heads).
         dtype: a name of torch's.
         tied: the embedding table is the head.
         backward: the gradients of the hidden states, or of both sides of the loss, too.
@@ -125,9 +126,9 @@ def _soft_embed(call: Call, empty: Callable[..., torch.Tensor]) -> Prepared:
         None if call.tied else empty(vocab, value_width, requires_grad=train),
         empty(vocab, requires_grad=train) if scores else None,
         float32(requires_grad=train) if scores else None,
-        empty(rows, dtype=torch.int64) if "noise" in call.variants else None,
-        float32() if "threshold" in call.variants else None,
-        empty(rows, dtype=torch.bool) if "hard" in call.variants else None,
+        seeds=empty(rows, dtype=torch.int64) if "noise" in call.variants else None,
+        threshold=float32() if "threshold" in call.variants else None,
+        hard=empty(rows, dtype=torch.bool) if "hard" in call.variants else None,
     )
     options = Options(softcap=30.0 if scores else None)
     grad, vector = empty(rows, value_width), float32()
