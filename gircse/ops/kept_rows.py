@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .noise import gumbel_at
 from .soft_embed_torch import LOG_FLOOR, OnlineState, Scorer, finish, upstream_of
-from .tiles_torch import slices
+from .tiles_torch import accumulation_dtype, slices
 
 # Bytes of the rows that a product gathers at a time: they stay in a cache, in one buffer (see `ChunkReader`).
 _GATHERED_BYTES = 4 << 20
@@ -25,14 +25,14 @@ _ALL = slice(None)
 def fits(inputs: Inputs) -> bool:
     """Whether every row keeps fewer entries than there are candidates. Reads values, on the CPU."""
     ids, count = inputs.ids, inputs.count
-    if ids is None or count is None or not inputs.head.shape[0]:
+    if ids is None or count is None or not inputs.num_vocab:
         return False
     return not bool((count >= ids.shape[1]).any())
 
 
 def forward(inputs: Inputs, options: Options, *, stats: bool, exact: bool, keep: bool = False) -> Forward:
     """As ``soft_embed_torch.forward``."""
-    return finish(scan(inputs, options, stats=stats), options, inputs.hidden.dtype, exact=exact)
+    return finish(scan(inputs, options, stats=stats), options, inputs.out_dtype, exact=exact)
 
 
 def scan(inputs: Inputs, options: Options, *, stats: bool) -> OnlineState:
@@ -44,8 +44,7 @@ def scan(inputs: Inputs, options: Options, *, stats: bool) -> OnlineState:
     logs = scores - peak
     weights = logs.exp()
     moment = (logs.clamp_min(LOG_FLOOR) * weights).sum(1, keepdim=True) if stats else None
-    values = inputs.head if inputs.embed is None else inputs.embed
-    acc = weighted_rows(weights, values, ids)
+    acc = weighted_rows(weights, inputs.values, ids)
     return OnlineState(peak, weights.sum(1, keepdim=True), acc, moment, ids.gather(1, place) if stats else None)
 
 
@@ -62,12 +61,11 @@ def backward(
     head, embed, bias = inputs[1:4]
     ids, scorer = inputs.ids, Scorer(inputs, options)
     assert ids is not None
-    values, num_vocab = head if embed is None else embed, head.shape[0]
     upstream, constant, slope = upstream_of(grad_out, grad_lse, grad_entropy, saved, options, scorer.dtype)
     scores, noise = _scores(inputs, scorer)
     logs = (scores - saved.peak[:, None]).clamp_min_(LOG_FLOOR)
     weights = logs.exp()
-    grad = row_dots(upstream, values, ids).sub_(constant)
+    grad = row_dots(upstream, inputs.values, ids).sub_(constant)
     if slope is not None:
         grad.addcmul_(logs, slope, value=-1.0)
     grad.mul_(weights)
@@ -83,23 +81,26 @@ def backward(
     if needs.bias_values:
         grad_values = _entry_gradient(grad * scorer.inverse_temperature, inputs, options.vocab_start)
     if scorer.capped:
-        logits = row_dots(scorer.rows, head, ids)
+        logits = _logits(inputs) * scorer.inner if head is None else row_dots(scorer.rows, head, ids)
         if bias is not None:
             logits += bias[ids].to(scorer.dtype) * scorer.inner
         grad = scorer.backpropagate(grad, logits.tanh_(), _ALL)
-    if needs.hidden:
-        grad_rows = weighted_rows(grad, head, ids).mul_(scorer.inner)
-    pairs = []
-    if needs.head:
-        pairs.append((grad, scorer.rows))
-    if embed is None and needs.head:
-        pairs.append((weights, upstream))
-    if pairs:
-        grad_head = scatter_rows(ids, num_vocab, head.dtype, *pairs)
-    if embed is not None and needs.embed:
-        grad_embed = scatter_rows(ids, num_vocab, embed.dtype, (weights, upstream))
     if bias is not None and needs.bias:
-        grad_bias = grad.new_zeros(num_vocab).index_add_(0, ids.flatten(), (grad * scorer.inner).flatten())
+        grad_bias = grad.new_zeros(inputs.num_vocab).index_add_(0, ids.flatten(), (grad * scorer.inner).flatten())
+    if needs.hidden and head is None:
+        grad_rows = inputs.hidden.new_zeros(inputs.num_rows, inputs.num_vocab)
+        grad_rows.scatter_add_(1, ids, (grad * scorer.inner).to(grad_rows.dtype))
+    elif needs.hidden:
+        grad_rows = weighted_rows(grad, head, ids).mul_(scorer.inner)  # type: ignore[arg-type]
+    taken = weights
+    if saved.token is not None:
+        here = (ids + options.vocab_start == saved.token[:, None]) & (scores > -torch.inf)
+        taken = torch.where(saved.token[:, None] < 0, weights, here * saved.total[:, None])
+    if head is not None and needs.head:
+        tied = [(taken, upstream)] if embed is None else []
+        grad_head = scatter_rows(ids, inputs.num_vocab, head.dtype, (grad, scorer.rows), *tied)
+    if embed is not None and needs.embed:
+        grad_embed = scatter_rows(ids, inputs.num_vocab, embed.dtype, (taken, upstream))
     return Grads(grad_rows, grad_head, grad_embed, grad_bias, grad_temperature, grad_noise, grad_values)
 
 
@@ -112,6 +113,15 @@ def _scores(inputs: Inputs, scorer: Scorer) -> tuple[Tensor, Tensor | None]:
         return scores, None
     noise = gumbel_at(scorer.seeds.expand(len(ids)), ids + scorer.vocab_start).to(scores.dtype)
     return scores + noise * scorer.noise_scale, noise
+
+
+def _logits(inputs: Inputs) -> Tensor:
+    """Given logits of the candidates, [T, C] in the accumulation dtype."""
+    ids, logits = inputs.ids, inputs.hidden
+    assert ids is not None
+    places = torch.arange(inputs.num_rows, device=ids.device) if inputs.places is None else inputs.places
+    index = torch.unravel_index(places, logits.shape[:-1])
+    return logits[(*(each[:, None] for each in index), ids)].to(accumulation_dtype(logits.dtype))
 
 
 def _entry_gradient(grad: Tensor, inputs: Inputs, start: int) -> Tensor:

@@ -64,7 +64,7 @@ def _of_shard(found: Selection, inputs: Inputs, options: Options, group: str | N
     """The candidates as the op gets them: ids of this shard, whose scores alone count."""
     ids, scores, count = found[5:]
     if group is not None and ids is not None and scores is not None:
-        ids, last = ids - options.vocab_start, inputs.head.shape[0] - 1
+        ids, last = ids - options.vocab_start, inputs.num_vocab - 1
         scores = scores.masked_fill((ids < 0) | (ids > last), -torch.inf)
         ids = ids.clamp(0, max(0, last))
     return {"ids": ids, "scores": scores, "count": count}
@@ -141,9 +141,8 @@ def _torch(
             return chosen
         general = _torch(inputs, options, rules, 0, False, across, backend)
         return chosen._replace(threshold=general.threshold)
-    rows = inputs.hidden.shape[0]
-    threshold = inputs.hidden.new_empty(rows, dtype=accumulation_dtype(inputs.hidden.dtype))
-    found = _no_candidates(rows, 0, threshold)
+    threshold = inputs.hidden.new_empty(inputs.num_rows, dtype=accumulation_dtype(inputs.hidden.dtype))
+    found = _no_candidates(inputs.num_rows, 0, threshold)
     search = Thresholds(across)
     for part, scores in _blocks(inputs, options, across, backend):
         threshold[part] = search(scores, Truncation(*(None if rule is None else rule[part] for rule in rules)))
@@ -156,7 +155,7 @@ def _candidates(
     inputs: Inputs, options: Options, capacity: int, sums: bool, across: Across, backend: str | None
 ) -> Candidates:
     wide = inputs.hidden.new_empty(0, dtype=accumulation_dtype(inputs.hidden.dtype))
-    found = _no_candidates(inputs.hidden.shape[0], capacity, wide)
+    found = _no_candidates(inputs.num_rows, capacity, wide)
     for part, scores in _blocks(inputs, options, across, backend):
         found.ids[part], found.scores[part] = highest(scores, capacity)
         if sums:
@@ -184,7 +183,7 @@ def _blocks(inputs: Inputs, options: Options, across: Across, backend: str | Non
 
     A block of rows is scored in half of the workspace, and handed out in parts that stay in a cache.
     """
-    (num_rows, width), num_vocab = inputs.hidden.shape, inputs.head.shape[0]
+    num_rows, num_vocab, width = inputs.num_rows, inputs.num_vocab, 0 if inputs.head is None else inputs.head.shape[1]
     dtype, device = accumulation_dtype(inputs.hidden.dtype), inputs.hidden.device
     largest = max(1, across.largest(num_vocab, device))
     block = max(1, min(num_rows, WORKSPACE_BYTES // 2 // (dtype.itemsize * largest)))
@@ -203,7 +202,7 @@ _op = torch.library.custom_op(
     "gircse::soft_embed_selection",
     _select,
     mutates_args=(),
-    schema="(Tensor hidden, Tensor head, Tensor? bias, Tensor? temperature, Tensor? bias_values, Tensor? bias_ids, "
+    schema="(Tensor hidden, Tensor? head, Tensor? bias, Tensor? temperature, Tensor? bias_values, Tensor? bias_ids, "
     "Tensor? bitmask, Tensor? top_k, Tensor? top_p, Tensor? min_p, Tensor? top_n, "
     "float scalar_temperature, float? softcap, float logit_scale, SymInt vocab_start, "
     "int capacity, bool stats, str? group, str? backend) "
@@ -214,7 +213,7 @@ _op = torch.library.custom_op(
 @_op.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     hidden, (capacity, stats) = arguments[0], arguments[-4:-2]
-    rows, wide = hidden.shape[0], accumulation_dtype(hidden.dtype)
+    rows, wide = hidden.shape[:-1].numel(), accumulation_dtype(hidden.dtype)
     numbers = [hidden.new_empty(rows, dtype=dtype) for dtype in (*[wide] * 4, torch.int64, torch.int64)]
     ids, scores = (hidden.new_empty((rows, capacity), dtype=dtype) for dtype in (torch.int64, wide))
     return _filled(Selection(*numbers[:5], ids, scores, numbers[5]), capacity, stats)

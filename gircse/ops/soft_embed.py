@@ -10,8 +10,7 @@ from torch import Tensor
 from . import soft_embed_op
 from .arguments import check_flag
 from .selection import narrow
-from .soft_embed_arguments import prepare
-from .straight_through import harden
+from .soft_embed_arguments import Prepared, prepare
 from .vocab_parallel import VocabShard
 
 if TYPE_CHECKING:
@@ -231,7 +230,13 @@ def soft_embed(
         out_dtype=out_dtype,
         backend=backend,
     )
-    leading = hidden.shape[:-1]
+    return compute(call, hidden.shape[:-1], return_stats, backend)
+
+
+def compute(
+    call: Prepared, leading: torch.Size, return_stats: bool, backend: str | None
+) -> Tensor | tuple[Tensor, SoftTokenStats]:
+    """The soft tokens [*leading, E] of a checked call, and with ``return_stats`` their statistics."""
     inputs, options, full = narrow(call, stats=return_stats)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     found = soft_embed_op.run(
@@ -239,18 +244,14 @@ def soft_embed(
         soft_embed_op.Call(
             options,
             call.group,
-            stats=return_stats or hard is not False,
+            stats=return_stats,
             exact=differentiable,
             cast=call.cast,
             out_dtype=call.op_dtype,
             backend=backend,
         ),
     )
-    result = found.out if hidden.dim() == 2 else found.out.reshape(*leading, found.out.shape[-1])
-    if hard is not False:
-        values = head_weight if embed_weight is None else embed_weight
-        index = found.argmax.reshape(leading)  # type: ignore[union-attr]
-        result = harden(result, values, index, call.hard, options.embed_scale, vocab_parallel)
+    result = found.out if len(leading) == 1 else found.out.reshape(*leading, found.out.shape[-1])
     if call.embed_scale is not None:
         result = (result * call.embed_scale).to(call.out_dtype)
     if not return_stats:

@@ -73,11 +73,11 @@ def soft_embed_reference(
     scores = scores.masked_fill(~kept, -torch.inf)
     probs = torch.softmax(scores, -1)
     values = head_weight if embed_weight is None else embed_weight
-    out = embed_scale * (probs @ values)
     lse, entropy, peak, argmax = _statistics(scores)
-    token = embed_scale * values.detach()[argmax] + out - out.detach()  # straight-through
-    out = torch.where(torch.as_tensor(hard, device=out.device)[..., None], token, out)
-    return out, SoftTokenStats(lse, entropy, peak, argmax, full)
+    one_hot = argmax[..., None] == torch.arange(probs.shape[-1], device=probs.device)
+    taken = one_hot + (probs - probs.detach())  # straight-through, as F.gumbel_softmax(hard=True)
+    taken = torch.where(torch.as_tensor(hard, device=probs.device)[..., None], taken, probs)
+    return embed_scale * (taken @ values), SoftTokenStats(lse, entropy, peak, argmax, full)
 
 
 def _statistics(scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

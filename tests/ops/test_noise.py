@@ -27,7 +27,14 @@ def test_known_answers_of_philox() -> None:
 def test_large_noise_is_exact_to_the_last_places() -> None:
     """Below 2^-6 a series stands for the logarithm, which would keep a few bits of it."""
     seeds = torch.arange(64)
-    uniform = _philox(seeds, torch.arange(4096).expand(64, -1)).flatten(1).to(torch.float32).mul_(2.0**-32).add_(2.0**-33).double()
+    uniform = (
+        _philox(seeds, torch.arange(4096).expand(64, -1))
+        .flatten(1)
+        .to(torch.float32)
+        .mul_(2.0**-32)
+        .add_(2.0**-33)
+        .double()
+    )
     small = uniform < 2.0**-6
     assert small.sum() > 10_000
     exact = -torch.log(-torch.log1p(-uniform[small]))
