@@ -177,7 +177,7 @@ def with_noise(inputs: Inputs, options: Options, noise: Noise | None) -> tuple[I
     if not isinstance(divisor, Tensor) and inputs.temperature is None:
         options = options._replace(temperature=options.temperature * divisor)
     else:
-        temperature = options.temperature if inputs.temperature is None else inputs.temperature
+        temperature: Any = options.temperature if inputs.temperature is None else inputs.temperature
         inputs, options = inputs._replace(temperature=temperature * divisor), options._replace(temperature=1.0)
     if inputs.threshold is not None:  # in units of the scores
         divisor = divisor.detach() if isinstance(divisor, Tensor) else divisor

@@ -51,7 +51,11 @@ def valid_arguments() -> dict[str, Any]:
             TypeError,
             r"head_weight: got a quantised Packed of torchao, expected a plain tensor: keep it out of the quantisation",
         ),
-        ({"embed_weight": quantised("bitsandbytes", torch.uint8)}, TypeError, r"got a quantised Packed of bitsandbytes"),
+        (
+            {"embed_weight": quantised("bitsandbytes", torch.uint8)},
+            TypeError,
+            r"got a quantised Packed of bitsandbytes",
+        ),
         ({"embed_weight": torch.randn(6, 4)}, ValueError, r"embed_weight: got shape \(6, 4\), expected \[5, E\]"),
         ({"embed_weight": torch.randn(5, 0)}, ValueError, r"embed_weight: got shape \(5, 0\), expected \[5, E\]"),
         ({"embed_weight": torch.randn(5)}, ValueError, r"embed_weight: got shape \(5,\), expected \[5, E\]"),
