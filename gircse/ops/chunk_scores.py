@@ -20,12 +20,13 @@ class TorchScores:
 
     def __init__(self, inputs: Inputs, options: Options, size: int) -> None:
         self.scorer = Scorer(inputs, options)
-        self.read = ChunkReader(inputs.head, self.scorer.dtype, size)
-        self.vocab, self.chunk = slice(0, 0), inputs.head[:0]
+        self.read = None if inputs.head is None else ChunkReader(inputs.head, self.scorer.dtype, size)
+        self.vocab: slice | None = None
+        self.chunk: Tensor | None = None
 
     def __call__(self, rows: slice, vocab: slice) -> Tensor:
         """[R, C] in the accumulation dtype; the caller may overwrite it."""
-        if vocab != self.vocab:
+        if self.read is not None and vocab != self.vocab:
             self.vocab, self.chunk = vocab, self.read(vocab)
         return self.scorer(rows, vocab, self.chunk)[0]
 

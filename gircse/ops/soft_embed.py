@@ -9,8 +9,7 @@ from torch import Tensor
 
 from . import soft_embed_op
 from .arguments import check_flag
-from .soft_embed_arguments import prepare, with_noise
-from .straight_through import harden
+from .soft_embed_arguments import Prepared, prepare, with_noise
 from .truncation import row_thresholds
 from .vocab_parallel import VocabShard
 
@@ -237,7 +236,14 @@ def soft_embed(
         out_dtype=out_dtype,
         backend=backend,
     )
-    inputs, options, leading = call.inputs, call.options, hidden.shape[:-1]
+    return compute(call, hidden.shape[:-1], return_stats, backend)
+
+
+def compute(
+    call: Prepared, leading: torch.Size, return_stats: bool, backend: str | None
+) -> Tensor | tuple[Tensor, SoftTokenStats]:
+    """The soft tokens [*leading, E] of a checked call, and with ``return_stats`` their statistics."""
+    inputs, options = call.inputs, call.options
     if call.rules is not None:
         threshold = row_thresholds(inputs, options, call.rules, group=call.group, cast=call.cast, backend=backend)
         inputs = inputs._replace(threshold=threshold)
@@ -248,18 +254,14 @@ def soft_embed(
         soft_embed_op.Call(
             options,
             call.group,
-            stats=return_stats or hard is not False,
+            stats=return_stats,
             exact=differentiable,
             cast=call.cast,
             out_dtype=call.op_dtype,
             backend=backend,
         ),
     )
-    result = found.out if hidden.dim() == 2 else found.out.reshape(*leading, found.out.shape[-1])
-    if hard is not False:
-        values = head_weight if embed_weight is None else embed_weight
-        index = found.argmax.reshape(leading)  # type: ignore[union-attr]
-        result = harden(result, values, index, call.hard, options.embed_scale, vocab_parallel)
+    result = found.out if len(leading) == 1 else found.out.reshape(*leading, found.out.shape[-1])
     if call.embed_scale is not None:
         result = (result * call.embed_scale).to(call.out_dtype)
     if not return_stats:

@@ -51,8 +51,6 @@ class Prepared(NamedTuple):
     options: Options
     noise: Noise | None  # None: no row has any
     rules: Truncation | None  # None: everything is kept
-    hard: Tensor | bool  # a tensor has the leading dimensions of hidden
-    shard: VocabShard | None
     group: str | None  # of the shard
     cast: torch.dtype | None  # autocast's
     out_dtype: torch.dtype | None  # None: hidden's, or autocast's
@@ -87,8 +85,7 @@ def prepare(
     """The arguments of `soft_embed`, which describes them, checked.
 
     Args:
-        head_weight: None where ``hidden`` holds the logits [..., V] themselves, whose embedding matrix then takes the
-            head's place among the inputs.
+        head_weight: None where ``hidden`` holds the logits [..., V] themselves.
 
     Raises:
         TypeError, ValueError: by the argument's name.
@@ -105,8 +102,6 @@ def prepare(
                 embed_weight = None
     else:
         num_vocab = _check_logits(hidden, embed_weight, cast, vocab_parallel is not None)
-        head_weight, embed_weight = embed_weight, None
-        assert head_weight is not None
     if bias is not None:
         _check_bias(bias, num_vocab, rows_name, hidden, cast)
     group, start = None, 0
@@ -128,6 +123,14 @@ def prepare(
             hidden, bias = hidden * factor, None if bias is None else bias * factor
     elif type(logit_scale) is not float or logit_scale != 1.0:
         logit_scale = check_number("logit_scale", logit_scale)
+    by_row = isinstance(temperature, Tensor)
+    inputs = Inputs(
+        _as_rows(hidden, copy=head_weight is not None),
+        head_weight,
+        embed_weight,
+        bias,
+        temperature if by_row else None,  # type: ignore[arg-type]
+    )
     if out_dtype is not None:
         _check_out_dtype(out_dtype)
     op_dtype, scale = out_dtype, None
@@ -135,17 +138,9 @@ def prepare(
         scale, embed_scale = _scale("embed_scale", embed_scale, hidden), 1.0
         op_dtype = accumulation_dtype(hidden.dtype)
         if out_dtype is None:
-            out_dtype = hidden.dtype if cast is None or hidden.dtype == torch.float64 else cast
+            out_dtype = inputs.out_dtype if cast is None or hidden.dtype == torch.float64 else cast
     elif type(embed_scale) is not float or embed_scale != 1.0:
         embed_scale = check_number("embed_scale", embed_scale)
-    by_row = isinstance(temperature, Tensor)
-    inputs = Inputs(
-        hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1]),
-        head_weight,
-        embed_weight,
-        bias,
-        temperature if by_row else None,  # type: ignore[arg-type]
-    )
     number: Any = 1.0 if by_row else temperature
     options = Options(number, softcap, logit_scale, embed_scale, vocab_start=start)
     if logit_bias is not None:
@@ -159,9 +154,8 @@ def prepare(
         if all(rule is None for rule in rules):  # top_k=0 alone
             rules = None
     noise = _check_noise(hidden, divisor, gumbel_seed, gumbel_temperature, noise_scale)
-    if hard is not False:
-        hard = _check_hard(hard, hidden)
-    return Prepared(inputs, options, noise, rules, hard, vocab_parallel, group, cast, out_dtype, scale, op_dtype)
+    inputs = inputs._replace(hard=_check_hard(hard, hidden))
+    return Prepared(inputs, options, noise, rules, group, cast, out_dtype, scale, op_dtype)
 
 
 def with_noise(inputs: Inputs, options: Options, noise: Noise | None) -> tuple[Inputs, Options]:
@@ -183,6 +177,18 @@ def with_noise(inputs: Inputs, options: Options, noise: Noise | None) -> tuple[I
         divisor = divisor.detach() if isinstance(divisor, Tensor) else divisor
         inputs = inputs._replace(threshold=(inputs.threshold / divisor).to(inputs.threshold.dtype))
     return inputs, options
+
+
+def _as_rows(hidden: Tensor, copy: bool) -> Tensor:
+    """As a matrix of rows; if it would have to be copied for that, and may not be, as it is."""
+    if hidden.dim() == 2:
+        return hidden
+    step = None  # between the entries of a dimension, if all later ones are one with it
+    for size, stride in zip(reversed(hidden.shape[:-1]), reversed(hidden.stride()[:-1]), strict=True):
+        if not copy and size != 1 and step is not None and stride != step:
+            return hidden
+        step = stride * size if size != 1 else step
+    return hidden.reshape(_count(hidden), hidden.shape[-1])
 
 
 def _check_head(hidden: Tensor, head_weight: Tensor, cast: torch.dtype | None, shard: bool) -> None:
@@ -369,12 +375,12 @@ def _check_seed(seed: object, hidden: Tensor) -> tuple[int | None, Tensor | None
     return number, None
 
 
-def _check_hard(hard: object, hidden: Tensor) -> Tensor | bool:
-    """A bool for all rows, or one for each in the shape of hidden's leading dimensions."""
+def _check_hard(hard: object, hidden: Tensor) -> Tensor | None:
+    """One bool for each row, [T]; None: no row is hard."""
     if isinstance(hard, Tensor):
         if hard.dtype != torch.bool:
             raise TypeError(f"hard: got dtype {hard.dtype}, expected torch.bool")
-        return row_values("hard", hard, hidden).reshape(hidden.shape[:-1])
+        return row_values("hard", hard, hidden)
     if not isinstance(hard, bool):
         raise TypeError(f"hard: got {type(hard).__name__}, expected a bool or a bool tensor")
-    return hard
+    return torch.ones(_count(hidden), dtype=torch.bool, device=hidden.device) if hard else None

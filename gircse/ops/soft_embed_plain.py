@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .noise import gumbel
 from .soft_embed_torch import unpack_bits
+from .straight_through import one_hot_rows
 from .tiles_torch import accumulation_dtype
 
 # Bytes of one [rows, V] tensor, of which a second derivative holds a few dozen.
@@ -16,11 +17,11 @@ PLAIN_BYTES = 8 << 20
 
 def plain_rows(inputs: Inputs) -> int:
     """Rows whose plain scores fit the budget."""
-    return max(1, PLAIN_BYTES // (inputs.head.shape[0] * accumulation_dtype(inputs.hidden.dtype).itemsize))
+    return max(1, PLAIN_BYTES // (inputs.num_vocab * accumulation_dtype(inputs.hidden.dtype).itemsize))
 
 
 def plain(inputs: Inputs, options: Options, out_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Soft tokens in hidden's dtype (or in another), log-sum-exp and entropy in the accumulation dtype.
+    """Soft tokens in their own dtype (or in another), log-sum-exp and entropy in the accumulation dtype.
 
     Noise and threshold are constants. A removed entry takes part in nothing: its score, often -inf, is replaced before
     it can meet a zero.
@@ -29,7 +30,7 @@ def plain(inputs: Inputs, options: Options, out_dtype: torch.dtype | None) -> tu
     hidden, head, embed, bias, temperature, noise_scale, values = (
         None if t is None else t.to(dtype) for t in inputs[: len(Needs._fields)]
     )
-    logits = hidden @ head.T  # type: ignore[operator, union-attr]
+    logits = hidden.flatten(0, -2) if head is None else hidden @ head.T  # type: ignore[operator, union-attr]
     if bias is not None:
         logits = logits + bias
     removed = logits == -torch.inf
@@ -63,5 +64,10 @@ def plain(inputs: Inputs, options: Options, out_dtype: torch.dtype | None) -> tu
     log_probs, lse = scores.log_softmax(1), scores.logsumexp(1)
     probs = log_probs.exp()
     entropy = -(probs * log_probs.masked_fill(removed, 0.0)).sum(1)
-    out = options.embed_scale * (probs @ (head if embed is None else embed))  # type: ignore[operator]
-    return out.to(out_dtype or inputs.hidden.dtype), lse, entropy
+    taken = probs
+    if inputs.hard is not None:
+        token = torch.where(inputs.hard, scores.detach().argmax(1), -1)
+        taken = one_hot_rows(torch.zeros_like(probs), 1.0, token, 0) + (probs - probs.detach())
+        taken = torch.where(inputs.hard[:, None], taken, probs)
+    out = options.embed_scale * (taken @ (head if embed is None else embed))  # type: ignore[operator]
+    return out.to(out_dtype or inputs.out_dtype), lse, entropy

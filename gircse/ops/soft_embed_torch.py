@@ -26,6 +26,7 @@ from gircse_kernels.contract import Forward, Grads, Inputs, Needs, Options, Save
 from torch import Tensor
 
 from .noise import gumbel
+from .straight_through import one_hot_rows
 from .tiles_torch import ChunkReader, accumulation_dtype, is_copied, matmul_nt, slices, tiling
 
 # Below this, exp is exactly 0 in every dtype. A finite stand-in for -inf, whose product with that 0 would be NaN.
@@ -68,12 +69,25 @@ class Scorer:
         else:
             inner, outer = outer * inner, 1.0
         self.inner, self.outer = inner, outer  # numbers, or [T, 1]
-        rows = hidden.to(self.dtype)
-        self.rows = (rows if isinstance(inner, float) and inner == 1.0 else rows * inner).contiguous()  # [T, D]
+        self.scaled = not isinstance(inner, float) or inner != 1.0
+        self.rows = hidden[:0]
+        if inputs.head is not None:
+            rows = hidden.to(self.dtype)
+            self.rows = (rows * inner if self.scaled else rows).contiguous()  # [T, D]
 
-    def __call__(self, rows: slice, vocab: slice, chunk: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scores [R, C], which the caller may overwrite, and tanh of the capped logits (None without soft-cap)."""
-        scores = matmul_nt(self.rows[rows], chunk)
+    def _products(self, rows: slice, vocab: slice, chunk: Tensor | None) -> Tensor:
+        """Logits times `inner`, without bias, [R, C]: of a chunk of the head, or as they are given."""
+        if chunk is not None:
+            return matmul_nt(self.rows[rows], chunk)
+        logits = self.inputs.logits(rows, vocab).to(self.dtype, copy=True)
+        return logits.mul_(row_factor(self.inner, rows)) if self.scaled else logits
+
+    def __call__(self, rows: slice, vocab: slice, chunk: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Scores [R, C], which the caller may overwrite, and tanh of the capped logits (None without soft-cap).
+
+        ``chunk`` is that of the head, [C, D]; None: logits are given.
+        """
+        scores = self._products(rows, vocab, chunk)
         if self.inputs.bias is not None:
             bias = self.inputs.bias[vocab].to(self.dtype)
             if isinstance(self.inner, Tensor):
@@ -126,7 +140,7 @@ class Scorer:
         return columns.masked_fill(~inside, 0), inside
 
     def backpropagate(self, grad: Tensor, tanh: Tensor | None, rows: slice) -> Tensor:
-        """Gradient of ``scaled hidden @ head.T`` from the gradient of the scores, in place."""
+        """Gradient of the products times `inner` from the gradient of the scores, in place."""
         if tanh is None:
             return grad
         # d(outer * tanh(x)) = outer * (1 - tanh^2) dx
@@ -159,6 +173,24 @@ def unpack_bits(bitmask: Tensor, start: int, stop: int) -> Tensor:
     return (bits & 1).bool().flatten(1)[:, start % 32 :][:, : stop - start]
 
 
+class Matrices:
+    """Chunks of the head [C, D], None where logits are given, and of the embedding matrix [C, E]."""
+
+    def __init__(self, inputs: Inputs, dtype: torch.dtype, size: int) -> None:
+        self.head, self.embed = (None if m is None else ChunkReader(m, dtype, size) for m in inputs[1:3])
+
+    def __call__(self, vocab: slice) -> tuple[Tensor | None, Tensor]:
+        head, embed = (None if read is None else read(vocab) for read in (self.head, self.embed))
+        values = head if embed is None else embed
+        assert values is not None
+        return head, values
+
+    @staticmethod
+    def copied(inputs: Inputs, dtype: torch.dtype) -> int:
+        """Elements that are copied for each vocabulary entry of a chunk."""
+        return sum(m.shape[1] for m in inputs[1:3] if m is not None and is_copied(m, dtype))
+
+
 def row_factor(factor: float | Tensor, rows: slice) -> float | Tensor:
     """The part of a per-row factor that belongs to a tile; a number as it is."""
     return factor[rows] if isinstance(factor, Tensor) else factor
@@ -167,39 +199,32 @@ def row_factor(factor: float | Tensor, rows: slice) -> float | Tensor:
 def forward(inputs: Inputs, options: Options, *, stats: bool, exact: bool, keep: bool = False) -> Forward:
     """Soft tokens, with ``stats`` their statistics, with ``exact`` also before rounding. ``keep`` is for other
     backends: this one recomputes its probabilities."""
-    return finish(scan(inputs, options, stats=stats), options, inputs.hidden.dtype, exact=exact)
+    return finish(scan(inputs, options, stats=stats), options, inputs.out_dtype, exact=exact)
 
 
 def scan(inputs: Inputs, options: Options, *, stats: bool) -> OnlineState:
     """One pass over the vocabulary (or over one shard of it)."""
-    hidden, head, embed = inputs[:3]
     scorer = Scorer(inputs, options)
-    (num_rows, width), num_vocab, dtype = hidden.shape, head.shape[0], scorer.dtype
-    values = head if embed is None else embed
+    num_rows, width, dtype, device = inputs.num_rows, inputs.values.shape[1], scorer.dtype, inputs.hidden.device
     state = OnlineState(
         # A finite start instead of -inf: a chunk whose scores are all -inf then gives exp(-inf) = 0, not NaN.
-        peak=torch.full((num_rows, 1), torch.finfo(dtype).min, dtype=dtype, device=hidden.device),
-        total=torch.zeros((num_rows, 1), dtype=dtype, device=hidden.device),
-        acc=torch.zeros((num_rows, values.shape[1]), dtype=dtype, device=hidden.device),
-        moment=torch.zeros((num_rows, 1), dtype=dtype, device=hidden.device) if stats else None,
-        argmax=torch.zeros((num_rows, 1), dtype=torch.int64, device=hidden.device) if stats else None,
-    )
-    copied = (width if is_copied(head, dtype) else 0) + (
-        values.shape[1] if embed is not None and is_copied(embed, dtype) else 0
+        peak=torch.full((num_rows, 1), torch.finfo(dtype).min, dtype=dtype, device=device),
+        total=torch.zeros((num_rows, 1), dtype=dtype, device=device),
+        acc=torch.zeros((num_rows, width), dtype=dtype, device=device),
+        moment=torch.zeros((num_rows, 1), dtype=dtype, device=device) if stats else None,
+        argmax=torch.zeros((num_rows, 1), dtype=torch.int64, device=device) if stats else None,
     )
     tile, size = tiling(
         num_rows,
-        num_vocab,
+        inputs.num_vocab,
         tiles=1 + (options.softcap is not None) + stats + _masks(inputs),
-        per_vocab=copied,
-        per_row=values.shape[1],
+        per_vocab=Matrices.copied(inputs, dtype),
+        per_row=width,
         itemsize=dtype.itemsize,
     )
-    read_head = ChunkReader(head, dtype, size)
-    read_embed = None if embed is None else ChunkReader(embed, dtype, size)
-    for vocab in slices(num_vocab, size):
-        chunk = read_head(vocab)
-        chunk_values = chunk if read_embed is None else read_embed(vocab)
+    read = Matrices(inputs, dtype, size)
+    for vocab in slices(inputs.num_vocab, size):
+        chunk, chunk_values = read(vocab)
         for rows in slices(num_rows, tile):
             scores, _ = scorer(rows, vocab, chunk)
             _accumulate(state, scores, chunk_values, rows, vocab.start)
@@ -270,8 +295,7 @@ def backward(
     out, entropy = saved.out, saved.entropy
     peak, total = saved.peak[:, None], saved.total[:, None]
     scorer = Scorer(inputs, options)
-    (num_rows, width), num_vocab, dtype = hidden.shape, head.shape[0], scorer.dtype
-    values = head if embed is None else embed
+    num_rows, num_vocab, dtype, device = inputs.num_rows, inputs.num_vocab, scorer.dtype, hidden.device
     # With w = exp(score - peak), P = w / total: 1 / total and all that is constant along a row go into the upstream
     # gradient and one number per row, so that dS = w * (upstream @ embed.T - constant - slope * (score - peak)).
     out = out.to(dtype)
@@ -289,35 +313,42 @@ def backward(
     need_values = needs.embed if embed is not None else needs.head
     need_scores = any(needs._replace(embed=False))
     keep_log = slope is not None or needs.temperature
-    grad_rows = torch.zeros((num_rows, width), dtype=dtype, device=hidden.device) if needs.hidden else None
-    grad_head = torch.empty_like(head, memory_format=torch.contiguous_format) if needs.head else None
-    grad_embed = (
-        torch.empty_like(embed, memory_format=torch.contiguous_format) if embed is not None and needs.embed else None
+    grad_rows = None
+    if needs.hidden and head is None:  # given logits: each of its elements is written once
+        grad_rows = torch.empty((num_rows, num_vocab), dtype=hidden.dtype, device=device)
+    elif needs.hidden:
+        grad_rows = torch.zeros((num_rows, hidden.shape[1]), dtype=dtype, device=device)
+    grad_head, grad_embed = (
+        torch.empty_like(matrix, memory_format=torch.contiguous_format) if matrix is not None and need else None
+        for matrix, need in ((head, needs.head), (embed, needs.embed))
     )
-    grad_bias = torch.zeros(num_vocab, dtype=dtype, device=hidden.device) if bias is not None and needs.bias else None
-    grad_temperature = torch.zeros((num_rows, 1), dtype=dtype, device=hidden.device) if needs.temperature else None
-    grad_noise = torch.zeros((num_rows, 1), dtype=dtype, device=hidden.device) if needs.noise_scale else None
+    grad_bias = torch.zeros(num_vocab, dtype=dtype, device=device) if bias is not None and needs.bias else None
+    grad_temperature = torch.zeros((num_rows, 1), dtype=dtype, device=device) if needs.temperature else None
+    grad_noise = torch.zeros((num_rows, 1), dtype=dtype, device=device) if needs.noise_scale else None
     grad_values = None
     if needs.bias_values and inputs.bias_values is not None:
         grad_values = torch.zeros_like(inputs.bias_values, dtype=dtype)
 
-    value_width = values.shape[1]
+    width = 0 if head is None else head.shape[1]
+    hard = saved.token is not None and need_values
     tile, size = tiling(
         num_rows,
         num_vocab,
-        tiles=2 + keep_log + 2 * (options.softcap is not None) + 2 * (needs.head or need_values) + _masks(inputs),
-        per_vocab=(width if is_copied(head, dtype) else 0)
-        + (value_width if embed is not None and is_copied(embed, dtype) else 0)
+        tiles=2
+        + keep_log
+        + 2 * (options.softcap is not None)
+        + 2 * (needs.head or need_values)
+        + 2 * hard
+        + _masks(inputs),
+        per_vocab=Matrices.copied(inputs, dtype)
         + (2 * width if needs.head else 0)
-        + (2 * value_width if need_values else 0),
+        + (2 * inputs.values.shape[1] if need_values else 0),
         per_row=width,
         itemsize=dtype.itemsize,
     )
-    read_head = ChunkReader(head, dtype, size)
-    read_embed = None if embed is None else ChunkReader(embed, dtype, size)
+    read = Matrices(inputs, dtype, size)
     for vocab in slices(num_vocab, size):
-        chunk = read_head(vocab)
-        chunk_values = chunk if read_embed is None else read_embed(vocab)
+        chunk, chunk_values = read(vocab)
         chunk_grad_head: Tensor | None = None
         chunk_grad_embed: Tensor | None = None
         for rows in slices(num_rows, tile):
@@ -326,7 +357,10 @@ def backward(
             logs = scores.clamp_min(LOG_FLOOR) if keep_log else None
             weights = scores.exp_()
             if need_values:
-                part = matmul_nt(weights.T, upstream[rows].T)
+                taken = weights
+                if saved.token is not None:
+                    taken = one_hot_rows(weights, total[rows], saved.token[rows], options.vocab_start + vocab.start)
+                part = matmul_nt(taken.T, upstream[rows].T)
                 if embed is None:
                     chunk_grad_head = _add(chunk_grad_head, part)
                 else:
@@ -348,12 +382,14 @@ def backward(
             if grad_values is not None:
                 grad_values[rows] += scorer.entry_gradient(grad, rows, vocab)
             grad = scorer.backpropagate(grad, tanh, rows)
-            if grad_rows is not None:
+            if grad_bias is not None:
+                grad_bias[vocab] += _bias_gradient(grad, scorer.inner, rows)
+            if grad_rows is not None and chunk is None:
+                grad_rows[rows, vocab] = grad.mul_(row_factor(scorer.inner, rows)) if scorer.scaled else grad
+            elif grad_rows is not None and chunk is not None:
                 grad_rows[rows] += matmul_nt(grad, chunk.T)
             if grad_head is not None:
                 chunk_grad_head = _add(chunk_grad_head, matmul_nt(grad.T, scorer.rows[rows].T))
-            if grad_bias is not None:
-                grad_bias[vocab] += _bias_gradient(grad, scorer.inner, rows)
         if grad_head is not None and chunk_grad_head is not None:
             grad_head[vocab] = chunk_grad_head
         if grad_embed is not None and chunk_grad_embed is not None:
@@ -362,15 +398,15 @@ def backward(
         for matrix in (grad_head, grad_embed):
             if matrix is not None:
                 matrix.zero_()
-    if grad_rows is not None and not (isinstance(scorer.inner, float) and scorer.inner == 1.0):
+    if grad_rows is not None and head is not None and scorer.scaled:
         grad_rows.mul_(scorer.inner)
     temperature, noise_scale = (None if grad is None else grad[:, 0] for grad in (grad_temperature, grad_noise))
     return Grads(grad_rows, grad_head, grad_embed, grad_bias, temperature, noise_scale, grad_values)
 
 
 def _masks(inputs: Inputs) -> int:
-    """Buffers of a tile that what removes entries takes."""
-    return (inputs.threshold is not None) + 2 * (inputs.bitmask is not None)
+    """Buffers of a tile that given logits and what removes entries take."""
+    return (inputs.head is None) + (inputs.threshold is not None) + 2 * (inputs.bitmask is not None)
 
 
 def _add(total: Tensor | None, part: Tensor) -> Tensor:

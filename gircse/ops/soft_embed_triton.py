@@ -15,9 +15,8 @@ def takes(inputs: Inputs, options: Options) -> bool:
     """Whether the kernels compute this call; the torch backend computes the others."""
     noise = inputs.seeds is not None or options.seed is not None
     by_row = noise and (inputs.noise_scale is not None or inputs.temperature is not None)
-    embed = inputs.head if inputs.embed is None else inputs.embed
-    alike = embed.dtype == inputs.hidden.dtype and inputs.head.shape[0] > 0
-    return alike and not by_row and inputs.bitmask is None and inputs.bias_ids is None
+    alike = inputs.head is None or inputs.values.dtype == inputs.hidden.dtype
+    return alike and inputs.num_vocab > 0 and not by_row and inputs.bitmask is None and inputs.bias_ids is None
 
 
 def forward(inputs: Inputs, options: Options, *, stats: bool, exact: bool, keep: bool = False) -> Forward:
@@ -42,6 +41,6 @@ def backward(
     needs: Needs,
 ) -> Grads:
     """As ``soft_embed_torch.backward``."""
-    if grad_out is not None and grad_out.dtype != inputs.hidden.dtype:
-        grad_out = grad_out.to(inputs.hidden.dtype)
+    if grad_out is not None:
+        grad_out = grad_out.to(inputs.values.dtype)
     return kernels().backward(grad_out, grad_lse, grad_entropy, inputs, saved, options, needs)

@@ -31,9 +31,7 @@ def alone(tensors: Sequence[Tensor | None], backend: str | None) -> bool:
 def rows_of_numbers(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
     """Temperature and factor of the noise as tensors: a compiler would take a number for a constant and compile again
     for the next one."""
-    ones = torch.ones(
-        inputs.hidden.shape[0], dtype=accumulation_dtype(inputs.hidden.dtype), device=inputs.hidden.device
-    )
+    ones = torch.ones(inputs.num_rows, dtype=accumulation_dtype(inputs.hidden.dtype), device=inputs.hidden.device)
     if inputs.temperature is None and options.temperature != 1.0:
         inputs = inputs._replace(temperature=ones * options.temperature)
     if inputs.noise_scale is None and options.noise_scale != 1.0:

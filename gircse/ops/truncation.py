@@ -140,7 +140,8 @@ def _row_thresholds(tensors: Sequence[Tensor | None], scalars: Sequence[Any]) ->
     number, softcap, logit_scale, start, name, backend = scalars
     options = Options(number, softcap, logit_scale, vocab_start=start)
     across = _Across(None if name is None else find_group(name))
-    (num_rows, width), num_vocab, dtype = hidden.shape, head.shape[0], accumulation_dtype(hidden.dtype)
+    num_rows, num_vocab, dtype = inputs.num_rows, inputs.num_vocab, accumulation_dtype(hidden.dtype)
+    width = 0 if head is None else head.shape[1]
     thresholds = torch.empty(num_rows, dtype=dtype, device=hidden.device)
     # Half of the workspace for the block, the other half for the matrix's chunks.
     largest = across.largest(num_vocab, hidden.device)
@@ -229,7 +230,7 @@ class _Across:
 
 
 _SCHEMA = (
-    "(Tensor hidden, Tensor head, Tensor? bias, Tensor? temperature, Tensor? bias_values, Tensor? bias_ids, "
+    "(Tensor hidden, Tensor? head, Tensor? bias, Tensor? temperature, Tensor? bias_values, Tensor? bias_ids, "
     "Tensor? bitmask, Tensor? top_k, Tensor? top_p, Tensor? min_p, Tensor? top_n, "
     "float scalar_temperature, float? softcap, float logit_scale, SymInt vocab_start, str? group, str? backend) "
     "-> Tensor"
@@ -245,7 +246,7 @@ def _threshold_op(*arguments: Any) -> Tensor:
 @_threshold_op.register_fake
 def _(*arguments: Any) -> Tensor:
     hidden = arguments[0]
-    return hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
+    return hidden.new_empty(hidden.shape[:-1].numel(), dtype=accumulation_dtype(hidden.dtype))
 
 
 @_threshold_op.register_vmap

@@ -32,8 +32,8 @@ class Options(NamedTuple):
 class Inputs(NamedTuple):
     """The tensors of the forward of `soft_embed`: first those that have gradients, in the order of `Needs`."""
 
-    hidden: Tensor  # [T, D]
-    head: Tensor  # [V, D]
+    hidden: Tensor  # [T, D]; where there is no head, the logits [.., V], T rows of any strides, never written to
+    head: Tensor | None  # [V, D]; None: the logits are given, and there is `embed`
     embed: Tensor | None = None  # [V, E]; None: tied, the head serves as embedding matrix
     bias: Tensor | None = None  # [V]
     temperature: Tensor | None = None  # [T], instead of the number
@@ -43,11 +43,46 @@ class Inputs(NamedTuple):
     seeds: Tensor | None = None  # [T] int64, instead of the number
     threshold: Tensor | None = None  # [T] accumulation dtype, the lowest score without noise that a row keeps
     bitmask: Tensor | None = None  # [T, W] int32, entry v of the whole is bit v % 32 of word v // 32; 0 removes it
+    hard: Tensor | None = None  # [T] bool: rows that become the embedding of their one highest score
+    places: Tensor | None = None  # [T] int64: which rows of logits [.., V] these are; None: all of them, in order
+
+    @property
+    def num_rows(self) -> int:
+        """T."""
+        return self.hidden.shape[:-1].numel() if self.places is None else self.places.shape[0]
+
+    @property
+    def num_vocab(self) -> int:
+        """V."""
+        return self.hidden.shape[-1] if self.head is None else self.head.shape[0]
+
+    @property
+    def values(self) -> Tensor:
+        """The embedding matrix [V, E]."""
+        found = self.head if self.embed is None else self.embed
+        assert found is not None
+        return found
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """That of the result: hidden's, and where logits are given the embedding matrix's."""
+        return self.values.dtype if self.head is None else self.hidden.dtype
 
     def of_rows(self, rows: slice) -> Inputs:
         """The same call for some of the rows."""
-        parts = (None if tensor is None else tensor[rows] for tensor in self[4:])
-        return Inputs(self.hidden[rows], self.head, self.embed, self.bias, *parts)
+        parts = self
+        if self.hidden.dim() > 2 and self.places is None:
+            parts = self._replace(places=torch.arange(self.num_rows, device=self.hidden.device))
+        hidden = self.hidden[rows] if self.hidden.dim() == 2 else self.hidden
+        return Inputs(hidden, *self[1:4], *(None if tensor is None else tensor[rows] for tensor in parts[4:]))
+
+    def logits(self, rows: slice, vocab: slice) -> Tensor:
+        """A part [R, C] of logits that are given: a view, or a copy of that part if rows have more than one stride."""
+        part = self.hidden[..., vocab]
+        if part.dim() == 2:
+            return part[rows]
+        places = torch.arange(self.num_rows, device=part.device) if self.places is None else self.places
+        return part[torch.unravel_index(places[rows], part.shape[:-1])]
 
 
 class Forward(NamedTuple):
@@ -57,7 +92,7 @@ class Forward(NamedTuple):
     before the division, in the accumulation dtype, and `entropy` is the moment, sum of e^(score - peak) (score - peak).
     """
 
-    out: Tensor  # [T, E], input dtype
+    out: Tensor  # [T, E], `Inputs.out_dtype`
     exact: Tensor | None  # [T, E]: `out` before it is rounded, in memory of its own
     lse: Tensor | None  # [T]; with the next three, the statistics
     entropy: Tensor | None  # [T]
@@ -81,6 +116,7 @@ class Saved(NamedTuple):
     total: Tensor  # [T]
     entropy: Tensor | None  # [T], where it has a gradient
     probs: Tensor | None = None  # [T, V], `Forward.probs`; None: scores are recomputed
+    token: Tensor | None = None  # [T] int64, index of a hard row's one token in the whole vocabulary; -1: a soft row
 
 
 class Needs(NamedTuple):
@@ -98,11 +134,12 @@ class Needs(NamedTuple):
 class Grads(NamedTuple):
     """What the backward returns. A gradient that was not asked for is None.
 
-    Over a vocabulary shard, those of what has rows are this shard's share of a sum, in the accumulation dtype. The
-    caller, who knows the whole sum, finishes the temperature's: `(sum over shards - peak grad_lse) / temperature`.
+    Over a vocabulary shard, those of what has rows, but for given logits, are this shard's share of a sum, in the
+    accumulation dtype. The caller, who knows the whole sum, finishes the temperature's:
+    `(sum over shards - peak grad_lse) / temperature`.
     """
 
-    hidden: Tensor | None  # [T, D] accumulation dtype
+    hidden: Tensor | None  # [T, D] accumulation dtype; of given logits [T, V], their dtype
     head: Tensor | None  # [V, D] the head's dtype; of a tied matrix the sum of both uses
     embed: Tensor | None  # [V, E] its dtype
     bias: Tensor | None  # [V] accumulation dtype
