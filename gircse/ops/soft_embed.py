@@ -9,7 +9,8 @@ from torch import Tensor
 
 from . import soft_embed_op
 from .arguments import check_flag
-from .soft_embed_arguments import Prepared, prepare, with_noise
+from .row_options import with_noise
+from .soft_embed_arguments import Prepared, prepare
 from .truncation import row_thresholds
 from .vocab_parallel import VocabShard
 
@@ -188,13 +189,14 @@ def soft_embed(
         noise_scale: factor of the noise, at least 0, a number or a floating-point tensor by row. 0 in a row means no
             noise there, so that one call serves rows that sample and rows that do not; ``gumbel_temperature`` divides
             the scores of these rows all the same.
-        hard: a bool for all rows, or a bool tensor by row: these rows become the
-            embedding of their one highest score (with noise: a sampled token), with the gradient of the soft token
-            towards every argument (straight-through). Statistics stay those of the soft token.
-        vocab_parallel: the matrices (and bias) are this rank's `VocabShard` of the vocabulary, possibly no rows; every
-            rank of its group must make the same call with the same hidden, and with token_bitmask and logit_bias of the
-            whole vocabulary. The result is that of the whole vocabulary, on every rank;
-            backward needs the same upstream gradient on every rank (as it is when all compute the same loss).
+        hard: a bool for all rows, or a bool tensor by row: these rows become the embedding of their one highest score
+            (with noise: a sampled token). Straight-through, as ``torch.nn.functional.gumbel_softmax(hard=True) @ E``:
+            of embed_weight the chosen row gets the gradient, every other argument gets that of the soft token.
+            Statistics stay those of the soft token.
+        vocab_parallel: the matrices (and bias) are this rank's `VocabShard` of the vocabulary, possibly of no rows;
+            every rank of its group must make the same call with the same hidden, and with token_bitmask and logit_bias
+            of the whole vocabulary. The result is that of the whole vocabulary, on every rank; backward needs the same
+            upstream gradient on every rank (as it is when all compute the same loss).
         out_dtype: of the result, for example float32 beside bfloat16 inputs, without a rounding in between; None: that
             of hidden.
         return_stats: also return a `SoftTokenStats`, from the same pass.
