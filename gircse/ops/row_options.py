@@ -49,6 +49,9 @@ def with_noise(inputs: Inputs, options: Options, noise: Noise | None) -> tuple[I
     if inputs.threshold is not None:  # in units of the scores
         divisor = divisor.detach() if isinstance(divisor, Tensor) else divisor
         inputs = inputs._replace(threshold=(inputs.threshold / divisor).to(inputs.threshold.dtype))
+        if inputs.scores is not None:
+            column = divisor[:, None] if isinstance(divisor, Tensor) else divisor
+            inputs = inputs._replace(scores=(inputs.scores / column).to(inputs.scores.dtype))
     return inputs, options
 
 

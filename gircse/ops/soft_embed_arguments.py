@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from gircse_kernels.contract import Inputs, Options
+from gircse_kernels.contract import Inputs, Options, Truncation
 from torch import Tensor
 
 from .arguments import DTYPES, check_floating, check_like, check_number
@@ -13,7 +13,7 @@ from .autocast import autocast_dtype
 from .backends import check_backend
 from .row_options import Noise, check_bitmask, check_hard, check_logit_bias, check_noise, positive_by_row
 from .tiles_torch import accumulation_dtype
-from .truncation import Truncation, check_truncation
+from .truncation import capacity_of, check_truncation
 from .vocab_parallel import VocabShard, group_name
 
 
@@ -29,6 +29,8 @@ class Prepared(NamedTuple):
     out_dtype: torch.dtype | None  # None: hidden's, or autocast's
     embed_scale: Tensor | None  # one that is a tensor: the caller multiplies with it and casts to `out_dtype`, not None
     op_dtype: torch.dtype | None  # what the op returns before that
+    capacity: int  # of the candidates that hold what the rules keep; 0: any number may be kept
+    backend: str | None
 
 
 def prepare(
@@ -128,7 +130,9 @@ def prepare(
             rules = None
     noise = check_noise(hidden, divisor, gumbel_seed, gumbel_temperature, noise_scale)
     inputs = inputs._replace(hard=check_hard(hard, hidden))
-    return Prepared(inputs, options, noise, rules, group, cast, out_dtype, scale, op_dtype)
+    coarse = rows_name == "logits" and hidden.dtype.itemsize < 4
+    capacity = 0 if rules is None else capacity_of(top_k, top_n, coarse=coarse)
+    return Prepared(inputs, options, noise, rules, group, cast, out_dtype, scale, op_dtype, capacity, backend)
 
 
 def _as_rows(hidden: Tensor, copy: bool) -> Tensor:
