@@ -19,7 +19,8 @@ from .autocast import cast_inputs, no_autocast
 from .backends import resolve_backend
 from .candidates_torch import distribution, highest, keep, merge, statistics
 from .chunk_scores import chunk_scores
-from .soft_embed_arguments import Prepared, with_noise
+from .row_options import with_noise
+from .soft_embed_arguments import Prepared
 from .thresholds_torch import Thresholds
 from .tiles_torch import WORKSPACE_BYTES, accumulation_dtype, slices, tiling
 from .transforms import eager, rows_of_numbers, rows_or_loop

@@ -16,9 +16,12 @@ from tests.forkserver import CONTEXT
 from tests.ops.accuracy import random_inputs, upstream_gradients
 from tests.ops.test_soft_embed_op import HAS_TRITON
 
-# (processes, bounds of their shards): uneven, one of a single row, none aligned to a tile or to the noise's lanes
-DIVISIONS = [(2, (0, 23, 53)), (3, (0, 1, 30, 53)), (4, (0, 14, 27, 40, 53))]
+# (processes, bounds of their shards): uneven, one of a single row, one of none, none aligned to a tile or to the
+# noise's lanes
+DIVISIONS = [(2, (0, 23, 53)), (3, (0, 1, 30, 53)), (4, (0, 14, 14, 40, 53))]
 ROWS = ("hidden", "temperature")
+BIAS_IDS = torch.arange(22).reshape(11, 2) * 2  # in different shards
+BITMASK = (torch.arange(22, dtype=torch.int32).reshape(11, 2) * 0x9E3779B) | 1
 
 
 def in_processes(size: int, task: Any, folder: Path, *arguments: Any) -> None:
@@ -43,9 +46,23 @@ def compare(rank: int, bounds: tuple[int, ...], backend: str, dtype: torch.dtype
         (None, {"gumbel_seed": torch.arange(11) * 5}),
         (6, {"top_k": 20, "top_p": 0.9, "min_p": 0.01, "temperature": 1.3}),
         (None, {"top_k": 9, "gumbel_seed": 3, "gumbel_temperature": 0.5, "hard": torch.arange(11) % 2 == 0}),
+        (
+            6,
+            {
+                "row_temperature": True,
+                "token_bitmask": BITMASK,
+                "bias_ids": BIAS_IDS,
+                "gumbel_seed": 3,
+                "noise_scale": torch.linspace(0, 1, 11),
+                "top_p": 0.9,
+                "top_n": 12,
+            },
+        ),
     ]:
         per_row = bool(options.pop("row_temperature", False))  # type: ignore[arg-type]
         tensors = random_inputs((11,), 53, 9, embed, bias=True, row_temperature=per_row, dtype=dtype)
+        if "bias_ids" in options:
+            options["logit_bias"] = options.pop("bias_ids"), torch.linspace(-1, 2, 22).reshape(11, 2).to(dtype)
         start, stop = bounds[rank], bounds[rank + 1]
         whole = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
         part = {
