@@ -14,7 +14,8 @@ from gircse_kernels.contract import Forward, Grads, Inputs, Needs, Options, Save
 from torch import Tensor
 
 from .noise import gumbel_at
-from .soft_embed_torch import LOG_FLOOR, OnlineState, Scorer, finish, upstream_of
+from .scorer import Scorer
+from .soft_embed_torch import LOG_FLOOR, OnlineState, finish, upstream_of
 from .tiles_torch import accumulation_dtype, slices
 
 # Bytes of the rows that a product gathers at a time: they stay in a cache, in one buffer (see `ChunkReader`).
