@@ -37,7 +37,7 @@ def forward(inputs: Inputs, options: Options, *, stats: bool, exact: bool, keep:
 
 def scan(inputs: Inputs, options: Options, *, stats: bool) -> OnlineState:
     """As ``soft_embed_torch.scan``, over the candidates; of a shard, over those that are its own."""
-    ids, scores = inputs.ids, _scores(inputs, Scorer(inputs, options))[0]
+    ids, scores = inputs.ids, noisy_scores(inputs, options)
     assert ids is not None
     highest, place = scores.max(1, keepdim=True)
     peak = highest.clamp_min(torch.finfo(scores.dtype).min)
@@ -46,6 +46,11 @@ def scan(inputs: Inputs, options: Options, *, stats: bool) -> OnlineState:
     moment = (logs.clamp_min(LOG_FLOOR) * weights).sum(1, keepdim=True) if stats else None
     acc = weighted_rows(weights, inputs.values, ids)
     return OnlineState(peak, weights.sum(1, keepdim=True), acc, moment, ids.gather(1, place) if stats else None)
+
+
+def noisy_scores(inputs: Inputs, options: Options) -> Tensor:
+    """The candidates' scores [T, C] as the softmax gets them."""
+    return _scores(inputs, Scorer(inputs, options))[0]
 
 
 def backward(
