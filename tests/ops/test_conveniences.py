@@ -22,7 +22,7 @@ def test_spellings_of_the_same() -> None:
     hidden, head = torch.randn(3, 2, 8), torch.randn(37, 8)
     plain = soft_embed(hidden, head)
     same(soft_embed(hidden, head, softcap=0, top_k=-1, top_n=0), plain)
-    same(soft_embed(hidden, head, top_k=torch.tensor([[-1, 0]])), soft_embed(hidden, head, top_k=99))
+    torch.testing.assert_close(soft_embed(hidden, head, top_k=torch.tensor([[-1, 0]])), plain)
     warm = torch.tensor([0.5, 0.7, 0.9])
     by_row = soft_embed(hidden[:, 0], head, temperature=warm)
     same(soft_embed(hidden[:, 0], head, temperature=warm[:, None]), by_row)  # [B, 1], as it divides logits [B, V]
