@@ -98,6 +98,31 @@ class Grads(NamedTuple):
     temperature: Tensor | None  # [T] accumulation dtype, -sum of dS (score - peak)
 
 
+class Selection(NamedTuple):
+    """What top-k, top-p, min-p and top-n keep of each row, and statistics of the whole distribution without noise."""
+
+    threshold: Tensor | None  # [T] the lowest score that is kept, half way to the next lower one
+    lse: Tensor  # [T]; with the next three, of all entries
+    entropy: Tensor  # [T]
+    max_prob: Tensor  # [T]
+    argmax: Tensor  # [T] int64
+    ids: Tensor | None  # [T, C] int64 in descending order of score, of a tie the lower index first; 0 behind them
+    scores: Tensor | None  # [T, C] without noise; -inf behind what is kept
+    count: Tensor | None  # [T] int64: how many top-k (without it top-n) keeps; C or more: ids and scores mean nothing
+
+
+class Candidates(NamedTuple):
+    """The highest scores of each row of one vocabulary shard, and mergeable sums over all of its entries."""
+
+    ids: Tensor  # as in `Selection`, of the highest entries; indices in this head
+    scores: Tensor
+    count: Tensor
+    peak: Tensor  # [T]
+    total: Tensor  # [T] sum of e^(score - peak)
+    moment: Tensor  # [T] sum of e^(score - peak) (score - peak)
+    argmax: Tensor  # [T] int64
+
+
 class Pooled(NamedTuple):
     """Unit vectors of every number of steps."""
 

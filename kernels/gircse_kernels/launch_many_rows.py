@@ -135,7 +135,7 @@ def _weights(
     hidden, head, _, bias, temperature, seeds, threshold = inputs
     count, size = hidden.shape[0], vocab.stop - vocab.start
     row_options = (bias, temperature, seeds, threshold)
-    sums = (*scratch.tiles, scratch.tile_argmax, count, head.shape[0])
+    sums = (*scratch.tiles, scratch.tile_argmax)
     flags = score_flags(inputs, options)
     scalars = (options.vocab_start, vocab.start, size, *score_scalars(inputs, options))
     if plan.product is not None:
@@ -150,7 +150,7 @@ def _weights(
                 TensorDescriptor.from_tensor(hidden, [blocks["BLOCK_T"], blocks["BLOCK_K"]]),
                 TensorDescriptor.from_tensor(head, [blocks["BLOCK_V"], blocks["BLOCK_K"]]),
                 TensorDescriptor.from_tensor(probs, [blocks["BLOCK_T"], blocks["BLOCK_V"]]),
-                *row_options, *sums, hidden.shape[1], bias_stride(inputs), *scalars,
+                *row_options, *sums, count, head.shape[0], hidden.shape[1], bias_stride(inputs), *scalars,
             ),
             plan.product,
             **flags,
@@ -160,10 +160,11 @@ def _weights(
         return
     products, probs = scratch.products[:count, :size], scratch.probs[:count, :size]
     launching.product(hidden, head[vocab].T, products)
-    rest = (*row_options, peak, *sums)
+    rest = (*row_options, peak, *sums, None)
     _elementwise(
-        products, probs, rest, bias_stride(inputs), scalars, plan.weights, flags, FIRST=first, STATS=stats, RAW=False
-    )
+        products, probs, rest, head.shape[0], bias_stride(inputs), scalars, plan.weights, flags,
+        FIRST=first, STATS=stats,
+    )  # fmt: skip
 
 
 def chunk_scores(inputs: Inputs, options: Options, chunk_start: int, size: int) -> Tensor:
@@ -174,29 +175,54 @@ def chunk_scores(inputs: Inputs, options: Options, chunk_start: int, size: int) 
     if num_rows:
         launching.product(hidden, head[chunk_start : chunk_start + size].T, out)
         config = lookup("weights", device_of(hidden.device).arch, hidden.itemsize, num_rows)
-        rest = (bias, temperature, seeds, threshold, None, None, None, None, None, num_rows, head.shape[0])
+        rest = (bias, temperature, seeds, threshold, None, None, None, None, None, None)
         scalars = (options.vocab_start, chunk_start, size, *score_scalars(inputs, options))
         flags = score_flags(inputs, options)
-        _elementwise(out, out, rest, bias_stride(inputs), scalars, config, flags, FIRST=True, STATS=False, RAW=True)
+        _elementwise(out, out, rest, head.shape[0], bias_stride(inputs), scalars, config, flags, RAW=True)
     return out
+
+
+def score_sums(
+    inputs: Inputs, options: Options, products: Tensor, sums: tuple[Tensor, ...], config: Config, group: int
+) -> None:
+    """Of scores without noise, from products h . w [T, V]: highest score, sum, moment and argmax of each tile, and the
+    highest score of each group of `group` entries, all into `sums`."""
+    _, head, _, bias, temperature, _, _ = inputs
+    rest = (bias, temperature, None, None, None, *sums)
+    scalars = (options.vocab_start, 0, products.shape[1], None, *score_scalars(inputs, options)[1:])
+    _elementwise(
+        products, None, rest, head.shape[0], bias_stride(inputs), scalars, config, score_flags(inputs, options),
+        STATS=True, GROUP=group,
+    )  # fmt: skip
 
 
 def _elementwise(
     products: Tensor,
-    probs: Tensor,
+    probs: Tensor | None,
     rest: tuple[Any, ...],
+    num_vocab: int,
     stride_bias: int,
     scalars: tuple[Any, ...],
     config: Config,
     flags: dict[str, Any],
-    **switches: bool,
+    *,
+    FIRST: bool = True,
+    STATS: bool = False,
+    RAW: bool = False,
+    GROUP: int = 1,
 ) -> None:
     count, size = products.shape
     launching.launch(
         many_rows.weights_kernel,
         (cdiv(count, config.blocks["BLOCK_T"]) * cdiv(size, config.blocks["BLOCK_V"]),),
-        (products, probs, *rest, products.stride(0), probs.stride(0), stride_bias, *scalars),
+        (
+            products, probs, *rest, count, num_vocab, cdiv(size, GROUP),
+            products.stride(0), 0 if probs is None else probs.stride(0), stride_bias, *scalars,
+        ),
         config,
         ALIGNED=flags["ALIGNED"],
-        **switches,
-    )
+        FIRST=FIRST,
+        STATS=STATS,
+        RAW=RAW,
+        GROUP=GROUP,
+    )  # fmt: skip

@@ -38,12 +38,22 @@ def store_sums(
     tile_total_ptr,
     tile_moment_ptr,
     tile_argmax_ptr,
+    group_max_ptr,
+    num_groups,
     DTYPE: tl.constexpr,
     FIRST: tl.constexpr,
     STATS: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """P of a tile in DTYPE; its highest score and its sums, relative to its reference, go to memory."""
+    """P of a tile in DTYPE; its highest score and its sums, relative to its reference, go to memory, and the highest
+    scores of its groups where they are wanted."""
     score, highest, position = tile_softmax(score, m_vocab, STATS)
+    if group_max_ptr is not None:
+        count: tl.constexpr = score.shape[1] // GROUP
+        maxima = tl.maximum(tl.max(tl.reshape(score, [score.shape[0], count, GROUP]), 2), LOWEST)
+        groups = i_tile * count + tl.arange(0, count)
+        m_groups = m_rows[:, None] & (groups < num_groups)[None, :]
+        tl.store(group_max_ptr + rows.to(tl.int64)[:, None] * num_groups + groups[None, :], maxima, mask=m_groups)
     if FIRST:
         base = reference(highest)
     else:
@@ -67,7 +77,7 @@ def store_sums(
 @triton.jit(do_not_specialize=["seed", "vocab_start", "chunk_start", "num_rows"])
 def weights_kernel(
     product_ptr,  # [T, C] h . w, float32 or the input's dtype
-    prob_ptr,  # [T, C] input dtype, out, may be the same memory; with RAW: the scores themselves, float32
+    prob_ptr,  # [T, C] input dtype, out, may be the same memory; with RAW: the scores themselves, float32; None: sums alone
     bias_ptr,  # [V]
     temperature_ptr,  # [T]
     seed_ptr,  # [T]
@@ -77,8 +87,10 @@ def weights_kernel(
     tile_total_ptr,
     tile_moment_ptr,
     tile_argmax_ptr,
+    group_max_ptr,  # [T, groups] float32, out: highest scores of groups of GROUP entries; None: not wanted
     num_rows,
     num_vocab,
+    num_groups,
     stride_product,
     stride_prob,
     stride_bias,
@@ -93,6 +105,7 @@ def weights_kernel(
     FIRST: tl.constexpr,
     STATS: tl.constexpr,
     RAW: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -112,16 +125,17 @@ def weights_kernel(
         product, (chunk_start + column)[None, :], inverse, seeds, thresholds, bias_ptr, threshold_ptr, stride_bias,
         num_vocab, vocab_start, seed, scale, softcap, ALIGNED,
     )  # fmt: skip
-    p_prob = prob_ptr + rows64 * stride_prob + column[None, :]
     if RAW:
-        tl.store(p_prob, score, mask=inside)
+        tl.store(prob_ptr + rows64 * stride_prob + column[None, :], score, mask=inside)
     else:
+        dtype: tl.constexpr = tl.float32 if prob_ptr is None else prob_ptr.dtype.element_ty
         prob = store_sums(
             score, m_vocab, rows, m_rows, i_tile, num_tiles, chunk_start + i_tile * BLOCK_V,
-            peak_ptr, tile_peak_ptr, tile_total_ptr, tile_moment_ptr, tile_argmax_ptr,
-            prob_ptr.dtype.element_ty, FIRST, STATS,
+            peak_ptr, tile_peak_ptr, tile_total_ptr, tile_moment_ptr, tile_argmax_ptr, group_max_ptr, num_groups,
+            dtype, FIRST, STATS, GROUP,
         )  # fmt: skip
-        tl.store(p_prob, prob, mask=inside)
+        if prob_ptr is not None:
+            tl.store(prob_ptr + rows64 * stride_prob + column[None, :], prob, mask=inside)
 
 
 @triton.jit(do_not_specialize=["seed", "vocab_start", "chunk_start", "num_rows"])
@@ -180,7 +194,8 @@ def weights_product_kernel(
         )  # fmt: skip
         prob = store_sums(
             score, column < chunk_size, rows, m_rows, i_tile, num_tiles, chunk_start + i_tile * BLOCK_V,
-            peak_ptr, tile_peak_ptr, tile_total_ptr, tile_moment_ptr, tile_argmax_ptr, prob_desc.dtype, FIRST, STATS,
+            peak_ptr, tile_peak_ptr, tile_total_ptr, tile_moment_ptr, tile_argmax_ptr, None, 0,
+            prob_desc.dtype, FIRST, STATS, 1,
         )  # fmt: skip
         prob_desc.store([i_rows * BLOCK_T, i_tile * BLOCK_V], prob)
 

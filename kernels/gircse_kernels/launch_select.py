@@ -1,0 +1,101 @@
+"""Launches the selection of what truncation keeps: scores in memory, their sums, and one program for each row."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import launching
+from .contract import Candidates, Inputs, Options, Selection
+from .launch_many_rows import score_sums
+from .launching import bias_stride, device_of, score_scalars
+from .plan import Problem, padded, plan_select
+from .select import select_kernel
+
+
+
+def select(inputs: Inputs, options: Options, rules: Sequence[Tensor | None], capacity: int) -> Selection:
+    """What the rules keep of each row, from its scores without noise, and the statistics of the whole distribution.
+
+    Args:
+        rules: top_k, top_p, min_p, top_n, each [T] or None; with a capacity the first or the last one is there.
+        capacity: C, a power of two above the largest top_k; 0: thresholds alone, and without any rule statistics alone.
+    """
+    found = _select(inputs, options, rules, capacity, finish=True)
+    return Selection(found.threshold, *found.sums, found.argmax, found.ids, found.scores, found.count)
+
+
+def candidates(inputs: Inputs, options: Options, limit: Tensor, capacity: int) -> Candidates:
+    """The highest `limit` [T] scores of each row with their ties, and sums over all, both to be merged with shards'."""
+    found = _select(inputs, options, (limit, None, None, None), capacity, finish=False)
+    return Candidates(found.ids, found.scores, found.count, *found.sums, found.argmax)
+
+
+class _Found(NamedTuple):
+    """The outputs of `select_kernel`."""
+
+    threshold: Tensor | None
+    sums: tuple[Tensor, Tensor, Tensor]
+    argmax: Tensor
+    ids: Any
+    scores: Any
+    count: Any
+
+
+def _select(
+    inputs: Inputs, options: Options, rules: Sequence[Tensor | None], capacity: int, *, finish: bool
+) -> _Found:
+    hidden, head = inputs.hidden, inputs.head
+    (num_rows, width), num_vocab, device = hidden.shape, head.shape[0], hidden.device
+    plan = plan_select(Problem(num_rows, num_vocab, width, 0, True, hidden.itemsize), device_of(device), capacity)
+    blocks = plan.select.blocks
+    float32 = functools.partial(torch.empty, dtype=torch.float32, device=device)
+    int64 = functools.partial(torch.empty, dtype=torch.int64, device=device)
+    ruled = any(rule is not None for rule in rules)
+    found = _Found(
+        float32(num_rows) if ruled else None,
+        (float32(num_rows), float32(num_rows), float32(num_rows)),
+        int64(num_rows),
+        int64((num_rows, capacity)) if capacity else None,
+        float32((num_rows, capacity)) if capacity else None,
+        int64(num_rows) if capacity else None,
+    )
+    products = float32((plan.row_block, padded(num_vocab)))
+    tiles, tile_argmax = float32((3, padded(plan.row_block), plan.tiles)), int64((plan.row_block, plan.tiles))
+    groups = float32((plan.row_block, plan.groups))
+    lists = float32((plan.row_block, blocks["ROOM"])) if ruled else None
+    indices = torch.empty((plan.row_block, 2 * blocks["ROOM"]), dtype=torch.int32, device=device) if capacity else None
+    for start in range(0, num_rows, plan.row_block):
+        rows = slice(start, min(start + plan.row_block, num_rows))
+        part, count = inputs.of_rows(rows), rows.stop - start
+        scores = products[:count, :num_vocab]
+        launching.product(part.hidden, head.T, scores)
+        score_sums(part, options, scores, (*tiles, tile_argmax, groups), plan.weights, blocks["GROUP"])
+        first, second, third = (tensor[rows] for tensor in found.sums)
+        launching.launch(
+            select_kernel,
+            (count,),
+            (
+                scores, groups, *tiles, tile_argmax, part.bias, part.temperature,
+                *(None if rule is None else rule[rows] for rule in rules), lists, indices,
+                _rows(found.threshold, rows), first, second, third, found.argmax[rows],
+                _rows(found.ids, rows), _rows(found.scores, rows), _rows(found.count, rows),
+                num_vocab, plan.tiles, plan.groups, *scores.stride(), bias_stride(inputs),
+                options.vocab_start, *score_scalars(inputs, options)[1:],
+            ),
+            plan.select,
+            FINISH=finish,
+            COUNT=capacity,
+            LIST=plan.listed,
+            GROUPS=1 << (plan.groups - 1).bit_length(),
+            TILES=1 << (plan.tiles - 1).bit_length(),
+        )  # fmt: skip
+    return found
+
+
+def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    return None if tensor is None else tensor[rows]
