@@ -19,12 +19,13 @@ class TorchScores:
 
     def __init__(self, inputs: Inputs, options: Options, size: int) -> None:
         self.scorer = Scorer(inputs, options)
-        self.read = ChunkReader(inputs.head, self.scorer.dtype, size)
-        self.vocab, self.chunk = slice(0, 0), inputs.head[:0]
+        self.read = None if inputs.head is None else ChunkReader(inputs.head, self.scorer.dtype, size)
+        self.vocab: slice | None = None
+        self.chunk: Tensor | None = None
 
     def __call__(self, rows: slice, vocab: slice) -> Tensor:
         """[R, C] in the accumulation dtype; the caller may overwrite it."""
-        if vocab != self.vocab:
+        if self.read is not None and vocab != self.vocab:
             self.vocab, self.chunk = vocab, self.read(vocab)
         return self.scorer(rows, vocab, self.chunk)[0]
 
@@ -36,9 +37,7 @@ class TritonScores:
         self.inputs, self.options = inputs, options
 
     def __call__(self, rows: slice, vocab: slice) -> Tensor:
-        temperature = None if self.inputs.temperature is None else self.inputs.temperature[rows]
-        part = self.inputs._replace(hidden=self.inputs.hidden[rows], temperature=temperature)
-        return kernels().chunk_scores(part, self.options, vocab.start, vocab.stop - vocab.start)
+        return kernels().chunk_scores(self.inputs.of_rows(rows), self.options, vocab.start, vocab.stop - vocab.start)
 
 
 def chunk_scores(inputs: Inputs, options: Options, size: int, backend: str) -> TorchScores | TritonScores:

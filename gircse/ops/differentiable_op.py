@@ -68,7 +68,8 @@ class DifferentiableOp(ABC):
 
     @abstractmethod
     def block(self, tensors: Tensors) -> int:
-        """How many rows the plain formula may take at a time."""
+        """How many rows the plain formula may take at a time; entries of its first dimension if the first tensor has
+        more than two."""
 
     def constant(self, scalars: Sequence[Any]) -> tuple[int, ...]:
         """The results without a gradient."""
@@ -225,16 +226,18 @@ class DifferentiableOp(ABC):
         parts: dict[int, list[Tensor]] = {}
         for start in range(0, rows, size):
 
-            def cut(tensors: Tensors, first: int, start: int = start) -> list[Tensor | None]:
-                return [
-                    t if t is None or first + i in whole else t[start : start + size] for i, t in enumerate(tensors)
-                ]
+            def part(t: Tensor, start: int = start) -> Tensor:
+                each = t.shape[0] // rows
+                return t[start * each : (start + size) * each]
 
-            for i, part in self._second_block(cut(values, 0), scalars, cut(cotangents, count), wanted).items():
+            def cut(tensors: Tensors, first: int, part: Callable[[Tensor], Tensor] = part) -> list[Tensor | None]:
+                return [t if t is None or first + i in whole else part(t) for i, t in enumerate(tensors)]
+
+            for i, found in self._second_block(cut(values, 0), scalars, cut(cotangents, count), wanted).items():
                 if i in whole:
-                    sums[i] = sums[i] + part if i in sums else part
+                    sums[i] = sums[i] + found if i in sums else found
                 else:
-                    parts.setdefault(i, []).append(part)
+                    parts.setdefault(i, []).append(found)
         return {**sums, **{i: torch.cat(each) for i, each in parts.items()}}
 
     def _second_block(

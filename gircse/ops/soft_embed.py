@@ -14,7 +14,6 @@ from . import soft_embed_op
 from .arguments import check_flag, check_floating, check_like, check_number, has_no_values, row_values
 from .autocast import autocast_dtype
 from .backends import check_backend
-from .straight_through import harden
 from .truncation import check_truncation, row_thresholds
 from .vocab_parallel import VocabShard, group_name
 
@@ -219,14 +218,13 @@ def soft_embed(
     check_backend(backend)
     check_flag("return_stats", return_stats)
     leading = hidden.shape[:-1]
-    if hard is not False:
-        hard = _check_hard(hard, hidden)
     inputs = Inputs(
         hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1]),
         head_weight,
         embed_weight,
         bias,
         row_temperature(temperature, hidden),
+        hard=_check_hard(hard, hidden),
     )
     if gumbel_seed is not None:
         seed, seeds = _check_seed(gumbel_seed, hidden)
@@ -239,14 +237,9 @@ def soft_embed(
     if gumbel_temperature is not None:
         inputs, options = _relax(inputs, options, hidden, gumbel_temperature)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    stats = return_stats or hard is not False
-    call = soft_embed_op.Call(options, group, stats, differentiable, cast=cast, backend=backend)
+    call = soft_embed_op.Call(options, group, return_stats, differentiable, cast=cast, backend=backend)
     found = soft_embed_op.run(inputs, call)
     result = found.out if hidden.dim() == 2 else found.out.reshape(*leading, found.out.shape[-1])
-    if hard is not False:
-        values = head_weight if embed_weight is None else embed_weight
-        index = found.argmax.reshape(leading)  # type: ignore[union-attr]
-        result = harden(result, values, index, hard, options.embed_scale, vocab_parallel)
     if not return_stats:
         return result
     statistics = (found.lse, found.entropy, found.max_prob, found.argmax)
@@ -339,15 +332,15 @@ def _relax(
     return inputs, options
 
 
-def _check_hard(hard: object, hidden: Tensor) -> Tensor | bool:
-    """A bool for all rows, or one for each in the shape of hidden's leading dimensions."""
+def _check_hard(hard: object, hidden: Tensor) -> Tensor | None:
+    """One bool for each row, [T]; None: no row is hard."""
     if isinstance(hard, Tensor):
         if hard.dtype != torch.bool:
             raise TypeError(f"hard: got dtype {hard.dtype}, expected torch.bool")
-        return row_values("hard", hard, hidden).reshape(hidden.shape[:-1])
+        return row_values("hard", hard, hidden)
     if not isinstance(hard, bool):
         raise TypeError(f"hard: got {type(hard).__name__}, expected a bool or a bool tensor")
-    return hard
+    return torch.ones(hidden.shape[:-1].numel(), dtype=torch.bool, device=hidden.device) if hard else None
 
 
 def _check_shard(shard: object, head_weight: Tensor) -> str:

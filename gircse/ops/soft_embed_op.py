@@ -19,11 +19,12 @@ from .backends import resolve_backend
 from .differentiable_op import DifferentiableOp, Tensors
 from .soft_embed_plain import plain, plain_rows
 from .soft_embed_torch import finish
+from .straight_through import harden, tokens
 from .tiles_torch import accumulation_dtype
 from .transforms import alone, rows_of_numbers
 from .vocab_parallel import find_group, merge_shards, sum_shards
 
-_NUM_TENSORS = len(Inputs._fields)
+_NUM_TENSORS = len(Inputs._fields) - 1  # `places` is made behind the op
 
 
 class Call(NamedTuple):
@@ -60,6 +61,7 @@ class Results(NamedTuple):
     total: Tensor | None = None
     kept_entropy: Tensor | None = None
     kept_probs: Tensor | None = None  # [T, V]
+    kept_token: Tensor | None = None  # [T]
 
 
 def run(inputs: Inputs, call: Call) -> Results:
@@ -70,14 +72,14 @@ def run(inputs: Inputs, call: Call) -> Results:
         if options.logit_temperature != 1.0:
             divisor = torch.ones((), dtype=torch.float64) * options.logit_temperature
             options = options._replace(logit_temperature=1.0)
-        return Results(*OP.op(*inputs, divisor, *call._replace(options=options).flat()))
+        return Results(*OP.op(*inputs[:_NUM_TENSORS], divisor, *call._replace(options=options).flat()))
     if observers.transformed() or observers.forward_mode():  # whether a gradient will be wanted shows later
         call = call._replace(exact=True)
     elif alone(inputs, call.backend):
         if not call.exact:
             return _forward(inputs, call)
         call = call._replace(keep=True)  # a compiler or a mode would have to know the backend's budget
-    return Results(*OP.call((*inputs, None), call.flat()))
+    return Results(*OP.call((*inputs[:_NUM_TENSORS], None), call.flat()))
 
 
 def _module(backend: str | None, hidden: Tensor) -> ModuleType:
@@ -88,30 +90,35 @@ def _forward(inputs: Inputs, call: Call) -> Results:
     if call.cast is not None:
         inputs = cast_inputs(inputs, call.cast)
     hidden, module = inputs.hidden, _module(call.backend, inputs.hidden)
+    group = None if call.group is None else find_group(call.group)
+    stats = call.stats or inputs.hard is not None  # which says where the highest score is
     with no_autocast(hidden.device.type):
-        if call.group is None:
-            found = module.forward(inputs, call.options, stats=call.stats, exact=call.exact, keep=call.keep)
+        if group is None:
+            found = module.forward(inputs, call.options, stats=stats, exact=call.exact, keep=call.keep)
         else:
-            state = module.scan(inputs, call.options, stats=call.stats)
-            state = merge_shards(state, call.options.vocab_start, find_group(call.group))
-            found = finish(state, call.options, hidden.dtype, exact=call.exact)
-    return _results(found, call)
+            state = module.scan(inputs, call.options, stats=stats)
+            state = merge_shards(state, call.options.vocab_start, group)
+            found = finish(state, call.options, inputs.out_dtype, exact=call.exact)
+        token = tokens(found, inputs) if call.exact else None
+        if inputs.hard is not None:
+            found = harden(found, inputs, call.options, group)
+    return _results(found, token, call)
 
 
-def _results(found: Forward, call: Call) -> Results:
+def _results(found: Forward, token: Tensor | None, call: Call) -> Results:
     """Of what a backend found, what was asked for."""
-    out, exact, lse, entropy, max_prob, argmax, peak, total, probs = found
+    out, exact, *stats, peak, total, probs = found
+    lse, entropy, max_prob, argmax = stats if call.stats else (None,) * 4
     kept = entropy.clone() if call.exact and entropy is not None else None
-    lse = lse if call.stats else None
     peak, total = (peak, total) if call.exact else (None, None)
-    return Results(out, lse, entropy, max_prob, argmax, exact, peak, total, kept, probs)
+    return Results(out, lse, entropy, max_prob, argmax, exact, peak, total, kept, probs, token)
 
 
 class _SoftEmbed(DifferentiableOp):
     name = "soft_embed"
     tensors = (
-        "Tensor hidden, Tensor head, Tensor? embed, Tensor? bias, Tensor? temperature, Tensor? seeds, "
-        "Tensor? threshold, Tensor? logit_divisor"  # in place of the number: 0-dimensional, on the CPU
+        "Tensor hidden, Tensor? head, Tensor? embed, Tensor? bias, Tensor? temperature, Tensor? seeds, "
+        "Tensor? threshold, Tensor? hard, Tensor? logit_divisor"  # in place of the number: 0-dimensional, on the CPU
     )
     scalars = (
         "float scalar_temperature, float? softcap, float logit_scale, float embed_scale, SymInt? seed, "
@@ -120,18 +127,18 @@ class _SoftEmbed(DifferentiableOp):
     )
     num_tensors, num_inputs, num_results = _NUM_TENSORS + 1, len(Needs._fields), len(Results._fields)
     upstream = (0, 1, 2)  # out, lse, entropy
-    saved = (5, 6, 7, 8, 9)
+    saved = (5, 6, 7, 8, 9, 10)
     shared = (1, 2, 3, _NUM_TENSORS)
 
     def forward(self, tensors: Tensors, scalars: Sequence[Any]) -> Tensors:
         return _forward(*_call(tensors, scalars))
 
     def fake(self, tensors: Tensors, scalars: Sequence[Any]) -> Tensors:
-        originals, call = Inputs(*tensors[:_NUM_TENSORS]), Call.of(scalars)  # type: ignore[arg-type]
-        hidden = originals.hidden
-        dtype = hidden.dtype if call.cast is None or hidden.dtype == torch.float64 else call.cast
-        values = originals.head if originals.embed is None else originals.embed
-        rows, width, wide = hidden.shape[0], values.shape[1], accumulation_dtype(dtype)
+        inputs, call = Inputs(*tensors[:_NUM_TENSORS]), Call.of(scalars)  # type: ignore[arg-type]
+        hidden, dtype = inputs.hidden, inputs.out_dtype
+        if call.cast is not None and dtype != torch.float64:
+            dtype = call.cast
+        rows, width, wide = inputs.num_rows, inputs.values.shape[1], accumulation_dtype(hidden.dtype)
 
         def row(dtype: torch.dtype = wide) -> Tensor:
             return hidden.new_empty(rows, dtype=dtype)
@@ -146,17 +153,19 @@ class _SoftEmbed(DifferentiableOp):
             row() if call.exact else None,
             row() if call.exact else None,
             row() if call.stats and call.exact else None,
+            None,
+            row(torch.int64) if inputs.hard is not None and call.exact else None,
         )
 
     def backward(
         self, grads: Tensors, tensors: Tensors, saved: Tensors, scalars: Sequence[Any], needs: Sequence[bool]
     ) -> Tensors:
         originals, call = _call(tensors, scalars)
-        out, peak, total, *rest = saved
+        out, peak, total, *rest = saved  # stand-ins of what there is not are empty
         kept = Saved(out, peak, total, *(None if t is None or not t.numel() else t for t in rest))  # type: ignore[arg-type]
         found = _backward(grads, cast_inputs(originals, call.cast), kept, call, Needs(*needs))
         return tuple(
-            None if grad is None or tensor is None else grad.to(tensor.dtype)
+            None if grad is None or tensor is None else grad.to(tensor.dtype).view(tensor.shape)
             for grad, tensor in zip(found, originals, strict=False)
         )
 
@@ -165,7 +174,8 @@ class _SoftEmbed(DifferentiableOp):
         return plain(cast_inputs(originals, call.cast), call.options)
 
     def block(self, tensors: Tensors) -> int:
-        return plain_rows(Inputs(*tensors[:_NUM_TENSORS]))  # type: ignore[arg-type]
+        inputs = Inputs(*tensors[:_NUM_TENSORS])  # type: ignore[arg-type]
+        return plain_rows(inputs) // max(1, inputs.hidden.shape[1:-1].numel())
 
     def eager(self, tensors: Tensors, scalars: Sequence[Any]) -> bool:
         return alone(tensors, scalars[-1])
@@ -197,7 +207,8 @@ def _backward(grads: Tensors, inputs: Inputs, saved: Saved, call: Call, needs: N
         rows, temperature = found.hidden, found.temperature
         if call.group is not None:
             group = find_group(call.group)
-            rows, temperature = sum_shards(rows, group), sum_shards(temperature, group)
+            temperature = sum_shards(temperature, group)
+            rows = rows if inputs.head is None else sum_shards(rows, group)
         if temperature is not None and inputs.temperature is not None:
             # d(score)/dT = -score / T. Backends sum dS (score - peak); peak sum(dS) remains, and sum(dS) = grad_lse.
             if grads[1] is not None:

@@ -7,6 +7,7 @@ from gircse_kernels.contract import Inputs, Options
 from torch import Tensor
 
 from .noise import gumbel
+from .straight_through import one_hot_rows
 from .tiles_torch import accumulation_dtype
 
 # Bytes of one [rows, V] tensor, of which a second derivative holds a few dozen.
@@ -15,7 +16,7 @@ PLAIN_BYTES = 8 << 20
 
 def plain_rows(inputs: Inputs) -> int:
     """Rows whose plain scores fit the budget."""
-    return max(1, PLAIN_BYTES // (inputs.head.shape[0] * accumulation_dtype(inputs.hidden.dtype).itemsize))
+    return max(1, PLAIN_BYTES // (inputs.num_vocab * accumulation_dtype(inputs.hidden.dtype).itemsize))
 
 
 def plain(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
@@ -26,7 +27,7 @@ def plain(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """
     dtype = accumulation_dtype(inputs.hidden.dtype)
     hidden, head, embed, bias, temperature = (None if t is None else t.to(dtype) for t in inputs[:5])
-    logits = hidden @ head.T  # type: ignore[operator, union-attr]
+    logits = hidden.flatten(0, -2) if head is None else hidden @ head.T  # type: ignore[operator, union-attr]
     if bias is not None:
         logits = logits + bias
     removed = logits == -torch.inf
@@ -51,5 +52,10 @@ def plain(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     log_probs, lse = scores.log_softmax(1), scores.logsumexp(1)
     probs = log_probs.exp()
     entropy = -(probs * log_probs.masked_fill(removed, 0.0)).sum(1)
-    out = options.embed_scale * (probs @ (head if embed is None else embed))  # type: ignore[operator]
-    return out.to(inputs.hidden.dtype), lse, entropy
+    chosen = probs
+    if inputs.hard is not None:
+        token = torch.where(inputs.hard, scores.detach().argmax(1), -1)
+        chosen = one_hot_rows(torch.zeros_like(probs), 1.0, token, 0) + (probs - probs.detach())
+        chosen = torch.where(inputs.hard[:, None], chosen, probs)
+    out = options.embed_scale * (chosen @ (head if embed is None else embed))  # type: ignore[operator]
+    return out.to(inputs.out_dtype), lse, entropy

@@ -62,12 +62,13 @@ def soft_embed_reference(
     log_probs = torch.log_softmax(scores, -1)
     probs = log_probs.exp()
     values = head_weight if embed_weight is None else embed_weight
-    out = embed_scale * (probs @ values)
+    peak, argmax = probs.detach().max(-1), scores.detach().argmax(-1)
+    one_hot = torch.nn.functional.one_hot(argmax, probs.shape[-1])
+    taken = one_hot + (probs - probs.detach())  # straight-through, as F.gumbel_softmax(hard=True)
+    taken = torch.where(torch.as_tensor(hard, device=probs.device)[..., None], taken, probs)
+    out = embed_scale * (taken @ values)
     # An entry removed by a bias of -inf counts 0 * -inf = 0.
     entropy = -(probs * log_probs.masked_fill(log_probs == -torch.inf, 0.0)).sum(-1)
-    peak, argmax = probs.detach().max(-1), scores.detach().argmax(-1)
-    token = embed_scale * values.detach()[argmax] + out - out.detach()  # straight-through
-    out = torch.where(torch.as_tensor(hard, device=out.device)[..., None], token, out)
     return out, SoftTokenStats(torch.logsumexp(scores, -1), entropy, peak.values, argmax)
 
 

@@ -25,6 +25,7 @@ from gircse_kernels.contract import Forward, Grads, Inputs, Needs, Options, Save
 from torch import Tensor
 
 from .noise import gumbel
+from .straight_through import one_hot_rows
 from .tiles_torch import ChunkReader, accumulation_dtype, is_copied, matmul_nt, slices, tiling
 
 # Below this, exp is exactly 0 in every dtype. A finite stand-in for -inf, whose product with that 0 would be NaN.
@@ -50,9 +51,10 @@ class Scorer:
     """
 
     def __init__(self, inputs: Inputs, options: Options) -> None:
-        hidden, head, _, bias, temperature, seeds, threshold = inputs
+        hidden, bias, temperature = inputs.hidden, inputs.bias, inputs.temperature
+        seeds, threshold = inputs.seeds, inputs.threshold
         self.dtype = accumulation_dtype(hidden.dtype)
-        self.head, self.bias, self.capped = head, bias, options.softcap is not None
+        self.inputs, self.bias, self.capped = inputs, bias, options.softcap is not None
         inner: float | Tensor = options.logit_scale
         before = options.logit_temperature
         outer: float | Tensor = 1.0 / options.temperature
@@ -68,12 +70,28 @@ class Scorer:
         else:
             inner, outer = outer * (inner / before), 1.0
         self.inner, self.outer = inner, outer  # numbers, or [T, 1]
-        rows = hidden.to(self.dtype)
-        self.rows = (rows if isinstance(inner, float) and inner == 1.0 else rows * inner).contiguous()  # [T, D]
+        self.rows = hidden[:0]
+        if inputs.head is not None:
+            rows = hidden.to(self.dtype)
+            self.rows = (rows if self.is_one(inner) else rows * inner).contiguous()  # [T, D]
 
-    def __call__(self, rows: slice, vocab: slice, chunk: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scores [R, C], which the caller may overwrite, and tanh of the capped logits (None without soft-cap)."""
-        scores = matmul_nt(self.rows[rows], chunk)
+    @staticmethod
+    def is_one(factor: float | Tensor) -> bool:
+        return isinstance(factor, float) and factor == 1.0
+
+    def _products(self, rows: slice, vocab: slice, chunk: Tensor | None) -> Tensor:
+        """Logits times `inner`, without bias, [R, C], of a chunk of the head or as they are given."""
+        if chunk is not None:
+            return matmul_nt(self.rows[rows], chunk)
+        logits = self.inputs.logits(rows, vocab).to(self.dtype, copy=True)
+        return logits if self.is_one(self.inner) else logits.mul_(row_factor(self.inner, rows))
+
+    def __call__(self, rows: slice, vocab: slice, chunk: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Scores [R, C], which the caller may overwrite, and tanh of the capped logits (None without soft-cap).
+
+        `chunk` is that of the head; None: logits are given.
+        """
+        scores = self._products(rows, vocab, chunk)
         if self.bias is not None:
             bias = self.bias[vocab].to(self.dtype)
             if isinstance(self.inner, Tensor):
@@ -102,12 +120,30 @@ class Scorer:
             scores[:, part] += noise * factor
 
     def backpropagate(self, grad: Tensor, tanh: Tensor | None, rows: slice) -> Tensor:
-        """Gradient of ``scaled hidden @ head.T`` from the gradient of the scores, in place."""
+        """Gradient of the products times `inner` from the gradient of the scores, in place."""
         if tanh is None:
             return grad
         # d(outer * tanh(x)) = outer * (1 - tanh^2) dx
         grad.addcmul_(grad * tanh, tanh, value=-1.0)
         return grad.mul_(row_factor(self.outer, rows))
+
+
+class Matrices:
+    """Chunks of the head [C, D], None where logits are given, and of the embedding matrix [C, E]."""
+
+    def __init__(self, inputs: Inputs, dtype: torch.dtype, size: int) -> None:
+        self.head, self.embed = (None if m is None else ChunkReader(m, dtype, size) for m in inputs[1:3])
+
+    def __call__(self, vocab: slice) -> tuple[Tensor | None, Tensor]:
+        head, embed = (None if read is None else read(vocab) for read in (self.head, self.embed))
+        values = head if embed is None else embed
+        assert values is not None
+        return head, values
+
+    @staticmethod
+    def copied(inputs: Inputs, dtype: torch.dtype) -> int:
+        """Elements that are copied for each vocabulary entry of a chunk."""
+        return sum(m.shape[1] for m in inputs[1:3] if m is not None and is_copied(m, dtype))
 
 
 def row_factor(factor: float | Tensor, rows: slice) -> float | Tensor:
@@ -118,39 +154,32 @@ def row_factor(factor: float | Tensor, rows: slice) -> float | Tensor:
 def forward(inputs: Inputs, options: Options, *, stats: bool, exact: bool, keep: bool = False) -> Forward:
     """Soft tokens, with ``stats`` their statistics, with ``exact`` also before rounding. ``keep`` is for other
     backends: this one recomputes its probabilities."""
-    return finish(scan(inputs, options, stats=stats), options, inputs.hidden.dtype, exact=exact)
+    return finish(scan(inputs, options, stats=stats), options, inputs.out_dtype, exact=exact)
 
 
 def scan(inputs: Inputs, options: Options, *, stats: bool) -> OnlineState:
     """One pass over the vocabulary (or over one shard of it)."""
-    hidden, head, embed = inputs[:3]
     scorer = Scorer(inputs, options)
-    (num_rows, width), num_vocab, dtype = hidden.shape, head.shape[0], scorer.dtype
-    values = head if embed is None else embed
+    num_rows, width, dtype, device = inputs.num_rows, inputs.values.shape[1], scorer.dtype, inputs.hidden.device
     state = OnlineState(
         # A finite start instead of -inf: a chunk whose scores are all -inf then gives exp(-inf) = 0, not NaN.
-        peak=torch.full((num_rows, 1), torch.finfo(dtype).min, dtype=dtype, device=hidden.device),
-        total=torch.zeros((num_rows, 1), dtype=dtype, device=hidden.device),
-        acc=torch.zeros((num_rows, values.shape[1]), dtype=dtype, device=hidden.device),
-        moment=torch.zeros((num_rows, 1), dtype=dtype, device=hidden.device) if stats else None,
-        argmax=torch.zeros((num_rows, 1), dtype=torch.int64, device=hidden.device) if stats else None,
-    )
-    copied = (width if is_copied(head, dtype) else 0) + (
-        values.shape[1] if embed is not None and is_copied(embed, dtype) else 0
+        peak=torch.full((num_rows, 1), torch.finfo(dtype).min, dtype=dtype, device=device),
+        total=torch.zeros((num_rows, 1), dtype=dtype, device=device),
+        acc=torch.zeros((num_rows, width), dtype=dtype, device=device),
+        moment=torch.zeros((num_rows, 1), dtype=dtype, device=device) if stats else None,
+        argmax=torch.zeros((num_rows, 1), dtype=torch.int64, device=device) if stats else None,
     )
     tile, size = tiling(
         num_rows,
-        num_vocab,
-        tiles=1 + (options.softcap is not None) + stats + (inputs.threshold is not None),
-        per_vocab=copied,
-        per_row=values.shape[1],
+        inputs.num_vocab,
+        tiles=1 + (options.softcap is not None) + stats + (inputs.threshold is not None) + (inputs.head is None),
+        per_vocab=Matrices.copied(inputs, dtype),
+        per_row=width,
         itemsize=dtype.itemsize,
     )
-    read_head = ChunkReader(head, dtype, size)
-    read_embed = None if embed is None else ChunkReader(embed, dtype, size)
-    for vocab in slices(num_vocab, size):
-        chunk = read_head(vocab)
-        chunk_values = chunk if read_embed is None else read_embed(vocab)
+    read = Matrices(inputs, dtype, size)
+    for vocab in slices(inputs.num_vocab, size):
+        chunk, chunk_values = read(vocab)
         for rows in slices(num_rows, tile):
             scores, _ = scorer(rows, vocab, chunk)
             _accumulate(state, scores, chunk_values, rows, vocab.start)
@@ -221,8 +250,7 @@ def backward(
     out, entropy = saved.out, saved.entropy
     peak, total = saved.peak[:, None], saved.total[:, None]
     scorer = Scorer(inputs, options)
-    (num_rows, width), num_vocab, dtype = hidden.shape, head.shape[0], scorer.dtype
-    values = head if embed is None else embed
+    num_rows, num_vocab, dtype, device = inputs.num_rows, inputs.num_vocab, scorer.dtype, hidden.device
     # With w = exp(score - peak), P = w / total: 1 / total and all that is constant along a row go into the upstream
     # gradient and one number per row, so that dS = w * (upstream @ embed.T - constant - slope * (score - peak)).
     out = out.to(dtype)
@@ -240,15 +268,19 @@ def backward(
     need_values = needs.embed if embed is not None else needs.head
     need_scores = needs.hidden or needs.head or needs.bias or needs.temperature
     keep_log = slope is not None or needs.temperature
-    grad_rows = torch.zeros((num_rows, width), dtype=dtype, device=hidden.device) if needs.hidden else None
-    grad_head = torch.empty_like(head, memory_format=torch.contiguous_format) if needs.head else None
-    grad_embed = (
-        torch.empty_like(embed, memory_format=torch.contiguous_format) if embed is not None and needs.embed else None
+    grad_rows = None
+    if needs.hidden and head is None:  # given logits: every element is written once
+        grad_rows = torch.empty((num_rows, num_vocab), dtype=hidden.dtype, device=device)
+    elif needs.hidden:
+        grad_rows = torch.zeros((num_rows, hidden.shape[1]), dtype=dtype, device=device)
+    grad_head, grad_embed = (
+        torch.empty_like(m, memory_format=torch.contiguous_format) if m is not None and need else None
+        for m, need in ((head, needs.head), (embed, needs.embed))
     )
-    grad_bias = torch.zeros(num_vocab, dtype=dtype, device=hidden.device) if bias is not None and needs.bias else None
-    grad_temperature = torch.zeros((num_rows, 1), dtype=dtype, device=hidden.device) if needs.temperature else None
+    grad_bias = torch.zeros(num_vocab, dtype=dtype, device=device) if bias is not None and needs.bias else None
+    grad_temperature = torch.zeros((num_rows, 1), dtype=dtype, device=device) if needs.temperature else None
 
-    value_width = values.shape[1]
+    width, value_width = 0 if head is None else head.shape[1], inputs.values.shape[1]
     tile, size = tiling(
         num_rows,
         num_vocab,
@@ -256,19 +288,18 @@ def backward(
         + keep_log
         + 2 * (options.softcap is not None)
         + 2 * (needs.head or need_values)
-        + (inputs.threshold is not None),
-        per_vocab=(width if is_copied(head, dtype) else 0)
-        + (value_width if embed is not None and is_copied(embed, dtype) else 0)
+        + (inputs.threshold is not None)
+        + (head is None)
+        + 2 * (saved.token is not None and need_values),
+        per_vocab=Matrices.copied(inputs, dtype)
         + (2 * width if needs.head else 0)
         + (2 * value_width if need_values else 0),
         per_row=width,
         itemsize=dtype.itemsize,
     )
-    read_head = ChunkReader(head, dtype, size)
-    read_embed = None if embed is None else ChunkReader(embed, dtype, size)
+    read = Matrices(inputs, dtype, size)
     for vocab in slices(num_vocab, size):
-        chunk = read_head(vocab)
-        chunk_values = chunk if read_embed is None else read_embed(vocab)
+        chunk, chunk_values = read(vocab)
         chunk_grad_head: Tensor | None = None
         chunk_grad_embed: Tensor | None = None
         for rows in slices(num_rows, tile):
@@ -277,7 +308,10 @@ def backward(
             logs = scores.clamp_min(LOG_FLOOR) if keep_log else None
             weights = scores.exp_()
             if need_values:
-                part = matmul_nt(weights.T, upstream[rows].T)
+                chosen = weights
+                if saved.token is not None:
+                    chosen = one_hot_rows(weights, total[rows], saved.token[rows], options.vocab_start + vocab.start)
+                part = matmul_nt(chosen.T, upstream[rows].T)
                 if embed is None:
                     chunk_grad_head = _add(chunk_grad_head, part)
                 else:
@@ -291,12 +325,16 @@ def backward(
             if grad_temperature is not None and logs is not None:
                 grad_temperature[rows] -= logs.mul_(grad).sum(1, keepdim=True)
             grad = scorer.backpropagate(grad, tanh, rows)
+            if grad_bias is not None:
+                grad_bias[vocab] += _bias_gradient(grad, scorer.inner, rows)
+            if chunk is None:
+                if grad_rows is not None:
+                    grad_rows[rows, vocab] = grad.mul_(row_factor(scorer.inner, rows))
+                continue
             if grad_rows is not None:
                 grad_rows[rows] += matmul_nt(grad, chunk.T)
             if grad_head is not None:
                 chunk_grad_head = _add(chunk_grad_head, matmul_nt(grad.T, scorer.rows[rows].T))
-            if grad_bias is not None:
-                grad_bias[vocab] += _bias_gradient(grad, scorer.inner, rows)
         if grad_head is not None and chunk_grad_head is not None:
             grad_head[vocab] = chunk_grad_head
         if grad_embed is not None and chunk_grad_embed is not None:
@@ -305,7 +343,7 @@ def backward(
         for matrix in (grad_head, grad_embed):
             if matrix is not None:
                 matrix.zero_()
-    if grad_rows is not None and not (isinstance(scorer.inner, float) and scorer.inner == 1.0):
+    if head is not None and grad_rows is not None and not scorer.is_one(scorer.inner):
         grad_rows.mul_(scorer.inner)
     return Grads(
         grad_rows, grad_head, grad_embed, grad_bias, None if grad_temperature is None else grad_temperature[:, 0]

@@ -118,7 +118,7 @@ def row_thresholds(
         cast: autocast's dtype, if it is on.
     """
     detached: Any = (None if t is None else t.detach() for t in inputs)
-    inputs = Inputs(*detached)._replace(embed=None, seeds=None, threshold=None)
+    inputs = Inputs(*detached)._replace(seeds=None, threshold=None, hard=None)
     inputs, options = cast_inputs(inputs, cast), options._replace(seed=None)
     if torch.compiler.is_compiling():
         inputs, options = rows_of_numbers(inputs, options)
@@ -132,13 +132,13 @@ def row_thresholds(
 def _row_thresholds(tensors: Sequence[Tensor | None], scalars: Sequence[Any]) -> Tensor:
     hidden, head, bias, temperature = tensors[:4]
     assert hidden is not None
-    assert head is not None
     rules = Truncation(*tensors[4:])
     number, softcap, logit_scale, logit_temperature, name, backend = scalars
     inputs = Inputs(hidden, head, bias=bias, temperature=temperature)
     options = Options(number, softcap, logit_scale, logit_temperature=logit_temperature)
     across = _Across(None if name is None else find_group(name))
-    (num_rows, width), num_vocab, dtype = hidden.shape, head.shape[0], accumulation_dtype(hidden.dtype)
+    num_rows, num_vocab, dtype = inputs.num_rows, inputs.num_vocab, accumulation_dtype(hidden.dtype)
+    width = 0 if head is None else head.shape[1]
     thresholds = torch.empty(num_rows, dtype=dtype, device=hidden.device)
     # Half of the workspace for the block, the other half for the matrix's chunks.
     largest = across.largest(num_vocab, hidden.device)
@@ -224,7 +224,7 @@ class _Across:
 
 
 _SCHEMA = (
-    "(Tensor hidden, Tensor head, Tensor? bias, Tensor? temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, "
+    "(Tensor hidden, Tensor? head, Tensor? bias, Tensor? temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, "
     "float scalar_temperature, float? softcap, float logit_scale, float logit_temperature, str? group, str? backend) "
     "-> Tensor"
 )
@@ -239,7 +239,7 @@ def _threshold_op(*arguments: Any) -> Tensor:
 @_threshold_op.register_fake
 def _(*arguments: Any) -> Tensor:
     hidden = arguments[0]
-    return hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
+    return hidden.new_empty(hidden.shape[:-1].numel(), dtype=accumulation_dtype(hidden.dtype))
 
 
 @_threshold_op.register_vmap

@@ -104,21 +104,3 @@ def sum_shards(tensor: Tensor | None, group: Any) -> Tensor | None:
     if tensor is not None:
         dist.all_reduce(tensor, group=group)
     return tensor
-
-
-def gather_rows(matrix: Tensor, index: Tensor, shard: VocabShard) -> Tensor:
-    """Rows of a matrix of which this rank holds ``shard``, by their index in the whole: [..., E], on every rank."""
-    mine = (index >= shard.start) & (index < shard.stop)
-    rows = torch.where(mine[..., None], matrix[(index - shard.start).clamp(0, matrix.shape[0] - 1)], 0)
-    if not torch.compiler.is_compiling():
-        return _summed(rows, shard.group)
-    dist.all_reduce(rows, group=shard.group)
-    return rows
-
-
-def _summed(rows: Tensor, group: Any) -> Tensor:
-    """The sum over the ranks under transforms of `torch.func`, too, which have no rule for what happens in place."""
-    from torch.distributed._functional_collectives import all_reduce
-
-    every: Any = dist.group.WORLD
-    return all_reduce(rows, "sum", every if group is None else group)

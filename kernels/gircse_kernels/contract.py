@@ -27,18 +27,58 @@ class Options(NamedTuple):
 class Inputs(NamedTuple):
     """The tensors of the forward of `soft_embed`."""
 
-    hidden: Tensor  # [T, D]
-    head: Tensor  # [V, D]
+    hidden: Tensor  # [T, D]; where there is no head, the logits [.., V], T rows in any strides, which nobody writes to
+    head: Tensor | None  # [V, D]; None: the logits are given, and there is `embed`
     embed: Tensor | None = None  # [V, E]; None: tied, the head serves as embedding matrix
     bias: Tensor | None = None  # [V]
     temperature: Tensor | None = None  # [T], instead of the number
     seeds: Tensor | None = None  # [T] int64, instead of the number
     threshold: Tensor | None = None  # [T] accumulation dtype, the lowest score without noise that a row keeps
+    hard: Tensor | None = None  # [T] bool: rows that become the embedding of their one highest score
+    places: Tensor | None = None  # [T] int64: which rows of logits [.., V] these are; None: all of them, in order
+
+    @property
+    def num_rows(self) -> int:
+        """T."""
+        return self.hidden.shape[:-1].numel() if self.places is None else self.places.shape[0]
+
+    @property
+    def num_vocab(self) -> int:
+        """V."""
+        return self.hidden.shape[-1] if self.head is None else self.head.shape[0]
+
+    @property
+    def values(self) -> Tensor:
+        """The embedding matrix [V, E]."""
+        found = self.head if self.embed is None else self.embed
+        assert found is not None
+        return found
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """That of the result: hidden's, and where logits are given the embedding matrix's."""
+        return self.values.dtype if self.head is None else self.hidden.dtype
 
     def of_rows(self, rows: slice) -> Inputs:
         """The same call for some of the rows."""
-        parts = (None if tensor is None else tensor[rows] for tensor in (self.temperature, self.seeds, self.threshold))
-        return Inputs(self.hidden[rows], self.head, self.embed, self.bias, *parts)
+        parts = {name: tensor[rows] for name in _OF_ROWS if (tensor := getattr(self, name)) is not None}
+        if self.hidden.dim() == 2:
+            return self._replace(hidden=self.hidden[rows], **parts)
+        places = self.places
+        if places is None:
+            places = torch.arange(self.num_rows, device=self.hidden.device)
+        return self._replace(places=places[rows], **parts)
+
+    def logits(self, rows: slice, vocab: slice) -> Tensor:
+        """A part [R, C] of logits that are given: a view, or a copy of that part if rows have more than one stride."""
+        part = self.hidden[..., vocab]
+        if part.dim() == 2:
+            return part[rows]
+        places = torch.arange(self.num_rows, device=part.device) if self.places is None else self.places
+        return part[torch.unravel_index(places[rows], part.shape[:-1])]
+
+
+_OF_ROWS = ("temperature", "seeds", "threshold", "hard")
 
 
 class Forward(NamedTuple):
@@ -48,7 +88,7 @@ class Forward(NamedTuple):
     before the division, in the accumulation dtype, and `entropy` is the moment, sum of e^(score - peak) (score - peak).
     """
 
-    out: Tensor  # [T, E], input dtype
+    out: Tensor  # [T, E], `Inputs.out_dtype`
     exact: Tensor | None  # [T, E]: `out` before it is rounded, in memory of its own
     lse: Tensor | None  # [T]; with the next three, the statistics
     entropy: Tensor | None  # [T]
@@ -72,6 +112,7 @@ class Saved(NamedTuple):
     total: Tensor  # [T]
     entropy: Tensor | None  # [T], where it has a gradient
     probs: Tensor | None = None  # [T, V], `Forward.probs`; None: scores are recomputed
+    token: Tensor | None = None  # [T] int64, index of a hard row's one token in the whole vocabulary; -1: a soft row
 
 
 class Needs(NamedTuple):
@@ -87,11 +128,12 @@ class Needs(NamedTuple):
 class Grads(NamedTuple):
     """What the backward returns. A gradient that was not asked for is None.
 
-    Over a vocabulary shard, those of hidden and temperature are this shard's share of a sum, in the accumulation dtype.
+    Over a vocabulary shard, those of hidden (not of given logits, which are the shard's own) and temperature are this
+    shard's share of a sum, in the accumulation dtype.
     The caller, who knows the whole sum, finishes the temperature's: `(sum over shards - peak grad_lse) / temperature`.
     """
 
-    hidden: Tensor | None  # [T, D] accumulation dtype
+    hidden: Tensor | None  # [T, D] accumulation dtype; of given logits [T, V], their dtype
     head: Tensor | None  # [V, D] the head's dtype; of a tied matrix the sum of both uses
     embed: Tensor | None  # [V, E] its dtype
     bias: Tensor | None  # [V] accumulation dtype

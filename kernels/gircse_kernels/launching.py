@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .contract import Inputs, Options
 from .matmul import dot, product_kernel
-from .plan import SMALL_SHARED, Config, Device, cdiv, lookup
+from .plan import SMALL_SHARED, Config, Device, Problem, cdiv, lookup
 
 INTERPRETED = not hasattr(dot, "cache_key")  # TRITON_INTERPRET=1 was set when this was imported
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -111,14 +111,20 @@ def tf32x3_product(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
     )
 
 
+def problem_of(inputs: Inputs) -> Problem:
+    """What the plan of a call depends on."""
+    width, values = 0 if inputs.head is None else inputs.head.shape[1], inputs.values
+    return Problem(inputs.num_rows, inputs.num_vocab, width, values.shape[1], inputs.embed is None, values.itemsize)
+
+
 def exact_scores(inputs: Inputs, statistics: bool) -> bool:
     """Whether scores must stay float32 on the way to their exponential.
 
     bfloat16 scores are as accurate as eager PyTorch's and faster (two bytes fewer to write and to read), so form 3 and
-    the backward take them where nobody reads scores themselves. Statistics do, a threshold is compared with them, and
-    in float16 a score beyond 65504 would become infinite.
+    the backward take them where nobody reads scores themselves. Statistics and hard rows do, a threshold is compared
+    with them, and in float16 a score beyond 65504 would become infinite.
     """
-    return statistics or inputs.threshold is not None or inputs.hidden.dtype == torch.float16
+    return statistics or inputs.threshold is not None or inputs.hard is not None or inputs.hidden.dtype == torch.float16
 
 
 def score_flags(inputs: Inputs, options: Options) -> dict[str, Any]:
@@ -138,6 +144,18 @@ def score_scalars(inputs: Inputs, options: Options) -> tuple[int | None, float, 
     scale = options.logit_scale / (before if cap is None else cap)
     seed = 0 if inputs.seeds is not None else options.seed
     return seed, scale, None if cap is None else cap / before, 1.0 / options.temperature
+
+
+def logit_offsets(inputs: Inputs) -> Tensor | None:
+    """Where the rows of given logits begin, [T] int64 elements; None: as far apart as the first stride says."""
+    hidden = inputs.hidden
+    if hidden.dim() == 2:
+        return None
+    places = inputs.places
+    if places is None:
+        places = torch.arange(inputs.num_rows, device=hidden.device)
+    index = torch.unravel_index(places, hidden.shape[:-1])
+    return sum((i * stride for i, stride in zip(index, hidden.stride(), strict=False)), torch.zeros_like(places))
 
 
 def bias_stride(inputs: Inputs) -> int:

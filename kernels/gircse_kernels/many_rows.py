@@ -1,6 +1,6 @@
 """Form 3 of the forward, for everything that forms 1 and 2 do not take: two products for each chunk of the vocabulary.
 
-    S = h W_c^T                                           cuBLAS
+    S = h W_c^T                                           cuBLAS; logits that are given are read where they are
     P = e^(score(S) - r),  tile by tile                   `weights_kernel`
     running sums <- sums of the tiles, P <- P e^(r - r')  `settle_kernel`; it touches P only where r differs from r'
     acc = acc + P E_c                                     cuBLAS, accumulated in float32
@@ -14,7 +14,7 @@ are rarely rescaled. A tile whose highest score outgrows the row's reference use
 `settle_kernel` brings everything to the new one. So the result is exact whatever the scores, without a pass for the
 maximum and without waiting for the device.
 
-Of [T, V] there is one chunk of P in the input's dtype, and of S unless that takes the same memory.
+Of [T, V] there is one chunk of P in the dtype of E, and of S unless that takes the same memory or is given.
 """
 
 import triton
@@ -74,10 +74,20 @@ def store_sums(
     return rounded
 
 
+@triton.jit
+def row_starts(offset_ptr, rows, m_rows, stride):
+    """Where each row begins, [rows, 1] int64, in a matrix of that stride or of rows at any offsets."""
+    if offset_ptr is not None:
+        return tl.load(offset_ptr + rows, mask=m_rows, other=0)[:, None]
+    else:
+        return rows.to(tl.int64)[:, None] * stride
+
+
 @triton.jit(do_not_specialize=["seed", "vocab_start", "chunk_start", "num_rows"])
 def weights_kernel(
-    product_ptr,  # [T, C] h . w, float32 or the input's dtype
+    product_ptr,  # [T, C] h . w, float32 or the input's dtype; or the logits that are given, any dtype
     prob_ptr,  # [T, C] input dtype, out, may be the same memory; with RAW: the scores themselves, float32; None: sums alone
+    offset_ptr,  # [T] int64, where each row of logits begins; None: `stride_product_t` apart
     bias_ptr,  # [V]
     temperature_ptr,  # [T]
     seed_ptr,  # [T]
@@ -91,7 +101,8 @@ def weights_kernel(
     num_rows,
     num_vocab,
     num_groups,
-    stride_product,
+    stride_product_t,
+    stride_product_v,
     stride_prob,
     stride_bias,
     vocab_start,
@@ -116,8 +127,9 @@ def weights_kernel(
     column = i_tile * BLOCK_V + tl.arange(0, BLOCK_V)
     m_vocab = column < chunk_size
     inside = m_rows[:, None] & m_vocab[None, :]
-    rows64 = rows.to(tl.int64)[:, None]
-    product = tl.load(product_ptr + rows64 * stride_product + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    p_product = product_ptr + row_starts(offset_ptr, rows, m_rows, stride_product_t)
+    p_product += column.to(tl.int64)[None, :] * stride_product_v
+    product = tl.load(p_product, mask=inside, other=0.0).to(tl.float32)
     inverse = row_factors(temperature_ptr, rows[:, None], m_rows[:, None], inverse_temperature)
     seeds = row_seeds(seed_ptr, rows[:, None], m_rows[:, None], seed)
     thresholds = row_thresholds(threshold_ptr, rows[:, None], m_rows[:, None])
@@ -125,8 +137,9 @@ def weights_kernel(
         product, (chunk_start + column)[None, :], inverse, seeds, thresholds, bias_ptr, threshold_ptr, stride_bias,
         num_vocab, vocab_start, seed, scale, softcap, ALIGNED,
     )  # fmt: skip
+    p_prob = rows.to(tl.int64)[:, None] * stride_prob + column[None, :]
     if RAW:
-        tl.store(prob_ptr + rows64 * stride_prob + column[None, :], score, mask=inside)
+        tl.store(prob_ptr + p_prob, score, mask=inside)
     else:
         dtype: tl.constexpr = tl.float32 if prob_ptr is None else prob_ptr.dtype.element_ty
         prob = store_sums(
@@ -135,7 +148,7 @@ def weights_kernel(
             dtype, FIRST, STATS, GROUP,
         )  # fmt: skip
         if prob_ptr is not None:
-            tl.store(prob_ptr + rows64 * stride_prob + column[None, :], prob, mask=inside)
+            tl.store(prob_ptr + p_prob, prob, mask=inside)
 
 
 @triton.jit(do_not_specialize=["seed", "vocab_start", "chunk_start", "num_rows"])
