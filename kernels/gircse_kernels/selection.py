@@ -186,7 +186,8 @@ def row_sums(tile_peak_ptr, tile_total_ptr, tile_moment_ptr, tile_argmax_ptr, ro
 
 @triton.jit(do_not_specialize=["vocab_start", "num_tiles", "num_groups"])
 def select_kernel(
-    product_ptr,  # [T, V] h . w, float32
+    product_ptr,  # [T, V] h . w, float32; or the logits that are given, any dtype
+    offset_ptr,  # [T] int64, as for `weights_kernel`
     group_max_ptr,  # [T, groups] float32
     tile_peak_ptr,  # [T, tiles] float32, sums relative to their reference; the same for total, moment, argmax (int64)
     tile_total_ptr,
@@ -211,7 +212,7 @@ def select_kernel(
     num_vocab,
     num_tiles,
     num_groups,
-    stride_product,
+    stride_product_t,
     stride_product_v,
     stride_bias,
     vocab_start,
@@ -243,8 +244,9 @@ def select_kernel(
     maxima = tl.load(group_max_ptr + row * num_groups + groups, mask=m_groups, other=LOWEST)
     lowest = tl.min(tl.where(m_groups, maxima, float("inf")), 0)
     inverse = row_factors(temperature_ptr, row, True, inverse_temperature)
+    start = row * stride_product_t if offset_ptr is None else tl.load(offset_ptr + row)
     reader = (
-        product_ptr + row * stride_product, stride_product_v, inverse, bias_ptr, stride_bias, vocab_start, scale, softcap
+        product_ptr + start, stride_product_v, inverse, bias_ptr, stride_bias, vocab_start, scale, softcap
     )  # fmt: skip
     top_k, top_n = row_rule(top_k_ptr, row, num_vocab), row_rule(top_n_ptr, row, num_vocab)
     top_p = row_rule(top_p_ptr, row, 2.0)

@@ -12,9 +12,9 @@ from torch import Tensor
 from . import launching
 from .contract import Candidates, Inputs, Options, Selection
 from .launch_many_rows import score_sums
-from .launching import bias_stride, device_of, score_scalars
-from .plan import Problem, padded, plan_select
-from .select import select_kernel
+from .launching import bias_stride, device_of, logit_offsets, score_scalars
+from .plan import padded, plan_select
+from .selection import select_kernel
 
 
 
@@ -49,9 +49,8 @@ class _Found(NamedTuple):
 def _select(
     inputs: Inputs, options: Options, rules: Sequence[Tensor | None], capacity: int, *, finish: bool
 ) -> _Found:
-    hidden, head = inputs.hidden, inputs.head
-    (num_rows, width), num_vocab, device = hidden.shape, head.shape[0], hidden.device
-    plan = plan_select(Problem(num_rows, num_vocab, width, 0, True, hidden.itemsize), device_of(device), capacity)
+    num_rows, num_vocab, device = inputs.num_rows, inputs.num_vocab, inputs.hidden.device
+    plan = plan_select(num_rows, num_vocab, inputs.hidden.itemsize, device_of(device), capacity)
     blocks = plan.select.blocks
     float32 = functools.partial(torch.empty, dtype=torch.float32, device=device)
     int64 = functools.partial(torch.empty, dtype=torch.int64, device=device)
@@ -64,7 +63,7 @@ def _select(
         float32((num_rows, capacity)) if capacity else None,
         int64(num_rows) if capacity else None,
     )
-    products = float32((plan.row_block, padded(num_vocab)))
+    products = float32((plan.row_block, padded(num_vocab) if inputs.head is not None else 0))
     tiles, tile_argmax = float32((3, padded(plan.row_block), plan.tiles)), int64((plan.row_block, plan.tiles))
     groups = float32((plan.row_block, plan.groups))
     lists = float32((plan.row_block, blocks["ROOM"])) if ruled else None
@@ -72,19 +71,18 @@ def _select(
     for start in range(0, num_rows, plan.row_block):
         rows = slice(start, min(start + plan.row_block, num_rows))
         part, count = inputs.of_rows(rows), rows.stop - start
-        scores = products[:count, :num_vocab]
-        launching.product(part.hidden, head.T, scores)
-        score_sums(part, options, scores, (*tiles, tile_argmax, groups), plan.weights, blocks["GROUP"])
+        sums = (*tiles, tile_argmax, groups)
+        scores = score_sums(part, options, products[:count, :num_vocab], sums, plan.weights, blocks["GROUP"])
         first, second, third = (tensor[rows] for tensor in found.sums)
         launching.launch(
             select_kernel,
             (count,),
             (
-                scores, groups, *tiles, tile_argmax, part.bias, part.temperature,
+                scores, logit_offsets(part), groups, *tiles, tile_argmax, part.bias, part.temperature,
                 *(None if rule is None else rule[rows] for rule in rules), lists, indices,
                 _rows(found.threshold, rows), first, second, third, found.argmax[rows],
                 _rows(found.ids, rows), _rows(found.scores, rows), _rows(found.count, rows),
-                num_vocab, plan.tiles, plan.groups, *scores.stride(), bias_stride(inputs),
+                num_vocab, plan.tiles, plan.groups, scores.stride(0), scores.stride(-1), bias_stride(inputs),
                 options.vocab_start, *score_scalars(inputs, options)[1:],
             ),
             plan.select,
