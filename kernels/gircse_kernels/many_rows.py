@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .matmul import dot
-from .scores import LOG_FLOOR, LOWEST, reference, row_factors, row_seeds, row_thresholds, scores, tile_softmax
+from .scores import LOG_FLOOR, LOWEST, reference, row_options, scores, tile_softmax
 
 
 @triton.jit
@@ -90,8 +90,10 @@ def weights_kernel(
     offset_ptr,  # [T] int64, where each row of logits begins; None: `stride_product_t` apart
     bias_ptr,  # [V]
     temperature_ptr,  # [T]
+    noise_scale_ptr,  # [T]
     seed_ptr,  # [T]
     threshold_ptr,  # [T]
+    bitmask_ptr,  # [T, W] int32
     peak_ptr,  # [T] float32, highest score of the chunks before
     tile_peak_ptr,  # [T, tiles] float32, out; the same for total, moment, argmax (int64)
     tile_total_ptr,
@@ -105,6 +107,7 @@ def weights_kernel(
     stride_product_v,
     stride_prob,
     stride_bias,
+    stride_bitmask,
     vocab_start,
     chunk_start,  # the chunk's first row in this weight
     chunk_size,
@@ -112,6 +115,7 @@ def weights_kernel(
     scale,
     softcap,
     inverse_temperature,
+    noise_scale,
     ALIGNED: tl.constexpr,
     FIRST: tl.constexpr,
     STATS: tl.constexpr,
@@ -130,13 +134,12 @@ def weights_kernel(
     p_product = product_ptr + row_starts(offset_ptr, rows, m_rows, stride_product_t)
     p_product += column.to(tl.int64)[None, :] * stride_product_v
     product = tl.load(p_product, mask=inside, other=0.0).to(tl.float32)
-    inverse = row_factors(temperature_ptr, rows[:, None], m_rows[:, None], inverse_temperature)
-    seeds = row_seeds(seed_ptr, rows[:, None], m_rows[:, None], seed)
-    thresholds = row_thresholds(threshold_ptr, rows[:, None], m_rows[:, None])
-    score, _ = scores(
-        product, (chunk_start + column)[None, :], inverse, seeds, thresholds, bias_ptr, threshold_ptr, stride_bias,
-        num_vocab, vocab_start, seed, scale, softcap, ALIGNED,
+    row = row_options(
+        temperature_ptr, noise_scale_ptr, seed_ptr, threshold_ptr, bitmask_ptr, stride_bitmask,
+        rows[:, None], m_rows[:, None], seed, inverse_temperature, noise_scale,
     )  # fmt: skip
+    call = (bias_ptr, threshold_ptr, bitmask_ptr, stride_bias, num_vocab, vocab_start, seed, scale, softcap)
+    score, _, _ = scores(product, (chunk_start + column)[None, :], row, call, ALIGNED)
     p_prob = rows.to(tl.int64)[:, None] * stride_prob + column[None, :]
     if RAW:
         tl.store(prob_ptr + p_prob, score, mask=inside)
@@ -159,8 +162,10 @@ def weights_product_kernel(
     prob_desc,  # [T, C] by tiles [BLOCK_T, BLOCK_V], out
     bias_ptr,
     temperature_ptr,
+    noise_scale_ptr,
     seed_ptr,
     threshold_ptr,
+    bitmask_ptr,
     tile_peak_ptr,
     tile_total_ptr,
     tile_moment_ptr,
@@ -169,6 +174,7 @@ def weights_product_kernel(
     num_vocab,
     width,
     stride_bias,
+    stride_bitmask,
     vocab_start,
     chunk_start,
     chunk_size,
@@ -176,6 +182,7 @@ def weights_product_kernel(
     scale,
     softcap,
     inverse_temperature,
+    noise_scale,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     FIRST: tl.constexpr,
@@ -198,13 +205,12 @@ def weights_product_kernel(
         rows = i_rows * BLOCK_T + tl.arange(0, BLOCK_T)
         m_rows = rows < num_rows
         column = i_tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        inverse = row_factors(temperature_ptr, rows[:, None], m_rows[:, None], inverse_temperature)
-        seeds = row_seeds(seed_ptr, rows[:, None], m_rows[:, None], seed)
-        thresholds = row_thresholds(threshold_ptr, rows[:, None], m_rows[:, None])
-        score, _ = scores(
-            product, (chunk_start + column)[None, :], inverse, seeds, thresholds, bias_ptr, threshold_ptr, stride_bias,
-            num_vocab, vocab_start, seed, scale, softcap, ALIGNED,
+        row = row_options(
+            temperature_ptr, noise_scale_ptr, seed_ptr, threshold_ptr, bitmask_ptr, stride_bitmask,
+            rows[:, None], m_rows[:, None], seed, inverse_temperature, noise_scale,
         )  # fmt: skip
+        call = (bias_ptr, threshold_ptr, bitmask_ptr, stride_bias, num_vocab, vocab_start, seed, scale, softcap)
+        score, _, _ = scores(product, (chunk_start + column)[None, :], row, call, ALIGNED)
         prob = store_sums(
             score, column < chunk_size, rows, m_rows, i_tile, num_tiles, chunk_start + i_tile * BLOCK_V,
             peak_ptr, tile_peak_ptr, tile_total_ptr, tile_moment_ptr, tile_argmax_ptr, None, 0,

@@ -17,7 +17,7 @@ given (C = 0). Its threshold is found over all V entries by `threshold.row_thres
 import triton
 import triton.language as tl
 
-from .scores import LOG_FLOOR, LOWEST, reference, row_factors
+from .scores import LOG_FLOOR, LOWEST, reference, row_options
 from .threshold import BOTTOM, BY_VALUE, NEAR, halfway, key_score, middle, ordered_key, row_scores, row_threshold
 
 NO_KEY = tl.constexpr(-(2**63))
@@ -195,6 +195,7 @@ def select_kernel(
     tile_argmax_ptr,
     bias_ptr,  # [V]
     temperature_ptr,  # [T]
+    bitmask_ptr,  # [T, W] int32
     top_k_ptr,  # [T] int64; None: no such rule, as for the next three
     top_p_ptr,  # [T] float32
     min_p_ptr,  # [T] float32
@@ -215,6 +216,7 @@ def select_kernel(
     stride_product_t,
     stride_product_v,
     stride_bias,
+    stride_bitmask,
     vocab_start,
     scale,
     softcap,
@@ -243,11 +245,12 @@ def select_kernel(
     m_groups = groups < num_groups
     maxima = tl.load(group_max_ptr + row * num_groups + groups, mask=m_groups, other=LOWEST)
     lowest = tl.min(tl.where(m_groups, maxima, float("inf")), 0)
-    inverse = row_factors(temperature_ptr, row, True, inverse_temperature)
+    options = row_options(
+        temperature_ptr, None, None, None, bitmask_ptr, stride_bitmask, row, True, None, inverse_temperature, 1.0
+    )
+    call = (bias_ptr, None, bitmask_ptr, stride_bias, num_vocab, vocab_start, None, scale, softcap)
     start = row * stride_product_t if offset_ptr is None else tl.load(offset_ptr + row)
-    reader = (
-        product_ptr + start, stride_product_v, inverse, bias_ptr, stride_bias, vocab_start, scale, softcap
-    )  # fmt: skip
+    reader = (product_ptr + start, stride_product_v, options, call)
     top_k, top_n = row_rule(top_k_ptr, row, num_vocab), row_rule(top_n_ptr, row, num_vocab)
     top_p = row_rule(top_p_ptr, row, 2.0)
     min_p = 0.0

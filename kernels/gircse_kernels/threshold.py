@@ -45,14 +45,12 @@ def middle(low, high, step):
 def row_scores(reader, vocab, num_vocab, inside):
     """Scores without noise of some entries of a row, read from memory; -inf where there is none, and for NaN.
 
-    `reader`: pointer to the row's products, their stride, and what `scores` needs besides.
+    `reader`: pointer to the row's products, their stride, and `row` and `call` as `scores` takes them.
     """
-    product_ptr, stride, inverse, bias_ptr, stride_bias, vocab_start, scale, softcap = reader
+    product_ptr, stride, row, call = reader
     inside = inside & (vocab < num_vocab)
     product = tl.load(product_ptr + vocab.to(tl.int64) * stride, mask=inside, other=0.0).to(tl.float32)
-    score, _ = scores(
-        product, vocab, inverse, 0, 0.0, bias_ptr, None, stride_bias, num_vocab, vocab_start, None, scale, softcap, False
-    )  # fmt: skip
+    score, _, _ = scores(product, vocab, row, call, False)
     return tl.where(inside & (score == score), score, float("-inf"))
 
 
