@@ -26,7 +26,7 @@ from gircse.ops import info_nce_op, observers, soft_embed_op, soft_embed_triton,
 
 # The largest chip of each architecture that the compile report knows.
 DEVICES = {arch: Device(arch, num_sms) for arch, num_sms in ((80, 108), (90, 132), (100, 148))}
-VARIANTS = ("statistics", "scores", "noise", "threshold", "matrices")
+VARIANTS = ("statistics", "scores", "noise", "threshold", "hard", "matrices")
 
 
 class Launch(NamedTuple):
@@ -65,13 +65,14 @@ class Call(NamedTuple):
 
     Attributes:
         op: "soft_embed", "info_nce" or "decode_attention".
-        sizes: T, V, D, E; or B, M, K, D; or T, S, D, E, H, H_kv (rows, slots, widths of a key and of a value, heads).
+        sizes: T, V, D, E (D = 0: logits are given); or B, M, K, D; or T, S, D, E, H, H_kv (rows, slots, widths of a
+            key and of a value, heads).
         dtype: a name of torch's.
         tied: the embedding table is the head.
         backward: the gradients of the hidden states, or of both sides of the loss, too.
         variants: of `VARIANTS`, in this order: return_stats; bias, soft-cap and a temperature for each row (the loss:
             a mask, `include_queries` and `symmetric`; the attention: a window and a soft-cap); a seed for each row; a
-            lowest score for each row; gradients of the matrices, too.
+            lowest score for each row; hard rows; gradients of the matrices, too.
     """
 
     op: str
@@ -89,7 +90,8 @@ class Call(NamedTuple):
     @property
     def name(self) -> str:
         """For people: the op, its sizes and what else the call has."""
-        words = [self.op, "x".join(map(str, self.sizes)), self.dtype]
+        given = self.op == "soft_embed" and self.problem.width == 0
+        words = [self.op, "x".join(map(str, self.sizes)), self.dtype, *(["logits"] if given else [])]
         words += ["tied"] if self.tied and self.op == "soft_embed" else []
         return " ".join([*words, *(["backward"] if self.backward else []), *self.variants])
 
@@ -119,13 +121,14 @@ def _soft_embed(call: Call, empty: Callable[..., torch.Tensor]) -> Prepared:
     scores, statistics = "scores" in call.variants, "statistics" in call.variants
     float32 = functools.partial(empty, rows, dtype=torch.float32)
     inputs = Inputs(
-        empty(rows, width, requires_grad=call.backward),
-        empty(vocab, width, requires_grad=train),
+        empty(rows, width or vocab, requires_grad=call.backward),
+        empty(vocab, width, requires_grad=train) if width else None,
         None if call.tied else empty(vocab, value_width, requires_grad=train),
         empty(vocab, requires_grad=train) if scores else None,
         float32(requires_grad=train) if scores else None,
-        empty(rows, dtype=torch.int64) if "noise" in call.variants else None,
-        float32() if "threshold" in call.variants else None,
+        seeds=empty(rows, dtype=torch.int64) if "noise" in call.variants else None,
+        threshold=float32() if "threshold" in call.variants else None,
+        hard=empty(rows, dtype=torch.bool) if "hard" in call.variants else None,
     )
     options = Options(softcap=30.0 if scores else None)
     grad, vector = empty(rows, value_width), float32()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .backends import kernels
 from .soft_embed_torch import Scorer
+from .soft_embed_triton import takes
 from .tiles_torch import ChunkReader
 
 
@@ -42,7 +43,8 @@ class TritonScores:
 
 def chunk_scores(inputs: Inputs, options: Options, size: int, backend: str) -> TorchScores | TritonScores:
     """A function of rows and vocabulary entries, both slices; no noise."""
-    return (TritonScores if backend == "triton" else TorchScores)(inputs, options, size)
+    fused = backend == "triton" and takes(inputs, options)
+    return (TritonScores if fused else TorchScores)(inputs, options, size)
 
 
 def ordered_bits(scores: Tensor) -> Tensor:

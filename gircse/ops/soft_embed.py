@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
-from gircse_kernels.contract import Inputs, Options
 from torch import Tensor
 
-from gircse.integers import as_integer
-
 from . import soft_embed_op
-from .arguments import check_flag, check_floating, check_like, check_number, has_no_values, row_values
-from .autocast import autocast_dtype
-from .backends import check_backend
-from .truncation import check_truncation, row_thresholds
-from .vocab_parallel import VocabShard, group_name
+from .arguments import check_flag
+from .soft_embed_arguments import Prepared, prepare, with_noise
+from .truncation import row_thresholds
+from .vocab_parallel import VocabShard
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class SoftTokenStats(NamedTuple):
@@ -32,26 +31,37 @@ class SoftTokenStats(NamedTuple):
     argmax: Tensor  # its vocabulary index, int64; the lowest one of a tie
 
 
+class SoftEmbedOptions(TypedDict, total=False):
+    """The keyword arguments of `soft_embed` but ``return_stats``, for type checkers."""
+
+    bias: Tensor | None
+    temperature: float | Tensor
+    softcap: float | None
+    logit_scale: float | Tensor
+    embed_scale: float | Tensor
+    token_bitmask: Tensor | None
+    logit_bias: tuple[Tensor, Tensor] | None
+    top_k: int | Tensor | None
+    top_p: float | Tensor | None
+    min_p: float | Tensor | None
+    top_n: int | Tensor | None
+    gumbel_seed: int | Tensor | None
+    gumbel_temperature: float | Tensor | None
+    noise_scale: float | Tensor
+    hard: bool | Tensor
+    vocab_parallel: VocabShard | None
+    out_dtype: torch.dtype | None
+    backend: str | None
+
+
 @overload
 def soft_embed(
     hidden: Tensor,
     head_weight: Tensor,
     embed_weight: Tensor | None = ...,
     *,
-    bias: Tensor | None = ...,
-    temperature: float | Tensor = ...,
-    softcap: float | None = ...,
-    logit_scale: float = ...,
-    embed_scale: float = ...,
-    top_k: int | Tensor | None = ...,
-    top_p: float | Tensor | None = ...,
-    min_p: float | Tensor | None = ...,
-    gumbel_seed: int | Tensor | None = ...,
-    gumbel_temperature: float | Tensor | None = ...,
-    hard: bool | Tensor = ...,
-    vocab_parallel: VocabShard | None = ...,
     return_stats: Literal[False] = ...,
-    backend: str | None = ...,
+    **options: Unpack[SoftEmbedOptions],
 ) -> Tensor: ...
 
 
@@ -61,20 +71,8 @@ def soft_embed(
     head_weight: Tensor,
     embed_weight: Tensor | None = ...,
     *,
-    bias: Tensor | None = ...,
-    temperature: float | Tensor = ...,
-    softcap: float | None = ...,
-    logit_scale: float = ...,
-    embed_scale: float = ...,
-    top_k: int | Tensor | None = ...,
-    top_p: float | Tensor | None = ...,
-    min_p: float | Tensor | None = ...,
-    gumbel_seed: int | Tensor | None = ...,
-    gumbel_temperature: float | Tensor | None = ...,
-    hard: bool | Tensor = ...,
-    vocab_parallel: VocabShard | None = ...,
     return_stats: Literal[True],
-    backend: str | None = ...,
+    **options: Unpack[SoftEmbedOptions],
 ) -> tuple[Tensor, SoftTokenStats]: ...
 
 
@@ -84,20 +82,8 @@ def soft_embed(
     head_weight: Tensor,
     embed_weight: Tensor | None = ...,
     *,
-    bias: Tensor | None = ...,
-    temperature: float | Tensor = ...,
-    softcap: float | None = ...,
-    logit_scale: float = ...,
-    embed_scale: float = ...,
-    top_k: int | Tensor | None = ...,
-    top_p: float | Tensor | None = ...,
-    min_p: float | Tensor | None = ...,
-    gumbel_seed: int | Tensor | None = ...,
-    gumbel_temperature: float | Tensor | None = ...,
-    hard: bool | Tensor = ...,
-    vocab_parallel: VocabShard | None = ...,
     return_stats: bool,
-    backend: str | None = ...,
+    **options: Unpack[SoftEmbedOptions],
 ) -> Tensor | tuple[Tensor, SoftTokenStats]: ...
 
 
@@ -109,15 +95,20 @@ def soft_embed(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
-    logit_scale: float = 1.0,
-    embed_scale: float = 1.0,
+    logit_scale: float | Tensor = 1.0,
+    embed_scale: float | Tensor = 1.0,
+    token_bitmask: Tensor | None = None,
+    logit_bias: tuple[Tensor, Tensor] | None = None,
     top_k: int | Tensor | None = None,
     top_p: float | Tensor | None = None,
     min_p: float | Tensor | None = None,
+    top_n: int | Tensor | None = None,
     gumbel_seed: int | Tensor | None = None,
     gumbel_temperature: float | Tensor | None = None,
+    noise_scale: float | Tensor = 1.0,
     hard: bool | Tensor = False,
     vocab_parallel: VocabShard | None = None,
+    out_dtype: torch.dtype | None = None,
     return_stats: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, SoftTokenStats]:
@@ -203,171 +194,59 @@ def soft_embed(
         TypeError: an argument is of the wrong type or dtype, or a DTensor. ValueError: of the wrong rank, shape, device
         or value. RuntimeError: the backend is not available.
     """
-    cast = autocast_dtype(hidden)
-    options = check_scores(hidden, head_weight, bias, temperature, softcap, logit_scale, cast)
-    if type(embed_scale) is not float or embed_scale != 1.0:
-        options = options._replace(embed_scale=check_number("embed_scale", embed_scale))
-    if embed_weight is not None:
-        _check_embed(embed_weight, head_weight, cast)
-        if embed_weight is head_weight:
-            embed_weight = None
-    group = None
-    if vocab_parallel is not None:
-        group = _check_shard(vocab_parallel, head_weight)
-        options = options._replace(vocab_start=vocab_parallel.start)
-    check_backend(backend)
     check_flag("return_stats", return_stats)
-    leading = hidden.shape[:-1]
-    inputs = Inputs(
-        hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1]),
+    call = prepare(
+        hidden,
         head_weight,
         embed_weight,
-        bias,
-        row_temperature(temperature, hidden),
-        hard=_check_hard(hard, hidden),
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        embed_scale=embed_scale,
+        token_bitmask=token_bitmask,
+        logit_bias=logit_bias,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        top_n=top_n,
+        gumbel_seed=gumbel_seed,
+        gumbel_temperature=gumbel_temperature,
+        noise_scale=noise_scale,
+        hard=hard,
+        vocab_parallel=vocab_parallel,
+        out_dtype=out_dtype,
+        backend=backend,
     )
-    if gumbel_seed is not None:
-        seed, seeds = _check_seed(gumbel_seed, hidden)
-        inputs, options = inputs._replace(seeds=seeds), options._replace(seed=seed)
-    if top_k is not None or top_p is not None or min_p is not None:
-        rules = check_truncation(hidden, top_k, top_p, min_p)
-        if any(rule is not None for rule in rules):  # not for top_k=0 alone
-            threshold = row_thresholds(inputs, options, rules, group=group, cast=cast, backend=backend)
-            inputs = inputs._replace(threshold=threshold)
-    if gumbel_temperature is not None:
-        inputs, options = _relax(inputs, options, hidden, gumbel_temperature)
+    return compute(call, hidden.shape[:-1], return_stats, backend)
+
+
+def compute(
+    call: Prepared, leading: torch.Size, return_stats: bool, backend: str | None
+) -> Tensor | tuple[Tensor, SoftTokenStats]:
+    """The soft tokens [*leading, E] of a checked call, and with ``return_stats`` their statistics."""
+    inputs, options = call.inputs, call.options
+    if call.rules is not None:
+        threshold = row_thresholds(inputs, options, call.rules, group=call.group, cast=call.cast, backend=backend)
+        inputs = inputs._replace(threshold=threshold)
+    inputs, options = with_noise(inputs, options, call.noise)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    call = soft_embed_op.Call(options, group, return_stats, differentiable, cast=cast, backend=backend)
-    found = soft_embed_op.run(inputs, call)
-    result = found.out if hidden.dim() == 2 else found.out.reshape(*leading, found.out.shape[-1])
+    found = soft_embed_op.run(
+        inputs,
+        soft_embed_op.Call(
+            options,
+            call.group,
+            stats=return_stats,
+            exact=differentiable,
+            cast=call.cast,
+            out_dtype=call.op_dtype,
+            backend=backend,
+        ),
+    )
+    result = found.out if len(leading) == 1 else found.out.reshape(*leading, found.out.shape[-1])
+    if call.embed_scale is not None:
+        result = (result * call.embed_scale).to(call.out_dtype)
     if not return_stats:
         return result
-    statistics = (found.lse, found.entropy, found.max_prob, found.argmax)
-    return result, SoftTokenStats(*(stat.reshape(leading) for stat in statistics))  # type: ignore[union-attr]
-
-
-def check_scores(
-    hidden: Tensor,
-    head_weight: Tensor,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    cast: torch.dtype | None = None,
-) -> Options:
-    """Check the arguments that define the scores (shared by all ops over a vocabulary) and collect the scalar ones.
-
-    Under autocast, ``cast``, what is cast to one dtype may come in several.
-    """
-    check_floating("hidden", hidden)
-    check_floating("head_weight", head_weight)
-    if hidden.dim() < 1:
-        raise ValueError("hidden: got a 0-dimensional tensor, expected [..., D]")
-    if head_weight.dim() != 2:
-        raise ValueError(f"head_weight: got shape {tuple(head_weight.shape)}, expected [V, D]")
-    if 0 in head_weight.shape:
-        raise ValueError(f"head_weight: got shape {tuple(head_weight.shape)}, expected V and D of at least 1")
-    if hidden.shape[-1] != head_weight.shape[1]:
-        raise ValueError(
-            f"hidden: got shape {tuple(hidden.shape)}, expected a last dimension of {head_weight.shape[1]}, "
-            f"the D of head_weight {tuple(head_weight.shape)}"
-        )
-    check_like("head_weight", head_weight, "hidden", hidden, cast)
-    if bias is not None:
-        check_floating("bias", bias)
-        if bias.shape != head_weight.shape[:1]:
-            raise ValueError(
-                f"bias: got shape {tuple(bias.shape)}, expected ({head_weight.shape[0]},), "
-                "one entry for each row of head_weight"
-            )
-        check_like("bias", bias, "hidden", hidden, cast)
-    if softcap is not None:
-        softcap = check_number("softcap", softcap, positive=True)
-    logit_scale = check_number("logit_scale", logit_scale)
-    if isinstance(temperature, Tensor):
-        _check_temperature("temperature", temperature, hidden)
-        return Options(softcap=softcap, logit_scale=logit_scale)
-    return Options(check_number("temperature", temperature, positive=True), softcap, logit_scale)
-
-
-def row_temperature(temperature: float | Tensor, hidden: Tensor) -> Tensor | None:
-    """A tensor temperature as one value for each row, [T]; None for a number."""
-    return row_values("temperature", temperature, hidden) if isinstance(temperature, Tensor) else None
-
-
-def _check_seed(seed: object, hidden: Tensor) -> tuple[int | None, Tensor | None]:
-    """A seed for all rows, or one for each, [T]."""
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64:
-            raise TypeError(f"gumbel_seed: got dtype {seed.dtype}, expected torch.int64")
-        return None, row_values("gumbel_seed", seed, hidden)
-    number = as_integer(seed)
-    if number is None:
-        raise TypeError(f"gumbel_seed: got {type(seed).__name__}, expected an int or an int64 tensor")
-    if not -(2**63) <= number < 2**63:
-        raise ValueError(f"gumbel_seed: got {number}, expected a number of 64 bits, -2**63 to 2**63 - 1")
-    return number, None
-
-
-def _relax(
-    inputs: Inputs, options: Options, hidden: Tensor, gumbel_temperature: float | Tensor
-) -> tuple[Inputs, Options]:
-    """The temperature moves before the noise, and the Gumbel temperature takes its place behind it."""
-    if options.seed is None and inputs.seeds is None:
-        raise ValueError("gumbel_temperature: got one without gumbel_seed, expected both")
-    if inputs.temperature is not None:
-        raise TypeError("temperature: got a tensor, expected a number where gumbel_temperature is given")
-    options = options._replace(logit_temperature=options.temperature, temperature=1.0)
-    divisor: float | Tensor
-    if isinstance(gumbel_temperature, Tensor):
-        _check_temperature("gumbel_temperature", gumbel_temperature, hidden)
-        rows = row_values("gumbel_temperature", gumbel_temperature, hidden)
-        inputs = inputs._replace(temperature=rows)
-        divisor = rows.detach()
-    else:
-        divisor = check_number("gumbel_temperature", gumbel_temperature, positive=True)
-        options = options._replace(temperature=divisor)
-    if inputs.threshold is not None:  # in units of the scores
-        inputs = inputs._replace(threshold=(inputs.threshold / divisor).to(inputs.threshold.dtype))
-    return inputs, options
-
-
-def _check_hard(hard: object, hidden: Tensor) -> Tensor | None:
-    """One bool for each row, [T]; None: no row is hard."""
-    if isinstance(hard, Tensor):
-        if hard.dtype != torch.bool:
-            raise TypeError(f"hard: got dtype {hard.dtype}, expected torch.bool")
-        return row_values("hard", hard, hidden)
-    if not isinstance(hard, bool):
-        raise TypeError(f"hard: got {type(hard).__name__}, expected a bool or a bool tensor")
-    return torch.ones(hidden.shape[:-1].numel(), dtype=torch.bool, device=hidden.device) if hard else None
-
-
-def _check_shard(shard: object, head_weight: Tensor) -> str:
-    """The name of the shard's process group."""
-    if not isinstance(shard, VocabShard):
-        raise TypeError(f"vocab_parallel: got {type(shard).__name__}, expected a VocabShard")
-    if shard.stop - shard.start != head_weight.shape[0]:
-        raise ValueError(
-            f"head_weight: got {head_weight.shape[0]} rows, expected {shard.stop - shard.start}, "
-            f"those of vocab_parallel from {shard.start} to {shard.stop}"
-        )
-    return group_name(shard)
-
-
-def _check_embed(embed_weight: Tensor, head_weight: Tensor, cast: torch.dtype | None) -> None:
-    check_floating("embed_weight", embed_weight)
-    if embed_weight.dim() != 2 or embed_weight.shape[0] != head_weight.shape[0] or embed_weight.shape[1] == 0:
-        raise ValueError(
-            f"embed_weight: got shape {tuple(embed_weight.shape)}, expected [{head_weight.shape[0]}, E] "
-            f"with E of at least 1, one row for each of head_weight {tuple(head_weight.shape)}"
-        )
-    check_like("embed_weight", embed_weight, "head_weight", head_weight, cast)
-
-
-def _check_temperature(name: str, temperature: Tensor, hidden: Tensor) -> None:
-    check_floating(name, temperature)
-    row_values(name, temperature, hidden)
-    # On an accelerator the comparison would wait for the device; a compiler has no values.
-    if temperature.device.type == "cpu" and not has_no_values(temperature) and not bool((temperature > 0).all()):
-        raise ValueError(f"{name}: got {temperature.detach().min().item()}, expected values above 0")
+    statistics: Any = (found.lse, found.entropy, found.max_prob, found.argmax)
+    return result, SoftTokenStats(*(stat.reshape(leading) for stat in statistics))

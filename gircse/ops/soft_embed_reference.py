@@ -44,16 +44,27 @@ def soft_embed_reference(
     top_k: int | Tensor | None = None,
     top_p: float | Tensor | None = None,
     min_p: float | Tensor | None = None,
+    top_n: int | Tensor | None = None,
+    token_bitmask: Tensor | None = None,
+    logit_bias: tuple[Tensor, Tensor] | None = None,
     noise: Tensor | None = None,
+    noise_scale: float | Tensor = 1.0,
     gumbel_temperature: float | Tensor | None = None,
     hard: bool | Tensor = False,
 ) -> tuple[Tensor, SoftTokenStats]:
     """`gircse.ops.soft_embed` with ``return_stats=True``; noise [..., V] is what its ``gumbel_seed`` draws."""
-    scores = scores_reference(
-        hidden, head_weight, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale
-    )
-    kept = truncation_reference(scores.detach(), top_k=top_k, top_p=top_p, min_p=min_p)
+    scores = scores_reference(hidden, head_weight, bias=bias, softcap=softcap, logit_scale=logit_scale)
+    if logit_bias is not None:
+        scores = scores.scatter_add(-1, *logit_bias)
+    scores = scores / _column(temperature, hidden)
+    allowed = torch.ones_like(scores, dtype=torch.bool)
+    if token_bitmask is not None:
+        bits = token_bitmask[..., None] >> torch.arange(32, dtype=torch.int32, device=scores.device) & 1
+        allowed = bits.bool().flatten(-2)[..., : scores.shape[-1]]
+    considered = scores.detach().masked_fill(~allowed, -torch.inf)
+    kept = allowed & truncation_reference(considered, top_k=top_k, top_p=top_p, min_p=min_p, top_n=top_n)
     if noise is not None:
+        noise = noise * _column(noise_scale, hidden)
         if gumbel_temperature is None:
             scores = scores + noise / _column(temperature, hidden)
         else:
@@ -63,7 +74,7 @@ def soft_embed_reference(
     probs = log_probs.exp()
     values = head_weight if embed_weight is None else embed_weight
     peak, argmax = probs.detach().max(-1), scores.detach().argmax(-1)
-    one_hot = torch.nn.functional.one_hot(argmax, probs.shape[-1])
+    one_hot = argmax[..., None] == torch.arange(probs.shape[-1], device=probs.device)
     taken = one_hot + (probs - probs.detach())  # straight-through, as F.gumbel_softmax(hard=True)
     taken = torch.where(torch.as_tensor(hard, device=probs.device)[..., None], taken, probs)
     out = embed_scale * (taken @ values)
@@ -78,6 +89,7 @@ def truncation_reference(
     top_k: int | Tensor | None = None,
     top_p: float | Tensor | None = None,
     min_p: float | Tensor | None = None,
+    top_n: int | Tensor | None = None,
 ) -> Tensor:
     """Which scores [..., V] the rules keep, one after the other, by sorting: bool [..., V]."""
     kept = torch.ones_like(scores, dtype=torch.bool)
@@ -94,6 +106,10 @@ def truncation_reference(
     if min_p is not None:
         probs = scores.masked_fill(~kept, -torch.inf).softmax(-1)
         kept &= probs >= _column(min_p, scores) * probs.amax(-1, keepdim=True)
+    if top_n is not None:
+        n = torch.as_tensor(top_n, device=scores.device).broadcast_to(scores.shape[:-1])[..., None]
+        ordered = scores.masked_fill(~kept, -torch.inf).sort(dim=-1, descending=True).values
+        kept &= scores >= ordered.gather(-1, n.clamp_max(scores.shape[-1]) - 1)
     return kept
 
 

@@ -18,6 +18,7 @@ forward that a vocabulary shard runs; its ``OnlineState`` is what shards merge b
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -43,57 +44,52 @@ class OnlineState(NamedTuple):
 
 
 class Scorer:
-    """Scores ``softcap(logit_scale * (hidden @ head.T + bias)) / temperature`` of a row tile against a vocabulary
-    chunk.
+    """Scores of a row tile against a vocabulary chunk, as `Options` defines them.
 
     All that is constant along a row is folded into one scaled copy of hidden (``inner``) and one factor after the
     soft-cap (``outer``), so that the plain case costs no pass over the scores.
     """
 
     def __init__(self, inputs: Inputs, options: Options) -> None:
-        hidden, bias, temperature = inputs.hidden, inputs.bias, inputs.temperature
-        seeds, threshold = inputs.seeds, inputs.threshold
-        self.dtype = accumulation_dtype(hidden.dtype)
-        self.inputs, self.bias, self.capped = inputs, bias, options.softcap is not None
+        hidden = inputs.hidden
+        self.inputs, self.dtype = inputs, accumulation_dtype(hidden.dtype)
+        self.capped, self.vocab_start = options.softcap is not None, options.vocab_start
         inner: float | Tensor = options.logit_scale
-        before = options.logit_temperature
         outer: float | Tensor = 1.0 / options.temperature
-        if temperature is not None:
-            outer = outer / temperature.to(self.dtype)[:, None]
-        self.inverse_temperature, self.vocab_start = outer, options.vocab_start
-        self.threshold = None if threshold is None else threshold[:, None]
+        if inputs.temperature is not None:
+            outer = outer / inputs.temperature.to(self.dtype)[:, None]
+        self.inverse_temperature = outer
+        noise_scale = inputs.noise_scale
+        self.noise_scale = options.noise_scale if noise_scale is None else noise_scale.to(self.dtype)[:, None]
+        self.seeds = inputs.seeds
         if options.seed is not None:  # the same noise in every row
-            seeds = torch.tensor([options.seed], device=hidden.device)
-        self.seeds = seeds
+            self.seeds = torch.tensor([options.seed], device=hidden.device)
         if options.softcap is not None:
-            inner, outer = inner / options.softcap, outer * (options.softcap / before)
+            inner, outer = inner / options.softcap, outer * options.softcap
         else:
-            inner, outer = outer * (inner / before), 1.0
+            inner, outer = outer * inner, 1.0
         self.inner, self.outer = inner, outer  # numbers, or [T, 1]
+        self.scaled = not isinstance(inner, float) or inner != 1.0
         self.rows = hidden[:0]
         if inputs.head is not None:
             rows = hidden.to(self.dtype)
-            self.rows = (rows if self.is_one(inner) else rows * inner).contiguous()  # [T, D]
-
-    @staticmethod
-    def is_one(factor: float | Tensor) -> bool:
-        return isinstance(factor, float) and factor == 1.0
+            self.rows = (rows * inner if self.scaled else rows).contiguous()  # [T, D]
 
     def _products(self, rows: slice, vocab: slice, chunk: Tensor | None) -> Tensor:
-        """Logits times `inner`, without bias, [R, C], of a chunk of the head or as they are given."""
+        """Logits times `inner`, without bias, [R, C]: of a chunk of the head, or as they are given."""
         if chunk is not None:
             return matmul_nt(self.rows[rows], chunk)
         logits = self.inputs.logits(rows, vocab).to(self.dtype, copy=True)
-        return logits if self.is_one(self.inner) else logits.mul_(row_factor(self.inner, rows))
+        return logits.mul_(row_factor(self.inner, rows)) if self.scaled else logits
 
     def __call__(self, rows: slice, vocab: slice, chunk: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Scores [R, C], which the caller may overwrite, and tanh of the capped logits (None without soft-cap).
 
-        `chunk` is that of the head; None: logits are given.
+        ``chunk`` is that of the head, [C, D]; None: logits are given.
         """
         scores = self._products(rows, vocab, chunk)
-        if self.bias is not None:
-            bias = self.bias[vocab].to(self.dtype)
+        if self.inputs.bias is not None:
+            bias = self.inputs.bias[vocab].to(self.dtype)
             if isinstance(self.inner, Tensor):
                 scores.addr_(self.inner[rows, 0], bias)
             else:
@@ -102,22 +98,46 @@ class Scorer:
         if self.capped:
             tanh = scores.tanh_()
             scores = tanh * row_factor(self.outer, rows)
-        removed = None if self.threshold is None else scores < self.threshold[rows]  # whatever the noise
+        if self.inputs.bias_ids is not None:
+            add_entries(scores, *self._entries(rows, vocab))
+        if self.inputs.bitmask is not None:
+            scores.masked_fill_(~unpack_bits(self.inputs.bitmask[rows], *self._whole(vocab)), -torch.inf)
+        threshold = self.inputs.threshold
+        removed = None if threshold is None else scores < threshold[rows, None]  # whatever the noise
         if self.seeds is not None:
-            self._add_noise(scores, rows, vocab)
+            factor = row_factor(self.noise_scale, rows)
+            for part, noise in self.noise(rows, vocab):
+                scores[:, part] += noise * factor
         if removed is not None:
             scores = scores.masked_fill_(removed, -torch.inf)
         return scores, tanh
 
-    def _add_noise(self, scores: Tensor, rows: slice, vocab: slice) -> None:
-        """Gumbel noise over the temperature, a few columns at a time: the generator has a dozen temporaries."""
+    def noise(self, rows: slice, vocab: slice) -> Iterator[tuple[slice, Tensor]]:
+        """Standard Gumbel noise, a few columns at a time, because the generator has a dozen temporaries."""
         assert self.seeds is not None
         seeds = self.seeds if self.seeds.shape[0] == 1 else self.seeds[rows]
-        factor = row_factor(self.inverse_temperature, rows)
+        start = self._whole(vocab)[0]
         for part in slices(vocab.stop - vocab.start, max(4, (1 << 16) // max(1, seeds.shape[0]))):
-            start = self.vocab_start + vocab.start
-            noise = gumbel(seeds, start + part.start, start + part.stop).to(scores.dtype)
-            scores[:, part] += noise * factor
+            yield part, gumbel(seeds, start + part.start, start + part.stop).to(self.dtype)
+
+    def _whole(self, vocab: slice) -> tuple[int, int]:
+        """First and last + 1 in the whole vocabulary."""
+        return self.vocab_start + vocab.start, self.vocab_start + vocab.stop
+
+    def _entries(self, rows: slice, vocab: slice) -> tuple[Tensor, Tensor]:
+        """Columns and values [R, m] of what `bias_ids` add to the scores of a chunk."""
+        assert self.inputs.bias_values is not None
+        columns, inside = self._columns(rows, vocab)
+        values = self.inputs.bias_values[rows].to(self.dtype) * row_factor(self.inverse_temperature, rows)
+        return columns, values.masked_fill(~inside, 0.0)
+
+    def _columns(self, rows: slice, vocab: slice) -> tuple[Tensor, Tensor]:
+        """Columns [R, m] of `bias_ids` in a chunk, and which of them are in it."""
+        assert self.inputs.bias_ids is not None
+        start, stop = self._whole(vocab)
+        columns = self.inputs.bias_ids[rows] - start
+        inside = (columns >= 0) & (columns < stop - start)
+        return columns.masked_fill(~inside, 0), inside
 
     def backpropagate(self, grad: Tensor, tanh: Tensor | None, rows: slice) -> Tensor:
         """Gradient of the products times `inner` from the gradient of the scores, in place."""
@@ -126,6 +146,31 @@ class Scorer:
         # d(outer * tanh(x)) = outer * (1 - tanh^2) dx
         grad.addcmul_(grad * tanh, tanh, value=-1.0)
         return grad.mul_(row_factor(self.outer, rows))
+
+    def entry_gradient(self, grad: Tensor, rows: slice, vocab: slice) -> Tensor:
+        """A chunk's part of the gradient of `bias_values` [R, m], from the gradient of its scores."""
+        columns, inside = self._columns(rows, vocab)
+        return grad.gather(1, columns).masked_fill_(~inside, 0.0) * row_factor(self.inverse_temperature, rows)
+
+    def noise_gradient(self, grad: Tensor, rows: slice, vocab: slice) -> Tensor:
+        """A chunk's sum of dS gumbel [R, 1], from the gradient of its scores."""
+        return sum((grad[:, part] * noise).sum(1, keepdim=True) for part, noise in self.noise(rows, vocab))  # type: ignore[return-value]
+
+
+def add_entries(scores: Tensor, columns: Tensor, values: Tensor) -> None:
+    """``scores[r, columns[r, j]] += values[r, j]``, in place, in a fixed order where columns occur twice."""
+    if scores.device.type == "cpu":
+        scores.scatter_add_(1, columns, values)
+    else:  # sorts, where a scatter on CUDA would add atomically
+        row = torch.arange(scores.shape[0], device=scores.device)[:, None]
+        scores.index_put_((row.expand_as(columns), columns), values, accumulate=True)
+
+
+def unpack_bits(bitmask: Tensor, start: int, stop: int) -> Tensor:
+    """Bits start to stop - 1 of packed rows [R, W] int32, as bool [R, stop - start]; see `Inputs.bitmask`."""
+    words = bitmask[:, start // 32 : -(-stop // 32)]
+    bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=bitmask.device)
+    return (bits & 1).bool().flatten(1)[:, start % 32 :][:, : stop - start]
 
 
 class Matrices:
@@ -172,7 +217,7 @@ def scan(inputs: Inputs, options: Options, *, stats: bool) -> OnlineState:
     tile, size = tiling(
         num_rows,
         inputs.num_vocab,
-        tiles=1 + (options.softcap is not None) + stats + (inputs.threshold is not None) + (inputs.head is None),
+        tiles=1 + (options.softcap is not None) + stats + _masks(inputs),
         per_vocab=Matrices.copied(inputs, dtype),
         per_row=width,
         itemsize=dtype.itemsize,
@@ -266,21 +311,26 @@ def backward(
     upstream = (upstream * (options.embed_scale / total)).contiguous()
 
     need_values = needs.embed if embed is not None else needs.head
-    need_scores = needs.hidden or needs.head or needs.bias or needs.temperature
+    need_scores = any(needs._replace(embed=False))
     keep_log = slope is not None or needs.temperature
     grad_rows = None
-    if needs.hidden and head is None:  # given logits: every element is written once
+    if needs.hidden and head is None:  # given logits: each of its elements is written once
         grad_rows = torch.empty((num_rows, num_vocab), dtype=hidden.dtype, device=device)
     elif needs.hidden:
         grad_rows = torch.zeros((num_rows, hidden.shape[1]), dtype=dtype, device=device)
     grad_head, grad_embed = (
-        torch.empty_like(m, memory_format=torch.contiguous_format) if m is not None and need else None
-        for m, need in ((head, needs.head), (embed, needs.embed))
+        torch.empty_like(matrix, memory_format=torch.contiguous_format) if matrix is not None and need else None
+        for matrix, need in ((head, needs.head), (embed, needs.embed))
     )
     grad_bias = torch.zeros(num_vocab, dtype=dtype, device=device) if bias is not None and needs.bias else None
     grad_temperature = torch.zeros((num_rows, 1), dtype=dtype, device=device) if needs.temperature else None
+    grad_noise = torch.zeros((num_rows, 1), dtype=dtype, device=device) if needs.noise_scale else None
+    grad_values = None
+    if needs.bias_values and inputs.bias_values is not None:
+        grad_values = torch.zeros_like(inputs.bias_values, dtype=dtype)
 
-    width, value_width = 0 if head is None else head.shape[1], inputs.values.shape[1]
+    width = 0 if head is None else head.shape[1]
+    hard = saved.token is not None and need_values
     tile, size = tiling(
         num_rows,
         num_vocab,
@@ -288,12 +338,11 @@ def backward(
         + keep_log
         + 2 * (options.softcap is not None)
         + 2 * (needs.head or need_values)
-        + (inputs.threshold is not None)
-        + (head is None)
-        + 2 * (saved.token is not None and need_values),
+        + 2 * hard
+        + _masks(inputs),
         per_vocab=Matrices.copied(inputs, dtype)
         + (2 * width if needs.head else 0)
-        + (2 * value_width if need_values else 0),
+        + (2 * inputs.values.shape[1] if need_values else 0),
         per_row=width,
         itemsize=dtype.itemsize,
     )
@@ -308,10 +357,10 @@ def backward(
             logs = scores.clamp_min(LOG_FLOOR) if keep_log else None
             weights = scores.exp_()
             if need_values:
-                chosen = weights
+                taken = weights
                 if saved.token is not None:
-                    chosen = one_hot_rows(weights, total[rows], saved.token[rows], options.vocab_start + vocab.start)
-                part = matmul_nt(chosen.T, upstream[rows].T)
+                    taken = one_hot_rows(weights, total[rows], saved.token[rows], options.vocab_start + vocab.start)
+                part = matmul_nt(taken.T, upstream[rows].T)
                 if embed is None:
                     chunk_grad_head = _add(chunk_grad_head, part)
                 else:
@@ -324,14 +373,20 @@ def backward(
             grad.mul_(weights)
             if grad_temperature is not None and logs is not None:
                 grad_temperature[rows] -= logs.mul_(grad).sum(1, keepdim=True)
+            if scorer.seeds is not None and (grad_temperature is not None or grad_noise is not None):
+                noise_sum = scorer.noise_gradient(grad, rows, vocab)
+                if grad_temperature is not None:  # of the scores without noise
+                    grad_temperature[rows] += noise_sum * row_factor(scorer.noise_scale, rows)
+                if grad_noise is not None:
+                    grad_noise[rows] += noise_sum
+            if grad_values is not None:
+                grad_values[rows] += scorer.entry_gradient(grad, rows, vocab)
             grad = scorer.backpropagate(grad, tanh, rows)
             if grad_bias is not None:
                 grad_bias[vocab] += _bias_gradient(grad, scorer.inner, rows)
-            if chunk is None:
-                if grad_rows is not None:
-                    grad_rows[rows, vocab] = grad.mul_(row_factor(scorer.inner, rows))
-                continue
-            if grad_rows is not None:
+            if grad_rows is not None and chunk is None:
+                grad_rows[rows, vocab] = grad.mul_(row_factor(scorer.inner, rows)) if scorer.scaled else grad
+            elif grad_rows is not None and chunk is not None:
                 grad_rows[rows] += matmul_nt(grad, chunk.T)
             if grad_head is not None:
                 chunk_grad_head = _add(chunk_grad_head, matmul_nt(grad.T, scorer.rows[rows].T))
@@ -343,11 +398,15 @@ def backward(
         for matrix in (grad_head, grad_embed):
             if matrix is not None:
                 matrix.zero_()
-    if head is not None and grad_rows is not None and not scorer.is_one(scorer.inner):
+    if grad_rows is not None and head is not None and scorer.scaled:
         grad_rows.mul_(scorer.inner)
-    return Grads(
-        grad_rows, grad_head, grad_embed, grad_bias, None if grad_temperature is None else grad_temperature[:, 0]
-    )
+    temperature, noise_scale = (None if grad is None else grad[:, 0] for grad in (grad_temperature, grad_noise))
+    return Grads(grad_rows, grad_head, grad_embed, grad_bias, temperature, noise_scale, grad_values)
+
+
+def _masks(inputs: Inputs) -> int:
+    """Buffers of a tile that given logits and what removes entries take."""
+    return (inputs.head is None) + (inputs.threshold is not None) + 2 * (inputs.bitmask is not None)
 
 
 def _add(total: Tensor | None, part: Tensor) -> Tensor:

@@ -29,18 +29,18 @@ def harden(found: Forward, inputs: Inputs, options: Options, group: object) -> F
     else:
         index = token - options.vocab_start
         mine = (index >= 0) & (index < values.shape[0])
-        rows = torch.where(mine[:, None], values[index.clamp(0, values.shape[0] - 1)], 0)
+        rows = values.new_zeros(len(token), values.shape[1])
+        if values.shape[0]:
+            rows = torch.where(mine[:, None], values[index.clamp(0, values.shape[0] - 1)], rows)
         dist.all_reduce(rows, group=group)
     rows = (rows.to(torch.promote_types(rows.dtype, torch.float32)) * options.embed_scale).to(out.dtype)
     # out - out is 0, and not a number where the soft token is not
     return found._replace(out=torch.where(inputs.hard[:, None], rows + (out - out), out))
 
 
-def tokens(found: Forward, inputs: Inputs) -> Tensor | None:
+def tokens(found: Forward, hard: Tensor | None) -> Tensor | None:
     """`Saved.token` of a forward; None: there are no hard rows."""
-    if inputs.hard is None or found.argmax is None:
-        return None
-    return torch.where(inputs.hard, found.argmax, -1)
+    return None if hard is None or found.argmax is None else torch.where(hard, found.argmax, -1)
 
 
 def one_hot_rows(probs: Tensor, size: Tensor | float, token: Tensor, start: int) -> Tensor:

@@ -12,9 +12,9 @@ from torch import Tensor
 from gircse.integers import as_integer
 
 from .autocast import no_autocast
-from .backends import check_backend, resolve_backend
+from .backends import resolve_backend
 from .chunk_scores import chunk_scores, ordered_bits
-from .soft_embed import check_scores, row_temperature
+from .soft_embed_arguments import prepare
 from .tiles_torch import accumulation_dtype, slices, tiling
 from .transforms import eager, fold, loop, rows_of_numbers, unfold
 
@@ -28,7 +28,7 @@ def top_tokens(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
-    logit_scale: float = 1.0,
+    logit_scale: float | Tensor = 1.0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The n most probable entries of ``softmax(softcap(logit_scale * (hidden @ head_weight.T + bias)) / temperature)``.
@@ -48,8 +48,16 @@ def top_tokens(
     Raises:
         As `soft_embed`; ValueError for n outside 1..V, TypeError if it is no int.
     """
-    options = check_scores(hidden, head_weight, bias, temperature, softcap, logit_scale)
-    check_backend(backend)
+    call = prepare(
+        hidden,
+        head_weight,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        backend=backend,
+    )
+    inputs, options = call.inputs, call.options
     if hidden.device.type == "meta":
         raise ValueError("hidden: got device meta, expected one with values")
     count = as_integer(n)
@@ -60,11 +68,9 @@ def top_tokens(
     if not 1 <= n <= num_vocab:
         raise ValueError(f"n: got {n}, expected 1 to {num_vocab}, the V of head_weight")
     leading = hidden.shape[:-1]
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    inputs = Inputs(rows, head_weight, bias=bias, temperature=row_temperature(temperature, hidden))
     if torch.compiler.is_compiling():
         inputs, options = rows_of_numbers(inputs, options)
-    tensors = [None if t is None else t.detach() for t in (rows, head_weight, bias, inputs.temperature)]
+    tensors = [None if t is None else t.detach() for t in (inputs.hidden, inputs.head, inputs.bias, inputs.temperature)]
     scalars = (n, options.temperature, options.softcap, options.logit_scale, backend)
     ids, probs = _run(*tensors, *scalars) if eager(tensors, backend) else _op(*tensors, *scalars)
     return ids.reshape(*leading, n), probs.reshape(*leading, n)

@@ -29,12 +29,14 @@ def alone(tensors: Sequence[Tensor | None], backend: str | None) -> bool:
 
 
 def rows_of_numbers(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
-    """The temperature as a tensor: a compiler would take a number for a constant and compile again for the next one."""
-    if options.temperature == 1.0:
-        return inputs, options
-    hidden = inputs.hidden
-    rows = torch.ones(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
-    return inputs._replace(temperature=rows * options.temperature), options._replace(temperature=1.0)
+    """Temperature and factor of the noise as tensors: a compiler would take a number for a constant and compile again
+    for the next one."""
+    ones = torch.ones(inputs.num_rows, dtype=accumulation_dtype(inputs.hidden.dtype), device=inputs.hidden.device)
+    if inputs.temperature is None and options.temperature != 1.0:
+        inputs = inputs._replace(temperature=ones * options.temperature)
+    if inputs.noise_scale is None and options.noise_scale != 1.0:
+        inputs = inputs._replace(noise_scale=ones * options.noise_scale)
+    return inputs, options._replace(temperature=1.0, noise_scale=1.0)
 
 
 def fold(tensor: Tensor | None, dim: int | None, batch: int) -> Tensor | None:

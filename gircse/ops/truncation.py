@@ -1,11 +1,12 @@
-"""Truncated soft tokens: what `top_k`, `top_p` and `min_p` keep of each row, as one score, its *threshold*.
+"""Truncated soft tokens: what `top_k`, `top_p`, `min_p` and `top_n` keep of each row, as one score, its *threshold*.
 
-The rules and their order are those of transformers' generation (temperature, then top-k, top-p, min-p), each on what
-the ones before it kept; noise comes after all of them. With s the scores of a row and P its softmax::
+The rules and their order are those of transformers' generation (temperature, then top-k, top-p, min-p), with top_n
+after them, each on what the ones before it kept; noise comes last. With s the scores of a row and P its softmax::
 
     top_k   s_v >= the k-th largest score                         ties with it stay: more than k may be kept
     top_p   the probability strictly above s_v, among what top_k kept and relative to it, is below top_p
     min_p   P_v >= min_p * max P
+    top_n   s_v >= the n-th largest score of what the others kept, ties as for top_k
 
 Each keeps the highest scores, so together they keep ``{v: s_v >= lowest}`` for one score. Entries of one score stay or
 go together, whatever their order (a sort, as in transformers, cuts through a tie that straddles top_p). The threshold
@@ -43,6 +44,8 @@ _MARGIN, _DEPTH = 32, 32.0
 
 
 _NO_LIMIT = torch.iinfo(torch.int64).max
+# of `Inputs`, in the order of the op
+_INPUTS = ("hidden", "head", "bias", "temperature", "bias_values", "bias_ids", "bitmask")
 
 
 class Truncation(NamedTuple):
@@ -51,25 +54,27 @@ class Truncation(NamedTuple):
     top_k: Tensor | None = None  # int64, >= 1
     top_p: Tensor | None = None  # floating point, in (0, 1]
     min_p: Tensor | None = None  # floating point, in [0, 1]
+    top_n: Tensor | None = None  # int64, >= 1
 
 
-def check_truncation(hidden: Tensor, top_k: object, top_p: object, min_p: object) -> Truncation:
+def check_truncation(hidden: Tensor, top_k: object, top_p: object, min_p: object, top_n: object) -> Truncation:
     """The rules for the rows of hidden [..., D], checked.
 
     Raises:
         TypeError, ValueError: by the argument's name.
     """
     return Truncation(
-        _rule("top_k", top_k, hidden, "at least 1, or 0 for no limit"),
+        _rule("top_k", top_k, hidden, "at least 1, or 0 or -1 for no limit"),
         _rule("top_p", top_p, hidden, "above 0 and at most 1"),
         _rule("min_p", min_p, hidden, "between 0 and 1"),
+        _rule("top_n", top_n, hidden, "at least 1, or 0 or -1 for no limit"),
     )
 
 
 def _rule(name: str, value: object, hidden: Tensor, expected: str) -> Tensor | None:
     if value is None:
         return None
-    whole = name == "top_k"
+    whole = name in ("top_k", "top_n")
     if isinstance(value, Tensor):
         if whole and (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool):
             raise TypeError(f"{name}: got dtype {value.dtype}, expected an integer one")
@@ -80,11 +85,11 @@ def _rule(name: str, value: object, hidden: Tensor, expected: str) -> Tensor | N
             for bound in (value.min().item(), value.max().item()):
                 _check_range(name, bound, expected)
         value = value.detach().to(torch.int64 if whole else accumulation_dtype(hidden.dtype))
-        return torch.where(value == 0, _NO_LIMIT, value) if whole else value
+        return torch.where(value <= 0, _NO_LIMIT, value) if whole else value
     if whole:
         if not isinstance(value, numbers.Integral) or isinstance(value, bool):
             raise TypeError(f"{name}: got {type(value).__name__}, expected an int or an integer tensor")
-        if value == 0:
+        if value in (0, -1):
             return None
         number: Any = min(int(value), _NO_LIMIT)
     else:
@@ -96,7 +101,7 @@ def _rule(name: str, value: object, hidden: Tensor, expected: str) -> Tensor | N
 
 
 def _check_range(name: str, value: float, expected: str) -> None:
-    fits = value >= 0 if name == "top_k" else 0 <= value <= 1 and (name == "min_p" or value > 0)
+    fits = value >= -1 if name in ("top_k", "top_n") else 0 <= value <= 1 and (name == "min_p" or value > 0)
     if not fits:  # not a number included
         raise ValueError(f"{name}: got {value}, expected {expected}")
 
@@ -113,29 +118,27 @@ def row_thresholds(
     """The lowest score that each row keeps, [T] in the accumulation dtype; not differentiable.
 
     Args:
-        inputs, options: what defines the scores; their noise is ignored.
+        inputs, options: what defines the scores; they have no noise.
         group: name of the process group over whose ranks the vocabulary is divided.
         cast: autocast's dtype, if it is on.
     """
     detached: Any = (None if t is None else t.detach() for t in inputs)
-    inputs = Inputs(*detached)._replace(seeds=None, threshold=None, hard=None)
-    inputs, options = cast_inputs(inputs, cast), options._replace(seed=None)
+    inputs = cast_inputs(Inputs(*detached)._replace(embed=None), cast)
     if torch.compiler.is_compiling():
         inputs, options = rows_of_numbers(inputs, options)
-    tensors = (inputs.hidden, inputs.head, inputs.bias, inputs.temperature, *rules)
-    scalars = (options.temperature, options.softcap, options.logit_scale, options.logit_temperature, group, backend)
+    tensors = (*(getattr(inputs, name) for name in _INPUTS), *rules)
+    scalars = (options.temperature, options.softcap, options.logit_scale, options.vocab_start, group, backend)
     if eager(tensors, backend):
         return _row_thresholds(tensors, scalars)
     return _threshold_op(*tensors, *scalars)
 
 
 def _row_thresholds(tensors: Sequence[Tensor | None], scalars: Sequence[Any]) -> Tensor:
-    hidden, head, bias, temperature = tensors[:4]
-    assert hidden is not None
-    rules = Truncation(*tensors[4:])
-    number, softcap, logit_scale, logit_temperature, name, backend = scalars
-    inputs = Inputs(hidden, head, bias=bias, temperature=temperature)
-    options = Options(number, softcap, logit_scale, logit_temperature=logit_temperature)
+    inputs = Inputs(**dict(zip(_INPUTS, tensors, strict=False)))  # type: ignore[arg-type]
+    hidden, head = inputs.hidden, inputs.head
+    rules = Truncation(*tensors[len(_INPUTS) :])
+    number, softcap, logit_scale, start, name, backend = scalars
+    options = Options(number, softcap, logit_scale, vocab_start=start)
     across = _Across(None if name is None else find_group(name))
     num_rows, num_vocab, dtype = inputs.num_rows, inputs.num_vocab, accumulation_dtype(hidden.dtype)
     width = 0 if head is None else head.shape[1]
@@ -176,6 +179,9 @@ def _threshold(scores: Tensor, rules: Truncation, across: _Across) -> Tensor:
         )
     if rules.min_p is not None:
         lowest_key = torch.maximum(lowest_key, ordered_bits(peak + rules.min_p.log()))
+    if rules.top_n is not None:
+        nth = _highest(keys, lambda above: across.sum(above.sum(1, keepdim=True)), rules.top_n)
+        lowest_key = torch.maximum(lowest_key, nth)
     kept = keys >= lowest_key
     last = across.min(torch.where(kept, scores, torch.inf).amin(1, keepdim=True))
     following = across.max(torch.where(kept, -torch.inf, scores).amax(1, keepdim=True))
@@ -224,11 +230,12 @@ class _Across:
 
 
 _SCHEMA = (
-    "(Tensor hidden, Tensor? head, Tensor? bias, Tensor? temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, "
-    "float scalar_temperature, float? softcap, float logit_scale, float logit_temperature, str? group, str? backend) "
+    "(Tensor hidden, Tensor? head, Tensor? bias, Tensor? temperature, Tensor? bias_values, Tensor? bias_ids, "
+    "Tensor? bitmask, Tensor? top_k, Tensor? top_p, Tensor? min_p, Tensor? top_n, "
+    "float scalar_temperature, float? softcap, float logit_scale, SymInt vocab_start, str? group, str? backend) "
     "-> Tensor"
 )
-_NUM_TENSORS = 7
+_NUM_TENSORS = len(_INPUTS) + len(Truncation._fields)
 
 
 @torch.library.custom_op("gircse::soft_embed_threshold", mutates_args=(), schema=_SCHEMA)

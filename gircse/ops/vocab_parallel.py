@@ -27,7 +27,7 @@ class VocabShard:
 
     Attributes:
         start: first row, >= 0.
-        stop: one beyond the last, > start.
+        stop: one beyond the last, >= start: a rank may have no rows.
         group: a `torch.distributed` process group; None: the default one.
     """
 
@@ -41,15 +41,13 @@ class VocabShard:
             if integer is None:
                 raise TypeError(f"VocabShard.{name}: got {type(value).__name__}, expected an int")
             object.__setattr__(self, name, integer)
-        if not 0 <= self.start < self.stop:
-            raise ValueError(f"VocabShard: got start {self.start} and stop {self.stop}, expected 0 <= start < stop")
+        if not 0 <= self.start <= self.stop:
+            raise ValueError(f"VocabShard: got start {self.start} and stop {self.stop}, expected 0 <= start <= stop")
 
     @classmethod
     def even(cls, num_vocab: int, group: Any = None) -> VocabShard:
         """This rank's shard of the most even division, the larger ones first."""
         rank, size = dist.get_rank(group), dist.get_world_size(group)
-        if num_vocab < size:
-            raise ValueError(f"num_vocab: got {num_vocab}, expected at least one row for each of {size} ranks")
         return cls(_bound(num_vocab, rank, size), _bound(num_vocab, rank + 1, size), group)
 
 

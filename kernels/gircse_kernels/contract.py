@@ -13,27 +13,36 @@ from torch import Tensor
 
 
 class Options(NamedTuple):
-    """The scalar parameters of `soft_embed`. They define the operation and are never tensors."""
+    """The scalar parameters of `soft_embed`. They define the operation and are never tensors.
+
+    With `logits = softcap(logit_scale * (hidden @ head.T + bias))` and the values of `Inputs.bias_ids` added to them,
+    the scores of which the softmax is taken are `logits / temperature + noise_scale * gumbel`: a public temperature
+    that divides the noise, too, is in both numbers.
+    """
 
     temperature: float = 1.0
     softcap: float | None = None
     logit_scale: float = 1.0
     embed_scale: float = 1.0
     seed: int | None = None  # of the Gumbel noise, one for all rows
-    vocab_start: int = 0  # first vocabulary index of this shard; the noise depends on it
-    logit_temperature: float = 1.0  # divides the capped logits before noise and temperature
+    vocab_start: int = 0  # first vocabulary index of this shard; noise, bits and ids count from the whole's first
+    noise_scale: float = 1.0  # factor of the noise
 
 
 class Inputs(NamedTuple):
-    """The tensors of the forward of `soft_embed`."""
+    """The tensors of the forward of `soft_embed`: first those that have gradients, in the order of `Needs`."""
 
-    hidden: Tensor  # [T, D]; where there is no head, the logits [.., V], T rows in any strides, which nobody writes to
+    hidden: Tensor  # [T, D]; where there is no head, the logits [.., V], T rows of any strides, never written to
     head: Tensor | None  # [V, D]; None: the logits are given, and there is `embed`
     embed: Tensor | None = None  # [V, E]; None: tied, the head serves as embedding matrix
     bias: Tensor | None = None  # [V]
     temperature: Tensor | None = None  # [T], instead of the number
+    noise_scale: Tensor | None = None  # [T], instead of the number
+    bias_values: Tensor | None = None  # [T, m], added to the logits of the entries `bias_ids`
+    bias_ids: Tensor | None = None  # [T, m] int64, in the whole vocabulary; those of other shards count for nothing
     seeds: Tensor | None = None  # [T] int64, instead of the number
     threshold: Tensor | None = None  # [T] accumulation dtype, the lowest score without noise that a row keeps
+    bitmask: Tensor | None = None  # [T, W] int32, entry v of the whole is bit v % 32 of word v // 32; 0 removes it
     hard: Tensor | None = None  # [T] bool: rows that become the embedding of their one highest score
     places: Tensor | None = None  # [T] int64: which rows of logits [.., V] these are; None: all of them, in order
 
@@ -61,13 +70,11 @@ class Inputs(NamedTuple):
 
     def of_rows(self, rows: slice) -> Inputs:
         """The same call for some of the rows."""
-        parts = {name: tensor[rows] for name in _OF_ROWS if (tensor := getattr(self, name)) is not None}
-        if self.hidden.dim() == 2:
-            return self._replace(hidden=self.hidden[rows], **parts)
-        places = self.places
-        if places is None:
-            places = torch.arange(self.num_rows, device=self.hidden.device)
-        return self._replace(places=places[rows], **parts)
+        parts = self
+        if self.hidden.dim() > 2 and self.places is None:
+            parts = self._replace(places=torch.arange(self.num_rows, device=self.hidden.device))
+        hidden = self.hidden[rows] if self.hidden.dim() == 2 else self.hidden
+        return Inputs(hidden, *self[1:4], *(None if tensor is None else tensor[rows] for tensor in parts[4:]))
 
     def logits(self, rows: slice, vocab: slice) -> Tensor:
         """A part [R, C] of logits that are given: a view, or a copy of that part if rows have more than one stride."""
@@ -76,9 +83,6 @@ class Inputs(NamedTuple):
             return part[rows]
         places = torch.arange(self.num_rows, device=part.device) if self.places is None else self.places
         return part[torch.unravel_index(places[rows], part.shape[:-1])]
-
-
-_OF_ROWS = ("temperature", "seeds", "threshold", "hard")
 
 
 class Forward(NamedTuple):
@@ -123,21 +127,25 @@ class Needs(NamedTuple):
     embed: bool
     bias: bool
     temperature: bool
+    noise_scale: bool = False
+    bias_values: bool = False
 
 
 class Grads(NamedTuple):
     """What the backward returns. A gradient that was not asked for is None.
 
-    Over a vocabulary shard, those of hidden (not of given logits, which are the shard's own) and temperature are this
-    shard's share of a sum, in the accumulation dtype.
-    The caller, who knows the whole sum, finishes the temperature's: `(sum over shards - peak grad_lse) / temperature`.
+    Over a vocabulary shard, those of what has rows, but for given logits, are this shard's share of a sum, in the
+    accumulation dtype. The caller, who knows the whole sum, finishes the temperature's:
+    `(sum over shards - peak grad_lse) / temperature`.
     """
 
     hidden: Tensor | None  # [T, D] accumulation dtype; of given logits [T, V], their dtype
     head: Tensor | None  # [V, D] the head's dtype; of a tied matrix the sum of both uses
     embed: Tensor | None  # [V, E] its dtype
     bias: Tensor | None  # [V] accumulation dtype
-    temperature: Tensor | None  # [T] accumulation dtype, -sum of dS (score - peak)
+    temperature: Tensor | None  # [T] accumulation dtype, -sum of dS (score without noise - peak)
+    noise_scale: Tensor | None = None  # [T] accumulation dtype, sum of dS gumbel
+    bias_values: Tensor | None = None  # [T, m] accumulation dtype
 
 
 class Selection(NamedTuple):

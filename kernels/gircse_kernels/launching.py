@@ -140,10 +140,12 @@ def _precision(dtype: torch.dtype) -> str:
 
 def score_scalars(inputs: Inputs, options: Options) -> tuple[int | None, float, float | None, float]:
     """seed, scale, softcap, 1 / temperature, as `scores.scores` wants them; None switches noise or soft-cap off."""
-    cap, before = options.softcap, options.logit_temperature
+    cap, seed = options.softcap, 0 if inputs.seeds is not None else options.seed
+    # the kernels multiply logits and noise by the last number
+    factor = 1.0 / options.temperature if seed is None else options.noise_scale
+    before = options.temperature * factor
     scale = options.logit_scale / (before if cap is None else cap)
-    seed = 0 if inputs.seeds is not None else options.seed
-    return seed, scale, None if cap is None else cap / before, 1.0 / options.temperature
+    return seed, scale, None if cap is None else cap / before, factor
 
 
 def logit_offsets(inputs: Inputs) -> Tensor | None:

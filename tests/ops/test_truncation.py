@@ -235,10 +235,8 @@ def test_compiled_transformed_faked(backend: str) -> None:
     with torch._subclasses.fake_tensor.FakeTensorMode():
         fake = soft_embed(torch.randn(3, 4, 8), torch.randn(37, 8), top_p=torch.rand(3, 4), backend=backend)
         assert fake.shape == (3, 4, 8)  # type: ignore[union-attr]
-    arguments = (*(tensors[n].detach() for n in ("hidden", "head_weight", "bias")), None, None, p, None)
-    torch.library.opcheck(
-        torch.ops.gircse.soft_embed_threshold.default, (*arguments, 1.0, 3.0, 1.0, 1.0, None, backend)
-    )
+    arguments = (*(tensors[n].detach() for n in ("hidden", "head_weight", "bias")), *[None] * 5, p, None, None)
+    torch.library.opcheck(torch.ops.gircse.soft_embed_threshold.default, (*arguments, 1.0, 3.0, 1.0, 0, None, backend))
 
 
 def test_autocast() -> None:
@@ -278,10 +276,14 @@ def test_memory_no_tensor_of_rows_times_vocabulary(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"top_k": -1}, ValueError, r"top_k: got -1, expected at least 1, or 0 for no limit"),
+        ({"top_k": -2}, ValueError, r"top_k: got -2, expected at least 1, or 0 or -1 for no limit"),
         ({"top_k": 2.0}, TypeError, r"top_k: got float, expected an int or an integer tensor"),
         ({"top_k": True}, TypeError, r"top_k: got bool"),
-        ({"top_k": torch.tensor([1, -3, 2])}, ValueError, r"top_k: got -3, expected at least 1, or 0 for no limit"),
+        (
+            {"top_k": torch.tensor([1, -3, 2])},
+            ValueError,
+            r"top_k: got -3, expected at least 1, or 0 or -1 for no limit",
+        ),
         ({"top_k": torch.ones(3)}, TypeError, r"top_k: got dtype torch.float32, expected an integer one"),
         ({"top_k": torch.ones(2, dtype=torch.int64)}, ValueError, r"top_k: got shape \(2,\), expected one broadcast"),
         ({"top_p": 0.0}, ValueError, r"top_p: got 0.0, expected above 0 and at most 1"),
@@ -297,11 +299,13 @@ def test_memory_no_tensor_of_rows_times_vocabulary(dtype: torch.dtype) -> None:
         ({"hard": torch.ones(2, dtype=torch.bool)}, ValueError, r"hard: got shape \(2,\), expected one broadcast"),
         ({"gumbel_temperature": 0.5}, ValueError, r"gumbel_temperature: got one without gumbel_seed, expected both"),
         ({"gumbel_temperature": 0.0, "gumbel_seed": 1}, ValueError, r"gumbel_temperature: got 0.0, expected a finite"),
+        ({"noise_scale": 0.5}, ValueError, r"noise_scale: got one without gumbel_seed, expected both"),
         (
-            {"gumbel_temperature": 0.5, "gumbel_seed": 1, "temperature": torch.ones(3)},
-            TypeError,
-            r"temperature: got a tensor, expected a number where gumbel_temperature is given",
+            {"noise_scale": -1.0, "gumbel_seed": 1},
+            ValueError,
+            r"noise_scale: got -1.0, expected a number of at least 0",
         ),
+        ({"top_n": 2.0}, TypeError, r"top_n: got float, expected an int or an integer tensor"),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:

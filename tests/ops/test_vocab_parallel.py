@@ -131,8 +131,8 @@ def test_special_cases(tmp_path: Path) -> None:
     [
         ((0.5, 2), TypeError, r"VocabShard.start: got float, expected an int"),
         ((0, True), TypeError, r"VocabShard.stop: got bool, expected an int"),
-        ((-1, 2), ValueError, r"got start -1 and stop 2, expected 0 <= start < stop"),
-        ((3, 3), ValueError, r"got start 3 and stop 3, expected 0 <= start < stop"),
+        ((-1, 2), ValueError, r"got start -1 and stop 2, expected 0 <= start <= stop"),
+        ((3, 2), ValueError, r"got start 3 and stop 2, expected 0 <= start <= stop"),
     ],
 )
 def test_bad_shards(arguments: tuple[Any, Any], error: type[Exception], message: str) -> None:
