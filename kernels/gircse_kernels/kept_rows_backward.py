@@ -215,11 +215,14 @@ def kept_matrix_kernel(
             weight = tl.load(weight_ptr + source, mask=same, other=0.0)
             total += tl.sum(weight, 0)
             if grad_ptr is not None:
-                rows = tl.load(rows_ptr + row * stride_rows_t + cols[None, :] * stride_rows_d, mask=m_rows, other=0.0)
-                acc += tl.sum(weight[:, None] * rows.to(tl.float32), 0)
+                p_rows = rows_ptr + row * stride_rows_t + cols[None, :] * stride_rows_d
+                rows = tl.load(p_rows, mask=m_rows, other=0.0).to(tl.float32)
+                acc += tl.sum(weight[:, None] * rows, 0)
             if weight2_ptr is not None:
                 weight = tl.load(weight2_ptr + source, mask=same, other=0.0)
-                rows = tl.load(rows2_ptr + row * stride_rows2_t + cols[None, :] * stride_rows2_d, mask=m_rows, other=0.0)
+                rows = tl.load(
+                    rows2_ptr + row * stride_rows2_t + cols[None, :] * stride_rows2_d, mask=m_rows, other=0.0
+                )
                 acc += tl.sum(weight[:, None] * rows.to(tl.float32), 0)
             more = tl.sum(same.to(tl.int32), 0) == BLOCK_C
             place += BLOCK_C

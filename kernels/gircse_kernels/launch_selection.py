@@ -12,10 +12,9 @@ from torch import Tensor
 from . import launching
 from .contract import Candidates, Inputs, Options, Selection
 from .launch_many_rows import score_sums
-from .launching import bias_stride, device_of, logit_offsets, score_scalars
+from .launching import device_of, logit_offsets, score_scalars, score_strides, score_tensors
 from .plan import padded, plan_select
 from .selection import select_kernel
-
 
 
 def select(inputs: Inputs, options: Options, rules: Sequence[Tensor | None], capacity: int) -> Selection:
@@ -46,9 +45,8 @@ class _Found(NamedTuple):
     count: Any
 
 
-def _select(
-    inputs: Inputs, options: Options, rules: Sequence[Tensor | None], capacity: int, *, finish: bool
-) -> _Found:
+def _select(inputs: Inputs, options: Options, rules: Sequence[Tensor | None], capacity: int, *, finish: bool) -> _Found:
+    inputs, options = inputs._replace(seeds=None, threshold=None, embed=None), options._replace(seed=None)
     num_rows, num_vocab, device = inputs.num_rows, inputs.num_vocab, inputs.hidden.device
     plan = plan_select(num_rows, num_vocab, inputs.hidden.itemsize, device_of(device), capacity)
     blocks = plan.select.blocks
@@ -72,18 +70,20 @@ def _select(
         rows = slice(start, min(start + plan.row_block, num_rows))
         part, count = inputs.of_rows(rows), rows.stop - start
         sums = (*tiles, tile_argmax, groups)
-        scores = score_sums(part, options, products[:count, :num_vocab], sums, plan.weights, blocks["GROUP"])
+        room = products[:count, : products.shape[1] and num_vocab]
+        scores, part, rest = score_sums(part, options, room, sums, plan.weights, blocks["GROUP"])
         first, second, third = (tensor[rows] for tensor in found.sums)
+        bias, temperature, *_, bitmask = score_tensors(part)
         launching.launch(
             select_kernel,
             (count,),
             (
-                scores, logit_offsets(part), groups, *tiles, tile_argmax, part.bias, part.temperature,
+                scores, logit_offsets(part), groups, *tiles, tile_argmax, bias, temperature, bitmask,
                 *(None if rule is None else rule[rows] for rule in rules), lists, indices,
                 _rows(found.threshold, rows), first, second, third, found.argmax[rows],
                 _rows(found.ids, rows), _rows(found.scores, rows), _rows(found.count, rows),
-                num_vocab, plan.tiles, plan.groups, scores.stride(0), scores.stride(-1), bias_stride(inputs),
-                options.vocab_start, *score_scalars(inputs, options)[1:],
+                num_vocab, plan.tiles, plan.groups, scores.stride(0), scores.stride(-1), *score_strides(part),
+                options.vocab_start, *score_scalars(part, rest)[1:4],
             ),
             plan.select,
             FINISH=finish,

@@ -86,7 +86,7 @@ def row_starts(offset_ptr, rows, m_rows, stride):
 @triton.jit(do_not_specialize=["seed", "vocab_start", "chunk_start", "num_rows"])
 def weights_kernel(
     product_ptr,  # [T, C] h . w, float32 or the input's dtype; or the logits that are given, any dtype
-    prob_ptr,  # [T, C] input dtype, out, may be the same memory; with RAW: the scores themselves, float32; None: sums alone
+    prob_ptr,  # [T, C] input dtype, out, may be the same memory; None: sums alone; with RAW: the scores, float32
     offset_ptr,  # [T] int64, where each row of logits begins; None: `stride_product_t` apart
     bias_ptr,  # [V]
     temperature_ptr,  # [T]
@@ -152,6 +152,36 @@ def weights_kernel(
         )  # fmt: skip
         if prob_ptr is not None:
             tl.store(prob_ptr + p_prob, prob, mask=inside)
+
+
+@triton.jit(do_not_specialize=["number", "columns", "first"])
+def add_entries_kernel(
+    logits_ptr,  # [T, C] float32, in and out
+    ids_ptr,  # [T, m] int64, in the whole vocabulary
+    values_ptr,  # [T, m]
+    number,  # m
+    columns,  # C
+    stride_logits,
+    first,  # index of the first column in the whole vocabulary
+    BLOCK: tl.constexpr,
+):
+    """logits[t, ids[t, j]] += values[t, j]. What one id has several times is added up in order, at its first place."""
+    row = tl.program_id(0).to(tl.int64)
+    entries = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    ids = tl.load(ids_ptr + row * number + entries, mask=entries < number, other=-1)
+    total = tl.zeros([BLOCK], tl.float32)
+    before = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, number, BLOCK):
+        others = start + tl.arange(0, BLOCK)
+        other_ids = tl.load(ids_ptr + row * number + others, mask=others < number, other=-1)
+        values = tl.load(values_ptr + row * number + others, mask=others < number, other=0.0).to(tl.float32)
+        same = ids[:, None] == other_ids[None, :]
+        total += tl.sum(tl.where(same, values[None, :], 0.0), 1)
+        before += tl.sum((same & (others[None, :] < entries[:, None])).to(tl.int32), 1)
+    column = ids - first
+    m_entries = (entries < number) & (before == 0) & (column >= 0) & (column < columns)
+    p_logits = logits_ptr + row * stride_logits + column
+    tl.store(p_logits, tl.load(p_logits, mask=m_entries) + total, mask=m_entries)
 
 
 @triton.jit(do_not_specialize=["seed", "vocab_start", "chunk_start", "num_rows"])
