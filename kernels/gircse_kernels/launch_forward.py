@@ -10,6 +10,7 @@ from torch import Tensor
 from . import launching
 from .contract import Forward, Inputs, Options
 from .few_rows import few_rows_kernel
+from .launch_kept_rows import forward_kept_rows
 from .launch_many_rows import forward_many_rows
 from .launching import device_of, problem_of, score_flags, score_scalars, score_strides, score_tensors
 from .merge import merge_kernel
@@ -31,6 +32,8 @@ def forward(
     hidden, problem = inputs.hidden, problem_of(inputs)
     if problem.rows == 0:
         return _empty_forward(inputs, stats, exact, finish)
+    if inputs.ids is not None:
+        return forward_kept_rows(inputs, options, _empty_forward(inputs, stats, exact, finish), finish)
     plan = plan_forward(problem, device or device_of(hidden.device))
     if isinstance(plan, TwoProducts):
         result = _empty_forward(inputs, stats, exact, finish)

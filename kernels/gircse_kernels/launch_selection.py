@@ -3,41 +3,41 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import launching
-from .contract import Candidates, Inputs, Options, Selection
+from .contract import Candidates, Inputs, Options, Selection, Truncation
 from .launch_many_rows import score_sums
 from .launching import device_of, logit_offsets, score_scalars, score_strides, score_tensors
 from .plan import padded, plan_select
 from .selection import select_kernel
 
 
-def select(inputs: Inputs, options: Options, rules: Sequence[Tensor | None], capacity: int) -> Selection:
+def select(inputs: Inputs, options: Options, rules: Truncation, capacity: int, *, stats: bool = True) -> Selection:
     """What the rules keep of each row, from its scores without noise, and the statistics of the whole distribution.
 
     Args:
-        rules: top_k, top_p, min_p, top_n, each [T] or None; with a capacity the first or the last one is there.
-        capacity: C, a power of two above the largest top_k; 0: thresholds alone, and without any rule statistics alone.
+        capacity: C, a power of two above the largest top_k, or above the largest top_n where there is no top_k; 0: no
+            lists, thresholds alone.
+        stats: is not asked; statistics cost nothing.
     """
     found = _select(inputs, options, rules, capacity, finish=True)
     return Selection(found.threshold, *found.sums, found.argmax, found.ids, found.scores, found.count)
 
 
-def candidates(inputs: Inputs, options: Options, limit: Tensor, capacity: int) -> Candidates:
-    """The highest `limit` [T] scores of each row with their ties, and sums over all, both to be merged with shards'."""
-    found = _select(inputs, options, (limit, None, None, None), capacity, finish=False)
-    return Candidates(found.ids, found.scores, found.count, *found.sums, found.argmax)
+def candidates(inputs: Inputs, options: Options, capacity: int, *, stats: bool = True) -> Candidates:
+    """The C highest scores of each row of a shard, and the sums over all of them, to be merged with other shards'."""
+    found = _select(inputs, options, None, capacity, finish=False)
+    return Candidates(found.ids, found.scores, *found.sums, found.argmax)
 
 
 class _Found(NamedTuple):
     """The outputs of `select_kernel`."""
 
-    threshold: Tensor | None
+    threshold: Any
     sums: tuple[Tensor, Tensor, Tensor]
     argmax: Tensor
     ids: Any
@@ -45,26 +45,25 @@ class _Found(NamedTuple):
     count: Any
 
 
-def _select(inputs: Inputs, options: Options, rules: Sequence[Tensor | None], capacity: int, *, finish: bool) -> _Found:
+def _select(inputs: Inputs, options: Options, rules: Truncation | None, capacity: int, *, finish: bool) -> _Found:
     inputs, options = inputs._replace(seeds=None, threshold=None, embed=None), options._replace(seed=None)
     num_rows, num_vocab, device = inputs.num_rows, inputs.num_vocab, inputs.hidden.device
     plan = plan_select(num_rows, num_vocab, inputs.hidden.itemsize, device_of(device), capacity)
     blocks = plan.select.blocks
     float32 = functools.partial(torch.empty, dtype=torch.float32, device=device)
     int64 = functools.partial(torch.empty, dtype=torch.int64, device=device)
-    ruled = any(rule is not None for rule in rules)
     found = _Found(
-        float32(num_rows) if ruled else None,
+        None if rules is None else float32(num_rows),
         (float32(num_rows), float32(num_rows), float32(num_rows)),
         int64(num_rows),
         int64((num_rows, capacity)) if capacity else None,
         float32((num_rows, capacity)) if capacity else None,
-        int64(num_rows) if capacity else None,
+        int64(num_rows) if capacity and rules is not None else None,
     )
     products = float32((plan.row_block, padded(num_vocab) if inputs.head is not None else 0))
     tiles, tile_argmax = float32((3, padded(plan.row_block), plan.tiles)), int64((plan.row_block, plan.tiles))
     groups = float32((plan.row_block, plan.groups))
-    lists = float32((plan.row_block, blocks["ROOM"])) if ruled else None
+    lists = float32((plan.row_block, blocks["ROOM"]))
     indices = torch.empty((plan.row_block, 2 * blocks["ROOM"]), dtype=torch.int32, device=device) if capacity else None
     for start in range(0, num_rows, plan.row_block):
         rows = slice(start, min(start + plan.row_block, num_rows))
@@ -79,7 +78,7 @@ def _select(inputs: Inputs, options: Options, rules: Sequence[Tensor | None], ca
             (count,),
             (
                 scores, logit_offsets(part), groups, *tiles, tile_argmax, bias, temperature, bitmask,
-                *(None if rule is None else rule[rows] for rule in rules), lists, indices,
+                *(None if rule is None else rule[rows] for rule in rules or Truncation()), lists, indices,
                 _rows(found.threshold, rows), first, second, third, found.argmax[rows],
                 _rows(found.ids, rows), _rows(found.scores, rows), _rows(found.count, rows),
                 num_vocab, plan.tiles, plan.groups, scores.stride(0), scores.stride(-1), *score_strides(part),

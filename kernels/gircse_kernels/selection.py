@@ -202,14 +202,14 @@ def select_kernel(
     top_n_ptr,  # [T] int64
     list_ptr,  # [T, ROOM] float32, scratch
     index_ptr,  # [T, 2 ROOM] int32, scratch
-    threshold_ptr,  # [T] float32, out
+    threshold_ptr,  # [T] float32, out; None: without rules, all COUNT are kept
     first_ptr,  # [T] float32, out: log-sum-exp, entropy, largest probability; without FINISH peak, total, moment
     second_ptr,
     third_ptr,
     argmax_ptr,  # [T] int64, out
     ids_ptr,  # [T, COUNT] int64, out
     scores_ptr,  # [T, COUNT] float32, out
-    count_ptr,  # [T] int64, out
+    count_ptr,  # [T] int64, out: what top-k keeps, or without it top-n; COUNT or more: the row overflows
     num_vocab,
     num_tiles,
     num_groups,
@@ -257,29 +257,29 @@ def select_kernel(
     if min_p_ptr is not None:
         min_p = tl.load(min_p_ptr + row)
     list_ptr += row * ROOM
-    if COUNT == 0:
-        if threshold_ptr is not None:
-            threshold = row_threshold(
-                reader, num_vocab, peak, total, lowest, top_k, top_p, min_p, top_n, list_ptr, BLOCK, ROOM
-            )
-            tl.store(threshold_ptr + row, threshold)
-    else:
+    if COUNT > 0:
         index_ptr += row * 2 * ROOM
         score, index = highest_entries(
             reader, num_vocab, maxima, m_groups, peak, num_groups, index_ptr + ROOM, list_ptr, index_ptr,
             COUNT, LIST, GROUP, WALK,
         )  # fmt: skip
-        kept, limited = apply_rules(score, peak, total, top_k, top_p, min_p, top_n, top_k_ptr is not None, COUNT)
-        if limited < COUNT:
-            threshold = halfway(nth(score, kept), nth(score, kept + 1), peak, lowest)
-        else:
-            threshold = row_threshold(
-                reader, num_vocab, peak, total, lowest, top_k, top_p, min_p, top_n, list_ptr, BLOCK, ROOM
-            )
-        tl.store(threshold_ptr + row, threshold)
+        kept = COUNT
+        overflows = False
+        if threshold_ptr is not None:
+            kept, limited = apply_rules(score, peak, total, top_k, top_p, min_p, top_n, top_k_ptr is not None, COUNT)
+            overflows = limited >= COUNT
+            tl.store(count_ptr + row, limited.to(tl.int64))
+            tl.store(threshold_ptr + row, halfway(nth(score, kept), nth(score, kept + 1), peak, lowest))
         slots = tl.arange(0, COUNT)
         score = tl.where(slots < kept, score, float("-inf"))
         score = tl.where(total == total, score, total)  # NaN somewhere in the row: NaN
         tl.store(scores_ptr + row * COUNT + slots, score)
         tl.store(ids_ptr + row * COUNT + slots, tl.where(slots < kept, index, 0).to(tl.int64))
-        tl.store(count_ptr + row, limited.to(tl.int64))
+    else:
+        overflows = True
+    if threshold_ptr is not None:
+        if overflows:
+            threshold = row_threshold(
+                reader, num_vocab, peak, total, lowest, top_k, top_p, min_p, top_n, list_ptr, BLOCK, ROOM
+            )
+            tl.store(threshold_ptr + row, threshold)
