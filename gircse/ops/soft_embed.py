@@ -9,18 +9,29 @@ from torch import Tensor
 
 from . import soft_embed_op
 from .arguments import check_flag
-from .soft_embed_arguments import Prepared, prepare, with_noise
-from .truncation import row_thresholds
+from .selection import narrow
+from .soft_embed_arguments import Prepared, prepare
 from .vocab_parallel import VocabShard
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+class FullStats(NamedTuple):
+    """The statistics of `SoftTokenStats`, of ``softmax(logits / temperature)`` before rules and noise."""
+
+    lse: Tensor
+    entropy: Tensor
+    max_prob: Tensor
+    argmax: Tensor
+
+
 class SoftTokenStats(NamedTuple):
     """Diagnostics of the soft tokens, each shaped ``hidden.shape[:-1]``; float32 (float64 for float64 inputs).
 
-    All are those of the distribution that makes the soft token: truncated, renormalised, with noise where there is any.
+    The first four are those of the distribution that makes the soft token: truncated, renormalised, with noise where
+    there is any. ``full`` has them of the whole one, before rules and noise; without either it holds the same tensors,
+    otherwise tensors that are not differentiable.
 
     ``lse`` and ``entropy`` are differentiable, ``max_prob`` and ``argmax`` are not.
     """
@@ -29,6 +40,7 @@ class SoftTokenStats(NamedTuple):
     entropy: Tensor  # of the probabilities, in nats: 0 (one-hot) to log V (uniform)
     max_prob: Tensor  # the largest probability
     argmax: Tensor  # its vocabulary index, int64; the lowest one of a tie
+    full: FullStats
 
 
 class SoftEmbedOptions(TypedDict, total=False):
@@ -225,11 +237,7 @@ def compute(
     call: Prepared, leading: torch.Size, return_stats: bool, backend: str | None
 ) -> Tensor | tuple[Tensor, SoftTokenStats]:
     """The soft tokens [*leading, E] of a checked call, and with ``return_stats`` their statistics."""
-    inputs, options = call.inputs, call.options
-    if call.rules is not None:
-        threshold = row_thresholds(inputs, options, call.rules, group=call.group, cast=call.cast, backend=backend)
-        inputs = inputs._replace(threshold=threshold)
-    inputs, options = with_noise(inputs, options, call.noise)
+    inputs, options, full = narrow(call, stats=return_stats)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     found = soft_embed_op.run(
         inputs,
@@ -248,5 +256,6 @@ def compute(
         result = (result * call.embed_scale).to(call.out_dtype)
     if not return_stats:
         return result
-    statistics: Any = (found.lse, found.entropy, found.max_prob, found.argmax)
-    return result, SoftTokenStats(*(stat.reshape(leading) for stat in statistics))
+    own: Any = (found.lse, found.entropy, found.max_prob, found.argmax)
+    own, whole = (tuple(stat.reshape(leading) for stat in stats) for stats in (own, full or own))
+    return result, SoftTokenStats(*own, FullStats(*whole))

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from gircse_kernels.contract import Inputs, Options
+from gircse_kernels.contract import Inputs, Options, Truncation
 from torch import Tensor
 
 from gircse.integers import as_integer
@@ -31,7 +31,7 @@ from .arguments import (
 from .autocast import autocast_dtype
 from .backends import check_backend
 from .tiles_torch import accumulation_dtype
-from .truncation import Truncation, check_truncation
+from .truncation import capacity_of, check_truncation
 from .vocab_parallel import VocabShard, group_name
 
 
@@ -56,6 +56,8 @@ class Prepared(NamedTuple):
     out_dtype: torch.dtype | None  # None: hidden's, or autocast's
     embed_scale: Tensor | None  # one that is a tensor: the caller multiplies with it and casts to `out_dtype`, not None
     op_dtype: torch.dtype | None  # what the op returns before that
+    capacity: int  # of the candidates that hold what the rules keep; 0: any number may be kept
+    backend: str | None
 
 
 def prepare(
@@ -155,7 +157,9 @@ def prepare(
             rules = None
     noise = _check_noise(hidden, divisor, gumbel_seed, gumbel_temperature, noise_scale)
     inputs = inputs._replace(hard=_check_hard(hard, hidden))
-    return Prepared(inputs, options, noise, rules, group, cast, out_dtype, scale, op_dtype)
+    coarse = rows_name == "logits" and hidden.dtype.itemsize < 4
+    capacity = 0 if rules is None else capacity_of(top_k, top_n, coarse=coarse)
+    return Prepared(inputs, options, noise, rules, group, cast, out_dtype, scale, op_dtype, capacity, backend)
 
 
 def with_noise(inputs: Inputs, options: Options, noise: Noise | None) -> tuple[Inputs, Options]:
@@ -176,6 +180,9 @@ def with_noise(inputs: Inputs, options: Options, noise: Noise | None) -> tuple[I
     if inputs.threshold is not None:  # in units of the scores
         divisor = divisor.detach() if isinstance(divisor, Tensor) else divisor
         inputs = inputs._replace(threshold=(inputs.threshold / divisor).to(inputs.threshold.dtype))
+        if inputs.scores is not None:
+            column = divisor[:, None] if isinstance(divisor, Tensor) else divisor
+            inputs = inputs._replace(scores=(inputs.scores / column).to(inputs.scores.dtype))
     return inputs, options
 
 

@@ -292,24 +292,10 @@ def backward(
     ``dS = P * (dP - sum(grad_out * out) + grad_lse) - grad_entropy * P * (log P + H)``.
     """
     hidden, head, embed, bias = inputs[:4]
-    out, entropy = saved.out, saved.entropy
     peak, total = saved.peak[:, None], saved.total[:, None]
     scorer = Scorer(inputs, options)
     num_rows, num_vocab, dtype, device = inputs.num_rows, inputs.num_vocab, scorer.dtype, hidden.device
-    # With w = exp(score - peak), P = w / total: 1 / total and all that is constant along a row go into the upstream
-    # gradient and one number per row, so that dS = w * (upstream @ embed.T - constant - slope * (score - peak)).
-    out = out.to(dtype)
-    upstream = torch.zeros_like(out) if grad_out is None else grad_out.to(dtype)
-    constant = (upstream * out).sum(1, keepdim=True)
-    if grad_lse is not None:
-        constant -= grad_lse.to(dtype)[:, None]
-    slope = None
-    if grad_entropy is not None and entropy is not None:
-        slope = grad_entropy.to(dtype)[:, None] / total
-        constant += grad_entropy.to(dtype)[:, None] * (entropy[:, None] - total.log())
-    constant /= total
-    upstream = (upstream * (options.embed_scale / total)).contiguous()
-
+    upstream, constant, slope = upstream_of(grad_out, grad_lse, grad_entropy, saved, options, dtype)
     need_values = needs.embed if embed is not None else needs.head
     need_scores = any(needs._replace(embed=False))
     keep_log = slope is not None or needs.temperature
@@ -402,6 +388,31 @@ def backward(
         grad_rows.mul_(scorer.inner)
     temperature, noise_scale = (None if grad is None else grad[:, 0] for grad in (grad_temperature, grad_noise))
     return Grads(grad_rows, grad_head, grad_embed, grad_bias, temperature, noise_scale, grad_values)
+
+
+def upstream_of(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_entropy: Tensor | None,
+    saved: Saved,
+    options: Options,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What is constant along a row in the gradient of its scores.
+
+    With w = exp(score - peak), P = w / total: 1 / total and the constants go into the upstream gradient [T, E] and one
+    number per row, so that ``dS = w * (upstream @ embed.T - constant - slope * (score - peak))``.
+    """
+    out, total = saved.out.to(dtype), saved.total[:, None]
+    upstream = torch.zeros_like(out) if grad_out is None else grad_out.to(dtype)
+    constant = (upstream * out).sum(1, keepdim=True)
+    if grad_lse is not None:
+        constant -= grad_lse.to(dtype)[:, None]
+    slope = None
+    if grad_entropy is not None and saved.entropy is not None:
+        slope = grad_entropy.to(dtype)[:, None] / total
+        constant += grad_entropy.to(dtype)[:, None] * (saved.entropy[:, None] - total.log())
+    return (upstream * (options.embed_scale / total)).contiguous(), constant / total, slope
 
 
 def _masks(inputs: Inputs) -> int:
