@@ -124,7 +124,7 @@ def score_grad_kernel(
         rows[:, None], m_rows[:, None], seed, inverse_temperature, noise_scale,
     )  # fmt: skip
     call = (bias_ptr, threshold_ptr, bitmask_ptr, stride_bias, num_vocab, vocab_start, seed, scale, softcap)
-    inverse, noise_scales, _, _, _ = row
+    inverse, noise_scales = row[0], row[1]
     peak = tl.load(peak_ptr + rows, mask=m_rows, other=0.0)
     total = tl.load(total_ptr + rows, mask=m_rows, other=1.0)
     if KEPT:

@@ -20,8 +20,8 @@ def part_gradient(part, numbers, upstream, row, call, embed_scale, BLOCK: tl.con
     vocab, kept, score, noise, value = part
     peak, total, constant, slope, token = numbers
     values_ptr, stride_v, stride_e, grad_ptr, stride_grad, width = upstream
-    inverse, noise_scales, _, _, _ = row
-    _, _, _, _, _, vocab_start, _, scale, softcap = call
+    inverse, noise_scales = row[0], row[1]
+    vocab_start, scale, softcap = call[5], call[7], call[8]
     relative = score - peak
     prob = tl.exp(relative) / total
     grad = tl.zeros(vocab.shape, tl.float32) - constant
@@ -123,7 +123,7 @@ def kept_backward_kernel(
     listed = (ids_ptr + i_row * COUNT, scores_ptr + i_row * COUNT, COUNT)
     overflows = tl.load(count_ptr + i_row) >= COUNT
     end = tl.where(overflows, num_vocab, tl.maximum(length(scores_ptr + i_row * COUNT, COUNT), 1))
-    inverse, _, _, _, _ = row
+    inverse = row[0]
     numbers = row_numbers_of(peak_ptr, total_ptr, constant_ptr, slope_ptr, token_ptr, i_row)
     upstream = (
         values_ptr, stride_values_v, stride_values_e,
@@ -134,7 +134,7 @@ def kept_backward_kernel(
     grad_noise = tl.zeros([], tl.float32)
     for start in range(0, end, BLOCK_C):
         part = part_of_row(start, overflows, listed, source, row, call, BLOCK_C, BLOCK_E)
-        vocab, kept, _, noise, _ = part
+        vocab, kept, noise = part[0], part[1], part[3]
         grad, product_grad, without_noise, chosen = part_gradient(
             part, numbers, upstream, row, call, embed_scale, BLOCK_E
         )
@@ -323,8 +323,9 @@ def overflow_matrix_kernel(
                         values_ptr, stride_values_v, stride_values_e,
                         None if grad_ptr is None else grad_ptr + i_row * stride_grad_t, stride_grad_e, value_width,
                     )  # fmt: skip
-                    vocab, kept, _, _, _ = part
-                    _, product_grad, _, chosen = part_gradient(part, numbers, upstream, row, call, embed_scale, BLOCK_E)
+                    vocab, kept = part[0], part[1]
+                    found = part_gradient(part, numbers, upstream, row, call, embed_scale, BLOCK_E)
+                    product_grad, chosen = found[1], found[3]
                     if grad_head_ptr is not None:
                         vector = hidden_ptr + begin
                         add_outer(grad_head_ptr, vocab, product_grad, vector, stride_hidden_d, width, kept, BLOCK_E)
