@@ -59,7 +59,7 @@ def part_of_row(start, overflows, listed, source, row, call, BLOCK_C: tl.constex
     ids_ptr, scores_ptr, num_listed = listed
     hidden_ptr, stride_hidden, head_ptr, stride_v, stride_d, width, entry_ids_ptr, entries_ptr, num_entries = source
     inverse, noise_scales, seeds, thresholds = row[0], row[1], row[2], row[3]
-    bias_ptr, without_threshold, bitmask_ptr, stride_bias, num_vocab, vocab_start, seed, scale, softcap = call
+    bias_ptr, _threshold_ptr, bitmask_ptr, stride_bias, num_vocab, vocab_start, seed, scale, softcap = call
     slots = start + tl.arange(0, BLOCK_C)
     vocab = slots.to(tl.int64)
     there = slots < num_listed
@@ -76,7 +76,7 @@ def part_of_row(start, overflows, listed, source, row, call, BLOCK_C: tl.constex
         else:
             product = dots(head_ptr, stride_v, stride_d, vocab, there, hidden_ptr, stride_hidden, width, BLOCK_D)
         noiseless = (bias_ptr, None, bitmask_ptr, stride_bias, num_vocab, vocab_start, None, scale, softcap)
-        score, capped, without = scores(product, vocab, row, noiseless, False)
+        score, _capped, _noise = scores(product, vocab, row, noiseless, False)
         score += value * inverse
         score = tl.where(score < thresholds, float("-inf"), score)
     else:
@@ -169,7 +169,8 @@ def kept_forward_kernel(
     argmax = tl.zeros([], tl.int64)
     acc = tl.zeros([BLOCK_E], tl.float32)
     for start in range(0, end, BLOCK_C):
-        vocab, kept, score, noise, value = part_of_row(start, overflows, listed, source, row, call, BLOCK_C, BLOCK_E)
+        part = part_of_row(start, overflows, listed, source, row, call, BLOCK_C, BLOCK_E)
+        vocab, kept, score = part[0], part[1], part[2]
         p_values = values_ptr + vocab[:, None] * stride_values_v + cols.to(tl.int64)[None, :] * stride_values_e
         values = tl.load(p_values, mask=kept[:, None] & m_cols[None, :], other=0.0).to(tl.float32)
         highest = tl.maximum(tl.max(score, 0), LOWEST)

@@ -11,26 +11,23 @@ from torch import Tensor
 from . import kept_rows, kept_rows_backward, launching
 from .contract import Forward, Grads, Inputs, Needs, Options, Saved
 from .launch_backward import constants, side_by_side
-from .launching import logit_offsets, score_scalars, score_strides, score_tensors
-from .plan import Config, cdiv
-
-FORWARD = Config({"BLOCK_C": 32, "BLOCK_E": 128}, 4, 1)
-BACKWARD = Config({"BLOCK_C": 32, "BLOCK_E": 128}, 4, 1)
-MATRIX = Config({"BLOCK_C": 16, "BLOCK_E": 256}, 4, 1)
+from .launching import device_of, logit_offsets, score_scalars, score_strides, score_tensors
+from .plan import Config, cdiv, lookup
 
 
 def forward_kept_rows(inputs: Inputs, options: Options, result: Forward, finish: bool) -> Forward:
     """Fills the result from the lists `ids`, `scores`, `count`."""
+    config = _config("kept_forward", inputs)
     out, exact, lse, entropy, max_prob, argmax, peak, total, _ = result
     launching.launch(
         kept_rows.kept_forward_kernel,
-        (inputs.num_rows, cdiv(out.shape[1], FORWARD.blocks["BLOCK_E"])),
+        (inputs.num_rows, cdiv(out.shape[1], config.blocks["BLOCK_E"])),
         (
             *_sources(inputs), *score_tensors(inputs), out, exact, peak, total, lse, entropy, max_prob, argmax,
             *_sizes(inputs), *score_strides(inputs),
             options.vocab_start, *score_scalars(inputs, options), options.embed_scale,
         ),
-        FORWARD,
+        config,
         FINISH=finish,
         COUNT=_capacity(inputs),
     )  # fmt: skip
@@ -68,6 +65,7 @@ def backward_kept_rows(
     probs = empty((num_rows, capacity)) if values_grad is not None else None
     if num_rows == 0:
         return grads
+    config = _config("kept_backward", inputs)
     upstream = (
         grad_out, saved.peak, saved.total, constants(grad_out, grad_lse, grad_entropy, saved), grad_entropy,
         saved.token,
@@ -82,7 +80,7 @@ def backward_kept_rows(
             grads.hidden, grads.temperature, grads.noise_scale, grads.bias_values,
             *_sizes(inputs), *grad_strides, *rest,
         ),
-        BACKWARD,
+        config,
         COUNT=capacity,
     )  # fmt: skip
     if grads.temperature is not None:
@@ -92,12 +90,12 @@ def backward_kept_rows(
     _matrices(grad_out, inputs, grads, score_grad, probs)
     launching.launch(
         kept_rows_backward.overflow_matrix_kernel,
-        (cdiv(num_vocab, BACKWARD.blocks["BLOCK_C"]),),
+        (cdiv(num_vocab, config.blocks["BLOCK_C"]),),
         (
             *_sources(inputs), *score_tensors(inputs), *upstream, grads.head, values_grad, grads.bias, num_rows,
             *_sizes(inputs), *grad_strides, *rest,
         ),
-        BACKWARD,
+        config,
         COUNT=capacity,
     )  # fmt: skip
     return grads
@@ -123,16 +121,21 @@ def _matrices(
             sums.append((of_hidden, nothing, grads.head, grads.bias))
         if probs is not None:
             sums.append((of_grad, nothing, grads.embed, None))
+    config = _config("kept_matrix", inputs)
     for (weight, rows), (weight2, rows2), grad, grad_bias in sums:
         width = 1 if grad is None else grad.shape[1]
         strides = (*_matrix_strides(rows), *_matrix_strides(rows2))
         launching.launch(
             kept_rows_backward.kept_matrix_kernel,
-            (ids.shape[0], cdiv(width, MATRIX.blocks["BLOCK_E"])),
+            (ids.shape[0], cdiv(width, config.blocks["BLOCK_E"])),
             (ids, order, weight, rows, weight2, rows2, grad, grad_bias, ids.shape[0], num_vocab, width, *strides),
-            MATRIX,
+            config,
             COUNT=capacity,
         )
+
+
+def _config(kernel: str, inputs: Inputs) -> Config:
+    return lookup(kernel, device_of(inputs.hidden.device).arch, inputs.values.itemsize, inputs.num_rows)
 
 
 def _capacity(inputs: Inputs) -> int:

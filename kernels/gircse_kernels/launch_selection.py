@@ -16,19 +16,20 @@ from .plan import padded, plan_select
 from .selection import select_kernel
 
 
-def select(inputs: Inputs, options: Options, rules: Truncation, capacity: int, *, stats: bool = True) -> Selection:
+def select(inputs: Inputs, options: Options, rules: Truncation, capacity: int) -> Selection:
     """What the rules keep of each row, from its scores without noise, and the statistics of the whole distribution.
 
     Args:
         capacity: C, a power of two above the largest top_k, or above the largest top_n where there is no top_k; 0: no
             lists, thresholds alone.
-        stats: is not asked; statistics cost nothing.
     """
-    found = _select(inputs, options, rules, capacity, finish=True)
-    return Selection(found.threshold, *found.sums, found.argmax, found.ids, found.scores, found.count)
+    ruled = any(rule is not None for rule in rules)
+    found = _select(inputs, options, rules if ruled else None, capacity, finish=True)
+    threshold = found.threshold if ruled else torch.full_like(found.sums[0], -torch.inf)
+    return Selection(threshold, *found.sums, found.argmax, found.ids, found.scores, found.count)
 
 
-def candidates(inputs: Inputs, options: Options, capacity: int, *, stats: bool = True) -> Candidates:
+def candidates(inputs: Inputs, options: Options, capacity: int) -> Candidates:
     """The C highest scores of each row of a shard, and the sums over all of them, to be merged with other shards'."""
     found = _select(inputs, options, None, capacity, finish=False)
     return Candidates(found.ids, found.scores, *found.sums, found.argmax)

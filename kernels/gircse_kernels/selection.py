@@ -252,8 +252,10 @@ def select_kernel(
     start = row * stride_product_t if offset_ptr is None else tl.load(offset_ptr + row)
     reader = (product_ptr + start, stride_product_v, options, call)
     top_k, top_n = row_rule(top_k_ptr, row, num_vocab), row_rule(top_n_ptr, row, num_vocab)
-    top_p = row_rule(top_p_ptr, row, 2.0)
-    min_p = 0.0
+    top_p, min_p = tl.full([], float("inf"), tl.float32), 0.0
+    if top_p_ptr is not None:
+        top_p = tl.load(top_p_ptr + row)
+        top_p = tl.where(top_p < 1.0, top_p, float("inf"))
     if min_p_ptr is not None:
         min_p = tl.load(min_p_ptr + row)
     list_ptr += row * ROOM
@@ -277,7 +279,7 @@ def select_kernel(
         tl.store(ids_ptr + row * COUNT + slots, tl.where(slots < kept, index, 0).to(tl.int64))
     else:
         overflows = True
-    if threshold_ptr is not None:
+    if threshold_ptr is not None:  # noqa: SIM102, known when this is compiled, the other one is not
         if overflows:
             threshold = row_threshold(
                 reader, num_vocab, peak, total, lowest, top_k, top_p, min_p, top_n, list_ptr, BLOCK, ROOM

@@ -121,7 +121,7 @@ def row_threshold(
     Args:
         peak, total: highest score, and sum of e^(score - peak) over the row.
         lowest: a low score; with the highest one it tells how large the scores are that are rounded.
-        top_k, top_p, min_p, top_n: float32 numbers of this row; num_vocab, 2, 0, num_vocab stand for no such rule.
+        top_k, top_p, min_p, top_n: float32 numbers of this row; num_vocab, inf, 0, num_vocab stand for no such rule.
         list_ptr: room for ROOM float32.
     """
     top = ordered_key(peak).to(tl.int64) + 1
@@ -132,7 +132,7 @@ def row_threshold(
             count, mass = reaching(reader, num_vocab, low, peak, BLOCK)
         by_mass = rule == 1
         target = tl.where(by_mass, top_p * mass, tl.where(rule == 0, top_k, top_n))
-        if tl.where(by_mass, top_p <= 1.0, count > target):
+        if tl.where(by_mass, top_p < 1.0, count > target):
             # entries of less than (1 - top_p) / V have together less than 1 - top_p, so more than top_p is above
             floor = tl.log((1.0 - top_p) * mass / num_vocab) - 1.0
             near = ordered_key(peak + tl.where(by_mass, floor, -NEAR)).to(tl.int64)
