@@ -15,6 +15,7 @@ import torch
 from gircse_kernels.contract import Candidates, Inputs, Options, Selection, Truncation
 from torch import Tensor
 
+from . import soft_embed_triton
 from .autocast import cast_inputs, no_autocast
 from .backends import resolve_backend
 from .candidates_torch import distribution, highest, keep, merge, statistics
@@ -95,7 +96,7 @@ def select(
     inputs = cast_inputs(Inputs(*detached)._replace(embed=None), cast)
     if torch.compiler.is_compiling():
         inputs, options = rows_of_numbers(inputs, options)
-    if inputs.hidden.device.type != "cpu":  # nothing may read a value there
+    if inputs.hidden.device.type != "cpu" and not _fused(inputs, backend):  # nothing may read a value there
         capacity = 0
     tensors = (*(getattr(inputs, name) for name in _INPUTS), *rules)
     scalars = (
@@ -114,7 +115,13 @@ def _select(*arguments: Any) -> tuple[Tensor, ...]:
     options = Options(number, softcap, logit_scale, vocab_start=start)
     across = Across(None if group is None else find_group(group))
     with no_autocast(inputs.hidden.device.type):
+        if group is None and _fused(inputs, backend):
+            return _filled(soft_embed_triton.select(inputs, options, rules, capacity), capacity, stats)
         return _filled(_torch(inputs, options, rules, capacity, stats, across, backend), capacity, stats)
+
+
+def _fused(inputs: Inputs, backend: str | None) -> bool:
+    return resolve_backend(backend, inputs.hidden) == "triton" and soft_embed_triton.takes(inputs)
 
 
 def _filled(found: Selection, capacity: int, stats: bool) -> tuple[Tensor, ...]:
@@ -155,6 +162,8 @@ def _torch(
 def _candidates(
     inputs: Inputs, options: Options, capacity: int, sums: bool, across: Across, backend: str | None
 ) -> Candidates:
+    if _fused(inputs, backend):
+        return merge(soft_embed_triton.candidates(inputs, options, capacity), across)
     wide = inputs.hidden.new_empty(0, dtype=accumulation_dtype(inputs.hidden.dtype))
     found = _no_candidates(inputs.num_rows, capacity, wide)
     for part, scores in _blocks(inputs, options, across, backend):

@@ -78,7 +78,7 @@ def run(inputs: Inputs, call: Call) -> Results:
 
 
 def _module(inputs: Inputs, call: Call) -> ModuleType:
-    fused = resolve_backend(call.backend, inputs.hidden) == "triton" and soft_embed_triton.takes(inputs, call.options)
+    fused = resolve_backend(call.backend, inputs.hidden) == "triton" and soft_embed_triton.takes(inputs)
     if fused:
         return soft_embed_triton
     return kept_rows if kept_rows.fits(inputs) else soft_embed_torch
