@@ -10,7 +10,7 @@ from gircse_kernels.contract import Inputs, Options
 from torch import Tensor
 
 from .backends import kernels
-from .soft_embed_torch import Scorer
+from .scorer import Scorer
 from .soft_embed_triton import takes
 from .tiles_torch import ChunkReader
 
@@ -43,7 +43,7 @@ class TritonScores:
 
 def chunk_scores(inputs: Inputs, options: Options, size: int, backend: str) -> TorchScores | TritonScores:
     """A function of rows and vocabulary entries, both slices; no noise."""
-    fused = backend == "triton" and takes(inputs, options)
+    fused = backend == "triton" and takes(inputs)
     return (TritonScores if fused else TorchScores)(inputs, options, size)
 
 

@@ -14,7 +14,8 @@ from gircse_kernels.contract import Forward, Grads, Inputs, Needs, Options, Save
 from torch import Tensor
 
 from .noise import gumbel_at
-from .soft_embed_torch import LOG_FLOOR, OnlineState, Scorer, finish, upstream_of
+from .scorer import Scorer
+from .soft_embed_torch import LOG_FLOOR, OnlineState, finish, upstream_of
 from .tiles_torch import accumulation_dtype, slices
 
 # Bytes of the rows that a product gathers at a time: they stay in a cache, in one buffer (see `ChunkReader`).
@@ -24,10 +25,10 @@ _ALL = slice(None)
 
 def fits(inputs: Inputs) -> bool:
     """Whether every row keeps fewer entries than there are candidates. Reads values, on the CPU."""
-    ids, count = inputs.ids, inputs.count
-    if ids is None or count is None or not inputs.num_vocab:
+    ids, num_kept = inputs.ids, inputs.num_kept
+    if ids is None or num_kept is None or not inputs.num_vocab:
         return False
-    return not bool((count >= ids.shape[1]).any())
+    return not bool((num_kept >= ids.shape[1]).any())
 
 
 def forward(inputs: Inputs, options: Options, *, stats: bool, exact: bool, keep: bool = False) -> Forward:

@@ -78,7 +78,7 @@ def run(inputs: Inputs, call: Call) -> Results:
 
 
 def _module(inputs: Inputs, call: Call) -> ModuleType:
-    fused = resolve_backend(call.backend, inputs.hidden) == "triton" and soft_embed_triton.takes(inputs, call.options)
+    fused = resolve_backend(call.backend, inputs.hidden) == "triton" and soft_embed_triton.takes(inputs)
     if fused:
         return soft_embed_triton
     return kept_rows if kept_rows.fits(inputs) else soft_embed_torch
@@ -119,7 +119,7 @@ class _SoftEmbed(DifferentiableOp):
     tensors = (
         "Tensor hidden, Tensor? head, Tensor? embed, Tensor? bias, Tensor? temperature, Tensor? noise_scale, "
         "Tensor? bias_values, Tensor? bias_ids, Tensor? seeds, Tensor? threshold, Tensor? bitmask, Tensor? ids, "
-        "Tensor? scores, Tensor? count, Tensor? hard, Tensor? places"
+        "Tensor? scores, Tensor? num_kept, Tensor? hard, Tensor? places"
     )
     scalars = (
         "float scalar_temperature, float? softcap, float logit_scale, float embed_scale, SymInt? seed, "

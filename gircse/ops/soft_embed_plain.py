@@ -7,7 +7,7 @@ from gircse_kernels.contract import Inputs, Needs, Options
 from torch import Tensor
 
 from .noise import gumbel, gumbel_at
-from .soft_embed_torch import unpack_bits
+from .scorer import unpack_bits
 from .straight_through import one_hot_rows
 from .tiles_torch import accumulation_dtype
 

@@ -126,6 +126,8 @@ def _differentiable(
         rows = {name: getattr(inputs, name) for name in _WITH_ROWS}
         rows = {name: t if t is None else SumGradient.apply(t, process_group) for name, t in rows.items()}
         inputs = inputs._replace(**rows)
+        if not inputs.num_vocab:  # this rank has no entry, but its part of the sums
+            inputs = inputs._replace(head=inputs.head.new_zeros(1, inputs.head.shape[1]), bias=None)
     scores = entry_scores(inputs, options, local.masked_fill(~counts, 0))
     if group is None:
         return torch.where(counts, (scores - lse[:, None]).exp(), weights)
