@@ -1,4 +1,4 @@
-"""A vocabulary in shards on 2 to 4 processes against the unsharded op, values and every gradient."""
+"""A vocabulary in shards on 2 and 3 processes against the unsharded op, values and every gradient."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.ops.test_soft_embed_op import HAS_TRITON
 
 # (processes, bounds of their shards): uneven, one of a single row, one of none, none aligned to a tile or to the
 # noise's lanes
-DIVISIONS = [(2, (0, 23, 53)), (3, (0, 1, 30, 53)), (4, (0, 14, 14, 40, 53))]
+DIVISIONS = [(2, (0, 1, 53)), (3, (0, 23, 23, 53))]
 ROWS = ("hidden", "temperature")
 BIAS_IDS = torch.arange(22).reshape(11, 2) * 2  # in different shards
 BITMASK = (torch.arange(22, dtype=torch.int32).reshape(11, 2) * 0x9E3779B) | 1
@@ -104,8 +104,10 @@ def _top_tokens(leaves: dict[str, Any], options: dict[str, Any], shard: VocabSha
         results[1].update({f"weights to {name}": grad for name, grad in zip(leaves, grads, strict=True)})
 
 
-@pytest.mark.parametrize(("size", "bounds"), DIVISIONS)
-@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=HAS_TRITON)])
+@pytest.mark.parametrize(
+    ("size", "bounds", "backend"),
+    [(*DIVISIONS[0], "torch"), (*DIVISIONS[1], "torch"), pytest.param(*DIVISIONS[1], "triton", marks=HAS_TRITON)],
+)
 def test_equals_the_unsharded_op(size: int, bounds: tuple[int, ...], backend: str, tmp_path: Path) -> None:
     if backend == "triton":
         assert os.environ["TRITON_INTERPRET"] == "1"
