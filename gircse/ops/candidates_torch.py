@@ -19,7 +19,9 @@ def highest(scores: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
     Behind the V entries that there are, and in place of those of -inf, comes the first one's id with a score of -inf.
     """
-    num_vocab = scores.shape[1]
+    num_rows, num_vocab = scores.shape
+    if not num_vocab:  # a shard without entries
+        return scores.new_zeros((num_rows, size), dtype=torch.int64), scores.new_full((num_rows, size), -torch.inf)
     best = scores.topk(min(size, num_vocab), dim=1)
     ids, found = in_order(best.indices, best.values)
     ids = torch.where(found == -torch.inf, ids[:, :1], ids)

@@ -10,7 +10,7 @@ from gircse_kernels.contract import Inputs, Options
 from torch import Tensor
 
 from .backends import kernels
-from .soft_embed_torch import Scorer
+from .scorer import Scorer
 from .soft_embed_triton import takes
 from .tiles_torch import ChunkReader
 

@@ -14,7 +14,8 @@ from gircse_kernels.contract import Forward, Grads, Inputs, Needs, Options, Save
 from torch import Tensor
 
 from .noise import gumbel_at
-from .soft_embed_torch import LOG_FLOOR, OnlineState, Scorer, finish, upstream_of
+from .scorer import Scorer
+from .soft_embed_torch import LOG_FLOOR, OnlineState, finish, upstream_of
 from .tiles_torch import accumulation_dtype, slices
 
 # Bytes of the rows that a product gathers at a time: they stay in a cache, in one buffer (see `ChunkReader`).
@@ -37,7 +38,7 @@ def forward(inputs: Inputs, options: Options, *, stats: bool, exact: bool, keep:
 
 def scan(inputs: Inputs, options: Options, *, stats: bool) -> OnlineState:
     """As ``soft_embed_torch.scan``, over the candidates; of a shard, over those that are its own."""
-    ids, scores = inputs.ids, _scores(inputs, Scorer(inputs, options))[0]
+    ids, scores = inputs.ids, noisy_scores(inputs, options)
     assert ids is not None
     highest, place = scores.max(1, keepdim=True)
     peak = highest.clamp_min(torch.finfo(scores.dtype).min)
@@ -46,6 +47,11 @@ def scan(inputs: Inputs, options: Options, *, stats: bool) -> OnlineState:
     moment = (logs.clamp_min(LOG_FLOOR) * weights).sum(1, keepdim=True) if stats else None
     acc = weighted_rows(weights, inputs.values, ids)
     return OnlineState(peak, weights.sum(1, keepdim=True), acc, moment, ids.gather(1, place) if stats else None)
+
+
+def noisy_scores(inputs: Inputs, options: Options) -> Tensor:
+    """The candidates' scores [T, C] as the softmax gets them."""
+    return _scores(inputs, Scorer(inputs, options))[0]
 
 
 def backward(

@@ -20,10 +20,11 @@ from .autocast import cast_inputs, no_autocast
 from .backends import resolve_backend
 from .candidates_torch import distribution, highest, keep, merge, statistics
 from .chunk_scores import chunk_scores
-from .soft_embed_arguments import Prepared, with_noise
+from .row_options import with_noise
+from .soft_embed_arguments import Prepared
 from .thresholds_torch import Thresholds
 from .tiles_torch import WORKSPACE_BYTES, accumulation_dtype, slices, tiling
-from .transforms import eager, fold, loop, rows_of_numbers, unfold
+from .transforms import eager, rows_of_numbers, rows_or_loop
 from .vocab_parallel import Across, find_group
 
 # Scores that are looked at together, so that what is made of them stays in a cache.
@@ -230,10 +231,4 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 @_op.register_vmap
 def _(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
-    if any(in_dims[i] is not None for i in _MATRICES):  # a batch of matrices
-        return loop(_op, info.batch_size, in_dims, arguments)
-    folded = [
-        tensor if i in _MATRICES else fold(tensor, dim, info.batch_size)
-        for i, (tensor, dim) in enumerate(zip(arguments[:_NUM_TENSORS], in_dims, strict=False))
-    ]
-    return unfold(_op(*folded, *arguments[_NUM_TENSORS:]), info.batch_size)
+    return rows_or_loop(_op, _MATRICES, _NUM_TENSORS, info.batch_size, in_dims, arguments)

@@ -130,6 +130,20 @@ class Across:
         return torch.cat(parts, 1)
 
 
+class SumGradient(torch.autograd.Function):
+    """A tensor that is the same on every rank, whose gradient is the sum of what the ranks find for it."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return Across(ctx.group).sum(grad.clone()), None
+
+
 def sum_shards(tensor: Tensor | None, group: Any) -> Tensor | None:
     """The sum over the ranks, in place."""
     if tensor is not None:
