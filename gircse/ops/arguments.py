@@ -26,9 +26,29 @@ def check_floating(name: str, value: object) -> None:
             '.full_tensor(grad_placements=[Partial("avg")]), whose gradient is the mean over ranks as in FSDP (without '
             "grad_placements each rank would keep its own), or this rank's rows of the matrices with vocab_parallel="
         )
+    kind = quantised(value)
+    if kind is not None:
+        raise TypeError(f"{name}: got {kind}, expected a plain tensor: {KEEP_PLAIN}")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected one of {', '.join(map(str, DTYPES))}")
     check_dense(name, value)
+
+
+KEEP_PLAIN = (
+    'keep it out of the quantisation (modules_to_not_convert=["lm_head"]; bitsandbytes: llm_int8_skip_modules), or '
+    "dequantize it once and pass that matrix"
+)
+
+
+def quantised(value: Tensor) -> str | None:
+    """What a quantised tensor of torchao or bitsandbytes is called; None for any other tensor.
+
+    Those of torchao say that they are bfloat16, those of bitsandbytes hold packed bytes in another shape.
+    """
+    if type(value) is Tensor or type(value) is torch.nn.Parameter:
+        return None
+    library = type(value).__module__.split(".")[0]
+    return f"a quantised {type(value).__name__} of {library}" if library in ("torchao", "bitsandbytes") else None
 
 
 def check_dense(name: str, value: Tensor) -> None:

@@ -10,7 +10,7 @@ from gircse_kernels.contract import Inputs, Options
 from torch import Tensor
 
 from .backends import kernels
-from .soft_embed_torch import Scorer
+from .scorer import Scorer
 from .soft_embed_triton import takes
 from .tiles_torch import ChunkReader
 
@@ -43,14 +43,14 @@ class TritonScores:
 
 def chunk_scores(inputs: Inputs, options: Options, size: int, backend: str) -> TorchScores | TritonScores:
     """A function of rows and vocabulary entries, both slices; no noise."""
-    fused = backend == "triton" and takes(inputs, options)
+    fused = backend == "triton" and takes(inputs)
     return (TritonScores if fused else TorchScores)(inputs, options, size)
 
 
-def ordered_bits(scores: Tensor) -> Tensor:
+def ordered_bits(scores: Tensor, out: Tensor | None = None) -> Tensor:
     """Integers of the same width that order like the scores: int32 for float32, int64 for float64."""
     # A float's bits order like an integer once the magnitude bits of negative numbers are flipped; adding 0 turns -0.0
     # into 0.0.
     integer = torch.int64 if scores.dtype == torch.float64 else torch.int32
-    bits = (scores + 0.0).view(integer)
-    return torch.where(bits < 0, bits ^ torch.iinfo(integer).max, bits)
+    bits = torch.add(scores, 0.0, out=None if out is None else out.view(scores.dtype)).view(integer)
+    return bits.bitwise_xor_((bits >> (torch.iinfo(integer).bits - 1)).bitwise_and_(torch.iinfo(integer).max))

@@ -9,18 +9,29 @@ from torch import Tensor
 
 from . import soft_embed_op
 from .arguments import check_flag
-from .soft_embed_arguments import Prepared, prepare, with_noise
-from .truncation import row_thresholds
+from .selection import narrow
+from .soft_embed_arguments import Prepared, prepare
 from .vocab_parallel import VocabShard
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+class FullStats(NamedTuple):
+    """The statistics of `SoftTokenStats`, of ``softmax(logits / temperature)`` before rules and noise."""
+
+    lse: Tensor
+    entropy: Tensor
+    max_prob: Tensor
+    argmax: Tensor
+
+
 class SoftTokenStats(NamedTuple):
     """Diagnostics of the soft tokens, each shaped ``hidden.shape[:-1]``; float32 (float64 for float64 inputs).
 
-    All are those of the distribution that makes the soft token: truncated, renormalised, with noise where there is any.
+    The first four are those of the distribution that makes the soft token: truncated, renormalised, with noise where
+    there is any. ``full`` has them of the whole one, before rules and noise; without either it holds the same tensors,
+    otherwise tensors that are not differentiable.
 
     ``lse`` and ``entropy`` are differentiable, ``max_prob`` and ``argmax`` are not.
     """
@@ -29,6 +40,7 @@ class SoftTokenStats(NamedTuple):
     entropy: Tensor  # of the probabilities, in nats: 0 (one-hot) to log V (uniform)
     max_prob: Tensor  # the largest probability
     argmax: Tensor  # its vocabulary index, int64; the lowest one of a tie
+    full: FullStats
 
 
 class SoftEmbedOptions(TypedDict, total=False):
@@ -116,9 +128,10 @@ def soft_embed(
 
         logits = logit_scale * (hidden @ head_weight.T + bias)
         if softcap is not None: logits = softcap * tanh(logits / softcap)
-        scores = logits / temperature, with -inf where top_k, top_p or min_p remove an entry
-        if gumbel_seed is not None: scores += standard Gumbel noise / temperature, or, with gumbel_temperature,
-                                    scores = (scores + standard Gumbel noise) / gumbel_temperature
+        if logit_bias is not None: logits[t, ids[t]] += values[t]; where a bit of token_bitmask is 0: logits = -inf
+        scores = logits / temperature, with -inf where top_k, top_p, min_p or top_n remove an entry
+        if gumbel_seed is not None: scores += noise_scale * standard Gumbel noise / temperature, or, with
+            gumbel_temperature, scores = (scores + noise_scale * standard Gumbel noise) / gumbel_temperature
         out = embed_scale * softmax(scores) @ embed_weight
 
     Exact and dense, yet nothing of size [T, V] (T = rows of hidden) exists beyond a fixed budget in forward or
@@ -140,45 +153,63 @@ def soft_embed(
     `torch.func`, activation checkpointing and hooks on saved tensors, and inside a captured CUDA graph, which replays
     an int ``gumbel_seed`` unchanged: capture with a tensor and write new seeds into it.
 
-    A tensor with a value for each row may leave out dimensions of size 1: [B] fits hidden [B, 1, D].
+    A tensor *by row* has one value for each row: it is broadcastable to ``hidden.shape[:-1]`` ([B] also fits hidden
+    [B, 1, D]), or to the logits with a last dimension of 1 ([B, 1] fits hidden [B, D]). The values of a CUDA tensor
+    are not checked, which would stall the device.
 
     Args:
         hidden: [..., D], float32, float64, bfloat16 or float16. A row with NaN or inf spoils that row of the result
             only.
         head_weight: [V, D], same dtype and device as hidden. Entries of -inf belong into ``bias``, not here. Any
             strides, as for all matrices; rows that are contiguous and aligned to 16 bytes are fastest.
-        embed_weight: [V, E], same dtype and device; None, or the same tensor as head_weight, means a tied matrix,
-            whose gradient is the sum of both uses.
-        bias: [V], same dtype and device; -inf removes an entry (unless soft-capped).
-        temperature: > 0, a number or a floating-point tensor broadcastable to ``hidden.shape[:-1]``, differentiable.
-            The values of a CUDA tensor are not checked, which would stall the device.
-        softcap: > 0 or None; applied before the temperature (Gemma 2's ``final_logit_softcapping``).
-        logit_scale: factor of the logits, bias included, before the soft-cap.
-        embed_scale: factor of the result, the one that the model's own embedding layer applies (Gemma: sqrt(D)).
-        top_k: keep the k highest scores of a row; an int, or an integer tensor broadcastable to
-            ``hidden.shape[:-1]``. 0, as in transformers, and V or more keep everything.
+        embed_weight: [V, E], same device, of any dtype beside hidden's (float64 only beside float64); None, or the same
+            tensor as head_weight, means a tied matrix, whose gradient is the sum of both uses.
+        bias: [V], likewise; -inf removes an entry (unless soft-capped).
+        temperature: > 0, a number or a floating-point tensor by row.
+        softcap: > 0; None or 0: none (Gemma 2's ``final_logit_softcapping``).
+        logit_scale: factor of the logits, bias included, before the soft-cap; a number or a floating-point tensor of
+            one element (not 0).
+        embed_scale: factor of the result, the one that the model's own embedding layer applies (Gemma: sqrt(D)); a
+            number or a floating-point tensor of one element.
+        token_bitmask: [T, ceil(V / 32)] int32, as libraries for structured generation pack it: entry v is bit v % 32 of
+            word v // 32, and 0 removes it, also under a soft-cap. Leading dimensions broadcast to those of hidden.
+        logit_bias: (ids [T, m] int64 or int32, values [T, m] floating point), each broadcastable to those of hidden:
+            added to the logits of single entries of a row, after the soft-cap, as a logits processor would; twice where
+            an id comes twice. An id of -1 is none. For repetition penalties, for example.
+        top_k: keep the k highest scores of a row; an int, or an integer tensor by row. 0 and -1, as elsewhere, and V or
+            more keep everything.
         top_p: keep the fewest entries, highest first, whose probabilities sum to at least this; above 0 and at most 1,
-            a number or a floating-point tensor of that shape.
+            a number or a floating-point tensor by row.
         min_p: keep entries of at least this fraction of the highest probability; between 0 and 1, likewise.
-            The three are applied in this order, as in transformers' generation, to the scores without noise; what is
+        top_n: keep the n highest of what the three before it keep; as top_k.
+            The rules are applied in this order, as in transformers' generation, to the scores without noise; what is
             kept is renormalised, and gradients flow through it (the choice itself has none). Entries of equal score
             stay or go together, so that a tie may keep more (`gircse.ops.truncation`, also for the last digit). They
             cost a further pass over head_weight for every block of rows.
-        gumbel_seed: None, an int64 number, or an int64 tensor broadcastable to ``hidden.shape[:-1]`` with a seed for
-            each row. A row's noise depends on its seed and the vocabulary index alone, not on its place in the batch:
-            rows with the same seed, and all rows of a call with a number, get the same noise. So does every further
-            call with the same seed: in a loop pass ``step``, or ``torch.arange(rows) + rows * step`` for noise that no
-            other row or step gets. Statistics and gradients are those of the noisy distribution.
-        gumbel_temperature: None: ``temperature`` is that of the relaxation too, as in
-            ``torch.nn.functional.gumbel_softmax(logits, tau=temperature)``. Otherwise > 0, a number or a tensor as for
-            temperature: ``temperature`` shapes the distribution that is drawn from, this one relaxes the draw
-            (Soft-Thinking's ``gumbel_softmax_temperature``). temperature must then be a number.
-        hard: a bool for all rows, or a bool tensor broadcastable to ``hidden.shape[:-1]``: these rows become the
-            embedding of their one highest score (with noise: a sampled token), with the gradient of the soft token
-            towards every argument (straight-through). Statistics stay those of the soft token.
-        vocab_parallel: the matrices (and bias) are this rank's `VocabShard` of the vocabulary; every rank of its group
-            must make the same call with the same hidden. The result is that of the whole vocabulary, on every rank;
-            backward needs the same upstream gradient on every rank (as it is when all compute the same loss).
+        gumbel_seed: None, an int64 number, or an int64 or int32 tensor by row. A row's noise depends on its seed and
+            the vocabulary index alone, not on its place in the batch: rows with the same seed, and all rows of a call
+            with a number, get the same noise. So does every further call with the same seed: in a loop pass ``step``,
+            or ``torch.arange(rows) + rows * step`` for noise that no other row or step gets. Statistics and gradients
+            are those of the noisy distribution.
+        gumbel_temperature: None: ``temperature`` is that of the relaxation alone, as in
+            ``torch.nn.functional.gumbel_softmax(logits, tau=temperature)``: the highest score is a draw from
+            softmax(logits), whatever the temperature. Otherwise > 0, a number or a floating-point tensor by row: this
+            one relaxes the draw, and ``temperature`` shapes the distribution softmax(logits / temperature) that is
+            drawn from (Soft-Thinking's ``gumbel_softmax_temperature``). To sample tokens at temperature T pass
+            ``temperature=T, gumbel_temperature=1.0, hard=True``.
+        noise_scale: factor of the noise, at least 0, a number or a floating-point tensor by row. 0 in a row means no
+            noise there, so that one call serves rows that sample and rows that do not; ``gumbel_temperature`` divides
+            the scores of these rows all the same.
+        hard: a bool for all rows, or a bool tensor by row: these rows become the embedding of their one highest score
+            (with noise: a sampled token). Straight-through, as ``torch.nn.functional.gumbel_softmax(hard=True) @ E``:
+            of embed_weight the chosen row gets the gradient, every other argument gets that of the soft token.
+            Statistics stay those of the soft token.
+        vocab_parallel: the matrices (and bias) are this rank's `VocabShard` of the vocabulary, possibly of no rows;
+            every rank of its group must make the same call with the same hidden, and with token_bitmask and logit_bias
+            of the whole vocabulary. The result is that of the whole vocabulary, on every rank; backward needs the same
+            upstream gradient on every rank (as it is when all compute the same loss).
+        out_dtype: of the result, for example float32 beside bfloat16 inputs, without a rounding in between; None: that
+            of hidden.
         return_stats: also return a `SoftTokenStats`, from the same pass.
         backend: None (choose: triton on CUDA from compute capability 8.0 on, else torch), "torch" or "triton".
             "triton" takes CPU tensors if TRITON_INTERPRET=1 was set before.
@@ -187,8 +218,8 @@ def soft_embed(
     for backward the originals are kept and cast again, so that many calls keep no copy of a matrix.
 
     Returns:
-        [..., E] in hidden's dtype (under autocast: the autocast dtype); with ``return_stats`` a pair of it and the
-        statistics.
+        [..., E] in ``out_dtype``, else in hidden's dtype (under autocast: the autocast dtype); with ``return_stats`` a
+        pair of it and the statistics.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype, or a DTensor. ValueError: of the wrong rank, shape, device
@@ -218,18 +249,12 @@ def soft_embed(
         out_dtype=out_dtype,
         backend=backend,
     )
-    return compute(call, hidden.shape[:-1], return_stats, backend)
+    return compute(call, hidden.shape[:-1], return_stats)
 
 
-def compute(
-    call: Prepared, leading: torch.Size, return_stats: bool, backend: str | None
-) -> Tensor | tuple[Tensor, SoftTokenStats]:
+def compute(call: Prepared, leading: torch.Size, return_stats: bool) -> Tensor | tuple[Tensor, SoftTokenStats]:
     """The soft tokens [*leading, E] of a checked call, and with ``return_stats`` their statistics."""
-    inputs, options = call.inputs, call.options
-    if call.rules is not None:
-        threshold = row_thresholds(inputs, options, call.rules, group=call.group, cast=call.cast, backend=backend)
-        inputs = inputs._replace(threshold=threshold)
-    inputs, options = with_noise(inputs, options, call.noise)
+    inputs, options, full = narrow(call, stats=return_stats)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     found = soft_embed_op.run(
         inputs,
@@ -240,7 +265,7 @@ def compute(
             exact=differentiable,
             cast=call.cast,
             out_dtype=call.op_dtype,
-            backend=backend,
+            backend=call.backend,
         ),
     )
     result = found.out if len(leading) == 1 else found.out.reshape(*leading, found.out.shape[-1])
@@ -248,5 +273,6 @@ def compute(
         result = (result * call.embed_scale).to(call.out_dtype)
     if not return_stats:
         return result
-    statistics: Any = (found.lse, found.entropy, found.max_prob, found.argmax)
-    return result, SoftTokenStats(*(stat.reshape(leading) for stat in statistics))
+    own: Any = (found.lse, found.entropy, found.max_prob, found.argmax)
+    own, whole = (tuple(stat.reshape(leading) for stat in stats) for stats in (own, full or own))
+    return result, SoftTokenStats(*own, FullStats(*whole))

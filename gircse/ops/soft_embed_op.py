@@ -13,7 +13,7 @@ import torch
 from gircse_kernels.contract import Forward, Inputs, Needs, Options, Saved
 from torch import Tensor
 
-from . import observers, soft_embed_torch, soft_embed_triton
+from . import kept_rows, observers, soft_embed_torch, soft_embed_triton
 from .autocast import cast_inputs, no_autocast
 from .backends import resolve_backend
 from .differentiable_op import DifferentiableOp, Tensors
@@ -78,8 +78,10 @@ def run(inputs: Inputs, call: Call) -> Results:
 
 
 def _module(inputs: Inputs, call: Call) -> ModuleType:
-    fused = resolve_backend(call.backend, inputs.hidden) == "triton" and soft_embed_triton.takes(inputs, call.options)
-    return soft_embed_triton if fused else soft_embed_torch
+    fused = resolve_backend(call.backend, inputs.hidden) == "triton" and soft_embed_triton.takes(inputs)
+    if fused:
+        return soft_embed_triton
+    return kept_rows if kept_rows.fits(inputs) else soft_embed_torch
 
 
 def _forward(inputs: Inputs, call: Call) -> Results:
@@ -116,8 +118,8 @@ class _SoftEmbed(DifferentiableOp):
     name = "soft_embed"
     tensors = (
         "Tensor hidden, Tensor? head, Tensor? embed, Tensor? bias, Tensor? temperature, Tensor? noise_scale, "
-        "Tensor? bias_values, Tensor? bias_ids, Tensor? seeds, Tensor? threshold, Tensor? bitmask, Tensor? hard, "
-        "Tensor? places"
+        "Tensor? bias_values, Tensor? bias_ids, Tensor? seeds, Tensor? threshold, Tensor? bitmask, Tensor? ids, "
+        "Tensor? scores, Tensor? count, Tensor? hard, Tensor? places"
     )
     scalars = (
         "float scalar_temperature, float? softcap, float logit_scale, float embed_scale, SymInt? seed, "

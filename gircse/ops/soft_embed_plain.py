@@ -6,8 +6,8 @@ import torch
 from gircse_kernels.contract import Inputs, Needs, Options
 from torch import Tensor
 
-from .noise import gumbel
-from .soft_embed_torch import unpack_bits
+from .noise import gumbel, gumbel_at
+from .scorer import unpack_bits
 from .straight_through import one_hot_rows
 from .tiles_torch import accumulation_dtype
 
@@ -71,3 +71,30 @@ def plain(inputs: Inputs, options: Options, out_dtype: torch.dtype | None) -> tu
         taken = torch.where(inputs.hard[:, None], taken, probs)
     out = options.embed_scale * (taken @ (head if embed is None else embed))  # type: ignore[operator]
     return out.to(out_dtype or inputs.out_dtype), lse, entropy
+
+
+def entry_scores(inputs: Inputs, options: Options, ids: Tensor) -> Tensor:
+    """The scores [T, n] of single entries ids [T, n] of this head, with noise; none of them may be removed."""
+    dtype, start = accumulation_dtype(inputs.hidden.dtype), options.vocab_start
+    hidden, bias, temperature, noise_scale, values = (
+        None if t is None else t.to(dtype) for t in (inputs.hidden, *inputs[3 : len(Needs._fields)])
+    )
+    logits = torch.einsum("td,tnd->tn", hidden, torch.nn.functional.embedding(ids, inputs.head).to(dtype))  # type: ignore[arg-type]
+    if bias is not None:
+        logits = logits + bias.masked_fill(bias == -torch.inf, 0.0)[ids]
+    logits = logits * options.logit_scale
+    if options.softcap is not None:
+        logits = options.softcap * torch.tanh(logits / options.softcap)
+    if values is not None and inputs.bias_ids is not None:
+        here = (inputs.bias_ids[:, None] - start == ids[..., None]) & (values != -torch.inf)[:, None]
+        logits = logits + torch.where(here, values[:, None], 0.0).sum(-1)
+    scores = logits / options.temperature
+    if temperature is not None:
+        scores = scores / temperature[:, None]
+    seeds = inputs.seeds
+    if options.seed is not None:
+        seeds = torch.tensor([options.seed], device=ids.device)
+    if seeds is not None:
+        noise = gumbel_at(seeds.expand(len(ids)), ids + start).to(dtype)
+        scores = scores + noise * (options.noise_scale if noise_scale is None else noise_scale[:, None])
+    return scores

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .soft_embed import SoftTokenStats
+from .soft_embed import FullStats, SoftTokenStats
 
 
 def scores_reference(
@@ -65,6 +65,7 @@ def soft_embed_reference(
         bits = token_bitmask[..., None] >> torch.arange(32, dtype=torch.int32, device=scores.device) & 1
         allowed = bits.bool().flatten(-2)[..., : scores.shape[-1]]
     considered = scores.detach().masked_fill(~allowed, -torch.inf)
+    full = FullStats(*_statistics(considered))
     kept = allowed & truncation_reference(considered, top_k=top_k, top_p=top_p, min_p=min_p, top_n=top_n)
     if noise is not None:
         noise = noise * _column(noise_scale, hidden)
@@ -73,18 +74,22 @@ def soft_embed_reference(
         else:
             scores = (scores + noise) / _column(gumbel_temperature, hidden)
     scores = scores.masked_fill(~kept, -torch.inf)
-    log_probs = torch.log_softmax(scores, -1)
-    probs = log_probs.exp()
+    probs = torch.softmax(scores, -1)
     values = head_weight if embed_weight is None else embed_weight
     assert values is not None
-    peak, argmax = probs.detach().max(-1), scores.detach().argmax(-1)
+    lse, entropy, peak, argmax = _statistics(scores)
     one_hot = argmax[..., None] == torch.arange(probs.shape[-1], device=probs.device)
     taken = one_hot + (probs - probs.detach())  # straight-through, as F.gumbel_softmax(hard=True)
     taken = torch.where(torch.as_tensor(hard, device=probs.device)[..., None], taken, probs)
-    out = embed_scale * (taken @ values)
+    return embed_scale * (taken @ values), SoftTokenStats(lse, entropy, peak, argmax, full)
+
+
+def _statistics(scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-sum-exp, entropy, largest probability and its index of scores [..., V]."""
+    log_probs = torch.log_softmax(scores, -1)
     # An entry removed by a bias of -inf counts 0 * -inf = 0.
-    entropy = -(probs * log_probs.masked_fill(log_probs == -torch.inf, 0.0)).sum(-1)
-    return out, SoftTokenStats(torch.logsumexp(scores, -1), entropy, peak.values, argmax)
+    entropy = -(log_probs.exp() * log_probs.masked_fill(log_probs == -torch.inf, 0.0)).sum(-1)
+    return torch.logsumexp(scores, -1), entropy, log_probs.detach().amax(-1).exp(), scores.detach().argmax(-1)
 
 
 def truncation_reference(

@@ -53,6 +53,23 @@ def unfold(results: Sequence[Tensor], batch: int) -> tuple[Any, Any]:
     return tuple(r.reshape(batch, n, *r.shape[1:]) for r, n in zip(results, rows, strict=True)), (0,) * len(results)
 
 
+def rows_or_loop(
+    op: Any, matrices: Sequence[int], tensors: int, batch: int, in_dims: Sequence[Any], arguments: Sequence[Any]
+) -> tuple[Any, Any]:
+    """A batch of rows is more rows; a batch of what all rows share is a loop.
+
+    Args:
+        matrices: which of the arguments all rows share. tensors: how many of them are tensors, the first.
+    """
+    if any(in_dims[i] is not None for i in matrices):
+        return loop(op, batch, in_dims, arguments)
+    folded = [
+        tensor if i in matrices else fold(tensor, dim, batch)
+        for i, (tensor, dim) in enumerate(zip(arguments[:tensors], in_dims, strict=False))
+    ]
+    return unfold(op(*folded, *arguments[tensors:]), batch)
+
+
 def loop(op: Any, batch: int, in_dims: Sequence[Any], arguments: Sequence[Any]) -> tuple[Any, Any]:
     """The op for each element of the batch."""
     results = [

@@ -97,6 +97,53 @@ def merge_shards(state: OnlineState, start: int, group: Any) -> OnlineState:
     return OnlineState(peak, packed[:, width : width + 1], packed[:, :width].contiguous(), moment, argmax)
 
 
+class Across:
+    """Reductions over the shards of a vocabulary, in place; without a group nothing."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def _reduce(self, tensor: Tensor, how: str) -> Tensor:
+        if self.group is not None:
+            dist.all_reduce(tensor, getattr(dist.ReduceOp, how), group=self.group)
+        return tensor
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return self._reduce(tensor, "SUM")
+
+    def max(self, tensor: Tensor) -> Tensor:
+        return self._reduce(tensor, "MAX")
+
+    def min(self, tensor: Tensor) -> Tensor:
+        return self._reduce(tensor, "MIN")
+
+    def largest(self, size: int, device: torch.device) -> int:
+        """Blocks must be the same on every rank, whatever the size of its shard. Waits for the device."""
+        return size if self.group is None else int(self.max(torch.tensor([size], device=device)).item())
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """[T, C] of every rank side by side."""
+        if self.group is None:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(parts, tensor.contiguous(), group=self.group)
+        return torch.cat(parts, 1)
+
+
+class SumGradient(torch.autograd.Function):
+    """A tensor that is the same on every rank, whose gradient is the sum of what the ranks find for it."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return Across(ctx.group).sum(grad.clone()), None
+
+
 def sum_shards(tensor: Tensor | None, group: Any) -> Tensor | None:
     """The sum over the ranks, in place."""
     if tensor is not None:

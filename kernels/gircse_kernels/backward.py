@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from .many_rows import row_starts
-from .scores import LOG_FLOOR, reference, row_factors, row_seeds, row_thresholds, scores
+from .scores import LOG_FLOOR, reference, row_options, scores
 
 
 @triton.jit
@@ -67,13 +67,16 @@ def score_grad_kernel(
     grad_prob_ptr,  # [T, C] g . e, float32; None: zero
     score_grad_ptr,  # [T, C] input dtype, out: gradient of h w + bias; None: not wanted
     prob_ptr,  # [T, C] input dtype, out: embed_scale * P, of a hard row one-hot; None: not wanted
-    temperature_part_ptr,  # [T, tiles] float32, out: sum of dS (s - peak); None: not wanted
+    temperature_part_ptr,  # [T, tiles] float32, out: sum of dS (s without noise - peak); None: not wanted
+    noise_part_ptr,  # [T, tiles] float32, out: sum of dS noise; None: not wanted
     offset_ptr,  # as for `weights_kernel`
     token_ptr,  # [T] int64, index of a hard row's one token in the whole vocabulary, -1: a soft row; None: all are
     bias_ptr,  # [V]
     temperature_ptr,  # [T]
+    noise_scale_ptr,  # [T]
     seed_ptr,  # [T]
     threshold_ptr,  # [T]
+    bitmask_ptr,  # [T, W] int32
     peak_ptr,  # [T]
     total_ptr,  # [T]
     constant_ptr,  # [T]
@@ -86,6 +89,7 @@ def score_grad_kernel(
     stride_score_grad,
     stride_prob,
     stride_bias,
+    stride_bitmask,
     vocab_start,
     chunk_start,
     chunk_size,
@@ -93,6 +97,7 @@ def score_grad_kernel(
     scale,
     softcap,
     inverse_temperature,
+    noise_scale,
     embed_scale,
     ALIGNED: tl.constexpr,
     KEPT: tl.constexpr,
@@ -114,20 +119,21 @@ def score_grad_kernel(
         grad = grad.to(tl.float32) * embed_scale
     else:
         grad = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
-    inverse = row_factors(temperature_ptr, rows[:, None], m_rows[:, None], inverse_temperature)
+    row = row_options(
+        temperature_ptr, noise_scale_ptr, seed_ptr, threshold_ptr, bitmask_ptr, stride_bitmask,
+        rows[:, None], m_rows[:, None], seed, inverse_temperature, noise_scale,
+    )  # fmt: skip
+    call = (bias_ptr, threshold_ptr, bitmask_ptr, stride_bias, num_vocab, vocab_start, seed, scale, softcap)
+    inverse, noise_scales = row[0], row[1]
     peak = tl.load(peak_ptr + rows, mask=m_rows, other=0.0)
     total = tl.load(total_ptr + rows, mask=m_rows, other=1.0)
     if KEPT:
         prob = product * (tl.exp(reference(peak) - peak) / total)[:, None]
     else:
-        seeds = row_seeds(seed_ptr, rows[:, None], m_rows[:, None], seed)
-        thresholds = row_thresholds(threshold_ptr, rows[:, None], m_rows[:, None])
-        score, capped = scores(
-            product, (chunk_start + column)[None, :], inverse, seeds, thresholds, bias_ptr, threshold_ptr, stride_bias,
-            num_vocab, vocab_start, seed, scale, softcap, ALIGNED,
-        )  # fmt: skip
+        score, capped, noise = scores(product, (chunk_start + column)[None, :], row, call, ALIGNED)
         relative = score - peak[:, None]
         prob = tl.exp(relative) / total[:, None]
+        without_noise = tl.maximum(relative - noise * noise_scales, LOG_FLOOR)
         relative = tl.maximum(relative, LOG_FLOOR)
     if prob_ptr is not None:
         chosen = prob
@@ -143,9 +149,13 @@ def score_grad_kernel(
         if slope_ptr is not None:
             grad -= relative * tl.load(slope_ptr + rows, mask=m_rows, other=0.0).to(tl.float32)[:, None]
         grad *= prob
+        p_part = rows.to(tl.int64) * num_tiles + i_tile
         if temperature_part_ptr is not None:
-            part = tl.sum(tl.where(inside, grad * relative, 0.0), 1)
-            tl.store(temperature_part_ptr + rows.to(tl.int64) * num_tiles + i_tile, part, mask=m_rows)
+            part = tl.sum(tl.where(inside, grad * without_noise, 0.0), 1)
+            tl.store(temperature_part_ptr + p_part, part, mask=m_rows)
+        if noise_part_ptr is not None:
+            part = tl.sum(tl.where(inside, grad * noise, 0.0), 1)
+            tl.store(noise_part_ptr + p_part, part, mask=m_rows)
         if softcap is not None:
             grad *= (1.0 - capped * capped) * (scale * softcap * inverse)
         else:

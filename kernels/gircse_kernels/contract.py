@@ -43,6 +43,9 @@ class Inputs(NamedTuple):
     seeds: Tensor | None = None  # [T] int64, instead of the number
     threshold: Tensor | None = None  # [T] accumulation dtype, the lowest score without noise that a row keeps
     bitmask: Tensor | None = None  # [T, W] int32, entry v of the whole is bit v % 32 of word v // 32; 0 removes it
+    ids: Tensor | None = None  # [T, C] int64, of this head: with the next two, all that the rows keep (`Selection`)
+    scores: Tensor | None = None  # [T, C] accumulation dtype, without noise; -inf: not kept, or of another shard
+    count: Tensor | None = None  # [T] int64; a row whose count reaches C has to be seen whole, with its threshold
     hard: Tensor | None = None  # [T] bool: rows that become the embedding of their one highest score
     places: Tensor | None = None  # [T] int64: which rows of logits [.., V] these are; None: all of them, in order
 
@@ -83,6 +86,44 @@ class Inputs(NamedTuple):
             return part[rows]
         places = torch.arange(self.num_rows, device=part.device) if self.places is None else self.places
         return part[torch.unravel_index(places[rows], part.shape[:-1])]
+
+
+class Truncation(NamedTuple):
+    """The rules of a truncation, one value for each row, [T]; None: no such rule."""
+
+    top_k: Tensor | None = None  # int64, >= 1
+    top_p: Tensor | None = None  # accumulation dtype, in (0, 1]
+    min_p: Tensor | None = None  # accumulation dtype, in [0, 1]
+    top_n: Tensor | None = None  # int64, >= 1
+
+
+class Candidates(NamedTuple):
+    """The highest scores of each row, without noise, and the softmax sums of the whole row (see `OnlineState`)."""
+
+    ids: Tensor  # [T, C] int64, the lower one first among equal scores
+    scores: Tensor  # [T, C] accumulation dtype, descending; -inf behind those that there are
+    peak: Tensor  # [T] largest score
+    total: Tensor  # [T] sum of e^(score - peak)
+    moment: Tensor  # [T] sum of e^(score - peak) (score - peak)
+    argmax: Tensor  # [T] int64
+
+
+class Selection(NamedTuple):
+    """What a truncation keeps of each row, by its scores without noise.
+
+    Where candidates were asked for, `ids` and `scores` are the kept ones among C of them: the entries of -inf are not
+    kept. `count` is how many entries top_k (or else top_n) leaves with their ties. Where it reaches C, a tie may go on
+    behind the candidates: of such a row only the threshold is right.
+    """
+
+    threshold: Tensor  # [T] accumulation dtype, below the lowest score that is kept, above the others
+    lse: Tensor  # [T] accumulation dtype: with the next three, the statistics of the whole distribution
+    entropy: Tensor
+    max_prob: Tensor
+    argmax: Tensor  # [T] int64, in the whole vocabulary
+    ids: Tensor | None = None  # [T, C] int64, in the whole vocabulary
+    scores: Tensor | None = None  # [T, C] accumulation dtype, descending, the lower id first among equals
+    count: Tensor | None = None  # [T] int64
 
 
 class Forward(NamedTuple):

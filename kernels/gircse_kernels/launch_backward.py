@@ -11,7 +11,7 @@ from torch import Tensor
 from . import backward as kernels
 from . import launching
 from .contract import Grads, Inputs, Needs, Options, Saved
-from .launching import bias_stride, device_of, score_flags, score_scalars
+from .launching import device_of, score_flags, score_scalars, score_strides, score_tensors
 from .plan import Backward, Config, Device, cdiv, padded, plan_backward
 
 
@@ -44,14 +44,15 @@ def backward(
     """
     hidden, head, embed, bias, temperature = inputs[:5]
     values, num_rows = inputs.values, inputs.num_rows
-    num_vocab, value_width = values.shape
+    num_vocab = values.shape[0]
     needs = needs._replace(
         bias=needs.bias and bias is not None,
         embed=needs.embed and embed is not None,
         temperature=needs.temperature and temperature is not None,
+        noise_scale=needs.noise_scale and inputs.noise_scale is not None,
     )
     need_values = (needs.embed if embed is not None else needs.head) and grad_out is not None
-    need_scores = needs.hidden or needs.head or needs.bias or needs.temperature
+    need_scores = any(needs._replace(embed=False))
     runs = num_rows > 0 and (need_scores or need_values)
     zeros = functools.partial(torch.zeros, device=hidden.device)
     # Whatever runs writes every element.
@@ -64,20 +65,12 @@ def backward(
         (make if need_values else zeros)(values.shape, dtype=values.dtype) if needs.embed else None,
         make(num_vocab, dtype=torch.float32) if needs.bias else None,
         make(num_rows, dtype=torch.float32) if needs.temperature else None,
+        make(num_rows, dtype=torch.float32) if needs.noise_scale else None,
     )  # fmt: skip
     if not runs:
         return grads
-    # the kernels take a number of each row to lie beside the next row's; the gradients of a sum have stride 0
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
-    saved = saved._replace(
-        out=saved.out.contiguous(),
-        peak=saved.peak.contiguous(),
-        total=saved.total.contiguous(),
-        entropy=None if saved.entropy is None else saved.entropy.contiguous(),
-        token=None if saved.token is None else saved.token.contiguous(),
-    )
-    if grad_entropy is not None or needs.temperature or options.softcap is not None:
+    grad_lse, grad_entropy, saved = side_by_side(grad_lse, grad_entropy, saved)
+    if grad_entropy is not None or needs.temperature or needs.noise_scale or options.softcap is not None:
         saved = saved._replace(probs=None)  # these need the scores themselves
     plan = plan_backward(
         launching.problem_of(inputs),
@@ -86,21 +79,42 @@ def backward(
         needs.head if head is not None else need_scores and not needs.hidden,
         exact_scores=launching.exact_scores(inputs, saved.entropy is not None),
     )
-    constant = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
-    launching.launch(
-        kernels.constants_kernel,
-        (num_rows,),
-        (
-            saved.total, grad_out, grad_lse, grad_entropy, saved.out, saved.entropy, constant,
-            value_width, *((0, 0) if grad_out is None else grad_out.stride()),
-        ),
-        Config({"BLOCK_E": min(1024, 1 << (value_width - 1).bit_length())}, 4, 1),
-    )  # fmt: skip
+    constant = constants(grad_out, grad_lse, grad_entropy, saved)
     walk = _Walk(inputs, options, saved, plan, _Upstream(grad_out, grad_entropy, constant), needs, need_values)
     walk.run(grads)
     if grads.temperature is not None:
         grads.temperature.neg_()
     return grads
+
+
+def side_by_side(
+    grad_lse: Tensor | None, grad_entropy: Tensor | None, saved: Saved
+) -> tuple[Tensor | None, Tensor | None, Saved]:
+    """The same, contiguous: the kernels take a number of each row to lie beside the next row's, while the gradients of
+    a sum have stride 0."""
+    probs = saved.probs
+    saved = Saved(*(None if tensor is None else tensor.contiguous() for tensor in saved._replace(probs=None)))
+    return (
+        None if grad_lse is None else grad_lse.contiguous(),
+        None if grad_entropy is None else grad_entropy.contiguous(),
+        saved._replace(probs=probs),
+    )
+
+
+def constants(grad_out: Tensor | None, grad_lse: Tensor | None, grad_entropy: Tensor | None, saved: Saved) -> Tensor:
+    """What is subtracted from dP in each row, [T]."""
+    (num_rows, width), device = saved.out.shape, saved.out.device
+    constant = torch.empty(num_rows, dtype=torch.float32, device=device)
+    launching.launch(
+        kernels.constants_kernel,
+        (num_rows,),
+        (
+            saved.total, grad_out, grad_lse, grad_entropy, saved.out, saved.entropy, constant,
+            width, *((0, 0) if grad_out is None else grad_out.stride()),
+        ),
+        Config({"BLOCK_E": min(1024, 1 << (width - 1).bit_length())}, 4, 1),
+    )  # fmt: skip
+    return constant
 
 
 class _Walk:
@@ -124,7 +138,7 @@ class _Walk:
     ) -> None:
         self.inputs, self.options, self.saved, self.plan, self.upstream = inputs, options, saved, plan, upstream
         self.needs, self.need_values = needs, need_values
-        self.need_scores = needs.hidden or needs.head or needs.bias or needs.temperature
+        self.need_scores = any(needs._replace(embed=False))
         hidden, dtype, given = inputs.hidden, inputs.values.dtype, inputs.head is None
         self.elements = size = plan.row_block * padded(min(plan.chunk, inputs.num_vocab))
         apart = dtype != torch.float32
@@ -157,6 +171,7 @@ class _Walk:
                 embed,
                 None if grads.bias is None else grads.bias[vocab, None],
                 None if grads.temperature is None else grads.temperature[rows],
+                None if grads.noise_scale is None else grads.noise_scale[rows],
             )
             self._step(rows, vocab, part)
             if rows.stop == num_rows:
@@ -200,7 +215,7 @@ class _Walk:
             score_grads = outs[0] if self.need_scores else None
         assert products is not None
         out = score_grads, outs[-1] if need_values else None
-        self._score_grad(inputs, upstream, rows, vocab, products, grad_probs, out, probs is not None, grads.temperature)
+        self._score_grad(inputs, upstream, rows, vocab, products, grad_probs, out, probs is not None, grads)
         first_rows, first_vocab = rows.start == 0, vocab.start == 0
         if grads.hidden is not None and head is not None:
             launching.product(outs[0], head[vocab], grads.hidden, add=not first_vocab)
@@ -229,24 +244,23 @@ class _Walk:
         grad_probs: Tensor,
         out: tuple[Tensor | None, Tensor | None],  # dS, P
         kept: bool,
-        grad_temperature: Tensor | None,
+        grads: Grads,
     ) -> None:
         count, size, config = inputs.num_rows, vocab.stop - vocab.start, self.plan.score_grad
         token = None if self.saved.token is None or out[1] is None else self.saved.token[rows]
         tiles = cdiv(size, config.blocks["BLOCK_V"])
-        part = None
-        if grad_temperature is not None:
-            part = torch.empty((count, tiles), dtype=torch.float32, device=products.device)
+        sums = grads.temperature, grads.noise_scale  # of each row, over the vocabulary
+        parts = [None if grad is None else grad.new_empty((count, tiles)) for grad in sums]
         launching.launch(
             kernels.score_grad_kernel,
             (cdiv(count, config.blocks["BLOCK_T"]) * tiles,),
             (
                 products, None if upstream.out is None or not self.need_scores else grad_probs,
-                *out, part, None if kept else launching.logit_offsets(inputs), token,
-                inputs.bias, inputs.temperature, inputs.seeds, inputs.threshold,
+                *out, *parts, None if kept else launching.logit_offsets(inputs), token,
+                *score_tensors(inputs),
                 self.saved.peak[rows], self.saved.total[rows], upstream.constant, upstream.entropy,
                 count, inputs.num_vocab, products.stride(0), products.stride(-1), grad_probs.stride(0),
-                *(0 if tensor is None else tensor.stride(0) for tensor in out), bias_stride(inputs),
+                *(0 if tensor is None else tensor.stride(0) for tensor in out), *score_strides(inputs),
                 self.options.vocab_start, vocab.start, size, *score_scalars(inputs, self.options),
                 self.options.embed_scale,
             ),
@@ -254,11 +268,12 @@ class _Walk:
             ALIGNED=score_flags(inputs, self.options)["ALIGNED"],
             KEPT=kept,
         )  # fmt: skip
-        if part is not None and grad_temperature is not None:
-            if vocab.start == 0:
-                torch.sum(part, 1, out=grad_temperature)
-            else:
-                grad_temperature += part.sum(1)
+        for grad, part in zip(sums, parts, strict=True):
+            if grad is not None and part is not None:
+                if vocab.start == 0:
+                    torch.sum(part, 1, out=grad)
+                else:
+                    grad += part.sum(1)
 
 
 def _slices(total: int, size: int) -> list[slice]:

@@ -10,8 +10,9 @@ from torch import Tensor
 from . import launching
 from .contract import Forward, Inputs, Options
 from .few_rows import few_rows_kernel
+from .launch_kept_rows import forward_kept_rows
 from .launch_many_rows import forward_many_rows
-from .launching import bias_stride, device_of, problem_of, score_flags, score_scalars
+from .launching import device_of, problem_of, score_flags, score_scalars, score_strides, score_tensors
 from .merge import merge_kernel
 from .one_row import one_row_kernel
 from .plan import Config, Device, FewRows, OneRow, TwoProducts, cdiv, plan_forward
@@ -31,6 +32,8 @@ def forward(
     hidden, problem = inputs.hidden, problem_of(inputs)
     if problem.rows == 0:
         return _empty_forward(inputs, stats, exact, finish)
+    if inputs.ids is not None:
+        return forward_kept_rows(inputs, options, _empty_forward(inputs, stats, exact, finish), finish)
     plan = plan_forward(problem, device or device_of(hidden.device))
     if isinstance(plan, TwoProducts):
         result = _empty_forward(inputs, stats, exact, finish)
@@ -46,15 +49,14 @@ def forward(
 
 
 def _one_row(inputs: Inputs, options: Options, plan: OneRow, partial: Tensor, stats: bool) -> None:
-    hidden, head, bias, temperature = inputs.hidden, inputs.head, inputs.bias, inputs.temperature
-    seeds, threshold = inputs.seeds, inputs.threshold
+    hidden, head = inputs.hidden, inputs.head
     assert head is not None
     launching.launch(
         one_row_kernel,
         (plan.splits,),
         (
-            hidden, head, bias, temperature, seeds, threshold, partial,
-            head.shape[0], bias_stride(inputs),
+            hidden, head, *score_tensors(inputs), partial,
+            head.shape[0], *score_strides(inputs),
             options.vocab_start, *score_scalars(inputs, options), plan.tiles_per_split,
         ),
         plan.config,
@@ -65,15 +67,14 @@ def _one_row(inputs: Inputs, options: Options, plan: OneRow, partial: Tensor, st
 
 
 def _few_rows(inputs: Inputs, options: Options, plan: FewRows, partial: Tensor, stats: bool) -> None:
-    hidden, head, bias, temperature = inputs.hidden, inputs.head, inputs.bias, inputs.temperature
-    seeds, threshold = inputs.seeds, inputs.threshold
+    hidden, head = inputs.hidden, inputs.head
     assert head is not None
     launching.launch(
         few_rows_kernel,
         (plan.splits * plan.row_blocks,),
         (
-            hidden, head, bias, temperature, seeds, threshold, partial,
-            hidden.shape[0], head.shape[0], hidden.stride(0), bias_stride(inputs),
+            hidden, head, *score_tensors(inputs), partial,
+            hidden.shape[0], head.shape[0], hidden.stride(0), *score_strides(inputs),
             options.vocab_start, *score_scalars(inputs, options), plan.tiles_per_split, plan.row_blocks, plan.splits,
         ),
         plan.config,

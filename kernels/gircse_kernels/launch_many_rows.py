@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -11,10 +9,20 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import launching, many_rows
 from . import plan as plans
 from .contract import Forward, Inputs, Options
-from .launching import bias_stride, device_of, exact_scores, logit_offsets, score_flags, score_scalars
+from .launching import (
+    device_of,
+    exact_scores,
+    logit_offsets,
+    score_flags,
+    score_scalars,
+    score_strides,
+    score_tensors,
+)
 from .plan import Config, Problem, TwoProducts, cdiv, lookup, padded, plan_two_products
 
 FINISH = Config({"BLOCK_E": 1024}, 4, 1)
+ENTRIES = Config({"BLOCK": 32}, 4, 1)
+_NO_SUMS = (None,) * 6
 
 
 def _fits_epilogue(inputs: Inputs, options: Options) -> bool:
@@ -134,9 +142,7 @@ def _weights(
     """P of a chunk, each tile relative to a reference of its own, and the tiles' sums."""
     hidden, head = inputs.hidden, inputs.head
     count, size = inputs.num_rows, vocab.stop - vocab.start
-    row_options = (inputs.bias, inputs.temperature, inputs.seeds, inputs.threshold)
-    sums = (*scratch.tiles, scratch.tile_argmax, count, inputs.num_vocab)
-    scalars = (options.vocab_start, vocab.start, size, *score_scalars(inputs, options))
+    sums = (*scratch.tiles, scratch.tile_argmax)
     if plan.product is not None and head is not None:
         blocks = plan.product.blocks
         programs = cdiv(count, blocks["BLOCK_T"]) * cdiv(size, blocks["BLOCK_V"])
@@ -149,7 +155,8 @@ def _weights(
                 TensorDescriptor.from_tensor(hidden, [blocks["BLOCK_T"], blocks["BLOCK_K"]]),
                 TensorDescriptor.from_tensor(head, [blocks["BLOCK_V"], blocks["BLOCK_K"]]),
                 TensorDescriptor.from_tensor(probs, [blocks["BLOCK_T"], blocks["BLOCK_V"]]),
-                *row_options, *sums, hidden.shape[1], bias_stride(inputs), *scalars,
+                *score_tensors(inputs), *sums, count, inputs.num_vocab, hidden.shape[1], *score_strides(inputs),
+                options.vocab_start, vocab.start, size, *score_scalars(inputs, options),
             ),
             plan.product,
             **score_flags(inputs, options),
@@ -158,50 +165,87 @@ def _weights(
         )  # fmt: skip
         return
     products, probs = scratch.products[:count, :size], scratch.probs[:count, :size]
-    rest = (*row_options, peak, *sums)
-    _elementwise(inputs, vocab, products, probs, rest, scalars, plan.weights, FIRST=first, STATS=stats, RAW=False)
+    products, inputs, options = _products(inputs, options, vocab, products)
+    sums = (peak, *scratch.tiles, scratch.tile_argmax, None)
+    _elementwise(inputs, options, vocab.start, products, probs, sums, plan.weights, FIRST=first, STATS=stats)
 
 
 def chunk_scores(inputs: Inputs, options: Options, chunk_start: int, size: int) -> Tensor:
     """Scores [T, size] of a chunk of the vocabulary, float32, by the same kernel."""
-    num_rows, device = inputs.num_rows, inputs.hidden.device
-    out = torch.empty((num_rows, size), dtype=torch.float32, device=device)
-    if num_rows:
-        config = lookup("weights", device_of(device).arch, inputs.hidden.itemsize, num_rows)
-        rest = (
-            inputs.bias, inputs.temperature, inputs.seeds, inputs.threshold, None, None, None, None, None,
-            num_rows, inputs.num_vocab,
-        )  # fmt: skip
-        scalars = (options.vocab_start, chunk_start, size, *score_scalars(inputs, options))
-        vocab = slice(chunk_start, chunk_start + size)
-        _elementwise(inputs, vocab, out, out, rest, scalars, config, FIRST=True, STATS=False, RAW=True)
+    out = torch.empty((inputs.num_rows, size), dtype=torch.float32, device=inputs.hidden.device)
+    if inputs.num_rows:
+        products, inputs, options = _products(inputs, options, slice(chunk_start, chunk_start + size), out)
+        _elementwise(inputs, options, chunk_start, products, out, _NO_SUMS, _config(inputs), RAW=True)
     return out
+
+
+def score_sums(
+    inputs: Inputs, options: Options, products: Tensor, sums: tuple[Tensor, ...], config: Config, group: int
+) -> tuple[Tensor, Inputs, Options]:
+    """Of all scores: highest score, sum, moment and argmax of each tile, and the highest score of each group of `group`
+    entries, all into `sums`. Returns what they were made from, as `_products` does, `products` being its `out`."""
+    products, inputs, options = _products(inputs, options, slice(0, inputs.num_vocab), products)
+    _elementwise(inputs, options, 0, products, None, (None, *sums), config, STATS=True, GROUP=group)
+    return products, inputs, options
+
+
+def _products(inputs: Inputs, options: Options, vocab: slice, out: Tensor) -> tuple[Tensor, Inputs, Options]:
+    """The products h . w of a chunk, in `out` [T, C], or logits that are given, in their place; and what makes scores
+    of them. Where `bias_ids` add to the logits, these are in `out`, and only the rest is left to do."""
+    if inputs.head is None:
+        return inputs.hidden[..., vocab], inputs, options
+    launching.product(inputs.hidden, inputs.head[vocab].T, out)
+    if inputs.bias_ids is None or inputs.bias_values is None:
+        return out, inputs, options
+    plain = Inputs(inputs.hidden, inputs.head, bias=inputs.bias)
+    logits = options._replace(temperature=1.0, seed=None)
+    _elementwise(plain, logits, vocab.start, out, out, _NO_SUMS, _config(inputs), RAW=True)
+    ids, values = inputs.bias_ids.contiguous(), inputs.bias_values.contiguous()
+    count, number = ids.shape
+    if number:
+        launching.launch(
+            many_rows.add_entries_kernel,
+            (count, cdiv(number, ENTRIES.blocks["BLOCK"])),
+            (out, ids, values, number, out.shape[1], out.stride(0), options.vocab_start + vocab.start),
+            ENTRIES,
+        )
+    inputs = inputs._replace(bias=None, bias_ids=None, bias_values=None)
+    return out, inputs, options._replace(softcap=None, logit_scale=1.0)
+
+
+def _config(inputs: Inputs) -> Config:
+    return lookup("weights", device_of(inputs.hidden.device).arch, inputs.hidden.itemsize, inputs.num_rows)
 
 
 def _elementwise(
     inputs: Inputs,
-    vocab: slice,
+    options: Options,
+    chunk_start: int,
     products: Tensor,
-    probs: Tensor,
-    rest: tuple[Any, ...],
-    scalars: tuple[Any, ...],
+    probs: Tensor | None,
+    sums: tuple[Tensor | None, ...],
     config: Config,
-    **switches: bool,
+    *,
+    FIRST: bool = True,
+    STATS: bool = False,
+    RAW: bool = False,
+    GROUP: int = 1,
 ) -> None:
-    """The product of a chunk, into `products`, and what is made of it. Logits that are given are read in its place."""
-    count, size = probs.shape
-    if inputs.head is None:
-        products = inputs.hidden[..., vocab]
-    else:
-        launching.product(inputs.hidden, inputs.head[vocab].T, products)
+    """What is made of products or logits [.., C] of a chunk. `sums`: peak so far, sums of the tiles, group maxima."""
+    count, size = inputs.num_rows, products.shape[-1]
     launching.launch(
         many_rows.weights_kernel,
         (cdiv(count, config.blocks["BLOCK_T"]) * cdiv(size, config.blocks["BLOCK_V"]),),
         (
-            products, probs, logit_offsets(inputs), *rest,
-            products.stride(0), products.stride(-1), probs.stride(0), bias_stride(inputs), *scalars,
+            products, probs, logit_offsets(inputs), *score_tensors(inputs), *sums,
+            count, inputs.num_vocab, cdiv(size, GROUP),
+            products.stride(0), products.stride(-1), 0 if probs is None else probs.stride(0), *score_strides(inputs),
+            options.vocab_start, chunk_start, size, *score_scalars(inputs, options),
         ),
         config,
-        ALIGNED=scalars[0] % 4 == 0,
-        **switches,
+        ALIGNED=options.vocab_start % 4 == 0,
+        FIRST=FIRST,
+        STATS=STATS,
+        RAW=RAW,
+        GROUP=GROUP,
     )  # fmt: skip

@@ -122,9 +122,10 @@ def exact_scores(inputs: Inputs, statistics: bool) -> bool:
 
     bfloat16 scores are as accurate as eager PyTorch's and faster (two bytes fewer to write and to read), so form 3 and
     the backward take them where nobody reads scores themselves. Statistics and hard rows do, a threshold is compared
-    with them, and in float16 a score beyond 65504 would become infinite.
+    with them, values are added to them, and in float16 a score beyond 65504 would become infinite.
     """
-    return statistics or inputs.threshold is not None or inputs.hard is not None or inputs.hidden.dtype == torch.float16
+    read = inputs.threshold, inputs.bias_ids, inputs.hard
+    return statistics or inputs.hidden.dtype == torch.float16 or any(tensor is not None for tensor in read)
 
 
 def score_flags(inputs: Inputs, options: Options) -> dict[str, Any]:
@@ -138,14 +139,27 @@ def _precision(dtype: torch.dtype) -> str:
     return "widen" if INTERPRETED and dtype == torch.bfloat16 else "ieee"
 
 
-def score_scalars(inputs: Inputs, options: Options) -> tuple[int | None, float, float | None, float]:
-    """seed, scale, softcap, 1 / temperature, as `scores.scores` wants them; None switches noise or soft-cap off."""
-    cap, seed = options.softcap, 0 if inputs.seeds is not None else options.seed
-    # the kernels multiply logits and noise by the last number
-    factor = 1.0 / options.temperature if seed is None else options.noise_scale
-    before = options.temperature * factor
-    scale = options.logit_scale / (before if cap is None else cap)
-    return seed, scale, None if cap is None else cap / before, factor
+def score_tensors(inputs: Inputs) -> tuple[Tensor | None, ...]:
+    """bias, temperature, noise_scale, seeds, threshold, bitmask, as every kernel that makes scores takes them."""
+    return inputs.bias, inputs.temperature, inputs.noise_scale, inputs.seeds, inputs.threshold, _bitmask(inputs)
+
+
+def score_strides(inputs: Inputs) -> tuple[int, int]:
+    """Of the bias, and from row to row of the bitmask."""
+    bitmask = _bitmask(inputs)
+    return 0 if inputs.bias is None else inputs.bias.stride(0), 0 if bitmask is None else bitmask.stride(0)
+
+
+def _bitmask(inputs: Inputs) -> Tensor | None:
+    bitmask = inputs.bitmask
+    return bitmask if bitmask is None or bitmask.stride(1) == 1 else bitmask.contiguous()
+
+
+def score_scalars(inputs: Inputs, options: Options) -> tuple[int | None, float, float | None, float, float]:
+    """seed, scale, softcap, 1 / temperature, noise_scale, as `scores.scores` wants them; None: not wanted."""
+    seed, cap = 0 if inputs.seeds is not None else options.seed, options.softcap
+    scale = options.logit_scale if cap is None else options.logit_scale / cap
+    return seed, scale, cap, 1.0 / options.temperature, options.noise_scale
 
 
 def logit_offsets(inputs: Inputs) -> Tensor | None:
@@ -158,7 +172,3 @@ def logit_offsets(inputs: Inputs) -> Tensor | None:
         places = torch.arange(inputs.num_rows, device=hidden.device)
     index = torch.unravel_index(places, hidden.shape[:-1])
     return sum((i * stride for i, stride in zip(index, hidden.stride(), strict=False)), torch.zeros_like(places))
-
-
-def bias_stride(inputs: Inputs) -> int:
-    return 0 if inputs.bias is None else inputs.bias.stride(0)

@@ -51,6 +51,10 @@ SAFE = {
     "weights": Config({"BLOCK_T": 1, "BLOCK_V": 2048}, 4, 1),
     "weights_product": Config({"BLOCK_T": 64, "BLOCK_V": 64, "BLOCK_K": 32}, 4, 2),
     "score_grad": Config({"BLOCK_T": 2, "BLOCK_V": 1024}, 4, 1),
+    "kept_forward": Config({"BLOCK_C": 32, "BLOCK_E": 128}, 4, 1),
+    "kept_backward": Config({"BLOCK_C": 32, "BLOCK_E": 128}, 4, 1),
+    "kept_matrix": Config({"BLOCK_C": 16, "BLOCK_E": 256}, 4, 1),
+    "select": Config({"GROUP": 64, "WALK": 64, "BLOCK": 4096, "ROOM": 4096}, 8, 1),
 }
 
 
@@ -153,6 +157,22 @@ class Backward(NamedTuple):
         stacked = 2 * self.row_block * problem.width * problem.itemsize if problem.tied and not self.half_scores else 0
         each = _backward_bytes(problem, self.half_scores, False, False)
         return elements * each + stacked + 4 * problem.rows
+
+
+class Select(NamedTuple):
+    """For each block of rows the scores of all entries by a product, then `weights_kernel` and `select_kernel`."""
+
+    weights: Config
+    select: Config
+    row_block: int
+    tiles: int  # of a row, with sums of their own
+    groups: int  # of a row, with a highest score of their own
+    listed: int  # entries among which the highest ones are chosen
+
+    def scratch(self, vocab: int) -> int:
+        """Bytes that a call allocates beyond its inputs and results."""
+        lists = 12 * self.select.blocks["ROOM"]
+        return self.row_block * (4 * padded(vocab) + 20 * self.tiles + 4 * self.groups + lists)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -298,6 +318,18 @@ def plan_backward(
     per_column = row_block * each + (sums if row_block < problem.rows else 0)
     most = min(choice.chunk_mib << 20, scratch) // per_column
     return Backward(config, row_block, chunk_size(problem.vocab, most, tile), half)
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_select(rows: int, vocab: int, itemsize: int, device: Device, capacity: int) -> Select:
+    """The blocks of rows whose scores are in memory at once; `capacity` as in `launch_selection.select`."""
+    weights, config = lookup("weights", device.arch, itemsize, rows), lookup("select", device.arch, itemsize, rows)
+    row_block = even_blocks(rows, min(ROW_BLOCK, SCRATCH_BYTES // (4 * padded(vocab))))
+    groups, tiles = cdiv(vocab, config.blocks["GROUP"]), cdiv(vocab, weights.blocks["BLOCK_V"])
+    listed = max(2 * capacity, min(4 * capacity, 512))
+    blocks = {**config.blocks, "WALK": min(config.blocks["WALK"], max(1, 2 * capacity))}
+    blocks["ROOM"] = max(blocks["ROOM"], listed)
+    return Select(weights, config._replace(blocks=blocks), row_block, tiles, groups, listed)
 
 
 def _backward_bytes(problem: Problem, half_scores: bool, need_values: bool, need_head: bool) -> int:

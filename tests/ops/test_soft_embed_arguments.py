@@ -10,6 +10,12 @@ import torch
 from gircse.ops import VocabShard, soft_embed
 
 
+def quantised(library: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A weight as torchao and bitsandbytes make them: a subclass of their own."""
+    kind = type("Packed", (torch.nn.Parameter,), {"__module__": f"{library}.nn"})
+    return torch.ones(5, 4).to(dtype).as_subclass(kind)
+
+
 def valid_arguments() -> dict[str, Any]:
     return {"hidden": torch.randn(3, 4), "head_weight": torch.randn(5, 4)}
 
@@ -39,6 +45,16 @@ def valid_arguments() -> dict[str, Any]:
             {"head_weight": torch.randn(5, 4).half()},
             TypeError,
             r"head_weight: got dtype torch.float16, expected torch.float32",
+        ),
+        (
+            {"head_weight": quantised("torchao")},
+            TypeError,
+            r"head_weight: got a quantised Packed of torchao, expected a plain tensor: keep it out of the quantisation",
+        ),
+        (
+            {"embed_weight": quantised("bitsandbytes", torch.uint8)},
+            TypeError,
+            r"got a quantised Packed of bitsandbytes",
         ),
         ({"embed_weight": torch.randn(6, 4)}, ValueError, r"embed_weight: got shape \(6, 4\), expected \[5, E\]"),
         ({"embed_weight": torch.randn(5, 0)}, ValueError, r"embed_weight: got shape \(5, 0\), expected \[5, E\]"),

@@ -11,14 +11,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from gircse.ops import VocabShard, soft_embed
+from gircse.ops import VocabShard, soft_embed, top_tokens
 from tests.forkserver import CONTEXT
 from tests.ops.accuracy import random_inputs, upstream_gradients
 from tests.ops.test_soft_embed_op import HAS_TRITON
 
-# (processes, bounds of their shards): uneven, one of a single row, none aligned to a tile or to the noise's lanes
-DIVISIONS = [(2, (0, 23, 53)), (3, (0, 1, 30, 53)), (4, (0, 14, 27, 40, 53))]
+# (processes, bounds of their shards): uneven, one of a single row, one of none, none aligned to a tile or to the
+# noise's lanes
+DIVISIONS = [(2, (0, 23, 53)), (3, (0, 1, 30, 53)), (4, (0, 14, 14, 40, 53))]
 ROWS = ("hidden", "temperature")
+BIAS_IDS = torch.arange(22).reshape(11, 2) * 2  # in different shards
+BITMASK = (torch.arange(22, dtype=torch.int32).reshape(11, 2) * 0x9E3779B) | 1
 
 
 def in_processes(size: int, task: Any, folder: Path, *arguments: Any) -> None:
@@ -43,9 +46,23 @@ def compare(rank: int, bounds: tuple[int, ...], backend: str, dtype: torch.dtype
         (None, {"gumbel_seed": torch.arange(11) * 5}),
         (6, {"top_k": 20, "top_p": 0.9, "min_p": 0.01, "temperature": 1.3}),
         (None, {"top_k": 9, "gumbel_seed": 3, "gumbel_temperature": 0.5, "hard": torch.arange(11) % 2 == 0}),
+        (
+            6,
+            {
+                "row_temperature": True,
+                "token_bitmask": BITMASK,
+                "bias_ids": BIAS_IDS,
+                "gumbel_seed": 3,
+                "noise_scale": torch.linspace(0, 1, 11),
+                "top_p": 0.9,
+                "top_n": 12,
+            },
+        ),
     ]:
         per_row = bool(options.pop("row_temperature", False))  # type: ignore[arg-type]
         tensors = random_inputs((11,), 53, 9, embed, bias=True, row_temperature=per_row, dtype=dtype)
+        if "bias_ids" in options:
+            options["logit_bias"] = options.pop("bias_ids"), torch.linspace(-1, 2, 22).reshape(11, 2).to(dtype)
         start, stop = bounds[rank], bounds[rank + 1]
         whole = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
         part = {
@@ -65,13 +82,26 @@ def compare(rank: int, bounds: tuple[int, ...], backend: str, dtype: torch.dtype
             upstream = [g.to(t) for g, t in zip(upstream_gradients(out, stats), targets, strict=True)]
             grads = torch.autograd.grad(targets, list(leaves.values()), upstream)
             results.append(({"out": out, **stats._asdict()}, dict(zip(leaves, grads, strict=True))))
+            if backend == "torch":
+                _top_tokens(leaves, options, shard, results[-1])
         (expected, exact), (got, ours) = results
         tolerance = 1e-11 if dtype == torch.float64 else 3e-5
         for name, value in expected.items():
             torch.testing.assert_close(got[name], value, rtol=tolerance, atol=tolerance)
         for name, value in exact.items():
-            mine = value if name in ROWS else value[start:stop]
+            mine = value if name.split()[-1] in ROWS else value[start:stop]
             torch.testing.assert_close(ours[name], mine, rtol=tolerance, atol=tolerance)
+
+
+def _top_tokens(leaves: dict[str, Any], options: dict[str, Any], shard: VocabShard | None, results: Any) -> None:
+    """Adds ids, weights and their gradients."""
+    leaves = {name: leaf for name, leaf in leaves.items() if name != "embed_weight"}
+    others = {name: value for name, value in options.items() if name not in ("hard", "embed_scale")}
+    ids, weights = top_tokens(**leaves, n=7, **others, vocab_parallel=shard)
+    results[0].update(ids=ids.masked_fill(weights == 0, -1), weights=weights)
+    if weights.requires_grad:
+        grads = torch.autograd.grad(weights, list(leaves.values()), torch.linspace(-1, 2, 7).expand_as(weights))
+        results[1].update({f"weights to {name}": grad for name, grad in zip(leaves, grads, strict=True)})
 
 
 @pytest.mark.parametrize(("size", "bounds"), DIVISIONS)
@@ -105,6 +135,11 @@ def special_cases(rank: int) -> None:
     assert out.isnan().any(1).tolist() == [False, True, False]
     assert ((stats.argmax >= 0) & (stats.argmax < 8)).all()
     assert soft_embed(hidden[:0], head[mine], vocab_parallel=shard).shape == (0, 4)  # type: ignore[union-attr]
+    table = torch.ones(20, 4)  # a tie of 40 entries, more than there are candidates of top_k=2
+    torch.testing.assert_close(
+        soft_embed(hidden[:1], table, top_k=2, vocab_parallel=VocabShard.even(40), return_stats=True)[1].max_prob,
+        torch.full((1,), 1 / 40),
+    )
     groups = [dist.new_group([i]) for i in range(size)]
     alone = soft_embed(torch.ones(3, 4), head, vocab_parallel=VocabShard(0, 8, groups[rank]))
     torch.testing.assert_close(alone, soft_embed(torch.ones(3, 4), head))
