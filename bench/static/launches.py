@@ -148,7 +148,7 @@ def _soft_embed(call: Call, empty: Callable[..., torch.Tensor]) -> Prepared:
         if top_p is not None:
             plain = inputs._replace(seeds=None)
             found = soft_embed_triton.select(plain, options, rules, 0 if rules.top_k is None else 32)
-            lists = dict(zip(("ids", "scores", "count"), found[5:], strict=True))
+            lists = dict(zip(("ids", "scores", "num_kept"), found[5:], strict=True))
             kept = inputs._replace(threshold=found.threshold, **lists)
         return soft_embed_op.run(kept, op_call)
 
