@@ -18,16 +18,16 @@ from bench.verdict import WrongResultError
 from gircse.ops import soft_embed
 from gircse.ops.soft_embed_reference import soft_embed_reference
 
-Op = Callable[..., Tensor]  # of hidden, head, embed or None, and the rules of a case that has any
+Op = Callable[..., Tensor]  # of hidden, head, embed or None, and the variant of a case that is one
 
 ENGINE_NAMES = ("eager", "compiled", "ours")
 TOLERANCE, TINY = 2.0, 1e-6  # our error may be so many times eager's, both against float64, plus a rounding of nothing
 
 
-def eager(hidden: Tensor, head: Tensor, embed: Tensor | None, rules: str = "") -> Tensor:
+def eager(hidden: Tensor, head: Tensor, embed: Tensor | None, variant: str = "") -> Tensor:
     probs = torch.softmax(hidden @ head.T, dim=-1)
     values = head if embed is None else embed
-    return {"": torch.matmul, "top_k": _best_of_top_k, "top_p": _mix_of_top_p}[rules](probs, values)
+    return {"": torch.matmul, "top_k": _best_of_top_k, "top_p": _mix_of_top_p}[variant](probs, values)
 
 
 def _best_of_top_k(probs: Tensor, values: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def _mix_of_top_p(probs: Tensor, values: Tensor) -> Tensor:
     return (probs / probs.sum(-1, keepdim=True)) @ values
 
 
-def product(hidden: Tensor, head: Tensor, embed: Tensor | None, rules: str = "") -> Tensor:
+def product(hidden: Tensor, head: Tensor, embed: Tensor | None, variant: str = "") -> Tensor:
     """The least that a call with the scores in memory takes."""
     return hidden @ head.T
 
@@ -58,8 +58,8 @@ def compiled(backend: str = "inductor") -> Op:
     return torch.compile(eager, dynamic=False, backend=backend)
 
 
-def ours(hidden: Tensor, head: Tensor, embed: Tensor | None, rules: str = "") -> Tensor:
-    return soft_embed(hidden, head, embed, **RULES.get(rules, {}))
+def ours(hidden: Tensor, head: Tensor, embed: Tensor | None, variant: str = "") -> Tensor:
+    return soft_embed(hidden, head, embed, **RULES.get(variant, {}))
 
 
 def draw_matrices(
@@ -81,17 +81,17 @@ class Problem(NamedTuple):
     embed: Tensor | None
     upstream: Tensor
     what: str
-    rules: str = ""
+    variant: str = ""
 
     @classmethod
-    def draw(cls, rows: int, what: str, head: Tensor, embed: Tensor | None, rules: str = "") -> Problem:
+    def draw(cls, rows: int, what: str, head: Tensor, embed: Tensor | None, variant: str = "") -> Problem:
         generator = torch.Generator(head.device).manual_seed(1)
 
         def normal() -> Tensor:
             return torch.randn(rows, head.shape[1], generator=generator, device=head.device)
 
         hidden = (3 * normal()).to(head.dtype).requires_grad_(what != FORWARD)
-        return cls(hidden, head, embed, normal().to(head.dtype), what, rules)
+        return cls(hidden, head, embed, normal().to(head.dtype), what, variant)
 
     def call(self, op: Op) -> Callable[[], Any]:
         """What is timed. Forward and backward: the gradient of the hidden states."""
@@ -103,7 +103,7 @@ class Problem(NamedTuple):
     @property
     def arguments(self) -> tuple[Any, ...]:
         """Of an `Op`."""
-        return (*self[:3], self.rules) if self.rules else self[:3]
+        return (*self[:3], self.variant) if self.variant else self[:3]
 
     def results(self, op: Op) -> dict[str, Tensor]:
         """Everything that comes out."""
@@ -121,7 +121,7 @@ class Problem(NamedTuple):
             None if self.embed is None else self.embed.to(dtype),
             self.upstream[rows].to(dtype),
             self.what,
-            self.rules,
+            self.variant,
         )
 
 
@@ -136,7 +136,7 @@ def check(problem: Problem, op: Op = ours, *, sample: int = 8) -> dict[str, Any]
     """
     total = problem.hidden.shape[0]
     rows = torch.linspace(0, total - 1, min(sample, total), device=problem.hidden.device).round().long()
-    few, options = problem.only(rows, problem.hidden.dtype), RULES.get(problem.rules, {})
+    few, options = problem.only(rows, problem.hidden.dtype), RULES.get(problem.variant, {})
     exact = problem.only(rows, torch.float64).results(lambda *x: soft_embed_reference(*x[:3], **options)[0])
     found = {
         "eager": few.results(eager),

@@ -44,7 +44,7 @@ def measure(
 
     Eager is null in the record where it runs out of memory, `torch.compile` also where it fails otherwise.
     """
-    device, problem = head.device, Problem.draw(case.rows, case.what, head, embed, case.rules)
+    device, problem = head.device, Problem.draw(case.rows, case.what, head, embed, case.variant)
     ops: dict[str, Op] = {"eager": eager, "ours": ours}
     if compile_backend is not None:
         ops["compiled"] = compiled(compile_backend)
