@@ -18,7 +18,7 @@ import torch
 from gircse_kernels import decoder as decoder_kernels
 from gircse_kernels import info_nce as info_nce_kernels
 from gircse_kernels import launching
-from gircse_kernels.contract import Inputs, Options
+from gircse_kernels.contract import Inputs, Options, Truncation
 from gircse_kernels.plan import Config, Device, Problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,7 +26,7 @@ from gircse.ops import info_nce_op, soft_embed_op, soft_embed_triton, stepwise_i
 
 # The largest chip of each architecture that the compile report knows.
 DEVICES = {arch: Device(arch, num_sms) for arch, num_sms in ((80, 108), (90, 132), (100, 148))}
-VARIANTS = ("statistics", "scores", "noise", "threshold", "matrices")
+VARIANTS = ("statistics", "scores", "noise", "threshold", "top_k", "top_p", "hard", "matrices")
 
 
 class Launch(NamedTuple):
@@ -65,7 +65,7 @@ class Call(NamedTuple):
 
     Attributes:
         op: "soft_embed", "info_nce", "decode_attention" or "decoder" (each step of a layer once, and a step's end).
-        sizes: T, V, D, E; or B, M, K, D; or T, S, D, E, H, H_kv (rows, slots, widths of a key and of a value, heads);
+        sizes: T, V, D, E (D = 0: logits are given); or B, M, K, D; or T, S, D, E, H, H_kv (rows, slots, widths of a key and of a value, heads);
             or T, D, H, H_kv, d, r / 2, I (rows, width, heads, columns of a head and half of those that are rotated,
             columns of the MLP).
         dtype: a name of torch's.
@@ -73,8 +73,8 @@ class Call(NamedTuple):
         backward: the gradients of the hidden states, or of both sides of the loss, too.
         variants: of `VARIANTS`, in this order: return_stats; bias, soft-cap and a temperature for each row (the loss:
             a mask, `include_queries` and `symmetric`; the attention: a window and a soft-cap; the decoder: Gemma
-            3's norms and activation); a seed for each row; a
-            lowest score for each row; gradients of the matrices, too.
+            3's norms and activation); a seed for each row; a lowest score for each row; a selection first, with
+            top_k = 30 and top_p = 0.95, or top_p alone; hard rows; gradients of the matrices, too.
     """
 
     op: str
@@ -92,7 +92,8 @@ class Call(NamedTuple):
     @property
     def name(self) -> str:
         """For people: the op, its sizes and what else the call has."""
-        words = [self.op, "x".join(map(str, self.sizes)), self.dtype]
+        given = self.op == "soft_embed" and self.problem.width == 0
+        words = [self.op, "x".join(map(str, self.sizes)), self.dtype, *(["logits"] if given else [])]
         words += ["tied"] if self.tied and self.op == "soft_embed" else []
         return " ".join([*words, *(["backward"] if self.backward else []), *self.variants])
 
@@ -123,13 +124,14 @@ def _soft_embed(call: Call, empty: Callable[..., torch.Tensor]) -> Prepared:
     scores, statistics = "scores" in call.variants, "statistics" in call.variants
     float32 = functools.partial(empty, rows, dtype=torch.float32)
     inputs = Inputs(
-        empty(rows, width, requires_grad=call.backward),
-        empty(vocab, width, requires_grad=train),
+        empty(rows, width or vocab, requires_grad=call.backward),
+        empty(vocab, width, requires_grad=train) if width else None,
         None if call.tied else empty(vocab, value_width, requires_grad=train),
         empty(vocab, requires_grad=train) if scores else None,
         float32(requires_grad=train) if scores else None,
-        empty(rows, dtype=torch.int64) if "noise" in call.variants else None,
-        float32() if "threshold" in call.variants else None,
+        seeds=empty(rows, dtype=torch.int64) if "noise" in call.variants else None,
+        threshold=float32() if "threshold" in call.variants else None,
+        hard=empty(rows, dtype=torch.bool) if "hard" in call.variants else None,
     )
     options = Options(softcap=30.0 if scores else None)
     grad, vector = empty(rows, value_width), float32()
@@ -140,7 +142,19 @@ def _soft_embed(call: Call, empty: Callable[..., torch.Tensor]) -> Prepared:
         return torch.autograd.grad(upstream, leaves, (grad, vector, vector)[: len(upstream)])  # type: ignore[arg-type]
 
     op_call = soft_embed_op.Call(options, stats=statistics, exact=call.backward)
-    return Prepared(lambda: soft_embed_op.run(inputs, op_call), backward if call.backward else None)
+    top_p = float32() if "top_k" in call.variants or "top_p" in call.variants else None
+    rules = Truncation(empty(rows, dtype=torch.int64) if "top_k" in call.variants else None, top_p)
+
+    def forward() -> Any:
+        kept = inputs
+        if top_p is not None:
+            plain = inputs._replace(seeds=None)
+            found = soft_embed_triton.select(plain, options, rules, 0 if rules.top_k is None else 32)
+            lists = dict(zip(("ids", "scores", "num_kept"), found[5:], strict=True))
+            kept = inputs._replace(threshold=found.threshold, **lists)
+        return soft_embed_op.run(kept, op_call)
+
+    return Prepared(forward, backward if call.backward else None)
 
 
 def _info_nce(call: Call, empty: Callable[..., torch.Tensor]) -> Prepared:

@@ -27,6 +27,7 @@ from gircse_kernels.plan import (
     partial_floats,
     plan_backward,
     plan_forward,
+    plan_select,
     plan_two_products,
 )
 
@@ -58,16 +59,16 @@ class Floor(NamedTuple):
 
 
 def forward_floor(problem: Problem) -> Floor:
-    """4 T V D FLOPs (D = E)."""
+    """4 T V D FLOPs (D = E). Given logits: 2 T V E, and they are read once."""
     rows, vocab, width, value_width, tied, itemsize = problem
-    columns = width if tied else width + value_width
+    columns = (width if tied else width + value_width) + (rows if width == 0 else 0)
     return Floor(2 * rows * vocab * (width + value_width), itemsize * vocab * columns)
 
 
 def backward_floor(problem: Problem) -> Floor:
-    """Frozen matrices: scores again, dP, dh."""
+    """Frozen matrices: scores again, dP, dh. Given logits: they are read, dP is made, their gradient is written."""
     rows, vocab, width, value_width, tied, itemsize = problem
-    columns = width if tied else width + value_width
+    columns = (width if tied else width + value_width) + (2 * rows if width == 0 else 0)
     return Floor(2 * rows * vocab * (2 * width + value_width), itemsize * vocab * columns)
 
 
@@ -102,15 +103,14 @@ def _two_products(problem: Problem, plan: TwoProducts) -> list[Work]:
     rows, vocab, width, value_width, _, itemsize = problem
     blocks, chunks = cdiv(rows, plan.row_block), cdiv(vocab, plan.chunk)
     launches, hidden = blocks * chunks, chunks * itemsize * rows * width
-    scores = rows * vocab * (itemsize if plan.half_scores else 4)
+    scores = rows * vocab * (itemsize if plan.half_scores or width == 0 else 4)
     probs, sums = itemsize * rows * vocab, 12 * rows * cdiv(vocab, plan.tile)
     accumulator = 4 * rows * value_width * (2 * chunks - 1)  # written, and read and written by every further chunk
     head, flops = blocks * itemsize * vocab * width, 2 * rows * vocab * width
     if plan.product is None:
-        first = [
-            Work(PRODUCT, launches, flops, head, scores, hidden),
-            Work("weights_kernel", launches, partial_bytes=scores + probs + sums),
-        ]
+        first = [Work("weights_kernel", launches, partial_bytes=scores + probs + sums)]
+        if width > 0:
+            first.insert(0, Work(PRODUCT, launches, flops, head, scores, hidden))
     else:
         tile = plan.product.blocks
         flops = 2 * _up(rows, tile["BLOCK_T"]) * _up(vocab, tile["BLOCK_V"]) * _up(width, tile["BLOCK_K"])
@@ -130,22 +130,46 @@ def backward_work(problem: Problem, device: Device, *, kept: bool = False) -> li
     rows, vocab, width, value_width, tied, itemsize = problem
     blocks, chunks = cdiv(rows, plan.row_block), cdiv(vocab, plan.chunk)
     launches = blocks * chunks
-    scores, grad_probs = rows * vocab * (itemsize if plan.half_scores else 4), 4 * rows * vocab
+    scores, grad_probs = rows * vocab * (itemsize if plan.half_scores or width == 0 else 4), 4 * rows * vocab
     head, values = (blocks * itemsize * vocab * columns for columns in (width, value_width))
     hidden, upstream = (chunks * itemsize * rows * columns for columns in (width, value_width))
     grad = itemsize * rows * vocab
     sums = [Work(PRODUCT, launches, 2 * rows * vocab * value_width, values, grad_probs, upstream)]
     if not kept and tied and not plan.half_scores:  # one product of both row by row
         sums = [Work(PRODUCT, launches, 4 * rows * vocab * width, head, scores + grad_probs, hidden + upstream)]
-    elif not kept:
+    elif not kept and width > 0:
         sums.append(Work(PRODUCT, launches, 2 * rows * vocab * width, head, scores, hidden))
     read = grad_probs + (grad if kept else scores)
     accumulator = 4 * rows * width * (2 * chunks - 1)
-    return [
+    work = [
         Work("constants_kernel", 1, row_bytes=4 * rows + (itemsize + 4) * rows * value_width),
         *sums,
         Work("score_grad_kernel", launches, partial_bytes=read + grad),
-        Work(PRODUCT, launches, 2 * rows * vocab * width, head, grad + accumulator),
+    ]
+    if width > 0:
+        work.append(Work(PRODUCT, launches, 2 * rows * vocab * width, head, grad + accumulator))
+    return work
+
+
+def lists_floor(problem: Problem, kept: int) -> Floor:
+    """Of rows that keep `kept` entries each: the head once, and these rows of the embedding matrix."""
+    rows, vocab, width, value_width, _, itemsize = problem
+    return Floor(2 * rows * vocab * width, itemsize * (vocab * width + rows * kept * value_width))
+
+
+def lists_work(problem: Problem, device: Device, kept: int, capacity: int) -> list[Work]:
+    """The launches of a forward of rows that keep `kept` entries each, among `capacity` candidates."""
+    rows, vocab, width, value_width, _, itemsize = problem
+    plan = plan_select(rows, vocab, itemsize, device, capacity)
+    launches = cdiv(rows, plan.row_block)
+    scores, sums = 4 * rows * vocab, rows * (4 * plan.groups + 20 * plan.tiles)
+    head, hidden = launches * itemsize * vocab * width, itemsize * rows * width
+    group, lists = plan.select.blocks["GROUP"], 12 * rows * capacity
+    return [
+        Work(PRODUCT, launches, 2 * rows * vocab * width, head, scores, hidden),
+        Work("weights_kernel", launches, partial_bytes=scores + sums),
+        Work("select_kernel", launches, partial_bytes=sums + 4 * rows * 2 * capacity * group + lists),
+        Work("kept_forward_kernel", 1, 0, itemsize * rows * kept * value_width, lists, itemsize * rows * value_width),
     ]
 
 

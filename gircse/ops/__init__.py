@@ -6,6 +6,7 @@ from .module import HeadFacts, SoftEmbedding, from_model
 from .objective import icr_objective
 from .pooling import l2_normalize, pool_steps
 from .soft_embed import SoftTokenStats, soft_embed
+from .soft_embed_logits import soft_embed_logits
 from .top_tokens import top_tokens
 from .vocab_parallel import VocabShard
 
@@ -20,6 +21,7 @@ __all__ = [
     "l2_normalize",
     "pool_steps",
     "soft_embed",
+    "soft_embed_logits",
     "stepwise_info_nce",
     "top_tokens",
 ]

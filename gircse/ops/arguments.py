@@ -26,9 +26,29 @@ def check_floating(name: str, value: object) -> None:
             '.full_tensor(grad_placements=[Partial("avg")]), whose gradient is the mean over ranks as in FSDP (without '
             "grad_placements each rank would keep its own), or this rank's rows of the matrices with vocab_parallel="
         )
+    kind = quantised(value)
+    if kind is not None:
+        raise TypeError(f"{name}: got {kind}, expected a plain tensor: {KEEP_PLAIN}")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected one of {', '.join(map(str, DTYPES))}")
     check_dense(name, value)
+
+
+KEEP_PLAIN = (
+    'keep it out of the quantisation (modules_to_not_convert=["lm_head"]; bitsandbytes: llm_int8_skip_modules), or '
+    "dequantize it once and pass that matrix"
+)
+
+
+def quantised(value: Tensor) -> str | None:
+    """What a quantised tensor of torchao or bitsandbytes is called; None for any other tensor.
+
+    Those of torchao say that they are bfloat16, those of bitsandbytes hold packed bytes in another shape.
+    """
+    if type(value) is Tensor or type(value) is torch.nn.Parameter:
+        return None
+    library = type(value).__module__.split(".")[0]
+    return f"a quantised {type(value).__name__} of {library}" if library in ("torchao", "bitsandbytes") else None
 
 
 def check_dense(name: str, value: Tensor) -> None:
@@ -61,9 +81,13 @@ def check_number(name: str, value: object, *, positive: bool = False) -> float:
     return number
 
 
-def check_like(name: str, value: Tensor, other_name: str, other: Tensor, cast: torch.dtype | None = None) -> None:
-    """The same dtype, once all but float64 tensors are cast to ``cast``, and the same device."""
-    if value.dtype != other.dtype and (cast is None or torch.float64 in (value.dtype, other.dtype)):
+def check_like(
+    name: str, value: Tensor, other_name: str, other: Tensor, cast: torch.dtype | None = None, *, mixed: bool = False
+) -> None:
+    """The same device, and the same dtype once all but float64 tensors are cast to ``cast``; if ``mixed``, any dtypes
+    that are computed in one."""
+    free = mixed or cast is not None
+    if value.dtype != other.dtype and (not free or torch.float64 in (value.dtype, other.dtype)):
         raise TypeError(f"{name}: got dtype {value.dtype}, expected {other.dtype}, the dtype of {other_name}")
     if value.device != other.device:
         raise ValueError(f"{name}: got device {value.device}, expected {other.device}, the device of {other_name}")
@@ -77,8 +101,11 @@ def has_no_values(tensor: Tensor) -> bool:
 def row_values(name: str, value: Tensor, hidden: Tensor) -> Tensor:
     """A tensor with one value for each row of hidden, or that broadcasts to it, as one for each row, [T].
 
-    Dimensions of size 1 may be left out: [B] fits hidden [B, 1, D].
+    Dimensions of size 1 may be left out: [B] fits hidden [B, 1, D]. A last dimension of size 1 may stand for hidden's
+    own, as where the tensor divides logits [..., V].
     """
+    if value.dim() == hidden.dim() > 1 and value.shape[-1] == 1:
+        value = value[..., 0]
     if value.device != hidden.device:
         raise ValueError(f"{name}: got device {value.device}, expected {hidden.device}, the device of hidden")
     leading = hidden.shape[:-1]
@@ -93,4 +120,22 @@ def row_values(name: str, value: Tensor, hidden: Tensor) -> Tensor:
     raise ValueError(
         f"{name}: got shape {tuple(value.shape)}, expected one broadcastable to {tuple(leading)}, "
         "the leading dimensions of hidden"
+    )
+
+
+def row_vectors(name: str, value: Tensor, hidden: Tensor) -> Tensor:
+    """A tensor with a vector for each row of hidden, or that broadcasts to it, as [T, n]."""
+    if value.device != hidden.device:
+        raise ValueError(f"{name}: got device {value.device}, expected {hidden.device}, the device of hidden")
+    leading, count = hidden.shape[:-1], value.shape[-1]
+    try:
+        if torch.broadcast_shapes(value.shape[:-1], leading) == leading:
+            return value.broadcast_to(*leading, count).reshape(-1, count)
+    except RuntimeError:
+        pass
+    if value.dim() == 2 and value.shape[0] == leading.numel():
+        return value
+    raise ValueError(
+        f"{name}: got shape {tuple(value.shape)}, expected leading dimensions broadcastable to {tuple(leading)}, those "
+        "of hidden"
     )

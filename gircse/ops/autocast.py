@@ -31,8 +31,12 @@ def no_autocast(device: str) -> Any:
 
 
 def cast_inputs(inputs: Inputs, cast: torch.dtype | None) -> Inputs:
-    """Cast as a linear layer does under autocast. The op does it, so that autograd sees the originals."""
+    """Cast as a linear layer does under autocast. The op does it, so that autograd sees the originals.
+
+    Logits that are given stay as they are: a copy of them is what the op exists to avoid.
+    """
     if cast is None:
         return inputs
-    values = (t if t is None or t.dtype == torch.float64 else t.to(cast) for t in inputs[:4])
-    return inputs._replace(**dict(zip(Inputs._fields, values, strict=False)))  # type: ignore[arg-type]
+    names = Inputs._fields[:4] if inputs.head is not None else Inputs._fields[1:4]
+    values = ((name, getattr(inputs, name)) for name in names)
+    return inputs._replace(**{n: t if t is None or t.dtype == torch.float64 else t.to(cast) for n, t in values})

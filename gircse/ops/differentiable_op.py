@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import observers
 from .autocast import no_autocast
-from .transforms import fold, loop, unfold
+from .transforms import loop, rows_or_loop
 
 Tensors = Sequence[Tensor | None]
 
@@ -68,7 +68,8 @@ class DifferentiableOp(ABC):
 
     @abstractmethod
     def block(self, tensors: Tensors) -> int:
-        """How many rows the plain formula may take at a time."""
+        """How many rows the plain formula may take at a time; entries of its first dimension if the first tensor has
+        more than two."""
 
     def constant(self, scalars: Sequence[Any]) -> tuple[int, ...]:
         """The results without a gradient."""
@@ -225,16 +226,18 @@ class DifferentiableOp(ABC):
         parts: dict[int, list[Tensor]] = {}
         for start in range(0, rows, size):
 
-            def cut(tensors: Tensors, first: int, start: int = start) -> list[Tensor | None]:
-                return [
-                    t if t is None or first + i in whole else t[start : start + size] for i, t in enumerate(tensors)
-                ]
+            def part(t: Tensor, start: int = start) -> Tensor:
+                each = t.shape[0] // rows
+                return t[start * each : (start + size) * each]
 
-            for i, part in self._second_block(cut(values, 0), scalars, cut(cotangents, count), wanted).items():
+            def cut(tensors: Tensors, first: int, part: Callable[[Tensor], Tensor] = part) -> list[Tensor | None]:
+                return [t if t is None or first + i in whole else part(t) for i, t in enumerate(tensors)]
+
+            for i, found in self._second_block(cut(values, 0), scalars, cut(cotangents, count), wanted).items():
                 if i in whole:
-                    sums[i] = sums[i] + part if i in sums else part
+                    sums[i] = sums[i] + found if i in sums else found
                 else:
-                    parts.setdefault(i, []).append(part)
+                    parts.setdefault(i, []).append(found)
         return {**sums, **{i: torch.cat(each) for i, each in parts.items()}}
 
     def _second_block(
@@ -305,34 +308,17 @@ class DifferentiableOp(ABC):
             return pull_back(lambda *upstream: pull_back(function, primals, upstream), zeros, tangents)
 
     def _vmap(self, op: Any, info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
-        return self._rows_or_loop(op, 0, self.num_tensors, False, info.batch_size, in_dims, arguments)
+        if self.shared is None:
+            return loop(op, info.batch_size, in_dims, arguments)
+        return rows_or_loop(op, self.shared, self.num_tensors, info.batch_size, in_dims, arguments)
 
     def _vmap_backward(self, op: Any, info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
         first, needs = len(self.upstream), arguments[-1]
-        tensors = first + self.num_tensors + len(self.saved)
         # a shared tensor has a gradient for each of the batch
-        alone = any(i < len(needs) and needs[i] for i in self.shared or ())
-        return self._rows_or_loop(op, first, tensors, alone, info.batch_size, in_dims, arguments)
-
-    def _rows_or_loop(
-        self,
-        op: Any,
-        first: int,
-        tensors: int,
-        alone: bool,
-        batch: int,
-        in_dims: Sequence[Any],
-        arguments: Sequence[Any],
-    ) -> tuple[Any, Any]:
-        """A batch of rows is more rows; a batch of what all rows share is a loop. Inputs are from `first` on."""
-        shared = None if self.shared is None else [first + i for i in self.shared]
-        if shared is None or alone or any(in_dims[i] is not None for i in shared):
-            return loop(op, batch, in_dims, arguments)
-        folded = [
-            tensor if i in shared else fold(tensor, dim, batch)
-            for i, (tensor, dim) in enumerate(zip(arguments[:tensors], in_dims, strict=False))
-        ]
-        return unfold(op(*folded, *arguments[tensors:]), batch)
+        if self.shared is None or any(i < len(needs) and needs[i] for i in self.shared):
+            return loop(op, info.batch_size, in_dims, arguments)
+        shared, tensors = [first + i for i in self.shared], first + self.num_tensors + len(self.saved)
+        return rows_or_loop(op, shared, tensors, info.batch_size, in_dims, arguments)
 
 
 def _function(name: str, forward: Any, setup: Any, backward: Any, jvp: Any, vmap: Any) -> Callable[..., Any]:

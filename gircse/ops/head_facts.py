@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .arguments import KEEP_PLAIN, quantised
 from .soft_embed import soft_embed
 from .top_tokens import top_tokens
 
@@ -46,8 +47,8 @@ class HeadFacts(NamedTuple):
         dropout of such an adapter acts on the model's own logits only.
 
         Raises:
-            UnsupportedModelError: there is no head or table with a weight, they are of different vocabularies, or an
-                adapter changes one of them otherwise than by its weight.
+            UnsupportedModelError: there is no head or table with a weight, one of them is quantised, they are of
+                different vocabularies, or an adapter changes one of them otherwise than by its weight.
         """
         name = type(model).__name__
         head, embedding = vocabulary_layers(model)
@@ -87,7 +88,7 @@ class HeadFacts(NamedTuple):
         )
 
     def top_tokens(self, hidden: Tensor, n: int, **options: Any) -> tuple[Tensor, Tensor]:
-        """Ids and probabilities [..., n] of the most probable tokens; options: temperature, backend."""
+        """Ids and weights [..., n]; options: the other arguments of `gircse.ops.top_tokens`."""
         return top_tokens(hidden, self.head_weight, n, **self.score_options(), **options)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -143,8 +144,14 @@ def _weight(layer: Any, what: str) -> Tensor:
     if tokens is not None:  # PEFT trains single rows of the table
         apart = tokens.disable_adapters or tokens.merged
         return tokens.base_layer.weight if apart else tokens.get_merged_weights(tokens.active_adapters)
-    weight = base_layer(layer).weight
-    if not hasattr(layer, "base_layer") or layer.disable_adapters or layer.merged:
+    if not hasattr(layer, "base_layer"):
+        weight = base_layer(layer).weight
+        kind = quantised(weight)
+        if kind is not None:
+            raise UnsupportedModelError(f"model: the {what} is {kind}, expected a plain matrix: {KEEP_PLAIN}")
+        return weight
+    weight = _weight(layer.base_layer, what)  # LoRA may wrap trained tokens
+    if layer.disable_adapters or layer.merged:
         return weight
     tables = (getattr(layer, "lora_A", {}), getattr(layer, "lora_embedding_A", {}))
     for name in layer.active_adapters:

@@ -18,7 +18,17 @@ _ROUNDS = 10
 
 def gumbel(seeds: Tensor, start: int, stop: int) -> Tensor:
     """Standard Gumbel noise of vocabulary entries start..stop-1, [R, stop - start] float32, for seeds [R] int64."""
-    bits = _philox(seeds, start // 4, -(-stop // 4))[:, start % 4 :][:, : stop - start]
+    counter = torch.arange(start // 4, -(-stop // 4), dtype=torch.int64, device=seeds.device)
+    bits = _philox(seeds, counter.expand(len(seeds), -1)).flatten(1)
+    return _gumbel(bits[:, start % 4 :][:, : stop - start])
+
+
+def gumbel_at(seeds: Tensor, index: Tensor) -> Tensor:
+    """The same noise of the vocabulary entries index [R, C], [R, C] float32."""
+    return _gumbel(_philox(seeds, index // 4).gather(2, index[..., None] % 4)[..., 0])
+
+
+def _gumbel(bits: Tensor) -> Tensor:
     # -log(Exp(1)), Exp(1) = -log(1 - w): small w is the large noise, whose series keeps the resolution of all bits
     w = bits.to(torch.float32).mul_(2.0**-32).add_(2.0**-33)
     series = w * (1.0 + w * (0.5 + w * (1 / 3 + w * (0.25 + w * 0.2))))
@@ -26,10 +36,9 @@ def gumbel(seeds: Tensor, start: int, stop: int) -> Tensor:
     return torch.where(w < 2.0**-6, series, far).log_().neg_()
 
 
-def _philox(seeds: Tensor, first: int, last: int) -> Tensor:
-    """The 32-bit numbers of counters first..last-1, four each, [R, 4 * (last - first)] int64."""
+def _philox(seeds: Tensor, counter: Tensor) -> Tensor:
+    """The four 32-bit numbers of each counter [R, N], [R, N, 4] int64."""
     keys = seeds[:, None] & _LOW, (seeds[:, None] >> 32) & _LOW
-    counter = torch.arange(first, last, dtype=torch.int64, device=seeds.device)[None, :].expand(seeds.shape[0], -1)
     zero = torch.zeros_like(counter)
     c0, c1, c2, c3 = counter, zero, zero, zero
     for _ in range(_ROUNDS):
@@ -38,4 +47,4 @@ def _philox(seeds: Tensor, first: int, last: int) -> Tensor:
         c0, c1 = (product_2 >> 32) & _LOW ^ c1 ^ keys[0], product_2 & _LOW
         c2, c3 = (product_0 >> 32) & _LOW ^ c3 ^ keys[1], product_0 & _LOW
         keys = (keys[0] + _WEYL[0]) & _LOW, (keys[1] + _WEYL[1]) & _LOW
-    return torch.stack([c0, c1, c2, c3], -1).flatten(1)
+    return torch.stack([c0, c1, c2, c3], -1)

@@ -24,8 +24,9 @@ import torch
 from gircse_kernels.contract import Forward, Grads, Inputs, Needs, Options, Saved
 from torch import Tensor
 
-from .noise import gumbel
-from .tiles_torch import ChunkReader, accumulation_dtype, is_copied, matmul_nt, slices, tiling
+from .scorer import Scorer, row_factor
+from .straight_through import one_hot_rows
+from .tiles_torch import ChunkReader, is_copied, matmul_nt, slices, tiling
 
 # Below this, exp is exactly 0 in every dtype. A finite stand-in for -inf, whose product with that 0 would be NaN.
 LOG_FLOOR = -1e4
@@ -41,116 +42,53 @@ class OnlineState(NamedTuple):
     argmax: Tensor | None  # [T, 1] vocabulary index of the peak, the lowest one of a tie
 
 
-class Scorer:
-    """Scores ``softcap(logit_scale * (hidden @ head.T + bias)) / temperature`` of a row tile against a vocabulary
-    chunk.
+class Matrices:
+    """Chunks of the head [C, D], None where logits are given, and of the embedding matrix [C, E]."""
 
-    All that is constant along a row is folded into one scaled copy of hidden (``inner``) and one factor after the
-    soft-cap (``outer``), so that the plain case costs no pass over the scores.
-    """
+    def __init__(self, inputs: Inputs, dtype: torch.dtype, size: int) -> None:
+        self.head, self.embed = (None if m is None else ChunkReader(m, dtype, size) for m in inputs[1:3])
 
-    def __init__(self, inputs: Inputs, options: Options) -> None:
-        hidden, head, _, bias, temperature, seeds, threshold = inputs
-        self.dtype = accumulation_dtype(hidden.dtype)
-        self.head, self.bias, self.capped = head, bias, options.softcap is not None
-        inner: float | Tensor = options.logit_scale
-        before = options.logit_temperature
-        outer: float | Tensor = 1.0 / options.temperature
-        if temperature is not None:
-            outer = outer / temperature.to(self.dtype)[:, None]
-        self.inverse_temperature, self.vocab_start = outer, options.vocab_start
-        self.threshold = None if threshold is None else threshold[:, None]
-        if options.seed is not None:  # the same noise in every row
-            seeds = torch.tensor([options.seed], device=hidden.device)
-        self.seeds = seeds
-        if options.softcap is not None:
-            inner, outer = inner / options.softcap, outer * (options.softcap / before)
-        else:
-            inner, outer = outer * (inner / before), 1.0
-        self.inner, self.outer = inner, outer  # numbers, or [T, 1]
-        rows = hidden.to(self.dtype)
-        self.rows = (rows if isinstance(inner, float) and inner == 1.0 else rows * inner).contiguous()  # [T, D]
+    def __call__(self, vocab: slice) -> tuple[Tensor | None, Tensor]:
+        head, embed = (None if read is None else read(vocab) for read in (self.head, self.embed))
+        values = head if embed is None else embed
+        assert values is not None
+        return head, values
 
-    def __call__(self, rows: slice, vocab: slice, chunk: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scores [R, C], which the caller may overwrite, and tanh of the capped logits (None without soft-cap)."""
-        scores = matmul_nt(self.rows[rows], chunk)
-        if self.bias is not None:
-            bias = self.bias[vocab].to(self.dtype)
-            if isinstance(self.inner, Tensor):
-                scores.addr_(self.inner[rows, 0], bias)
-            else:
-                scores.add_(bias, alpha=self.inner)
-        tanh = None
-        if self.capped:
-            tanh = scores.tanh_()
-            scores = tanh * row_factor(self.outer, rows)
-        removed = None if self.threshold is None else scores < self.threshold[rows]  # whatever the noise
-        if self.seeds is not None:
-            self._add_noise(scores, rows, vocab)
-        if removed is not None:
-            scores = scores.masked_fill_(removed, -torch.inf)
-        return scores, tanh
-
-    def _add_noise(self, scores: Tensor, rows: slice, vocab: slice) -> None:
-        """Gumbel noise over the temperature, a few columns at a time: the generator has a dozen temporaries."""
-        assert self.seeds is not None
-        seeds = self.seeds if self.seeds.shape[0] == 1 else self.seeds[rows]
-        factor = row_factor(self.inverse_temperature, rows)
-        for part in slices(vocab.stop - vocab.start, max(4, (1 << 16) // max(1, seeds.shape[0]))):
-            start = self.vocab_start + vocab.start
-            noise = gumbel(seeds, start + part.start, start + part.stop).to(scores.dtype)
-            scores[:, part] += noise * factor
-
-    def backpropagate(self, grad: Tensor, tanh: Tensor | None, rows: slice) -> Tensor:
-        """Gradient of ``scaled hidden @ head.T`` from the gradient of the scores, in place."""
-        if tanh is None:
-            return grad
-        # d(outer * tanh(x)) = outer * (1 - tanh^2) dx
-        grad.addcmul_(grad * tanh, tanh, value=-1.0)
-        return grad.mul_(row_factor(self.outer, rows))
-
-
-def row_factor(factor: float | Tensor, rows: slice) -> float | Tensor:
-    """The part of a per-row factor that belongs to a tile; a number as it is."""
-    return factor[rows] if isinstance(factor, Tensor) else factor
+    @staticmethod
+    def copied(inputs: Inputs, dtype: torch.dtype) -> int:
+        """Elements that are copied for each vocabulary entry of a chunk."""
+        return sum(m.shape[1] for m in inputs[1:3] if m is not None and is_copied(m, dtype))
 
 
 def forward(inputs: Inputs, options: Options, *, stats: bool, exact: bool, keep: bool = False) -> Forward:
     """Soft tokens, with ``stats`` their statistics, with ``exact`` also before rounding. ``keep`` is for other
     backends: this one recomputes its probabilities."""
-    return finish(scan(inputs, options, stats=stats), options, inputs.hidden.dtype, exact=exact)
+    return finish(scan(inputs, options, stats=stats), options, inputs.out_dtype, exact=exact)
 
 
 def scan(inputs: Inputs, options: Options, *, stats: bool) -> OnlineState:
     """One pass over the vocabulary (or over one shard of it)."""
-    hidden, head, embed = inputs[:3]
     scorer = Scorer(inputs, options)
-    (num_rows, width), num_vocab, dtype = hidden.shape, head.shape[0], scorer.dtype
-    values = head if embed is None else embed
+    num_rows, width, dtype, device = inputs.num_rows, inputs.values.shape[1], scorer.dtype, inputs.hidden.device
     state = OnlineState(
         # A finite start instead of -inf: a chunk whose scores are all -inf then gives exp(-inf) = 0, not NaN.
-        peak=torch.full((num_rows, 1), torch.finfo(dtype).min, dtype=dtype, device=hidden.device),
-        total=torch.zeros((num_rows, 1), dtype=dtype, device=hidden.device),
-        acc=torch.zeros((num_rows, values.shape[1]), dtype=dtype, device=hidden.device),
-        moment=torch.zeros((num_rows, 1), dtype=dtype, device=hidden.device) if stats else None,
-        argmax=torch.zeros((num_rows, 1), dtype=torch.int64, device=hidden.device) if stats else None,
-    )
-    copied = (width if is_copied(head, dtype) else 0) + (
-        values.shape[1] if embed is not None and is_copied(embed, dtype) else 0
+        peak=torch.full((num_rows, 1), torch.finfo(dtype).min, dtype=dtype, device=device),
+        total=torch.zeros((num_rows, 1), dtype=dtype, device=device),
+        acc=torch.zeros((num_rows, width), dtype=dtype, device=device),
+        moment=torch.zeros((num_rows, 1), dtype=dtype, device=device) if stats else None,
+        argmax=torch.zeros((num_rows, 1), dtype=torch.int64, device=device) if stats else None,
     )
     tile, size = tiling(
         num_rows,
-        num_vocab,
-        tiles=1 + (options.softcap is not None) + stats + (inputs.threshold is not None),
-        per_vocab=copied,
-        per_row=values.shape[1],
+        inputs.num_vocab,
+        tiles=1 + (options.softcap is not None) + stats + _masks(inputs),
+        per_vocab=Matrices.copied(inputs, dtype),
+        per_row=width,
         itemsize=dtype.itemsize,
     )
-    read_head = ChunkReader(head, dtype, size)
-    read_embed = None if embed is None else ChunkReader(embed, dtype, size)
-    for vocab in slices(num_vocab, size):
-        chunk = read_head(vocab)
-        chunk_values = chunk if read_embed is None else read_embed(vocab)
+    read = Matrices(inputs, dtype, size)
+    for vocab in slices(inputs.num_vocab, size):
+        chunk, chunk_values = read(vocab)
         for rows in slices(num_rows, tile):
             scores, _ = scorer(rows, vocab, chunk)
             _accumulate(state, scores, chunk_values, rows, vocab.start)
@@ -218,37 +156,31 @@ def backward(
     ``dS = P * (dP - sum(grad_out * out) + grad_lse) - grad_entropy * P * (log P + H)``.
     """
     hidden, head, embed, bias = inputs[:4]
-    out, entropy = saved.out, saved.entropy
     peak, total = saved.peak[:, None], saved.total[:, None]
     scorer = Scorer(inputs, options)
-    (num_rows, width), num_vocab, dtype = hidden.shape, head.shape[0], scorer.dtype
-    values = head if embed is None else embed
-    # With w = exp(score - peak), P = w / total: 1 / total and all that is constant along a row go into the upstream
-    # gradient and one number per row, so that dS = w * (upstream @ embed.T - constant - slope * (score - peak)).
-    out = out.to(dtype)
-    upstream = torch.zeros_like(out) if grad_out is None else grad_out.to(dtype)
-    constant = (upstream * out).sum(1, keepdim=True)
-    if grad_lse is not None:
-        constant -= grad_lse.to(dtype)[:, None]
-    slope = None
-    if grad_entropy is not None and entropy is not None:
-        slope = grad_entropy.to(dtype)[:, None] / total
-        constant += grad_entropy.to(dtype)[:, None] * (entropy[:, None] - total.log())
-    constant /= total
-    upstream = (upstream * (options.embed_scale / total)).contiguous()
-
+    num_rows, num_vocab, dtype, device = inputs.num_rows, inputs.num_vocab, scorer.dtype, hidden.device
+    upstream, constant, slope = upstream_of(grad_out, grad_lse, grad_entropy, saved, options, dtype)
     need_values = needs.embed if embed is not None else needs.head
-    need_scores = needs.hidden or needs.head or needs.bias or needs.temperature
+    need_scores = any(needs._replace(embed=False))
     keep_log = slope is not None or needs.temperature
-    grad_rows = torch.zeros((num_rows, width), dtype=dtype, device=hidden.device) if needs.hidden else None
-    grad_head = torch.empty_like(head, memory_format=torch.contiguous_format) if needs.head else None
-    grad_embed = (
-        torch.empty_like(embed, memory_format=torch.contiguous_format) if embed is not None and needs.embed else None
+    grad_rows = None
+    if needs.hidden and head is None:  # given logits: each of its elements is written once
+        grad_rows = torch.empty((num_rows, num_vocab), dtype=hidden.dtype, device=device)
+    elif needs.hidden:
+        grad_rows = torch.zeros((num_rows, hidden.shape[1]), dtype=dtype, device=device)
+    grad_head, grad_embed = (
+        torch.empty_like(matrix, memory_format=torch.contiguous_format) if matrix is not None and need else None
+        for matrix, need in ((head, needs.head), (embed, needs.embed))
     )
-    grad_bias = torch.zeros(num_vocab, dtype=dtype, device=hidden.device) if bias is not None and needs.bias else None
-    grad_temperature = torch.zeros((num_rows, 1), dtype=dtype, device=hidden.device) if needs.temperature else None
+    grad_bias = torch.zeros(num_vocab, dtype=dtype, device=device) if bias is not None and needs.bias else None
+    grad_temperature = torch.zeros((num_rows, 1), dtype=dtype, device=device) if needs.temperature else None
+    grad_noise = torch.zeros((num_rows, 1), dtype=dtype, device=device) if needs.noise_scale else None
+    grad_values = None
+    if needs.bias_values and inputs.bias_values is not None:
+        grad_values = torch.zeros_like(inputs.bias_values, dtype=dtype)
 
-    value_width = values.shape[1]
+    width = 0 if head is None else head.shape[1]
+    hard = saved.token is not None and need_values
     tile, size = tiling(
         num_rows,
         num_vocab,
@@ -256,19 +188,17 @@ def backward(
         + keep_log
         + 2 * (options.softcap is not None)
         + 2 * (needs.head or need_values)
-        + (inputs.threshold is not None),
-        per_vocab=(width if is_copied(head, dtype) else 0)
-        + (value_width if embed is not None and is_copied(embed, dtype) else 0)
+        + 2 * hard
+        + _masks(inputs),
+        per_vocab=Matrices.copied(inputs, dtype)
         + (2 * width if needs.head else 0)
-        + (2 * value_width if need_values else 0),
+        + (2 * inputs.values.shape[1] if need_values else 0),
         per_row=width,
         itemsize=dtype.itemsize,
     )
-    read_head = ChunkReader(head, dtype, size)
-    read_embed = None if embed is None else ChunkReader(embed, dtype, size)
+    read = Matrices(inputs, dtype, size)
     for vocab in slices(num_vocab, size):
-        chunk = read_head(vocab)
-        chunk_values = chunk if read_embed is None else read_embed(vocab)
+        chunk, chunk_values = read(vocab)
         chunk_grad_head: Tensor | None = None
         chunk_grad_embed: Tensor | None = None
         for rows in slices(num_rows, tile):
@@ -277,7 +207,10 @@ def backward(
             logs = scores.clamp_min(LOG_FLOOR) if keep_log else None
             weights = scores.exp_()
             if need_values:
-                part = matmul_nt(weights.T, upstream[rows].T)
+                taken = weights
+                if saved.token is not None:
+                    taken = one_hot_rows(weights, total[rows], saved.token[rows], options.vocab_start + vocab.start)
+                part = matmul_nt(taken.T, upstream[rows].T)
                 if embed is None:
                     chunk_grad_head = _add(chunk_grad_head, part)
                 else:
@@ -290,13 +223,23 @@ def backward(
             grad.mul_(weights)
             if grad_temperature is not None and logs is not None:
                 grad_temperature[rows] -= logs.mul_(grad).sum(1, keepdim=True)
+            if scorer.seeds is not None and (grad_temperature is not None or grad_noise is not None):
+                noise_sum = scorer.noise_gradient(grad, rows, vocab)
+                if grad_temperature is not None:  # of the scores without noise
+                    grad_temperature[rows] += noise_sum * row_factor(scorer.noise_scale, rows)
+                if grad_noise is not None:
+                    grad_noise[rows] += noise_sum
+            if grad_values is not None:
+                grad_values[rows] += scorer.entry_gradient(grad, rows, vocab)
             grad = scorer.backpropagate(grad, tanh, rows)
-            if grad_rows is not None:
+            if grad_bias is not None:
+                grad_bias[vocab] += _bias_gradient(grad, scorer.inner, rows)
+            if grad_rows is not None and chunk is None:
+                grad_rows[rows, vocab] = grad.mul_(row_factor(scorer.inner, rows)) if scorer.scaled else grad
+            elif grad_rows is not None and chunk is not None:
                 grad_rows[rows] += matmul_nt(grad, chunk.T)
             if grad_head is not None:
                 chunk_grad_head = _add(chunk_grad_head, matmul_nt(grad.T, scorer.rows[rows].T))
-            if grad_bias is not None:
-                grad_bias[vocab] += _bias_gradient(grad, scorer.inner, rows)
         if grad_head is not None and chunk_grad_head is not None:
             grad_head[vocab] = chunk_grad_head
         if grad_embed is not None and chunk_grad_embed is not None:
@@ -305,11 +248,40 @@ def backward(
         for matrix in (grad_head, grad_embed):
             if matrix is not None:
                 matrix.zero_()
-    if grad_rows is not None and not (isinstance(scorer.inner, float) and scorer.inner == 1.0):
+    if grad_rows is not None and head is not None and scorer.scaled:
         grad_rows.mul_(scorer.inner)
-    return Grads(
-        grad_rows, grad_head, grad_embed, grad_bias, None if grad_temperature is None else grad_temperature[:, 0]
-    )
+    temperature, noise_scale = (None if grad is None else grad[:, 0] for grad in (grad_temperature, grad_noise))
+    return Grads(grad_rows, grad_head, grad_embed, grad_bias, temperature, noise_scale, grad_values)
+
+
+def upstream_of(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_entropy: Tensor | None,
+    saved: Saved,
+    options: Options,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What is constant along a row in the gradient of its scores.
+
+    With w = exp(score - peak), P = w / total: 1 / total and the constants go into the upstream gradient [T, E] and one
+    number per row, so that ``dS = w * (upstream @ embed.T - constant - slope * (score - peak))``.
+    """
+    out, total = saved.out.to(dtype), saved.total[:, None]
+    upstream = torch.zeros_like(out) if grad_out is None else grad_out.to(dtype)
+    constant = (upstream * out).sum(1, keepdim=True)
+    if grad_lse is not None:
+        constant -= grad_lse.to(dtype)[:, None]
+    slope = None
+    if grad_entropy is not None and saved.entropy is not None:
+        slope = grad_entropy.to(dtype)[:, None] / total
+        constant += grad_entropy.to(dtype)[:, None] * (saved.entropy[:, None] - total.log())
+    return (upstream * (options.embed_scale / total)).contiguous(), constant / total, slope
+
+
+def _masks(inputs: Inputs) -> int:
+    """Buffers of a tile that given logits and what removes entries take."""
+    return (inputs.head is None) + (inputs.threshold is not None) + 2 * (inputs.bitmask is not None)
 
 
 def _add(total: Tensor | None, part: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""``top_tokens``: the most probable vocabulary entries of a soft token, for inspection."""
+"""``top_tokens``: the most probable vocabulary entries of a soft token, for inspection and for sampling."""
 
 from __future__ import annotations
 
@@ -6,20 +6,28 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from gircse_kernels.contract import Inputs, Options
+from gircse_kernels.contract import Candidates, Inputs, Options
 from torch import Tensor
 
 from gircse.integers import as_integer
 
+from . import kept_rows, soft_embed_op
 from .autocast import no_autocast
-from .backends import check_backend, resolve_backend
+from .backends import resolve_backend
+from .candidates_torch import in_order, merge
 from .chunk_scores import chunk_scores, ordered_bits
-from .soft_embed import check_scores, row_temperature
+from .selection import narrow
+from .soft_embed_arguments import prepare
+from .soft_embed_plain import entry_scores
 from .tiles_torch import accumulation_dtype, slices, tiling
-from .transforms import eager, fold, loop, rows_of_numbers, unfold
+from .transforms import eager, rows_of_numbers, rows_or_loop
+from .vocab_parallel import Across, SumGradient, VocabShard, find_group
+
+_NUM_TENSORS = len(Inputs._fields)
+_MATRICES = (1, 2, 3)  # what all rows share
+_WITH_ROWS = ("hidden", "temperature", "noise_scale", "bias_values")  # and a gradient
 
 
-@torch.no_grad()
 def top_tokens(
     hidden: Tensor,
     head_weight: Tensor,
@@ -28,57 +36,144 @@ def top_tokens(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
-    logit_scale: float = 1.0,
+    logit_scale: float | Tensor = 1.0,
+    token_bitmask: Tensor | None = None,
+    logit_bias: tuple[Tensor, Tensor] | None = None,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+    top_n: int | Tensor | None = None,
+    gumbel_seed: int | Tensor | None = None,
+    gumbel_temperature: float | Tensor | None = None,
+    noise_scale: float | Tensor = 1.0,
+    vocab_parallel: VocabShard | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The n most probable entries of ``softmax(softcap(logit_scale * (hidden @ head_weight.T + bias)) / temperature)``.
+    """The n entries of a soft token that have the largest weights: ``out = sum of weights * embed_weight[ids]`` of
+    `soft_embed` with the same options, where n is as many as it keeps.
 
-    Exact and deterministic: the probabilities are those of the full softmax, and of equal scores the lower index
-    comes first. The vocabulary is walked in chunks; no tensor of size [T, V] is made. Not differentiable.
+    Without rules and noise these are the n most probable entries, with their probabilities in the full softmax, which
+    are not differentiable. With rules the weights are the probabilities among what they keep, 0 behind it (the ids
+    there are valid and mean nothing). With ``gumbel_seed`` the entries are those of the n highest noisy scores: a
+    sample without replacement (Kool et al., arXiv 1903.06059) of what the rules keep, or of everything. Both are
+    differentiable in the weights.
+
+    Exact and deterministic: of equal scores the lower index comes first. No tensor of size [T, V] is made; the gradient
+    of the weights holds one of [T, n, D].
 
     Args:
-        hidden: [..., D], floating point. Rows with NaN give NaN probabilities and arbitrary valid ids.
+        hidden: [..., D], floating point. Rows with NaN give NaN weights and arbitrary valid ids.
         head_weight: [V, D], same dtype and device.
         n: 1 to V.
-        bias, temperature, softcap, logit_scale, backend: as for `soft_embed`.
+        The others: as for `soft_embed`. Autocast changes nothing.
 
     Returns:
-        ids [..., n], int64, and probabilities [..., n], float32 (float64 for float64 inputs), in descending order.
+        ids [..., n], int64, in the whole vocabulary, and weights [..., n], float32 (float64 for float64 inputs), in
+        descending order.
 
     Raises:
         As `soft_embed`; ValueError for n outside 1..V, TypeError if it is no int.
     """
-    options = check_scores(hidden, head_weight, bias, temperature, softcap, logit_scale)
-    check_backend(backend)
+    call = prepare(
+        hidden,
+        head_weight,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        token_bitmask=token_bitmask,
+        logit_bias=logit_bias,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        top_n=top_n,
+        gumbel_seed=gumbel_seed,
+        gumbel_temperature=gumbel_temperature,
+        noise_scale=noise_scale,
+        vocab_parallel=vocab_parallel,
+        backend=backend,
+    )._replace(cast=None)
     if hidden.device.type == "meta":
         raise ValueError("hidden: got device meta, expected one with values")
     count = as_integer(n)
     if count is None:
         raise TypeError(f"n: got {type(n).__name__}, expected an int")
-    n = count
     num_vocab = head_weight.shape[0]
-    if not 1 <= n <= num_vocab:
-        raise ValueError(f"n: got {n}, expected 1 to {num_vocab}, the V of head_weight")
+    if count < 1 or (count > num_vocab and call.group is None):
+        raise ValueError(f"n: got {count}, expected 1 to {num_vocab}, the V of head_weight")
+    inputs, options, _ = narrow(call, stats=False)
+    ids, weights = _find(inputs, options, count, call.group, backend)
+    if call.rules is not None or call.noise is not None:
+        tensors = [t for t in inputs if t is not None and t.requires_grad]
+        if tensors and torch.is_grad_enabled():
+            weights = _differentiable(inputs, options, ids, weights, call.group, backend)
     leading = hidden.shape[:-1]
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    inputs = Inputs(rows, head_weight, bias=bias, temperature=row_temperature(temperature, hidden))
+    return ids.reshape(*leading, count), weights.reshape(*leading, count)
+
+
+def _differentiable(
+    inputs: Inputs, options: Options, ids: Tensor, weights: Tensor, group: str | None, backend: str | None
+) -> Tensor:
+    """The same weights [T, n] as ``exp(score - lse)`` of differentiable scores and log-sum-exp."""
+    call = soft_embed_op.Call(options, group, stats=True, exact=True, backend=backend)
+    head = inputs.head
+    assert head is not None
+    lse = soft_embed_op.run(inputs._replace(embed=head[:, :1]), call).lse  # the least that can be mixed
+    assert lse is not None
+    local = ids - options.vocab_start
+    counts = (local >= 0) & (local < inputs.num_vocab) & (weights != 0)
+    if group is not None:  # each rank differentiates the scores of its own entries
+        process_group = find_group(group)
+        rows = {name: getattr(inputs, name) for name in _WITH_ROWS}
+        rows = {name: t if t is None else SumGradient.apply(t, process_group) for name, t in rows.items()}
+        inputs = inputs._replace(**rows)
+        if not inputs.num_vocab:  # this rank has no entry, but its part of the sums
+            inputs = inputs._replace(head=head.new_zeros(1, head.shape[1]), bias=None)
+    scores = entry_scores(inputs, options, local.masked_fill(~counts, 0))
+    if group is None:
+        return torch.where(counts, (scores - lse[:, None]).exp(), weights)
+    # the value is there already; of another rank's entry only the log-sum-exp has a gradient here
+    change = torch.where(counts, scores - scores.detach(), 0.0) - (lse - lse.detach())[:, None]
+    return torch.where(weights != 0, weights * change.exp(), weights)
+
+
+def _find(inputs: Inputs, options: Options, n: int, group: str | None, backend: str | None) -> tuple[Tensor, Tensor]:
+    detached: Any = (None if t is None else t.detach() for t in inputs)
+    inputs = Inputs(*detached)
     if torch.compiler.is_compiling():
         inputs, options = rows_of_numbers(inputs, options)
-    tensors = [None if t is None else t.detach() for t in (rows, head_weight, bias, inputs.temperature)]
-    scalars = (n, options.temperature, options.softcap, options.logit_scale, backend)
-    ids, probs = _run(*tensors, *scalars) if eager(tensors, backend) else _op(*tensors, *scalars)
-    return ids.reshape(*leading, n), probs.reshape(*leading, n)
+    scalars = (
+        *(n, options.temperature, options.softcap, options.logit_scale, options.seed),
+        *(options.vocab_start, options.noise_scale, group, backend),
+    )
+    return (_run if eager(inputs, backend) else _op)(*inputs, *scalars)
 
 
 def _run(*arguments: Any) -> tuple[Tensor, Tensor]:
-    hidden, head, bias, temperature, n, number, softcap, logit_scale, backend = arguments
-    inputs = Inputs(hidden, head, bias=bias, temperature=temperature)
-    with no_autocast(hidden.device.type):
-        return _top(inputs, Options(number, softcap, logit_scale), n, resolve_backend(backend, hidden))
+    inputs = Inputs(*arguments[:_NUM_TENSORS])
+    n, temperature, softcap, logit_scale, seed, start, noise_scale, group, backend = arguments[_NUM_TENSORS:]
+    options = Options(temperature, softcap, logit_scale, 1.0, seed, start, noise_scale)
+    across = Across(None if group is None else find_group(group))
+    backend = resolve_backend(backend, inputs.hidden)
+    with no_autocast(inputs.hidden.device.type):
+        if inputs.ids is not None and n <= inputs.ids.shape[1] and backend == "torch" and kept_rows.fits(inputs):
+            scores = kept_rows.noisy_scores(inputs, options)
+            ids, scores = in_order(inputs.ids, scores)
+            peak = scores[:, 0].clamp_min(torch.finfo(scores.dtype).min)
+            total = (scores - peak[:, None]).exp().sum(1)
+        else:
+            ids, scores, peak, total = _top(inputs, options, n, backend)
+        nothing = torch.zeros_like(total)
+        found = merge(Candidates(ids[:, :n] + start, scores[:, :n], peak, total, nothing, ids[:, 0]), across)
+        return found.ids, (found.scores - found.peak[:, None]).exp_().div_(found.total[:, None])
 
 
-def _top(inputs: Inputs, options: Options, n: int, backend: str) -> tuple[Tensor, Tensor]:
-    (num_rows, width), num_vocab = inputs.hidden.shape, inputs.head.shape[0]
+def _top(inputs: Inputs, options: Options, n: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ids and scores [T, n] of the highest scores, the largest one and the sum of e^(score - largest) [T]."""
+    num_rows, num_vocab = inputs.num_rows, inputs.num_vocab
+    width = 0 if inputs.head is None else inputs.head.shape[1]
+    if inputs.threshold is not None or inputs.seeds is not None or options.seed is not None:
+        backend = "torch"  # whose scores have noise, and -inf for what is removed
     dtype, device = accumulation_dtype(inputs.hidden.dtype), inputs.hidden.device
     ids = torch.zeros((num_rows, n), dtype=torch.int64, device=device)
     scores = torch.full((num_rows, n), -torch.inf, dtype=dtype, device=device)
@@ -103,7 +198,7 @@ def _top(inputs: Inputs, options: Options, n: int, backend: str) -> tuple[Tensor
             chunk_ids = torch.arange(vocab.start, vocab.stop, device=device).expand(found.shape)
             ids[rows, :keep] = torch.cat([ids[rows, :seen], chunk_ids], 1).gather(1, best)
             scores[rows, :keep] = candidates.gather(1, best)
-    return ids, scores.sub_(peak).exp_().div_(total)
+    return ids, scores, peak[:, 0], total[:, 0]
 
 
 def _top_positions(scores: Tensor, n: int) -> Tensor:
@@ -121,22 +216,18 @@ _op = torch.library.custom_op(
     "gircse::top_tokens",
     _run,
     mutates_args=(),
-    schema="(Tensor hidden, Tensor head, Tensor? bias, Tensor? temperature, SymInt n, float scalar_temperature, "
-    "float? softcap, float logit_scale, str? backend) -> (Tensor, Tensor)",
+    schema=f"({soft_embed_op.OP.tensors}, SymInt n, float scalar_temperature, float? softcap, float logit_scale, "
+    "SymInt? seed, SymInt vocab_start, float scalar_noise_scale, str? group, str? backend) -> (Tensor, Tensor)",
 )
 
 
 @_op.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-    hidden, n = arguments[0], arguments[4]
-    shape = (hidden.shape[0], n)
+    inputs, n = Inputs(*arguments[:_NUM_TENSORS]), arguments[_NUM_TENSORS]
+    shape, hidden = (inputs.num_rows, n), inputs.hidden
     return hidden.new_empty(shape, dtype=torch.int64), hidden.new_empty(shape, dtype=accumulation_dtype(hidden.dtype))
 
 
 @_op.register_vmap
 def _(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
-    if in_dims[1] is not None or in_dims[2] is not None:  # a batch of matrices
-        return loop(_op, info.batch_size, in_dims, arguments)
-    head, bias = arguments[1:3]
-    hidden, temperature = (fold(arguments[i], in_dims[i], info.batch_size) for i in (0, 3))
-    return unfold(_op(hidden, head, bias, temperature, *arguments[4:]), info.batch_size)
+    return rows_or_loop(_op, _MATRICES, _NUM_TENSORS, info.batch_size, in_dims, arguments)

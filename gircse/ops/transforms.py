@@ -29,12 +29,14 @@ def alone(tensors: Sequence[Tensor | None], backend: str | None) -> bool:
 
 
 def rows_of_numbers(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
-    """The temperature as a tensor: a compiler would take a number for a constant and compile again for the next one."""
-    if options.temperature == 1.0:
-        return inputs, options
-    hidden = inputs.hidden
-    rows = torch.ones(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
-    return inputs._replace(temperature=rows * options.temperature), options._replace(temperature=1.0)
+    """Temperature and factor of the noise as tensors: a compiler would take a number for a constant and compile again
+    for the next one."""
+    ones = torch.ones(inputs.num_rows, dtype=accumulation_dtype(inputs.hidden.dtype), device=inputs.hidden.device)
+    if inputs.temperature is None and options.temperature != 1.0:
+        inputs = inputs._replace(temperature=ones * options.temperature)
+    if inputs.noise_scale is None and options.noise_scale != 1.0:
+        inputs = inputs._replace(noise_scale=ones * options.noise_scale)
+    return inputs, options._replace(temperature=1.0, noise_scale=1.0)
 
 
 def fold(tensor: Tensor | None, dim: int | None, batch: int) -> Tensor | None:
@@ -49,6 +51,23 @@ def unfold(results: Sequence[Tensor], batch: int) -> tuple[Any, Any]:
     """[B * T, ..] -> [B, T, ..], an empty stand-in included."""
     rows = [result.shape[0] // batch for result in results]
     return tuple(r.reshape(batch, n, *r.shape[1:]) for r, n in zip(results, rows, strict=True)), (0,) * len(results)
+
+
+def rows_or_loop(
+    op: Any, matrices: Sequence[int], tensors: int, batch: int, in_dims: Sequence[Any], arguments: Sequence[Any]
+) -> tuple[Any, Any]:
+    """A batch of rows is more rows; a batch of what all rows share is a loop.
+
+    Args:
+        matrices: which of the arguments all rows share. tensors: how many of them are tensors, the first.
+    """
+    if any(in_dims[i] is not None for i in matrices):
+        return loop(op, batch, in_dims, arguments)
+    folded = [
+        tensor if i in matrices else fold(tensor, dim, batch)
+        for i, (tensor, dim) in enumerate(zip(arguments[:tensors], in_dims, strict=False))
+    ]
+    return unfold(op(*folded, *arguments[tensors:]), batch)
 
 
 def loop(op: Any, batch: int, in_dims: Sequence[Any], arguments: Sequence[Any]) -> tuple[Any, Any]:

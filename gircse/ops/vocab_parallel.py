@@ -27,7 +27,7 @@ class VocabShard:
 
     Attributes:
         start: first row, >= 0.
-        stop: one beyond the last, > start.
+        stop: one beyond the last, >= start: a rank may have no rows.
         group: a `torch.distributed` process group; None: the default one.
     """
 
@@ -41,15 +41,13 @@ class VocabShard:
             if integer is None:
                 raise TypeError(f"VocabShard.{name}: got {type(value).__name__}, expected an int")
             object.__setattr__(self, name, integer)
-        if not 0 <= self.start < self.stop:
-            raise ValueError(f"VocabShard: got start {self.start} and stop {self.stop}, expected 0 <= start < stop")
+        if not 0 <= self.start <= self.stop:
+            raise ValueError(f"VocabShard: got start {self.start} and stop {self.stop}, expected 0 <= start <= stop")
 
     @classmethod
     def even(cls, num_vocab: int, group: Any = None) -> VocabShard:
         """This rank's shard of the most even division, the larger ones first."""
         rank, size = dist.get_rank(group), dist.get_world_size(group)
-        if num_vocab < size:
-            raise ValueError(f"num_vocab: got {num_vocab}, expected at least one row for each of {size} ranks")
         return cls(_bound(num_vocab, rank, size), _bound(num_vocab, rank + 1, size), group)
 
 
@@ -99,26 +97,55 @@ def merge_shards(state: OnlineState, start: int, group: Any) -> OnlineState:
     return OnlineState(peak, packed[:, width : width + 1], packed[:, :width].contiguous(), moment, argmax)
 
 
+class Across:
+    """Reductions over the shards of a vocabulary, in place; without a group nothing."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def _reduce(self, tensor: Tensor, how: str) -> Tensor:
+        if self.group is not None:
+            dist.all_reduce(tensor, getattr(dist.ReduceOp, how), group=self.group)
+        return tensor
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return self._reduce(tensor, "SUM")
+
+    def max(self, tensor: Tensor) -> Tensor:
+        return self._reduce(tensor, "MAX")
+
+    def min(self, tensor: Tensor) -> Tensor:
+        return self._reduce(tensor, "MIN")
+
+    def largest(self, size: int, device: torch.device) -> int:
+        """Blocks must be the same on every rank, whatever the size of its shard. Waits for the device."""
+        return size if self.group is None else int(self.max(torch.tensor([size], device=device)).item())
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """[T, C] of every rank side by side."""
+        if self.group is None:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(parts, tensor.contiguous(), group=self.group)
+        return torch.cat(parts, 1)
+
+
+class SumGradient(torch.autograd.Function):
+    """A tensor that is the same on every rank, whose gradient is the sum of what the ranks find for it."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return Across(ctx.group).sum(grad.clone()), None
+
+
 def sum_shards(tensor: Tensor | None, group: Any) -> Tensor | None:
     """The sum over the ranks, in place."""
     if tensor is not None:
         dist.all_reduce(tensor, group=group)
     return tensor
-
-
-def gather_rows(matrix: Tensor, index: Tensor, shard: VocabShard) -> Tensor:
-    """Rows of a matrix of which this rank holds ``shard``, by their index in the whole: [..., E], on every rank."""
-    mine = (index >= shard.start) & (index < shard.stop)
-    rows = torch.where(mine[..., None], matrix[(index - shard.start).clamp(0, matrix.shape[0] - 1)], 0)
-    if not torch.compiler.is_compiling():
-        return _summed(rows, shard.group)
-    dist.all_reduce(rows, group=shard.group)
-    return rows
-
-
-def _summed(rows: Tensor, group: Any) -> Tensor:
-    """The sum over the ranks under transforms of `torch.func`, too, which have no rule for what happens in place."""
-    from torch.distributed._functional_collectives import all_reduce
-
-    every: Any = dist.group.WORLD
-    return all_reduce(rows, "sum", every if group is None else group)

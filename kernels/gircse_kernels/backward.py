@@ -15,13 +15,17 @@ and dP where those have the same dtype. dP is float32: dP - constant would keep 
 one probability, whose gradient is zero. Each result has one owner and there are no atomics, so two runs are bitwise
 equal.
 
+Logits that are given take the place of S, dS is written into their gradient, and there are no products with W: 4 T V E
+with a trainable E. A hard row's P is one-hot where it multiplies g: only its token's row of E gets a gradient.
+
 FLOPs for frozen matrices 6 T V D (scores, dP, dh), 4 T V D with P kept; each trainable use adds 2 T V D.
 """
 
 import triton
 import triton.language as tl
 
-from .scores import LOG_FLOOR, reference, row_factors, row_seeds, row_thresholds, scores
+from .many_rows import row_starts
+from .scores import LOG_FLOOR, reference, row_options, scores
 
 
 @triton.jit
@@ -59,25 +63,33 @@ def constants_kernel(
 
 @triton.jit(do_not_specialize=["seed", "vocab_start", "chunk_start", "num_rows"])
 def score_grad_kernel(
-    product_ptr,  # [T, C] h . w, float32 or the input's dtype; with KEPT: the forward's P
+    product_ptr,  # [T, C] h . w, float32 or the input's dtype, or given logits; with KEPT: the forward's P
     grad_prob_ptr,  # [T, C] g . e, float32; None: zero
     score_grad_ptr,  # [T, C] input dtype, out: gradient of h w + bias; None: not wanted
-    prob_ptr,  # [T, C] input dtype, out: embed_scale * P; None: not wanted
-    temperature_part_ptr,  # [T, tiles] float32, out: sum of dS (s - peak); None: not wanted
+    prob_ptr,  # [T, C] input dtype, out: embed_scale * P, of a hard row one-hot; None: not wanted
+    temperature_part_ptr,  # [T, tiles] float32, out: sum of dS (s without noise - peak); None: not wanted
+    noise_part_ptr,  # [T, tiles] float32, out: sum of dS noise; None: not wanted
+    offset_ptr,  # as for `weights_kernel`
+    token_ptr,  # [T] int64, index of a hard row's one token in the whole vocabulary, -1: a soft row; None: all are
     bias_ptr,  # [V]
     temperature_ptr,  # [T]
+    noise_scale_ptr,  # [T]
     seed_ptr,  # [T]
     threshold_ptr,  # [T]
+    bitmask_ptr,  # [T, W] int32
     peak_ptr,  # [T]
     total_ptr,  # [T]
     constant_ptr,  # [T]
     slope_ptr,  # [T]; None: zero
     num_rows,
     num_vocab,
-    stride_product,
+    stride_product_t,
+    stride_product_v,
     stride_grad_prob,
-    stride_out,  # of score_grad and prob
+    stride_score_grad,
+    stride_prob,
     stride_bias,
+    stride_bitmask,
     vocab_start,
     chunk_start,
     chunk_size,
@@ -85,6 +97,7 @@ def score_grad_kernel(
     scale,
     softcap,
     inverse_temperature,
+    noise_scale,
     embed_scale,
     ALIGNED: tl.constexpr,
     KEPT: tl.constexpr,
@@ -98,41 +111,54 @@ def score_grad_kernel(
     column = i_tile * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = m_rows[:, None] & (column < chunk_size)[None, :]
     rows64 = rows.to(tl.int64)[:, None]
-    product = tl.load(product_ptr + rows64 * stride_product + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    p_product = product_ptr + row_starts(offset_ptr, rows, m_rows, stride_product_t)
+    p_product += column.to(tl.int64)[None, :] * stride_product_v
+    product = tl.load(p_product, mask=inside, other=0.0).to(tl.float32)
     if grad_prob_ptr is not None:
         grad = tl.load(grad_prob_ptr + rows64 * stride_grad_prob + column[None, :], mask=inside, other=0.0)
         grad = grad.to(tl.float32) * embed_scale
     else:
         grad = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
-    inverse = row_factors(temperature_ptr, rows[:, None], m_rows[:, None], inverse_temperature)
+    row = row_options(
+        temperature_ptr, noise_scale_ptr, seed_ptr, threshold_ptr, bitmask_ptr, stride_bitmask,
+        rows[:, None], m_rows[:, None], seed, inverse_temperature, noise_scale,
+    )  # fmt: skip
+    call = (bias_ptr, threshold_ptr, bitmask_ptr, stride_bias, num_vocab, vocab_start, seed, scale, softcap)
+    inverse, noise_scales = row[0], row[1]
     peak = tl.load(peak_ptr + rows, mask=m_rows, other=0.0)
     total = tl.load(total_ptr + rows, mask=m_rows, other=1.0)
     if KEPT:
         prob = product * (tl.exp(reference(peak) - peak) / total)[:, None]
     else:
-        seeds = row_seeds(seed_ptr, rows[:, None], m_rows[:, None], seed)
-        thresholds = row_thresholds(threshold_ptr, rows[:, None], m_rows[:, None])
-        score, capped = scores(
-            product, (chunk_start + column)[None, :], inverse, seeds, thresholds, bias_ptr, threshold_ptr, stride_bias,
-            num_vocab, vocab_start, seed, scale, softcap, ALIGNED,
-        )  # fmt: skip
+        score, capped, noise = scores(product, (chunk_start + column)[None, :], row, call, ALIGNED)
         relative = score - peak[:, None]
         prob = tl.exp(relative) / total[:, None]
+        without_noise = tl.maximum(relative - noise * noise_scales, LOG_FLOOR)
         relative = tl.maximum(relative, LOG_FLOOR)
-    p_out = rows64 * stride_out + column[None, :]
     if prob_ptr is not None:
+        chosen = prob
+        if token_ptr is not None:
+            token = tl.load(token_ptr + rows, mask=m_rows, other=-1)[:, None]
+            index = (vocab_start + chunk_start + column)[None, :]
+            chosen = tl.where(token < 0, prob, tl.where(token == index, 1.0, 0.0))
         tl.debug_barrier()  # P may take the memory of g . e, which other threads may still be reading
-        tl.store(prob_ptr + p_out, (prob * embed_scale).to(prob_ptr.dtype.element_ty), mask=inside)
+        p_prob = prob_ptr + rows64 * stride_prob + column[None, :]
+        tl.store(p_prob, (chosen * embed_scale).to(prob_ptr.dtype.element_ty), mask=inside)
     if score_grad_ptr is not None:
         grad -= tl.load(constant_ptr + rows, mask=m_rows, other=0.0)[:, None]
         if slope_ptr is not None:
             grad -= relative * tl.load(slope_ptr + rows, mask=m_rows, other=0.0).to(tl.float32)[:, None]
         grad *= prob
+        p_part = rows.to(tl.int64) * num_tiles + i_tile
         if temperature_part_ptr is not None:
-            part = tl.sum(tl.where(inside, grad * relative, 0.0), 1)
-            tl.store(temperature_part_ptr + rows.to(tl.int64) * num_tiles + i_tile, part, mask=m_rows)
+            part = tl.sum(tl.where(inside, grad * without_noise, 0.0), 1)
+            tl.store(temperature_part_ptr + p_part, part, mask=m_rows)
+        if noise_part_ptr is not None:
+            part = tl.sum(tl.where(inside, grad * noise, 0.0), 1)
+            tl.store(noise_part_ptr + p_part, part, mask=m_rows)
         if softcap is not None:
             grad *= (1.0 - capped * capped) * (scale * softcap * inverse)
         else:
             grad *= scale * inverse
-        tl.store(score_grad_ptr + p_out, grad.to(score_grad_ptr.dtype.element_ty), mask=inside)
+        p_score_grad = score_grad_ptr + rows64 * stride_score_grad + column[None, :]
+        tl.store(p_score_grad, grad.to(score_grad_ptr.dtype.element_ty), mask=inside)

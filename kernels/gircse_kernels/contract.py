@@ -13,32 +13,117 @@ from torch import Tensor
 
 
 class Options(NamedTuple):
-    """The scalar parameters of `soft_embed`. They define the operation and are never tensors."""
+    """The scalar parameters of `soft_embed`. They define the operation and are never tensors.
+
+    With `logits = softcap(logit_scale * (hidden @ head.T + bias))` and the values of `Inputs.bias_ids` added to them,
+    the scores of which the softmax is taken are `logits / temperature + noise_scale * gumbel`: a public temperature
+    that divides the noise, too, is in both numbers.
+    """
 
     temperature: float = 1.0
     softcap: float | None = None
     logit_scale: float = 1.0
     embed_scale: float = 1.0
     seed: int | None = None  # of the Gumbel noise, one for all rows
-    vocab_start: int = 0  # first vocabulary index of this shard; the noise depends on it
-    logit_temperature: float = 1.0  # divides the capped logits before noise and temperature
+    vocab_start: int = 0  # first vocabulary index of this shard; noise, bits and ids count from the whole's first
+    noise_scale: float = 1.0  # factor of the noise
 
 
 class Inputs(NamedTuple):
-    """The tensors of the forward of `soft_embed`."""
+    """The tensors of the forward of `soft_embed`: first those that have gradients, in the order of `Needs`."""
 
-    hidden: Tensor  # [T, D]
-    head: Tensor  # [V, D]
+    hidden: Tensor  # [T, D]; where there is no head, the logits [.., V], T rows of any strides, never written to
+    head: Tensor | None  # [V, D]; None: the logits are given, and there is `embed`
     embed: Tensor | None = None  # [V, E]; None: tied, the head serves as embedding matrix
     bias: Tensor | None = None  # [V]
     temperature: Tensor | None = None  # [T], instead of the number
+    noise_scale: Tensor | None = None  # [T], instead of the number
+    bias_values: Tensor | None = None  # [T, m], added to the logits of the entries `bias_ids`
+    bias_ids: Tensor | None = None  # [T, m] int64, in the whole vocabulary; those of other shards count for nothing
     seeds: Tensor | None = None  # [T] int64, instead of the number
     threshold: Tensor | None = None  # [T] accumulation dtype, the lowest score without noise that a row keeps
+    bitmask: Tensor | None = None  # [T, W] int32, entry v of the whole is bit v % 32 of word v // 32; 0 removes it
+    ids: Tensor | None = None  # [T, C] int64, of this head: with the next two, all that the rows keep (`Selection`)
+    scores: Tensor | None = None  # [T, C] accumulation dtype, without noise; -inf: not kept, or of another shard
+    num_kept: Tensor | None = None  # [T] int64; a row where it reaches C has to be seen whole, with its threshold
+    hard: Tensor | None = None  # [T] bool: rows that become the embedding of their one highest score
+    places: Tensor | None = None  # [T] int64: which rows of logits [.., V] these are; None: all of them, in order
+
+    @property
+    def num_rows(self) -> int:
+        """T."""
+        return self.hidden.shape[:-1].numel() if self.places is None else self.places.shape[0]
+
+    @property
+    def num_vocab(self) -> int:
+        """V."""
+        return self.hidden.shape[-1] if self.head is None else self.head.shape[0]
+
+    @property
+    def values(self) -> Tensor:
+        """The embedding matrix [V, E]."""
+        found = self.head if self.embed is None else self.embed
+        assert found is not None
+        return found
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """That of the result: hidden's, and where logits are given the embedding matrix's."""
+        return self.values.dtype if self.head is None else self.hidden.dtype
 
     def of_rows(self, rows: slice) -> Inputs:
         """The same call for some of the rows."""
-        parts = (None if tensor is None else tensor[rows] for tensor in (self.temperature, self.seeds, self.threshold))
-        return Inputs(self.hidden[rows], self.head, self.embed, self.bias, *parts)
+        parts = self
+        if self.hidden.dim() > 2 and self.places is None:
+            parts = self._replace(places=torch.arange(self.num_rows, device=self.hidden.device))
+        hidden = self.hidden[rows] if self.hidden.dim() == 2 else self.hidden
+        return Inputs(hidden, *self[1:4], *(None if tensor is None else tensor[rows] for tensor in parts[4:]))
+
+    def logits(self, rows: slice, vocab: slice) -> Tensor:
+        """A part [R, C] of logits that are given: a view, or a copy of that part if rows have more than one stride."""
+        part = self.hidden[..., vocab]
+        if part.dim() == 2:
+            return part[rows]
+        places = torch.arange(self.num_rows, device=part.device) if self.places is None else self.places
+        return part[torch.unravel_index(places[rows], part.shape[:-1])]
+
+
+class Truncation(NamedTuple):
+    """The rules of a truncation, one value for each row, [T]; None: no such rule."""
+
+    top_k: Tensor | None = None  # int64, >= 1
+    top_p: Tensor | None = None  # accumulation dtype, in (0, 1]
+    min_p: Tensor | None = None  # accumulation dtype, in [0, 1]
+    top_n: Tensor | None = None  # int64, >= 1
+
+
+class Candidates(NamedTuple):
+    """The highest scores of each row, without noise, and the softmax sums of the whole row (see `OnlineState`)."""
+
+    ids: Tensor  # [T, C] int64, the lower one first among equal scores
+    scores: Tensor  # [T, C] accumulation dtype, descending; -inf behind those that there are
+    peak: Tensor  # [T] largest score
+    total: Tensor  # [T] sum of e^(score - peak)
+    moment: Tensor  # [T] sum of e^(score - peak) (score - peak)
+    argmax: Tensor  # [T] int64
+
+
+class Selection(NamedTuple):
+    """What a truncation keeps of each row, by its scores without noise.
+
+    Where candidates were asked for, `ids` and `scores` are the kept ones among C of them: the entries of -inf are not
+    kept. `num_kept` is how many entries top_k (or else top_n) leaves with their ties. Where it reaches C, a tie may go
+    on behind the candidates: of such a row only the threshold is right.
+    """
+
+    threshold: Tensor  # [T] accumulation dtype, below the lowest score that is kept, above the others
+    lse: Tensor  # [T] accumulation dtype: with the next three, the statistics of the whole distribution
+    entropy: Tensor
+    max_prob: Tensor
+    argmax: Tensor  # [T] int64, in the whole vocabulary
+    ids: Tensor | None = None  # [T, C] int64, in the whole vocabulary
+    scores: Tensor | None = None  # [T, C] accumulation dtype, descending, the lower id first among equals
+    num_kept: Tensor | None = None  # [T] int64
 
 
 class Forward(NamedTuple):
@@ -48,7 +133,7 @@ class Forward(NamedTuple):
     before the division, in the accumulation dtype, and `entropy` is the moment, sum of e^(score - peak) (score - peak).
     """
 
-    out: Tensor  # [T, E], input dtype
+    out: Tensor  # [T, E], `Inputs.out_dtype`
     exact: Tensor | None  # [T, E]: `out` before it is rounded, in memory of its own
     lse: Tensor | None  # [T]; with the next three, the statistics
     entropy: Tensor | None  # [T]
@@ -72,6 +157,7 @@ class Saved(NamedTuple):
     total: Tensor  # [T]
     entropy: Tensor | None  # [T], where it has a gradient
     probs: Tensor | None = None  # [T, V], `Forward.probs`; None: scores are recomputed
+    token: Tensor | None = None  # [T] int64, index of a hard row's one token in the whole vocabulary; -1: a soft row
 
 
 class Needs(NamedTuple):
@@ -82,20 +168,25 @@ class Needs(NamedTuple):
     embed: bool
     bias: bool
     temperature: bool
+    noise_scale: bool = False
+    bias_values: bool = False
 
 
 class Grads(NamedTuple):
     """What the backward returns. A gradient that was not asked for is None.
 
-    Over a vocabulary shard, those of hidden and temperature are this shard's share of a sum, in the accumulation dtype.
-    The caller, who knows the whole sum, finishes the temperature's: `(sum over shards - peak grad_lse) / temperature`.
+    Over a vocabulary shard, those of what has rows, but for given logits, are this shard's share of a sum, in the
+    accumulation dtype. The caller, who knows the whole sum, finishes the temperature's:
+    `(sum over shards - peak grad_lse) / temperature`.
     """
 
-    hidden: Tensor | None  # [T, D] accumulation dtype
+    hidden: Tensor | None  # [T, D] accumulation dtype; of given logits [T, V], their dtype
     head: Tensor | None  # [V, D] the head's dtype; of a tied matrix the sum of both uses
     embed: Tensor | None  # [V, E] its dtype
     bias: Tensor | None  # [V] accumulation dtype
-    temperature: Tensor | None  # [T] accumulation dtype, -sum of dS (score - peak)
+    temperature: Tensor | None  # [T] accumulation dtype, -sum of dS (score without noise - peak)
+    noise_scale: Tensor | None = None  # [T] accumulation dtype, sum of dS gumbel
+    bias_values: Tensor | None = None  # [T, m] accumulation dtype
 
 
 class Pooled(NamedTuple):

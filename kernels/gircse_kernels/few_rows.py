@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from .matmul import dot
-from .scores import LOG_FLOOR, LOWEST, row_factors, row_seeds, row_thresholds, scores, tile_softmax
+from .scores import LOG_FLOOR, LOWEST, row_options, scores, tile_softmax
 
 
 @triton.jit
@@ -80,18 +80,22 @@ def few_rows_kernel(
     weight_ptr,  # [V, D]
     bias_ptr,  # [V]
     temperature_ptr,  # [T]
+    noise_scale_ptr,  # [T]
     seed_ptr,  # [T]
     threshold_ptr,  # [T]
+    bitmask_ptr,  # [T, W] int32
     partial_ptr,  # float32, out; `merge` has the layout
     num_rows,
     num_vocab,
     stride_hidden,  # from row to row
     stride_bias,
+    stride_bitmask,
     vocab_start,
     seed,
     scale,
     softcap,
     inverse_temperature,
+    noise_scale,
     tiles_per_split,
     row_blocks,
     num_splits,
@@ -120,9 +124,11 @@ def few_rows_kernel(
         inside = piece_mask(grouped_column(m_rows, GROUPS), columns, j * PIECE, PIECE, WIDTH)
         hidden = hidden + (tl.load(p_hidden + j * PIECE * STRIDE_HIDDEN, mask=inside, other=0.0),)
         acc = acc + (tl.zeros(hidden[0].shape, tl.float32),)
-    inverse = row_factors(temperature_ptr, rows[:, None], m_rows[:, None], inverse_temperature)
-    seeds = row_seeds(seed_ptr, rows[:, None], m_rows[:, None], seed)
-    thresholds = row_thresholds(threshold_ptr, rows[:, None], m_rows[:, None])
+    row = row_options(
+        temperature_ptr, noise_scale_ptr, seed_ptr, threshold_ptr, bitmask_ptr, stride_bitmask,
+        rows[:, None], m_rows[:, None], seed, inverse_temperature, noise_scale,
+    )  # fmt: skip
+    call = (bias_ptr, threshold_ptr, bitmask_ptr, stride_bias, num_vocab, vocab_start, seed, scale, softcap)
 
     peak = tl.full([BLOCK_T], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
@@ -143,10 +149,7 @@ def few_rows_kernel(
             product += piece_product(hidden[j], weight[j], PRECISION, GROUPS)
         if GROUPS > 1:
             product = tl.sum(product, 0)
-        score, _ = scores(
-            product, vocab[None, :], inverse, seeds, thresholds,
-            bias_ptr, threshold_ptr, stride_bias, num_vocab, vocab_start, seed, scale, softcap, ALIGNED,
-        )  # fmt: skip
+        score, _, _ = scores(product, vocab[None, :], row, call, ALIGNED)
         score, highest, position = tile_softmax(score, m_vocab, STATS)
         new_peak = tl.maximum(peak, highest)
         shift = peak - new_peak

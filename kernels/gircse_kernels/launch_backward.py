@@ -11,8 +11,8 @@ from torch import Tensor
 from . import backward as kernels
 from . import launching
 from .contract import Grads, Inputs, Needs, Options, Saved
-from .launching import bias_stride, device_of, score_flags, score_scalars
-from .plan import Backward, Config, Device, Problem, cdiv, padded, plan_backward
+from .launching import device_of, score_flags, score_scalars, score_strides, score_tensors
+from .plan import Backward, Config, Device, cdiv, padded, plan_backward
 
 
 class _Upstream(NamedTuple):
@@ -43,57 +43,43 @@ def backward(
     without shards and soft-cap.
     """
     hidden, head, embed, bias, temperature = inputs[:5]
-    values = head if embed is None else embed
-    (num_rows, width), (num_vocab, value_width) = hidden.shape, values.shape
+    values, num_rows = inputs.values, inputs.num_rows
+    num_vocab = values.shape[0]
     needs = needs._replace(
         bias=needs.bias and bias is not None,
         embed=needs.embed and embed is not None,
         temperature=needs.temperature and temperature is not None,
+        noise_scale=needs.noise_scale and inputs.noise_scale is not None,
     )
     need_values = (needs.embed if embed is not None else needs.head) and grad_out is not None
-    need_scores = needs.hidden or needs.head or needs.bias or needs.temperature
+    need_scores = any(needs._replace(embed=False))
     runs = num_rows > 0 and (need_scores or need_values)
     zeros = functools.partial(torch.zeros, device=hidden.device)
     # Whatever runs writes every element.
     make = functools.partial(torch.empty, device=hidden.device) if runs else zeros
     grads = Grads(
-        make((num_rows, width), dtype=torch.float32) if needs.hidden else None,
-        make(head.shape, dtype=head.dtype) if needs.head else None,
+        None if not needs.hidden
+        else make((num_rows, num_vocab), dtype=hidden.dtype) if head is None
+        else make((num_rows, head.shape[1]), dtype=torch.float32),
+        make(head.shape, dtype=head.dtype) if needs.head and head is not None else None,
         (make if need_values else zeros)(values.shape, dtype=values.dtype) if needs.embed else None,
         make(num_vocab, dtype=torch.float32) if needs.bias else None,
         make(num_rows, dtype=torch.float32) if needs.temperature else None,
-    )
+        make(num_rows, dtype=torch.float32) if needs.noise_scale else None,
+    )  # fmt: skip
     if not runs:
         return grads
-    # the kernels take a number of each row to lie beside the next row's; the gradients of a sum have stride 0
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
-    saved = saved._replace(
-        out=saved.out.contiguous(),
-        peak=saved.peak.contiguous(),
-        total=saved.total.contiguous(),
-        entropy=None if saved.entropy is None else saved.entropy.contiguous(),
-    )
-    if grad_entropy is not None or needs.temperature or options.softcap is not None:
+    grad_lse, grad_entropy, saved = side_by_side(grad_lse, grad_entropy, saved)
+    if grad_entropy is not None or needs.temperature or needs.noise_scale or options.softcap is not None:
         saved = saved._replace(probs=None)  # these need the scores themselves
-    problem = Problem(num_rows, num_vocab, width, value_width, embed is None, hidden.itemsize)
     plan = plan_backward(
-        problem,
+        launching.problem_of(inputs),
         device or device_of(hidden.device),
         need_values,
-        needs.head,
+        needs.head if head is not None else need_scores and not needs.hidden,
         exact_scores=launching.exact_scores(inputs, saved.entropy is not None),
     )
-    constant = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
-    launching.launch(
-        kernels.constants_kernel,
-        (num_rows,),
-        (
-            saved.total, grad_out, grad_lse, grad_entropy, saved.out, saved.entropy, constant,
-            value_width, *((0, 0) if grad_out is None else grad_out.stride()),
-        ),
-        Config({"BLOCK_E": min(1024, 1 << (value_width - 1).bit_length())}, 4, 1),
-    )  # fmt: skip
+    constant = constants(grad_out, grad_lse, grad_entropy, saved)
     walk = _Walk(inputs, options, saved, plan, _Upstream(grad_out, grad_entropy, constant), needs, need_values)
     walk.run(grads)
     if grads.temperature is not None:
@@ -101,12 +87,44 @@ def backward(
     return grads
 
 
+def side_by_side(
+    grad_lse: Tensor | None, grad_entropy: Tensor | None, saved: Saved
+) -> tuple[Tensor | None, Tensor | None, Saved]:
+    """The same, contiguous: the kernels take a number of each row to lie beside the next row's, while the gradients of
+    a sum have stride 0."""
+    probs = saved.probs
+    side = (None if tensor is None else tensor.contiguous() for tensor in saved._replace(probs=None))
+    saved = Saved(*side)  # type: ignore[arg-type]
+    return (
+        None if grad_lse is None else grad_lse.contiguous(),
+        None if grad_entropy is None else grad_entropy.contiguous(),
+        saved._replace(probs=probs),
+    )
+
+
+def constants(grad_out: Tensor | None, grad_lse: Tensor | None, grad_entropy: Tensor | None, saved: Saved) -> Tensor:
+    """What is subtracted from dP in each row, [T]."""
+    (num_rows, width), device = saved.out.shape, saved.out.device
+    constant = torch.empty(num_rows, dtype=torch.float32, device=device)
+    launching.launch(
+        kernels.constants_kernel,
+        (num_rows,),
+        (
+            saved.total, grad_out, grad_lse, grad_entropy, saved.out, saved.entropy, constant,
+            width, *((0, 0) if grad_out is None else grad_out.stride()),
+        ),
+        Config({"BLOCK_E": min(1024, 1 << (width - 1).bit_length())}, 4, 1),
+    )  # fmt: skip
+    return constant
+
+
 class _Walk:
     """The loop over chunks and blocks of rows, and the scratch of one of each.
 
     `outs` holds dS and, where it is wanted, P, [1 or 2, T, C]. `sums` holds the products h W^T and g E^T in float32,
     [2, T, C]; it is the same memory for float32 inputs. Where scores are rounded, as they were in the forward, they
-    take the memory of dS, and `sums` holds g E^T alone.
+    take the memory of dS, and `sums` holds g E^T alone. Given logits need no place, and dS is written into their
+    gradient if that is wanted.
     """
 
     def __init__(
@@ -121,20 +139,23 @@ class _Walk:
     ) -> None:
         self.inputs, self.options, self.saved, self.plan, self.upstream = inputs, options, saved, plan, upstream
         self.needs, self.need_values = needs, need_values
-        self.need_scores = needs.hidden or needs.head or needs.bias or needs.temperature
-        hidden = inputs.hidden
-        self.elements = size = plan.row_block * padded(min(plan.chunk, inputs.head.shape[0]))
-        apart = hidden.dtype != torch.float32
-        outs = 1 + need_values if apart else 2
-        self.outs = torch.empty(outs * size, dtype=hidden.dtype, device=hidden.device)
+        self.need_scores = any(needs._replace(embed=False))
+        hidden, dtype, given = inputs.hidden, inputs.values.dtype, inputs.head is None
+        self.elements = size = plan.row_block * padded(min(plan.chunk, inputs.num_vocab))
+        apart = dtype != torch.float32
+        own = not (given and needs.hidden)  # a place for dS
+        self.outs = torch.empty((own + (need_values if apart else 1)) * size, dtype=dtype, device=hidden.device)
         self.sums = self.outs
         if apart:
-            self.sums = torch.empty((2 - plan.half_scores) * size, dtype=torch.float32, device=hidden.device)
+            products = 1 if given or plan.half_scores else 2
+            self.sums = torch.empty(products * size, dtype=torch.float32, device=hidden.device)
         self.stacked: tuple[slice, Tensor] | None = None  # of the last block of rows
-        self.ones = hidden.new_ones((plan.row_block, 1)) if needs.bias else None
+        self.ones = None
+        if needs.bias:
+            self.ones = torch.ones((plan.row_block, 1), dtype=dtype if own else hidden.dtype, device=hidden.device)
 
     def run(self, grads: Grads) -> None:
-        num_rows, num_vocab = self.inputs.hidden.shape[0], self.inputs.head.shape[0]
+        num_rows, num_vocab = self.inputs.num_rows, self.inputs.num_vocab
         blocks, chunks = _slices(num_rows, self.plan.row_block), _slices(num_vocab, self.plan.chunk)
         head_sum = embed_sum = None
         if len(blocks) > 1:  # sums over the blocks of rows are rounded once
@@ -151,6 +172,7 @@ class _Walk:
                 embed,
                 None if grads.bias is None else grads.bias[vocab, None],
                 None if grads.temperature is None else grads.temperature[rows],
+                None if grads.noise_scale is None else grads.noise_scale[rows],
             )
             self._step(rows, vocab, part)
             if rows.stop == num_rows:
@@ -167,42 +189,45 @@ class _Walk:
         """One block of rows and one chunk: `grads` are the parts of the results that it adds to or begins."""
         inputs, upstream, need_values = self.inputs.of_rows(rows), self.upstream.of_rows(rows), self.need_values
         hidden, head, embed = inputs[:3]
-        count, size, grad_out = hidden.shape[0], vocab.stop - vocab.start, upstream.out
+        count, size, grad_out = inputs.num_rows, vocab.stop - vocab.start, upstream.out
         elements = count * padded(size)
         sums, outs = (
             flat[: flat.shape[0] // self.elements * elements].view(-1, count, padded(size))[..., :size]
             for flat in (self.sums, self.outs)
         )
         probs = None if self.saved.probs is None else self.saved.probs[rows, vocab]
-        scores, grad_probs = (outs if self.plan.half_scores else sums)[0], sums[-1]
-        at_once = probs is None and not self.plan.half_scores
+        grad_probs = sums[-1]
+        products = hidden[..., vocab] if probs is None and head is None else probs
+        at_once = products is None and not self.plan.half_scores
         both = None  # [2 T, D], where both products are with the same matrix
         if embed is None and grad_out is not None and (at_once or need_values):
             both = self._stack(rows, hidden, grad_out)
-        if both is not None and at_once:
-            launching.product(both, head[vocab].T, sums.flatten(0, 1))
-        else:
-            if probs is None:
-                launching.product(hidden, head[vocab].T, scores)
-            if grad_out is not None and self.need_scores:
-                values = head if embed is None else embed
-                launching.product(grad_out, values[vocab].T, grad_probs)
-        products = scores if probs is None else probs
-        self._score_grad(
-            inputs, upstream, rows, vocab, products, grad_probs, outs, probs is not None, grads.temperature
-        )
+        if products is None and head is not None:
+            products = (outs if self.plan.half_scores else sums)[0]
+            if both is not None and at_once:
+                launching.product(both, head[vocab].T, sums.flatten(0, 1))
+            else:
+                launching.product(hidden, head[vocab].T, products)
+        if grad_out is not None and self.need_scores and not (both is not None and at_once):
+            launching.product(grad_out, inputs.values[vocab].T, grad_probs)
+        score_grads = outs[0] if self.need_scores else None
+        if head is None and grads.hidden is not None:
+            score_grads = grads.hidden[:, vocab]
+        assert products is not None
+        out = score_grads, outs[-1] if need_values else None
+        self._score_grad(inputs, upstream, rows, vocab, products, grad_probs, out, probs is not None, grads)
         first_rows, first_vocab = rows.start == 0, vocab.start == 0
-        if grads.hidden is not None:
+        if grads.hidden is not None and head is not None:
             launching.product(outs[0], head[vocab], grads.hidden, add=not first_vocab)
-        if grads.bias is not None and self.ones is not None:
-            launching.product(outs[0].T, self.ones[:count], grads.bias, add=not first_rows)
+        if grads.bias is not None and self.ones is not None and score_grads is not None:
+            launching.product(score_grads.T, self.ones[:count], grads.bias, add=not first_rows)
         if grads.head is not None:
             if both is not None:
                 launching.product(outs.flatten(0, 1).T, both, grads.head, add=not first_rows)
             else:
                 launching.product(outs[0].T, hidden, grads.head, add=not first_rows)
         if grads.embed is not None and grad_out is not None:
-            launching.product(outs[1].T, grad_out, grads.embed, add=not first_rows)
+            launching.product(outs[-1].T, grad_out, grads.embed, add=not first_rows)
 
     def _stack(self, rows: slice, hidden: Tensor, grad_out: Tensor) -> Tensor:
         if self.stacked is None or self.stacked[0] != rows:
@@ -217,25 +242,25 @@ class _Walk:
         vocab: slice,
         products: Tensor,
         grad_probs: Tensor,
-        outs: Tensor,
+        out: tuple[Tensor | None, Tensor | None],  # dS, P
         kept: bool,
-        grad_temperature: Tensor | None,
+        grads: Grads,
     ) -> None:
-        count, size, config = inputs.hidden.shape[0], vocab.stop - vocab.start, self.plan.score_grad
+        count, size, config = inputs.num_rows, vocab.stop - vocab.start, self.plan.score_grad
+        token = None if self.saved.token is None or out[1] is None else self.saved.token[rows]
         tiles = cdiv(size, config.blocks["BLOCK_V"])
-        part = None
-        if grad_temperature is not None:
-            part = torch.empty((count, tiles), dtype=torch.float32, device=outs.device)
+        sums = grads.temperature, grads.noise_scale  # of each row, over the vocabulary
+        parts = [None if grad is None else grad.new_empty((count, tiles)) for grad in sums]
         launching.launch(
             kernels.score_grad_kernel,
             (cdiv(count, config.blocks["BLOCK_T"]) * tiles,),
             (
                 products, None if upstream.out is None or not self.need_scores else grad_probs,
-                outs[0] if self.need_scores else None, outs[1] if self.need_values else None, part,
-                inputs.bias, inputs.temperature, inputs.seeds, inputs.threshold,
+                *out, *parts, None if kept else launching.logit_offsets(inputs), token,
+                *score_tensors(inputs),
                 self.saved.peak[rows], self.saved.total[rows], upstream.constant, upstream.entropy,
-                count, inputs.head.shape[0],
-                products.stride(0), grad_probs.stride(0), outs.stride(1), bias_stride(inputs),
+                count, inputs.num_vocab, launching.row_stride(products), products.stride(-1), grad_probs.stride(0),
+                *(0 if tensor is None else tensor.stride(0) for tensor in out), *score_strides(inputs),
                 self.options.vocab_start, vocab.start, size, *score_scalars(inputs, self.options),
                 self.options.embed_scale,
             ),
@@ -243,11 +268,12 @@ class _Walk:
             ALIGNED=score_flags(inputs, self.options)["ALIGNED"],
             KEPT=kept,
         )  # fmt: skip
-        if part is not None and grad_temperature is not None:
-            if vocab.start == 0:
-                torch.sum(part, 1, out=grad_temperature)
-            else:
-                grad_temperature += part.sum(1)
+        for grad, part in zip(sums, parts, strict=True):
+            if grad is not None and part is not None:
+                if vocab.start == 0:
+                    torch.sum(part, 1, out=grad)
+                else:
+                    grad += part.sum(1)
 
 
 def _slices(total: int, size: int) -> list[slice]:

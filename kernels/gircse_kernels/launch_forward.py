@@ -10,11 +10,12 @@ from torch import Tensor
 from . import launching
 from .contract import Forward, Inputs, Options
 from .few_rows import few_rows_kernel
+from .launch_kept_rows import forward_kept_rows
 from .launch_many_rows import forward_many_rows
-from .launching import bias_stride, device_of, score_flags, score_scalars
+from .launching import device_of, problem_of, score_flags, score_scalars, score_strides, score_tensors
 from .merge import merge_kernel
 from .one_row import one_row_kernel
-from .plan import Config, Device, FewRows, OneRow, Problem, TwoProducts, cdiv, plan_forward
+from .plan import Config, Device, FewRows, OneRow, TwoProducts, cdiv, plan_forward
 
 
 def forward(
@@ -28,11 +29,11 @@ def forward(
     device: Device | None = None,
 ) -> Forward:
     """Soft tokens, and with `stats` entropy, max_prob and argmax. `finish=False`: the mergeable sums of a shard."""
-    hidden, head, embed = inputs[:3]
-    width = (head if embed is None else embed).shape[1]
-    problem = Problem(hidden.shape[0], head.shape[0], head.shape[1], width, embed is None, hidden.itemsize)
+    hidden, problem = inputs.hidden, problem_of(inputs)
     if problem.rows == 0:
         return _empty_forward(inputs, stats, exact, finish)
+    if inputs.ids is not None:
+        return forward_kept_rows(inputs, options, _empty_forward(inputs, stats, exact, finish), finish)
     plan = plan_forward(problem, device or device_of(hidden.device))
     if isinstance(plan, TwoProducts):
         result = _empty_forward(inputs, stats, exact, finish)
@@ -48,13 +49,14 @@ def forward(
 
 
 def _one_row(inputs: Inputs, options: Options, plan: OneRow, partial: Tensor, stats: bool) -> None:
-    hidden, head, _, bias, temperature, seeds, threshold = inputs
+    hidden, head = inputs.hidden, inputs.head
+    assert head is not None
     launching.launch(
         one_row_kernel,
         (plan.splits,),
         (
-            hidden, head, bias, temperature, seeds, threshold, partial,
-            head.shape[0], bias_stride(inputs),
+            hidden, head, *score_tensors(inputs), partial,
+            head.shape[0], *score_strides(inputs),
             options.vocab_start, *score_scalars(inputs, options), plan.tiles_per_split,
         ),
         plan.config,
@@ -65,13 +67,14 @@ def _one_row(inputs: Inputs, options: Options, plan: OneRow, partial: Tensor, st
 
 
 def _few_rows(inputs: Inputs, options: Options, plan: FewRows, partial: Tensor, stats: bool) -> None:
-    hidden, head, _, bias, temperature, seeds, threshold = inputs
+    hidden, head = inputs.hidden, inputs.head
+    assert head is not None
     launching.launch(
         few_rows_kernel,
         (plan.splits * plan.row_blocks,),
         (
-            hidden, head, bias, temperature, seeds, threshold, partial,
-            hidden.shape[0], head.shape[0], hidden.stride(0), bias_stride(inputs),
+            hidden, head, *score_tensors(inputs), partial,
+            hidden.shape[0], head.shape[0], hidden.stride(0), *score_strides(inputs),
             options.vocab_start, *score_scalars(inputs, options), plan.tiles_per_split, plan.row_blocks, plan.splits,
         ),
         plan.config,
@@ -83,6 +86,7 @@ def _few_rows(inputs: Inputs, options: Options, plan: FewRows, partial: Tensor, 
 
 def _shape(inputs: Inputs, plan: OneRow | FewRows) -> dict[str, int]:
     """Numbers that a model does not change, so that they may be compiled in."""
+    assert inputs.head is not None
     stride_v, stride_d = inputs.head.stride()
     return {
         "WIDTH": inputs.head.shape[1],
@@ -96,10 +100,10 @@ def _shape(inputs: Inputs, plan: OneRow | FewRows) -> dict[str, int]:
 
 def _empty_forward(inputs: Inputs, stats: bool, exact: bool, finish: bool) -> Forward:
     """The results of a forward, still to be written."""
-    hidden, values = inputs.hidden, inputs.head if inputs.embed is None else inputs.embed
-    num_rows, shape = hidden.shape[0], (hidden.shape[0], values.shape[1])
+    hidden, num_rows = inputs.hidden, inputs.num_rows
+    shape = num_rows, inputs.values.shape[1]
     float32 = functools.partial(torch.empty, dtype=torch.float32, device=hidden.device)
-    out = torch.empty(shape, dtype=hidden.dtype, device=hidden.device) if finish else float32(shape)
+    out = torch.empty(shape, dtype=inputs.out_dtype, device=hidden.device) if finish else float32(shape)
     # float32 inputs, too, get an exact result of its own: the caller may change `out` in place
     kept = float32(shape) if exact and finish else None
     # tensors of their own, because a custom op may not return two views of one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import plan
 from .contract import Inputs, Options
 from .matmul import dot, product_kernel
-from .plan import SMALL_SHARED, Config, Device, cdiv, lookup
+from .plan import SMALL_SHARED, Config, Device, Problem, cdiv, lookup
 
 INTERPRETED = not hasattr(dot, "cache_key")  # TRITON_INTERPRET=1 was set when this was imported
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -131,14 +132,21 @@ def tf32x3_product(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
     )
 
 
+def problem_of(inputs: Inputs) -> Problem:
+    """What the plan of a call depends on."""
+    width, values = 0 if inputs.head is None else inputs.head.shape[1], inputs.values
+    return Problem(inputs.num_rows, inputs.num_vocab, width, values.shape[1], inputs.embed is None, values.itemsize)
+
+
 def exact_scores(inputs: Inputs, statistics: bool) -> bool:
     """Whether scores must stay float32 on the way to their exponential.
 
     bfloat16 scores are as accurate as eager PyTorch's and faster (two bytes fewer to write and to read), so form 3 and
-    the backward take them where nobody reads scores themselves. Statistics do, a threshold is compared with them, and
-    in float16 a score beyond 65504 would become infinite.
+    the backward take them where nobody reads scores themselves. Statistics and hard rows do, a threshold is compared
+    with them, values are added to them, and in float16 a score beyond 65504 would become infinite.
     """
-    return statistics or inputs.threshold is not None or inputs.hidden.dtype == torch.float16
+    read = inputs.threshold, inputs.bias_ids, inputs.hard
+    return statistics or inputs.hidden.dtype == torch.float16 or any(tensor is not None for tensor in read)
 
 
 def score_flags(inputs: Inputs, options: Options) -> dict[str, Any]:
@@ -152,13 +160,41 @@ def _precision(dtype: torch.dtype) -> str:
     return "widen" if INTERPRETED and dtype == torch.bfloat16 else "ieee"
 
 
-def score_scalars(inputs: Inputs, options: Options) -> tuple[int | None, float, float | None, float]:
-    """seed, scale, softcap, 1 / temperature, as `scores.scores` wants them; None switches noise or soft-cap off."""
-    cap, before = options.softcap, options.logit_temperature
-    scale = options.logit_scale / (before if cap is None else cap)
-    seed = 0 if inputs.seeds is not None else options.seed
-    return seed, scale, None if cap is None else cap / before, 1.0 / options.temperature
+def score_tensors(inputs: Inputs) -> tuple[Tensor | None, ...]:
+    """bias, temperature, noise_scale, seeds, threshold, bitmask, as every kernel that makes scores takes them."""
+    return inputs.bias, inputs.temperature, inputs.noise_scale, inputs.seeds, inputs.threshold, _bitmask(inputs)
 
 
-def bias_stride(inputs: Inputs) -> int:
-    return 0 if inputs.bias is None else inputs.bias.stride(0)
+def row_stride(matrix: Tensor) -> int:
+    """The distance of rows, and where they have more than one, a number that divides all of them."""
+    return matrix.stride(0) if matrix.dim() == 2 else max(1, math.gcd(*matrix.stride()[:-1]))
+
+
+def score_strides(inputs: Inputs) -> tuple[int, int]:
+    """Of the bias, and from row to row of the bitmask."""
+    bitmask = _bitmask(inputs)
+    return 0 if inputs.bias is None else inputs.bias.stride(0), 0 if bitmask is None else bitmask.stride(0)
+
+
+def _bitmask(inputs: Inputs) -> Tensor | None:
+    bitmask = inputs.bitmask
+    return bitmask if bitmask is None or bitmask.stride(1) == 1 else bitmask.contiguous()
+
+
+def score_scalars(inputs: Inputs, options: Options) -> tuple[int | None, float, float | None, float, float]:
+    """seed, scale, softcap, 1 / temperature, noise_scale, as `scores.scores` wants them; None: not wanted."""
+    seed, cap = 0 if inputs.seeds is not None else options.seed, options.softcap
+    scale = options.logit_scale if cap is None else options.logit_scale / cap
+    return seed, scale, cap, 1.0 / options.temperature, options.noise_scale
+
+
+def logit_offsets(inputs: Inputs) -> Tensor | None:
+    """Where the rows of given logits begin, [T] int64 elements; None: `row_stride` apart."""
+    hidden = inputs.hidden
+    if hidden.dim() == 2:
+        return None
+    places = inputs.places
+    if places is None:
+        places = torch.arange(inputs.num_rows, device=hidden.device)
+    index = torch.unravel_index(places, hidden.shape[:-1])
+    return sum((i * stride for i, stride in zip(index, hidden.stride(), strict=False)), torch.zeros_like(places))

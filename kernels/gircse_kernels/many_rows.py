@@ -1,6 +1,6 @@
 """Form 3 of the forward, for everything that forms 1 and 2 do not take: two products for each chunk of the vocabulary.
 
-    S = h W_c^T                                           cuBLAS
+    S = h W_c^T                                           cuBLAS; logits that are given are read where they are
     P = e^(score(S) - r),  tile by tile                   `weights_kernel`
     running sums <- sums of the tiles, P <- P e^(r - r')  `settle_kernel`; it touches P only where r differs from r'
     acc = acc + P E_c                                     cuBLAS, accumulated in float32
@@ -14,14 +14,14 @@ are rarely rescaled. A tile whose highest score outgrows the row's reference use
 `settle_kernel` brings everything to the new one. So the result is exact whatever the scores, without a pass for the
 maximum and without waiting for the device.
 
-Of [T, V] there is one chunk of P in the input's dtype, and of S unless that takes the same memory.
+Of [T, V] there is one chunk of P in the dtype of E, and of S unless that takes the same memory or is given.
 """
 
 import triton
 import triton.language as tl
 
 from .matmul import dot
-from .scores import LOG_FLOOR, LOWEST, reference, row_factors, row_seeds, row_thresholds, scores, tile_softmax
+from .scores import LOG_FLOOR, LOWEST, reference, row_options, scores, tile_softmax
 
 
 @triton.jit
@@ -38,12 +38,22 @@ def store_sums(
     tile_total_ptr,
     tile_moment_ptr,
     tile_argmax_ptr,
+    group_max_ptr,
+    num_groups,
     DTYPE: tl.constexpr,
     FIRST: tl.constexpr,
     STATS: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """P of a tile in DTYPE; its highest score and its sums, relative to its reference, go to memory."""
+    """P of a tile in DTYPE; its highest score and its sums, relative to its reference, go to memory, and the highest
+    scores of its groups where they are wanted."""
     score, highest, position = tile_softmax(score, m_vocab, STATS)
+    if group_max_ptr is not None:
+        count: tl.constexpr = score.shape[1] // GROUP
+        maxima = tl.maximum(tl.max(tl.reshape(score, [score.shape[0], count, GROUP]), 2), LOWEST)
+        groups = i_tile * count + tl.arange(0, count)
+        m_groups = m_rows[:, None] & (groups < num_groups)[None, :]
+        tl.store(group_max_ptr + rows.to(tl.int64)[:, None] * num_groups + groups[None, :], maxima, mask=m_groups)
     if FIRST:
         base = reference(highest)
     else:
@@ -64,24 +74,41 @@ def store_sums(
     return rounded
 
 
+@triton.jit
+def row_starts(offset_ptr, rows, m_rows, stride):
+    """Where each row begins, [rows, 1] int64: that stride apart, or at offsets that are multiples of it, by which the
+    compiler knows how they are aligned."""
+    if offset_ptr is not None:
+        return (tl.load(offset_ptr + rows, mask=m_rows, other=0) // stride * stride)[:, None]
+    else:
+        return rows.to(tl.int64)[:, None] * stride
+
+
 @triton.jit(do_not_specialize=["seed", "vocab_start", "chunk_start", "num_rows"])
 def weights_kernel(
-    product_ptr,  # [T, C] h . w, float32 or the input's dtype
-    prob_ptr,  # [T, C] input dtype, out, may be the same memory; with RAW: the scores themselves, float32
+    product_ptr,  # [T, C] h . w, float32 or the input's dtype; or the logits that are given, any dtype
+    prob_ptr,  # [T, C] input dtype, out, may be the same memory; None: sums alone; with RAW: the scores, float32
+    offset_ptr,  # [T] int64, where each row of logits begins, in elements; None: `stride_product_t` apart
     bias_ptr,  # [V]
     temperature_ptr,  # [T]
+    noise_scale_ptr,  # [T]
     seed_ptr,  # [T]
     threshold_ptr,  # [T]
+    bitmask_ptr,  # [T, W] int32
     peak_ptr,  # [T] float32, highest score of the chunks before
     tile_peak_ptr,  # [T, tiles] float32, out; the same for total, moment, argmax (int64)
     tile_total_ptr,
     tile_moment_ptr,
     tile_argmax_ptr,
+    group_max_ptr,  # [T, groups] float32, out: highest scores of groups of GROUP entries; None: not wanted
     num_rows,
     num_vocab,
-    stride_product,
+    num_groups,
+    stride_product_t,
+    stride_product_v,
     stride_prob,
     stride_bias,
+    stride_bitmask,
     vocab_start,
     chunk_start,  # the chunk's first row in this weight
     chunk_size,
@@ -89,10 +116,12 @@ def weights_kernel(
     scale,
     softcap,
     inverse_temperature,
+    noise_scale,
     ALIGNED: tl.constexpr,
     FIRST: tl.constexpr,
     STATS: tl.constexpr,
     RAW: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -103,25 +132,57 @@ def weights_kernel(
     column = i_tile * BLOCK_V + tl.arange(0, BLOCK_V)
     m_vocab = column < chunk_size
     inside = m_rows[:, None] & m_vocab[None, :]
-    rows64 = rows.to(tl.int64)[:, None]
-    product = tl.load(product_ptr + rows64 * stride_product + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    inverse = row_factors(temperature_ptr, rows[:, None], m_rows[:, None], inverse_temperature)
-    seeds = row_seeds(seed_ptr, rows[:, None], m_rows[:, None], seed)
-    thresholds = row_thresholds(threshold_ptr, rows[:, None], m_rows[:, None])
-    score, _ = scores(
-        product, (chunk_start + column)[None, :], inverse, seeds, thresholds, bias_ptr, threshold_ptr, stride_bias,
-        num_vocab, vocab_start, seed, scale, softcap, ALIGNED,
+    p_product = product_ptr + row_starts(offset_ptr, rows, m_rows, stride_product_t)
+    p_product += column.to(tl.int64)[None, :] * stride_product_v
+    product = tl.load(p_product, mask=inside, other=0.0).to(tl.float32)
+    row = row_options(
+        temperature_ptr, noise_scale_ptr, seed_ptr, threshold_ptr, bitmask_ptr, stride_bitmask,
+        rows[:, None], m_rows[:, None], seed, inverse_temperature, noise_scale,
     )  # fmt: skip
-    p_prob = prob_ptr + rows64 * stride_prob + column[None, :]
+    call = (bias_ptr, threshold_ptr, bitmask_ptr, stride_bias, num_vocab, vocab_start, seed, scale, softcap)
+    score, _, _ = scores(product, (chunk_start + column)[None, :], row, call, ALIGNED)
+    p_prob = rows.to(tl.int64)[:, None] * stride_prob + column[None, :]
     if RAW:
-        tl.store(p_prob, score, mask=inside)
+        tl.store(prob_ptr + p_prob, score, mask=inside)
     else:
+        dtype: tl.constexpr = tl.float32 if prob_ptr is None else prob_ptr.dtype.element_ty
         prob = store_sums(
             score, m_vocab, rows, m_rows, i_tile, num_tiles, chunk_start + i_tile * BLOCK_V,
-            peak_ptr, tile_peak_ptr, tile_total_ptr, tile_moment_ptr, tile_argmax_ptr,
-            prob_ptr.dtype.element_ty, FIRST, STATS,
+            peak_ptr, tile_peak_ptr, tile_total_ptr, tile_moment_ptr, tile_argmax_ptr, group_max_ptr, num_groups,
+            dtype, FIRST, STATS, GROUP,
         )  # fmt: skip
-        tl.store(p_prob, prob, mask=inside)
+        if prob_ptr is not None:
+            tl.store(prob_ptr + p_prob, prob, mask=inside)
+
+
+@triton.jit(do_not_specialize=["number", "columns", "first"])
+def add_entries_kernel(
+    logits_ptr,  # [T, C] float32, in and out
+    ids_ptr,  # [T, m] int64, in the whole vocabulary
+    values_ptr,  # [T, m]
+    number,  # m
+    columns,  # C
+    stride_logits,
+    first,  # index of the first column in the whole vocabulary
+    BLOCK: tl.constexpr,
+):
+    """logits[t, ids[t, j]] += values[t, j]. What one id has several times is added up in order, at its first place."""
+    row = tl.program_id(0).to(tl.int64)
+    entries = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    ids = tl.load(ids_ptr + row * number + entries, mask=entries < number, other=-1)
+    total = tl.zeros([BLOCK], tl.float32)
+    before = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, number, BLOCK):
+        others = start + tl.arange(0, BLOCK)
+        other_ids = tl.load(ids_ptr + row * number + others, mask=others < number, other=-1)
+        values = tl.load(values_ptr + row * number + others, mask=others < number, other=0.0).to(tl.float32)
+        same = ids[:, None] == other_ids[None, :]
+        total += tl.sum(tl.where(same, values[None, :], 0.0), 1)
+        before += tl.sum((same & (others[None, :] < entries[:, None])).to(tl.int32), 1)
+    column = ids - first
+    m_entries = (entries < number) & (before == 0) & (column >= 0) & (column < columns)
+    p_logits = logits_ptr + row * stride_logits + column
+    tl.store(p_logits, tl.load(p_logits, mask=m_entries) + total, mask=m_entries)
 
 
 @triton.jit(do_not_specialize=["seed", "vocab_start", "chunk_start", "num_rows"])
@@ -132,8 +193,10 @@ def weights_product_kernel(
     prob_desc,  # [T, C] by tiles [BLOCK_T, BLOCK_V], out
     bias_ptr,
     temperature_ptr,
+    noise_scale_ptr,
     seed_ptr,
     threshold_ptr,
+    bitmask_ptr,
     tile_peak_ptr,
     tile_total_ptr,
     tile_moment_ptr,
@@ -142,6 +205,7 @@ def weights_product_kernel(
     num_vocab,
     width,
     stride_bias,
+    stride_bitmask,
     vocab_start,
     chunk_start,
     chunk_size,
@@ -149,6 +213,7 @@ def weights_product_kernel(
     scale,
     softcap,
     inverse_temperature,
+    noise_scale,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     FIRST: tl.constexpr,
@@ -171,16 +236,16 @@ def weights_product_kernel(
         rows = i_rows * BLOCK_T + tl.arange(0, BLOCK_T)
         m_rows = rows < num_rows
         column = i_tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        inverse = row_factors(temperature_ptr, rows[:, None], m_rows[:, None], inverse_temperature)
-        seeds = row_seeds(seed_ptr, rows[:, None], m_rows[:, None], seed)
-        thresholds = row_thresholds(threshold_ptr, rows[:, None], m_rows[:, None])
-        score, _ = scores(
-            product, (chunk_start + column)[None, :], inverse, seeds, thresholds, bias_ptr, threshold_ptr, stride_bias,
-            num_vocab, vocab_start, seed, scale, softcap, ALIGNED,
+        row = row_options(
+            temperature_ptr, noise_scale_ptr, seed_ptr, threshold_ptr, bitmask_ptr, stride_bitmask,
+            rows[:, None], m_rows[:, None], seed, inverse_temperature, noise_scale,
         )  # fmt: skip
+        call = (bias_ptr, threshold_ptr, bitmask_ptr, stride_bias, num_vocab, vocab_start, seed, scale, softcap)
+        score, _, _ = scores(product, (chunk_start + column)[None, :], row, call, ALIGNED)
         prob = store_sums(
             score, column < chunk_size, rows, m_rows, i_tile, num_tiles, chunk_start + i_tile * BLOCK_V,
-            peak_ptr, tile_peak_ptr, tile_total_ptr, tile_moment_ptr, tile_argmax_ptr, prob_desc.dtype, FIRST, STATS,
+            peak_ptr, tile_peak_ptr, tile_total_ptr, tile_moment_ptr, tile_argmax_ptr, None, 0,
+            prob_desc.dtype, FIRST, STATS, 1,
         )  # fmt: skip
         prob_desc.store([i_rows * BLOCK_T, i_tile * BLOCK_V], prob)
 

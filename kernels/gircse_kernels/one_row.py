@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .few_rows import piece_mask, strided
-from .scores import LOG_FLOOR, LOWEST, row_factors, row_seeds, row_thresholds, scores
+from .scores import LOG_FLOOR, LOWEST, row_options, scores
 
 
 @triton.jit(do_not_specialize=["seed", "vocab_start", "tiles_per_split"])
@@ -26,16 +26,20 @@ def one_row_kernel(
     weight_ptr,  # [V, D]
     bias_ptr,  # [V]
     temperature_ptr,  # [1]
+    noise_scale_ptr,  # [1]
     seed_ptr,  # [1]
     threshold_ptr,  # [1]
+    bitmask_ptr,  # [1, W] int32
     partial_ptr,  # float32, out; `merge` has the layout
     num_vocab,
     stride_bias,
+    stride_bitmask,
     vocab_start,
     seed,
     scale,
     softcap,
     inverse_temperature,
+    noise_scale,
     tiles_per_split,
     ALIGNED: tl.constexpr,
     STATS: tl.constexpr,
@@ -58,9 +62,11 @@ def one_row_kernel(
         piece = tl.load(hidden_ptr + strided(j * PIECE + d, STRIDE_HIDDEN), mask=m_d, other=0.0)
         hidden = hidden + (piece.to(tl.float32),)
         acc = acc + (tl.zeros([BLOCK_V, PIECE], tl.float32),)
-    inverse = row_factors(temperature_ptr, 0, True, inverse_temperature)
-    seeds = row_seeds(seed_ptr, 0, True, seed)
-    thresholds = row_thresholds(threshold_ptr, 0, True)
+    row = row_options(
+        temperature_ptr, noise_scale_ptr, seed_ptr, threshold_ptr, bitmask_ptr, stride_bitmask,
+        0, True, seed, inverse_temperature, noise_scale,
+    )  # fmt: skip
+    call = (bias_ptr, threshold_ptr, bitmask_ptr, stride_bias, num_vocab, vocab_start, seed, scale, softcap)
 
     peak = tl.full([BLOCK_V], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_V], tl.float32)
@@ -80,10 +86,7 @@ def one_row_kernel(
         product = weight[0] * hidden[0][None, :]
         for j in tl.static_range(1, PIECES):
             product += weight[j] * hidden[j][None, :]
-        score, _ = scores(
-            tl.sum(product, 1), vocab, inverse, seeds, thresholds,
-            bias_ptr, threshold_ptr, stride_bias, num_vocab, vocab_start, seed, scale, softcap, ALIGNED,
-        )  # fmt: skip
+        score, _, _ = scores(tl.sum(product, 1), vocab, row, call, ALIGNED)
         score = tl.where(m_vocab, score, float("-inf"))
         new_peak = tl.maximum(peak, score)
         shift = peak - new_peak

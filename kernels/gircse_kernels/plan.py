@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 SCRATCH_BYTES = 64 << 20  # the most that a call holds beyond O(T D), whatever T and V
 # The most that one call keeps of its probabilities for backward, which then makes two products of three; 0: nothing.
 KEPT_BYTES = 64 << 20
+GIVEN_BYTES = 8 << 20  # what given logits may take at least; chunks of less cost more launches than they save memory
 PARTIAL_BYTES = 32 << 20  # of that, the partial sums of forms 1 and 2
 SETTLED_TILES = 4  # tiles of a row that one program of `settle_kernel` brings to the row's reference
 ROW_BLOCK = 4096  # rows that form 3 or a backward takes at once
@@ -60,6 +61,10 @@ SAFE = {
     "weights": Config({"BLOCK_T": 1, "BLOCK_V": 2048}, 4, 1),
     "weights_product": Config({"BLOCK_T": 64, "BLOCK_V": 64, "BLOCK_K": 32}, 4, 2),
     "score_grad": Config({"BLOCK_T": 2, "BLOCK_V": 1024}, 4, 1),
+    "kept_forward": Config({"BLOCK_C": 32, "BLOCK_E": 128}, 4, 1),
+    "kept_backward": Config({"BLOCK_C": 32, "BLOCK_E": 128}, 4, 1),
+    "kept_matrix": Config({"BLOCK_C": 16, "BLOCK_E": 256}, 4, 1),
+    "select": Config({"GROUP": 64, "WALK": 64, "BLOCK": 4096, "ROOM": 4096}, 8, 1),
 }
 
 
@@ -71,11 +76,11 @@ class Device(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """T, V, D, E, whether the value matrix is the head, bytes per element."""
+    """T, V, D, E, whether the value matrix is the head, bytes per element (of the matrices)."""
 
     rows: int
     vocab: int
-    width: int
+    width: int  # 0: logits are given
     value_width: int
     tied: bool
     itemsize: int
@@ -124,7 +129,7 @@ class TwoProducts(NamedTuple):
     """Form 3. For each block of rows and each chunk: `weights_product_kernel`, or a product and `weights_kernel`; then
     `settle_kernel` and a product. At the end of the block of rows `finish_kernel`."""
 
-    product: Config | None  # of `weights_product_kernel`; None: cuBLAS and `weights_kernel`
+    product: Config | None  # of `weights_product_kernel`; None: cuBLAS, or nothing, and `weights_kernel`
     weights: Config  # of `weights_kernel`
     row_block: int
     chunk: int  # vocabulary rows
@@ -140,7 +145,7 @@ class TwoProducts(NamedTuple):
     def scratch(self, problem: Problem) -> int:
         """Bytes that a call allocates beyond its inputs and results; P is a result where it is kept."""
         elements = self.row_block * padded(min(self.chunk, problem.vocab))
-        apart = self.product is None and not self.half_scores and problem.itemsize == 2
+        apart = problem.width > 0 and self.product is None and not self.half_scores and problem.itemsize == 2
         probs = 0 if self.keep else elements * problem.itemsize
         sums = 4 * padded(self.row_block) * (4 + 3 * cdiv(self.chunk, self.tile))
         accumulator = 4 * self.row_block * problem.value_width if problem.itemsize == 2 else 0
@@ -160,7 +165,24 @@ class Backward(NamedTuple):
         """Bytes that a call for the gradient of hidden states allocates beyond its inputs and results."""
         elements = self.row_block * padded(min(self.chunk, problem.vocab))
         stacked = 2 * self.row_block * problem.width * problem.itemsize if problem.tied and not self.half_scores else 0
-        return elements * _backward_bytes(problem.itemsize, self.half_scores, False) + stacked + 4 * problem.rows
+        each = _backward_bytes(problem, self.half_scores, False, False)
+        return elements * each + stacked + 4 * problem.rows
+
+
+class Select(NamedTuple):
+    """For each block of rows the scores of all entries by a product, then `weights_kernel` and `select_kernel`."""
+
+    weights: Config
+    select: Config
+    row_block: int
+    tiles: int  # of a row, with sums of their own
+    groups: int  # of a row, with a highest score of their own
+    listed: int  # entries among which the highest ones are chosen
+
+    def scratch(self, vocab: int) -> int:
+        """Bytes that a call allocates beyond its inputs and results."""
+        lists = 12 * self.select.blocks["ROOM"]
+        return self.row_block * (4 * padded(vocab) + 20 * self.tiles + 4 * self.groups + lists)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -255,7 +277,7 @@ def plan_two_products(
         kept: bytes of probabilities that may be kept for backward.
         scratch: bytes that a chunk may take; None: `SCRATCH_BYTES`.
     """
-    scratch = SCRATCH_BYTES if scratch is None else scratch
+    scratch = scratch_bytes(problem) if scratch is None else scratch
     rows, vocab, width, _, _, itemsize = problem
     choice = choose(problem, device)
     product = None
@@ -265,7 +287,7 @@ def plan_two_products(
     tile = (product or weights).blocks["BLOCK_V"]
     half = choice.rounds(problem, exact_scores)
     # P takes the memory of the scores where the dtypes are the same
-    score_bytes = 0 if product or half or itemsize == 4 else 4
+    score_bytes = 0 if product or half or itemsize == 4 or width == 0 else 4
     row_block = even_blocks(rows, min(ROW_BLOCK, scratch // (tile * (itemsize + score_bytes))))
     elements = rows * padded(vocab)
     keep = row_block == rows and elements * itemsize <= kept and elements * score_bytes <= scratch
@@ -289,15 +311,15 @@ def plan_backward(
 
     Args:
         need_values: P is wanted, for the gradient of the embedding matrix.
-        need_head: the gradient of the head is wanted.
+        need_head: the gradient of the head is wanted; where logits are given, dS without being their gradient.
         exact_scores, scratch: as for `plan_two_products`.
     """
-    scratch = SCRATCH_BYTES if scratch is None else scratch
+    scratch = scratch_bytes(problem) if scratch is None else scratch
     choice = choose(problem, device)
     half = choice.rounds(problem, exact_scores) and isinstance(plan_forward(problem, device), TwoProducts)
     config = lookup("score_grad", device.arch, problem.itemsize, problem.rows)
     tile = config.blocks["BLOCK_V"]
-    each = _backward_bytes(problem.itemsize, half, need_values)
+    each = _backward_bytes(problem, half, need_values, need_head)
     # float32 sums over the blocks of rows
     sums = 4 * (problem.width * need_head + problem.value_width * (need_values and not problem.tied))
     sums = sums if problem.itemsize == 2 else 0
@@ -308,10 +330,33 @@ def plan_backward(
     return Backward(config, row_block, chunk_size(problem.vocab, most, tile), half)
 
 
-def _backward_bytes(itemsize: int, half_scores: bool, need_values: bool) -> int:
+@functools.lru_cache(maxsize=4096)
+def plan_select(rows: int, vocab: int, itemsize: int, device: Device, capacity: int) -> Select:
+    """The blocks of rows whose scores are in memory at once; `capacity` as in `launch_selection.select`."""
+    weights, config = lookup("weights", device.arch, itemsize, rows), lookup("select", device.arch, itemsize, rows)
+    row_block = even_blocks(rows, min(ROW_BLOCK, SCRATCH_BYTES // (4 * padded(vocab))))
+    groups, tiles = cdiv(vocab, config.blocks["GROUP"]), cdiv(vocab, weights.blocks["BLOCK_V"])
+    listed = max(2 * capacity, min(4 * capacity, 512))
+    blocks = {**config.blocks, "WALK": min(config.blocks["WALK"], max(1, 2 * capacity))}
+    blocks["ROOM"] = max(blocks["ROOM"], listed)
+    return Select(weights, config._replace(blocks=blocks), row_block, tiles, groups, listed)
+
+
+def _backward_bytes(problem: Problem, half_scores: bool, need_values: bool, need_head: bool) -> int:
     """Of an entry of a chunk: dS and P, dP in float32, and scores, which are dS's memory where they are rounded. For
-    float32 inputs scores and dP are the memory of dS and P."""
+    float32 inputs scores and dP are the memory of dS and P. Where logits are given there are no scores, and dS is their
+    gradient."""
+    itemsize = problem.itemsize
+    if problem.width == 0:
+        return 4 * (1 + need_head) if itemsize == 4 else 4 + itemsize * (need_values + need_head)
     return 8 if itemsize == 4 else itemsize * (1 + need_values) + (4 if half_scores else 8)
+
+
+def scratch_bytes(problem: Problem) -> int:
+    """What a chunk may take: where logits are given, no more than a part of what they take, so that memory is saved."""
+    if problem.width > 0:
+        return SCRATCH_BYTES
+    return min(SCRATCH_BYTES, max(GIVEN_BYTES, problem.rows * problem.vocab * problem.itemsize * 3 // 5))
 
 
 def padded(columns: int) -> int:

@@ -2,10 +2,11 @@
 
 Row by row, with `x = h . w_v + bias_v` accumulated in float32::
 
-    score_v = (softcap * tanh(x * logit_scale / softcap) + gumbel(seed, v)) / temperature        with soft-cap
-    score_v = (x * logit_scale                           + gumbel(seed, v)) / temperature        without
+    score_v = softcap * tanh(x * logit_scale / softcap) / temperature + noise_scale * gumbel(seed, v)      with soft-cap
+    score_v = x * logit_scale / temperature                           + noise_scale * gumbel(seed, v)      without
 
-With a threshold, an entry whose score without noise lies below its row's is removed: its score is -inf.
+With a threshold, an entry whose score without noise lies below its row's is removed, and with a bitmask every entry
+whose bit is 0: their scores are -inf.
 The launcher folds the scalars: `scale` is logit_scale, or logit_scale / softcap.
 """
 
@@ -69,71 +70,83 @@ def gumbel_noise(seed, index, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def row_factors(temperature_ptr, rows, in_range, inverse_temperature):
-    """1 / temperature of each row, in the shape of `rows`; the call's one number where rows have none of their own."""
+def row_numbers(number_ptr, rows, in_range, number):
+    """A float32 number of each row, in the shape of `rows`; the call's one number where rows have none of their own."""
+    if number_ptr is not None:
+        return tl.load(number_ptr + rows, mask=in_range, other=1.0).to(tl.float32)
+    else:
+        return number
+
+
+@triton.jit
+def row_options(
+    temperature_ptr,  # [T]; None: no such option, as for the next four
+    noise_scale_ptr,  # [T]
+    seed_ptr,  # [T] int64
+    threshold_ptr,  # [T]
+    bitmask_ptr,  # [T, W] int32
+    stride_bitmask,
+    rows,  # a scalar or a column
+    in_range,
+    seed,  # None: no noise; any number where rows have their own
+    inverse_temperature,  # the call's numbers, for rows without their own
+    noise_scale,
+):
+    """What `scores` needs of each row, in the shape of `rows`; 0, which nobody reads, for an option that is off."""
+    inverse = inverse_temperature
     if temperature_ptr is not None:
-        return 1.0 / tl.load(temperature_ptr + rows, mask=in_range, other=1.0).to(tl.float32)
-    else:
-        return inverse_temperature
-
-
-@triton.jit
-def row_seeds(seed_ptr, rows, in_range, seed):
-    """int64 seed of each row, in the shape of `rows`, or the call's one; 0, which nobody reads, without noise."""
+        inverse = 1.0 / row_numbers(temperature_ptr, rows, in_range, 1.0)
+    noise_scales = row_numbers(noise_scale_ptr, rows, in_range, noise_scale)
+    thresholds = row_numbers(threshold_ptr, rows, in_range, 0.0)
+    seeds = 0
     if seed_ptr is not None:
-        return tl.load(seed_ptr + rows, mask=in_range, other=0)
+        seeds = tl.load(seed_ptr + rows, mask=in_range, other=0)
     elif seed is not None:
-        return tl.cast(seed, tl.int64)
-    else:
-        return 0
-
-
-@triton.jit
-def row_thresholds(threshold_ptr, rows, in_range):
-    """The lowest score that each row keeps, in the shape of `rows`; 0, which nobody reads, without truncation."""
-    if threshold_ptr is not None:
-        return tl.load(threshold_ptr + rows, mask=in_range, other=0.0)
-    else:
-        return 0.0
+        seeds = tl.cast(seed, tl.int64)
+    words = 0
+    if bitmask_ptr is not None:
+        words = bitmask_ptr + tl.where(in_range, rows, 0).to(tl.int64) * stride_bitmask
+    return inverse, noise_scales, seeds, thresholds, words
 
 
 @triton.jit
 def scores(
     product,  # float32, h . w of rows and vocabulary entries
     vocab,  # index in this shard, broadcasts against the product
-    inverse_temperature,  # of `row_factors`, broadcasts against the product; the same for seeds and thresholds
-    seeds,
-    thresholds,
-    bias_ptr,  # None: no bias
-    threshold_ptr,  # None: no truncation
-    stride_bias,
-    num_vocab,
-    vocab_start,  # the shard's first index in the whole vocabulary
-    seed,  # None: no noise; any number where `seeds` are the rows' own
-    scale,
-    softcap,  # None: no soft-cap
+    row,  # of `row_options`, broadcasts against the product
+    call,  # see below
     ALIGNED: tl.constexpr,
 ):
-    """Scores and tanh of the capped logits (the scores again without soft-cap); not masked beyond the vocabulary.
+    """Scores, tanh of the capped logits (the scores without noise where there is no soft-cap), and the noise; not
+    masked beyond the vocabulary.
 
-    An option that is None when the kernel is launched is known to be so by the compiler and costs no instruction.
+    `call`: pointers to bias [V], thresholds and bitmask; the bias's stride, V, the shard's first index in the whole
+    vocabulary, and of `launching.score_scalars` seed, scale and soft-cap. An option that is None when the kernel is
+    launched is known to be so by the compiler and costs no instruction.
     """
+    inverse, noise_scales, seeds, thresholds, words = row
+    bias_ptr, threshold_ptr, bitmask_ptr, stride_bias, num_vocab, vocab_start, seed, scale, softcap = call
     index = vocab.to(tl.int64)
     if bias_ptr is not None:
         product += tl.load(bias_ptr + index * stride_bias, mask=vocab < num_vocab, other=0.0).to(tl.float32)
     if softcap is not None:
         capped = tanh(product * scale)
-        score = capped * (softcap * inverse_temperature)
+        score = capped * (softcap * inverse)
     else:
-        score = product * (scale * inverse_temperature)
+        score = product * (scale * inverse)
         capped = score
+    if bitmask_ptr is not None:
+        word = tl.load(words + (index + vocab_start) // 32, mask=vocab < num_vocab, other=0)
+        score = tl.where((word >> ((index + vocab_start) % 32).to(tl.int32)) & 1 == 1, score, float("-inf"))
     if threshold_ptr is not None:
         kept = score >= thresholds  # what is kept does not depend on the noise
+    noise = 0.0
     if seed is not None:
-        score += gumbel_noise(seeds, index + vocab_start, ALIGNED) * inverse_temperature
+        noise = gumbel_noise(seeds, index + vocab_start, ALIGNED)
+        score += noise * noise_scales
     if threshold_ptr is not None:
         score = tl.where(kept, score, float("-inf"))
-    return score, capped
+    return score, capped, noise
 
 
 @triton.jit

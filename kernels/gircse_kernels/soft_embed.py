@@ -5,10 +5,14 @@ float32, whose products are never rounded to TF32. Matrices may have any strides
 or depends on its values, so both passes can be captured in a CUDA graph.
 """
 
+from torch import Tensor
+
 from .contract import Forward, Grads, Inputs, Needs, Options, Saved
-from .launch_backward import backward
+from .launch_backward import backward as _backward
 from .launch_forward import forward
+from .launch_kept_rows import backward_kept_rows
 from .launch_many_rows import chunk_scores
+from .launch_selection import candidates, select
 from .launching import INTERPRETED, device_of
 
 __all__ = [
@@ -20,7 +24,23 @@ __all__ = [
     "Options",
     "Saved",
     "backward",
+    "candidates",
     "chunk_scores",
     "device_of",
     "forward",
+    "select",
 ]
+
+
+def backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_entropy: Tensor | None,
+    inputs: Inputs,
+    saved: Saved,
+    options: Options,
+    needs: Needs,
+) -> Grads:
+    """Gradients from grad_out [T, E], grad_lse [T], grad_entropy [T]; None: zero. See `launch_backward.backward`."""
+    function = _backward if inputs.ids is None else backward_kept_rows
+    return function(grad_out, grad_lse, grad_entropy, inputs, saved, options, needs)

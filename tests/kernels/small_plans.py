@@ -17,6 +17,10 @@ SMALL = {
     "weights": Config({"BLOCK_T": 8, "BLOCK_V": 32}, 4, 1),
     "weights_product": Config({"BLOCK_T": 16, "BLOCK_V": 16, "BLOCK_K": 16}, 4, 1),
     "score_grad": Config({"BLOCK_T": 8, "BLOCK_V": 32}, 4, 1),
+    "select": Config({"GROUP": 4, "WALK": 8, "BLOCK": 64, "ROOM": 32}, 4, 1),
+    "kept_forward": Config({"BLOCK_C": 8, "BLOCK_E": 16}, 4, 1),
+    "kept_backward": Config({"BLOCK_C": 8, "BLOCK_E": 16}, 4, 1),
+    "kept_matrix": Config({"BLOCK_C": 2, "BLOCK_E": 16}, 4, 1),
 }
 
 
@@ -44,5 +48,5 @@ def small_plans(
 
 
 def _forget() -> None:
-    for function in (plan.plan_forward, plan.plan_two_products, plan.plan_backward):
+    for function in (plan.plan_forward, plan.plan_two_products, plan.plan_backward, plan.plan_select):
         function.cache_clear()

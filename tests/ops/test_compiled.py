@@ -220,7 +220,7 @@ def test_no_private_name_of_torch_is_traced() -> None:
         queries,
     )
     ours = {c for c in code if Path(c.co_filename).is_relative_to(package)}
-    assert {"soft_embed", "stepwise_info_nce", "top_tokens", "row_thresholds", "harden", "run"} <= {
+    assert {"soft_embed", "stepwise_info_nce", "top_tokens", "narrow", "select", "harden", "run"} <= {
         c.co_name for c in ours
     }
     assert [name for c in ours for name in private_names(c)] == []

@@ -139,15 +139,16 @@ def test_a_trained_copy_of_the_head_counts():
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])
-@pytest.mark.parametrize("alone", [True, False], ids=["alone", "beside LoRA"])
-def test_trained_tokens_count_with_their_gradients(name, alone):
+@pytest.mark.parametrize("targets", [None, ["q_proj"], ["lm_head"]], ids=["alone", "beside LoRA", "below LoRA"])
+def test_trained_tokens_count_with_their_gradients(name, targets):
     model, hidden = tiny_model(name, dtype=torch.float64), torch.randn(5, 32, dtype=torch.float64)
     soft = from_model(model)
     before = soft(hidden)
-    if alone:
-        peft = get_peft_model(model, TrainableTokensConfig(token_indices=[3, 40]))
+    if targets is None:
+        config = TrainableTokensConfig(token_indices=[3, 40])
     else:
-        peft = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[3, 40]))
+        config = LoraConfig(r=4, init_lora_weights=False, target_modules=targets, trainable_token_indices=[3, 40])
+    peft = get_peft_model(model, config)
     trained = [parameter for key, parameter in model.named_parameters() if "trainable_tokens_delta" in key]
     with torch.no_grad():
         trained[0].normal_()
@@ -166,6 +167,14 @@ def test_what_no_weight_says_is_refused_at_the_next_call():
     adapted(model, target_modules=["lm_head"], use_dora=True)
     with pytest.raises(ValueError, match=r"model: an adapter changes the output head of .*DoraLinearVariant"):
         soft(hidden)
+
+
+def test_a_quantised_head_is_refused_with_the_way_out():
+    model = tiny_model("llama")
+    kind = type("Packed", (torch.nn.Parameter,), {"__module__": "torchao.quantization"})
+    model.lm_head.weight = kind(model.lm_head.weight.detach())
+    with pytest.raises(ValueError, match=r"output head of .* is a quantised Packed of torchao, .*modules_to_not_conv"):
+        from_model(model)
 
 
 def test_another_table_and_another_size_count_from_the_next_call_on():

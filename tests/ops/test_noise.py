@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gircse.ops import VocabShard, soft_embed, tiles_torch, top_tokens
-from gircse.ops.noise import _philox, gumbel
+from gircse.ops.noise import _philox, gumbel, gumbel_at
 from gircse.ops.soft_embed_reference import soft_embed_reference
 from tests.ops.accuracy import noise_of, random_inputs
 from tests.ops.test_soft_embed_op import BACKENDS
@@ -20,14 +20,21 @@ EULER = 0.5772156649015329
 
 def test_known_answers_of_philox() -> None:
     """Random123's vector for a zero counter and a zero key, and its chained counter of ones in the key."""
-    zero = _philox(torch.zeros(1, dtype=torch.int64), 0, 1)[0].tolist()
+    zero = _philox(torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64))[0, 0].tolist()
     assert [f"{word:08x}" for word in zero] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
 
 
 def test_large_noise_is_exact_to_the_last_places() -> None:
     """Below 2^-6 a series stands for the logarithm, which would keep a few bits of it."""
     seeds = torch.arange(64)
-    uniform = _philox(seeds, 0, 4096).to(torch.float32).mul_(2.0**-32).add_(2.0**-33).double()
+    uniform = (
+        _philox(seeds, torch.arange(4096).expand(64, -1))
+        .flatten(1)
+        .to(torch.float32)
+        .mul_(2.0**-32)
+        .add_(2.0**-33)
+        .double()
+    )
     small = uniform < 2.0**-6
     assert small.sum() > 10_000
     exact = -torch.log(-torch.log1p(-uniform[small]))
@@ -41,6 +48,8 @@ def test_any_slice_is_a_slice_of_the_whole() -> None:
     for start, stop in ((0, 103), (1, 2), (3, 50), (7, 8), (64, 103), (101, 103)):
         assert torch.equal(gumbel(seeds, start, stop), whole[:, start:stop])
     assert torch.equal(gumbel(seeds.flip(0), 5, 99).flip(0), whole[:, 5:99])
+    some = torch.tensor([[0, 7, 102], [5, 5, 1], [64, 3, 2], [9, 8, 100]])
+    assert torch.equal(gumbel_at(seeds, some), whole.gather(1, some))
 
 
 def test_distribution() -> None:

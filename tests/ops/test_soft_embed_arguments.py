@@ -10,6 +10,12 @@ import torch
 from gircse.ops import VocabShard, soft_embed
 
 
+def quantised(library: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A weight as torchao and bitsandbytes make them: a subclass of their own."""
+    kind = type("Packed", (torch.nn.Parameter,), {"__module__": f"{library}.nn"})
+    return torch.ones(5, 4).to(dtype).as_subclass(kind)
+
+
 def valid_arguments() -> dict[str, Any]:
     return {"hidden": torch.randn(3, 4), "head_weight": torch.randn(5, 4)}
 
@@ -39,6 +45,16 @@ def valid_arguments() -> dict[str, Any]:
             {"head_weight": torch.randn(5, 4).half()},
             TypeError,
             r"head_weight: got dtype torch.float16, expected torch.float32",
+        ),
+        (
+            {"head_weight": quantised("torchao")},
+            TypeError,
+            r"head_weight: got a quantised Packed of torchao, expected a plain tensor: keep it out of the quantisation",
+        ),
+        (
+            {"embed_weight": quantised("bitsandbytes", torch.uint8)},
+            TypeError,
+            r"got a quantised Packed of bitsandbytes",
         ),
         ({"embed_weight": torch.randn(6, 4)}, ValueError, r"embed_weight: got shape \(6, 4\), expected \[5, E\]"),
         ({"embed_weight": torch.randn(5, 0)}, ValueError, r"embed_weight: got shape \(5, 0\), expected \[5, E\]"),
@@ -72,16 +88,19 @@ def valid_arguments() -> dict[str, Any]:
         ({"temperature": torch.tensor([1.0, 0.0, 2.0])}, ValueError, r"temperature: got 0.0, expected values above 0"),
         ({"temperature": torch.ones(3, dtype=torch.int64)}, TypeError, r"temperature: got dtype torch.int64"),
         ({"temperature": torch.ones(3, device="meta")}, ValueError, r"temperature: got device meta, expected cpu"),
-        ({"softcap": 0.0}, ValueError, r"softcap: got 0.0, expected a finite number above 0"),
-        ({"softcap": -3}, ValueError, r"softcap: got -3, expected a finite number above 0"),
+        ({"softcap": -3}, ValueError, r"softcap: got -3.0, expected a number above 0, or 0 or None for none"),
         ({"logit_scale": float("inf")}, ValueError, r"logit_scale: got inf, expected a finite number"),
         ({"embed_scale": True}, TypeError, r"embed_scale: got bool, expected a number"),
         ({"backend": "cuda"}, ValueError, r"backend: got 'cuda', expected None or one of 'torch', 'triton'"),
-        ({"gumbel_seed": 1.5}, TypeError, r"gumbel_seed: got float, expected an int or an int64 tensor"),
+        ({"gumbel_seed": 1.5}, TypeError, r"gumbel_seed: got float, expected an int or an integer tensor"),
         ({"gumbel_seed": 2**63}, ValueError, r"gumbel_seed: got 9223372036854775808, expected a number of 64 bits"),
         ({"gumbel_seed": 2**64}, ValueError, r"gumbel_seed: got 18446744073709551616, expected a number of 64 bits"),
         ({"gumbel_seed": -(2**63) - 1}, ValueError, r"gumbel_seed: got -9223372036854775809, expected a number of 64"),
-        ({"gumbel_seed": torch.ones(3)}, TypeError, r"gumbel_seed: got dtype torch.float32, expected torch.int64"),
+        (
+            {"gumbel_seed": torch.ones(3)},
+            TypeError,
+            r"gumbel_seed: got dtype torch.float32, expected torch.int64 or torch.int32",
+        ),
         (
             {"gumbel_seed": torch.ones(2, dtype=torch.int64)},
             ValueError,

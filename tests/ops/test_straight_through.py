@@ -21,7 +21,7 @@ HARD = torch.tensor([True, False] * 5 + [True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("embed", [None, 6])
 def test_a_hard_row_is_the_embedding_of_its_token(backend: str, dtype: torch.dtype, embed: int | None) -> None:
-    """Exactly; and its gradients are bitwise those of the soft row."""
+    """Exactly; and all gradients but that of the embedding matrix are bitwise those of the soft row."""
     tensors = random_inputs(embed=embed, bias=True, dtype=dtype)
     options: dict[str, Any] = {"embed_scale": 3.0, "temperature": 0.7, "backend": backend}
     soft = run(soft_embed, tensors, dtype, True, options)
@@ -32,9 +32,40 @@ def test_a_hard_row_is_the_embedding_of_its_token(backend: str, dtype: torch.dty
     assert torch.equal(every["out"], tokens)
     assert torch.equal(mixed["out"], torch.where(HARD[:, None], tokens, soft["out"]))
     for name in soft:
-        if name != "out":
+        if name not in ("out", "grad head_weight" if embed is None else "grad embed_weight"):
             assert torch.equal(mixed[name], soft[name]), name
             assert torch.equal(every[name], soft[name]), name
+
+
+@BACKENDS
+@pytest.mark.parametrize("embed", [None, 6])
+@pytest.mark.parametrize("hard", [True, HARD], ids=["all", "some"])
+def test_gradients_are_those_of_gumbel_softmax(
+    monkeypatch: pytest.MonkeyPatch, backend: str, embed: int | None, hard: Any
+) -> None:
+    """Of PyTorch's own function, with our noise as its draw: the embedding matrix gets that of the tokens alone."""
+    tensors = random_inputs(embed=embed, dtype=torch.float32)
+    noise = gumbel(torch.tensor([5]), 0, 53)
+    monkeypatch.setattr(Tensor, "exponential_", lambda empty: empty.copy_(noise.neg().exp()))
+
+    def official(hidden: Tensor, head_weight: Tensor, embed_weight: Tensor | None = None) -> Tensor:
+        logits = hidden @ head_weight.T
+        rows = [torch.nn.functional.gumbel_softmax(logits, 0.6, hard=hard) for hard in (True, False)]
+        return torch.where(torch.as_tensor(hard)[..., None], *rows) @ (head_weight if embed is None else embed_weight)
+
+    def ours(**leaves: Tensor) -> Any:
+        return soft_embed(**leaves, temperature=0.6, gumbel_seed=5, hard=hard, backend=backend)  # type: ignore[arg-type]
+
+    upstream = torch.randn(11, embed or 9)
+    results = []
+    for function, dtype in ((ours, torch.float32), (official, torch.float32), (official, torch.float64)):
+        leaves = {name: tensor.to(dtype).requires_grad_() for name, tensor in tensors.items()}
+        grads = torch.autograd.grad(function(**leaves), list(leaves.values()), upstream.to(dtype))
+        results.append([grad.double() for grad in grads])
+    for got, plain, exact in zip(*results, strict=True):
+        assert (got - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-6 * exact.abs().max()
+    if embed is not None and hard is True:
+        assert (results[0][2].abs().sum(1) > 0).sum() <= 11
 
 
 def test_values_and_gradients() -> None:

@@ -1,0 +1,99 @@
+"""Launches the selection of what truncation keeps: scores in memory, their sums, and one program for each row."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import launching
+from .contract import Candidates, Inputs, Options, Selection, Truncation
+from .launch_many_rows import score_sums
+from .launching import device_of, logit_offsets, score_scalars, score_strides, score_tensors
+from .plan import padded, plan_select
+from .selection import select_kernel
+
+
+def select(inputs: Inputs, options: Options, rules: Truncation, capacity: int) -> Selection:
+    """What the rules keep of each row, from its scores without noise, and the statistics of the whole distribution.
+
+    Args:
+        capacity: C, a power of two above the largest top_k, or above the largest top_n where there is no top_k; 0: no
+            lists, thresholds alone.
+    """
+    ruled = any(rule is not None for rule in rules)
+    found = _select(inputs, options, rules if ruled else None, capacity, finish=True)
+    threshold = found.threshold if ruled else torch.full_like(found.sums[0], -torch.inf)
+    return Selection(threshold, *found.sums, found.argmax, found.ids, found.scores, found.num_kept)
+
+
+def candidates(inputs: Inputs, options: Options, capacity: int) -> Candidates:
+    """The C highest scores of each row of a shard, and the sums over all of them, to be merged with other shards'."""
+    found = _select(inputs, options, None, capacity, finish=False)
+    return Candidates(found.ids, found.scores, *found.sums, found.argmax)
+
+
+class _Found(NamedTuple):
+    """The outputs of `select_kernel`."""
+
+    threshold: Any
+    sums: tuple[Tensor, Tensor, Tensor]
+    argmax: Tensor
+    ids: Any
+    scores: Any
+    num_kept: Any
+
+
+def _select(inputs: Inputs, options: Options, rules: Truncation | None, capacity: int, *, finish: bool) -> _Found:
+    inputs, options = inputs._replace(seeds=None, threshold=None, embed=None), options._replace(seed=None)
+    num_rows, num_vocab, device = inputs.num_rows, inputs.num_vocab, inputs.hidden.device
+    plan = plan_select(num_rows, num_vocab, inputs.hidden.itemsize, device_of(device), capacity)
+    blocks = plan.select.blocks
+    float32 = functools.partial(torch.empty, dtype=torch.float32, device=device)
+    int64 = functools.partial(torch.empty, dtype=torch.int64, device=device)
+    found = _Found(
+        None if rules is None else float32(num_rows),
+        (float32(num_rows), float32(num_rows), float32(num_rows)),
+        int64(num_rows),
+        int64((num_rows, capacity)) if capacity else None,
+        float32((num_rows, capacity)) if capacity else None,
+        int64(num_rows) if capacity and rules is not None else None,
+    )
+    products = float32((plan.row_block, padded(num_vocab) if inputs.head is not None else 0))
+    tiles, tile_argmax = float32((3, padded(plan.row_block), plan.tiles)), int64((plan.row_block, plan.tiles))
+    groups = float32((plan.row_block, plan.groups))
+    lists = float32((plan.row_block, blocks["ROOM"]))
+    indices = torch.empty((plan.row_block, 2 * blocks["ROOM"]), dtype=torch.int32, device=device) if capacity else None
+    for start in range(0, num_rows, plan.row_block):
+        rows = slice(start, min(start + plan.row_block, num_rows))
+        part, count = inputs.of_rows(rows), rows.stop - start
+        sums = (*tiles, tile_argmax, groups)
+        room = products[:count, : products.shape[1] and num_vocab]
+        scores, part, rest = score_sums(part, options, room, sums, plan.weights, blocks["GROUP"])
+        first, second, third = (tensor[rows] for tensor in found.sums)
+        bias, temperature, *_, bitmask = score_tensors(part)
+        launching.launch(
+            select_kernel,
+            (count,),
+            (
+                scores, logit_offsets(part), groups, *tiles, tile_argmax, bias, temperature, bitmask,
+                *(None if rule is None else rule[rows] for rule in rules or Truncation()), lists, indices,
+                _rows(found.threshold, rows), first, second, third, found.argmax[rows],
+                _rows(found.ids, rows), _rows(found.scores, rows), _rows(found.num_kept, rows),
+                num_vocab, plan.tiles, plan.groups, scores.stride(0), scores.stride(-1), *score_strides(part),
+                options.vocab_start, *score_scalars(part, rest)[1:4],
+            ),
+            plan.select,
+            FINISH=finish,
+            COUNT=capacity,
+            LIST=plan.listed,
+            GROUPS=1 << (plan.groups - 1).bit_length(),
+            TILES=1 << (plan.tiles - 1).bit_length(),
+        )  # fmt: skip
+    return found
+
+
+def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    return None if tensor is None else tensor[rows]
