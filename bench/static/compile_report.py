@@ -208,6 +208,8 @@ def table_cases(*variants: str) -> list[Case]:
                 call = Call("soft_embed", (rows, 50_304, 1024, 1024), dtype, tied, True, variants)
                 trained = call._replace(variants=("statistics", *variants, "matrices"))
                 cases += [Case(call), Case(trained), *(Case(call, other) for other in _OTHERS)]
+            given = Call("soft_embed", (rows, 50_304, 0, 1024), dtype, False, True, (*variants, "hard", "matrices"))
+            cases += [Case(given), Case(given._replace(variants=variants))]
     for dtype in ("bfloat16", "float32"):
         truncated = Call("soft_embed", (64, 50_304, 1024, 1024), dtype, True, True, variants)
         chosen = (("statistics", *variants, "top_k", "matrices"), (*variants, "top_k"), (*variants, "top_p"))

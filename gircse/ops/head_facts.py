@@ -88,7 +88,7 @@ class HeadFacts(NamedTuple):
         )
 
     def top_tokens(self, hidden: Tensor, n: int, **options: Any) -> tuple[Tensor, Tensor]:
-        """Ids and probabilities [..., n] of the most probable tokens; options: temperature, backend."""
+        """Ids and weights [..., n]; options: the other arguments of `gircse.ops.top_tokens`."""
         return top_tokens(hidden, self.head_weight, n, **self.score_options(), **options)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -37,8 +37,8 @@ class SoftEmbedding(nn.Module):
         Args:
             hidden: last hidden states, after the model's final norm.
             bias: [V], added to the model's own logits before its scale and soft-cap. An entry of -inf bans its token.
-            options: the arguments of `soft_embed` that do not depend on the model: temperature, top_k, top_p, min_p,
-                gumbel_seed, gumbel_temperature, hard, return_stats, backend.
+            options: the arguments of `soft_embed` that do not depend on the model: all but the matrices, bias, scales
+                and soft-cap.
 
         Raises:
             ValueError: an adapter changes head or table otherwise than by its weight; a ban by -inf where the model's
@@ -50,7 +50,8 @@ class SoftEmbedding(nn.Module):
         return facts.soft_embed(hidden, **options)
 
     def top_tokens(self, hidden: Tensor, n: int, **options: Any) -> tuple[Tensor, Tensor]:
-        """Ids and probabilities [..., n] of the most probable tokens; options: temperature, backend."""
+        """Ids and weights [..., n] of the tokens that a soft token is made of; options: those of `top_tokens` that do
+        not depend on the model."""
         return self.facts.top_tokens(hidden, n, **options)
 
     def extra_repr(self) -> str:
@@ -95,8 +96,5 @@ def _with_bias(facts: HeadFacts, bias: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             torch._assert_async(banned.logical_not(), f"bias: got -inf, {reason}")
         elif banned:
-            raise ValueError(
-                f"bias: got -inf, {reason}; expected finite numbers (ban by leaving rows out: `soft_embed` on the rows "
-                "of facts.head_weight, facts.embed_weight and facts.bias that stay)"
-            )
+            raise ValueError(f"bias: got -inf, {reason}; expected finite numbers (ban tokens by token_bitmask instead)")
     return bias if facts.bias is None else facts.bias + bias

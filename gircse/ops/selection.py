@@ -23,7 +23,7 @@ from .chunk_scores import chunk_scores
 from .row_options import with_noise
 from .soft_embed_arguments import Prepared
 from .thresholds_torch import Thresholds
-from .tiles_torch import WORKSPACE_BYTES, accumulation_dtype, slices, tiling
+from .tiles_torch import WORKSPACE_BYTES, accumulation_dtype, is_copied, slices, tiling
 from .transforms import eager, rows_of_numbers, rows_or_loop
 from .vocab_parallel import Across, find_group
 
@@ -56,20 +56,20 @@ def narrow(call: Prepared, *, stats: bool) -> tuple[Inputs, Options, tuple[Tenso
             backend=call.backend,
         )
         if call.rules is not None:
-            inputs = inputs._replace(threshold=found.threshold, **_of_shard(found, inputs, options, call.group))
+            inputs = _narrowed(inputs, options, found, call.group)
         if stats:
             full = found[1:5]
     return *with_noise(inputs, options, call.noise), full
 
 
-def _of_shard(found: Selection, inputs: Inputs, options: Options, group: str | None) -> dict[str, Tensor | None]:
-    """The candidates as the op gets them: ids of this shard, whose scores alone count."""
-    ids, scores, num_kept = found[5:]
+def _narrowed(inputs: Inputs, options: Options, found: Selection, group: str | None) -> Inputs:
+    """With what is kept, as the op gets it: ids of this shard, whose scores alone count."""
+    ids, scores = found.ids, found.scores
     if group is not None and ids is not None and scores is not None:
         ids, last = ids - options.vocab_start, inputs.num_vocab - 1
         scores = scores.masked_fill((ids < 0) | (ids > last), -torch.inf)
         ids = ids.clamp(0, max(0, last))
-    return {"ids": ids, "scores": scores, "num_kept": num_kept}
+    return inputs._replace(threshold=found.threshold, ids=ids, scores=scores, num_kept=found.num_kept)
 
 
 def select(
@@ -134,7 +134,7 @@ def _filled(found: Selection, capacity: int, stats: bool) -> tuple[Tensor, ...]:
         rest[4:] = [
             threshold.new_empty((rows, 0), dtype=dtype) for dtype in (torch.int64, threshold.dtype, torch.int64)
         ]
-    return threshold, *rest
+    return threshold, *rest  # type: ignore[arg-type]
 
 
 def _torch(
@@ -177,9 +177,9 @@ def _candidates(
 
 
 def _no_candidates(rows: int, capacity: int, like: Tensor) -> Candidates:
-    shape = (rows, capacity)
-    integers = like.new_zeros(shape, dtype=torch.int64), like.new_zeros(rows, dtype=torch.int64)
-    return Candidates(integers[0], like.new_empty(shape), *(like.new_zeros(rows) for _ in range(3)), integers[1])
+    ids, argmax = (like.new_zeros(shape, dtype=torch.int64) for shape in ((rows, capacity), (rows,)))
+    peak, total, moment = (like.new_zeros(rows) for _ in range(3))
+    return Candidates(ids, like.new_empty(rows, capacity), peak, total, moment, argmax)
 
 
 def _take(found: Candidates, rows: slice, sums: Sequence[Tensor], start: int) -> None:
@@ -195,19 +195,24 @@ def _blocks(inputs: Inputs, options: Options, largest: int, backend: str | None)
 
     A block of rows is scored in half of the workspace, and handed out in parts that stay in a cache.
     """
-    num_rows, num_vocab, width = inputs.num_rows, inputs.num_vocab, 0 if inputs.head is None else inputs.head.shape[1]
+    num_rows, num_vocab, head = inputs.num_rows, inputs.num_vocab, inputs.head
     dtype, device = accumulation_dtype(inputs.hidden.dtype), inputs.hidden.device
-    largest = max(1, largest)
+    largest, size = max(1, largest), max(1, num_vocab)
     block = max(1, min(num_rows, WORKSPACE_BYTES // 2 // (dtype.itemsize * largest)))
     part = max(1, min(block, _PART_BYTES // (dtype.itemsize * largest)))
-    _, size = tiling(block, num_vocab, tiles=1, per_vocab=2 * width, per_row=0, itemsize=dtype.itemsize)
+    if head is not None and is_copied(head, dtype):
+        _, size = tiling(block, num_vocab, tiles=1, per_vocab=2 * head.shape[1], per_row=0, itemsize=dtype.itemsize)
     score = chunk_scores(inputs, options, size, resolve_backend(backend, inputs.hidden))
-    buffer = torch.empty((block, num_vocab), dtype=dtype, device=device)
+    buffer = torch.empty((block if size < num_vocab else 0, num_vocab), dtype=dtype, device=device)
     for rows in slices(num_rows, block):
-        for vocab in slices(num_vocab, size):
-            buffer[: rows.stop - rows.start, vocab] = score(rows, vocab)
+        if size >= num_vocab:
+            scores = score(rows, slice(0, num_vocab))
+        else:
+            scores = buffer[: rows.stop - rows.start]
+            for vocab in slices(num_vocab, size):
+                scores[:, vocab] = score(rows, vocab)
         for some in slices(rows.stop - rows.start, part):
-            yield slice(rows.start + some.start, rows.start + some.stop), buffer[some]
+            yield slice(rows.start + some.start, rows.start + some.stop), scores[some]
 
 
 _op = torch.library.custom_op(
@@ -226,9 +231,11 @@ _op = torch.library.custom_op(
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     hidden, (capacity, stats) = arguments[0], arguments[-4:-2]
     rows, wide = hidden.shape[:-1].numel(), accumulation_dtype(hidden.dtype)
-    numbers = [hidden.new_empty(rows, dtype=dtype) for dtype in (*[wide] * 4, torch.int64, torch.int64)]
+    threshold, lse, entropy, max_prob = (hidden.new_empty(rows, dtype=wide) for _ in range(4))
+    argmax, num_kept = (hidden.new_empty(rows, dtype=torch.int64) for _ in range(2))
     ids, scores = (hidden.new_empty((rows, capacity), dtype=dtype) for dtype in (torch.int64, wide))
-    return _filled(Selection(*numbers[:5], ids, scores, numbers[5]), capacity, stats)
+    found = Selection(threshold, lse, entropy, max_prob, argmax, ids, scores, num_kept)
+    return _filled(found, capacity, stats)
 
 
 @_op.register_vmap

@@ -184,8 +184,10 @@ def soft_embed(
         top_n: keep the n highest of what the three before it keep; as top_k.
             The rules are applied in this order, as in transformers' generation, to the scores without noise; what is
             kept is renormalised, and gradients flow through it (the choice itself has none). Entries of equal score
-            stay or go together, so that a tie may keep more (`gircse.ops.truncation`, also for the last digit). They
-            cost a further pass over head_weight for every block of rows.
+            stay or go together, so that a tie may keep more (`gircse.ops.truncation`, also for the last digit). Where
+            top_k (or, without it, top_n) is at most 256, as a number or a tensor on the CPU, one pass over head_weight
+            finds what is kept, and all else reads and differentiates the kept rows alone. Otherwise, and where a tie
+            goes far beyond k, the rules cost a further pass over head_weight for every block of rows.
         gumbel_seed: None, an int64 number, or an int64 or int32 tensor by row. A row's noise depends on its seed and
             the vocabulary index alone, not on its place in the batch: rows with the same seed, and all rows of a call
             with a number, get the same noise. So does every further call with the same seed: in a loop pass ``step``,
@@ -249,12 +251,10 @@ def soft_embed(
         out_dtype=out_dtype,
         backend=backend,
     )
-    return compute(call, hidden.shape[:-1], return_stats, backend)
+    return compute(call, hidden.shape[:-1], return_stats)
 
 
-def compute(
-    call: Prepared, leading: torch.Size, return_stats: bool, backend: str | None
-) -> Tensor | tuple[Tensor, SoftTokenStats]:
+def compute(call: Prepared, leading: torch.Size, return_stats: bool) -> Tensor | tuple[Tensor, SoftTokenStats]:
     """The soft tokens [*leading, E] of a checked call, and with ``return_stats`` their statistics."""
     inputs, options, full = narrow(call, stats=return_stats)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
@@ -267,7 +267,7 @@ def compute(
             exact=differentiable,
             cast=call.cast,
             out_dtype=call.op_dtype,
-            backend=backend,
+            backend=call.backend,
         ),
     )
     result = found.out if len(leading) == 1 else found.out.reshape(*leading, found.out.shape[-1])
@@ -277,4 +277,4 @@ def compute(
         return result
     own: Any = (found.lse, found.entropy, found.max_prob, found.argmax)
     own, whole = (tuple(stat.reshape(leading) for stat in stats) for stats in (own, full or own))
-    return result, SoftTokenStats(*own, FullStats(*whole))
+    return result, SoftTokenStats(own[0], own[1], own[2], own[3], FullStats(*whole))

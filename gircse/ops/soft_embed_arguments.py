@@ -88,7 +88,8 @@ def prepare(
         if softcap < 0:
             raise ValueError(f"softcap: got {softcap}, expected a number above 0, or 0 or None for none")
         softcap = softcap or None
-    temperature = positive_by_row("temperature", temperature, hidden)
+    if type(temperature) is not float or temperature != 1.0:
+        temperature = positive_by_row("temperature", temperature, hidden)
     divisor = temperature  # of the noise
     if isinstance(logit_scale, Tensor):
         factor, logit_scale = _scale("logit_scale", logit_scale, hidden), 1.0
@@ -128,8 +129,16 @@ def prepare(
         rules = check_truncation(hidden, top_k, top_p, min_p, top_n)
         if all(rule is None for rule in rules):  # top_k=0 alone
             rules = None
-    noise = check_noise(hidden, divisor, gumbel_seed, gumbel_temperature, noise_scale)
-    inputs = inputs._replace(hard=check_hard(hard, hidden))
+    noise = None
+    if (
+        gumbel_seed is not None
+        or gumbel_temperature is not None
+        or type(noise_scale) is not float
+        or noise_scale != 1.0
+    ):
+        noise = check_noise(hidden, divisor, gumbel_seed, gumbel_temperature, noise_scale)
+    if hard is not False:
+        inputs = inputs._replace(hard=check_hard(hard, hidden))
     coarse = rows_name == "logits" and hidden.dtype.itemsize < 4
     capacity = 0 if rules is None else capacity_of(top_k, top_n, coarse=coarse)
     return Prepared(inputs, options, noise, rules, group, cast, out_dtype, scale, op_dtype, capacity, backend)

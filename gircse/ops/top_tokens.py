@@ -116,8 +116,9 @@ def _differentiable(
 ) -> Tensor:
     """The same weights [T, n] as ``exp(score - lse)`` of differentiable scores and log-sum-exp."""
     call = soft_embed_op.Call(options, group, stats=True, exact=True, backend=backend)
-    assert inputs.head is not None
-    lse = soft_embed_op.run(inputs._replace(embed=inputs.head[:, :1]), call).lse  # the least that can be mixed
+    head = inputs.head
+    assert head is not None
+    lse = soft_embed_op.run(inputs._replace(embed=head[:, :1]), call).lse  # the least that can be mixed
     assert lse is not None
     local = ids - options.vocab_start
     counts = (local >= 0) & (local < inputs.num_vocab) & (weights != 0)
@@ -127,7 +128,7 @@ def _differentiable(
         rows = {name: t if t is None else SumGradient.apply(t, process_group) for name, t in rows.items()}
         inputs = inputs._replace(**rows)
         if not inputs.num_vocab:  # this rank has no entry, but its part of the sums
-            inputs = inputs._replace(head=inputs.head.new_zeros(1, inputs.head.shape[1]), bias=None)
+            inputs = inputs._replace(head=head.new_zeros(1, head.shape[1]), bias=None)
     scores = entry_scores(inputs, options, local.masked_fill(~counts, 0))
     if group is None:
         return torch.where(counts, (scores - lse[:, None]).exp(), weights)
@@ -141,8 +142,10 @@ def _find(inputs: Inputs, options: Options, n: int, group: str | None, backend: 
     inputs = Inputs(*detached)
     if torch.compiler.is_compiling():
         inputs, options = rows_of_numbers(inputs, options)
-    scalars = (n, options.temperature, options.softcap, options.logit_scale, options.seed)
-    scalars += (options.vocab_start, options.noise_scale, group, backend)
+    scalars = (
+        *(n, options.temperature, options.softcap, options.logit_scale, options.seed),
+        *(options.vocab_start, options.noise_scale, group, backend),
+    )
     return (_run if eager(inputs, backend) else _op)(*inputs, *scalars)
 
 

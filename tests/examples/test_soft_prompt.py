@@ -12,13 +12,13 @@ from examples.soft_prompt import main, search
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_the_search_finds_a_better_prefix(name: str) -> None:
+@pytest.mark.parametrize(("name", "hard"), [("llama", True), ("gemma2", False)])
+def test_the_search_finds_a_better_prefix(name: str, hard: bool) -> None:
     """On a frozen random model; what it was before, bitwise, it is afterwards."""
     model = tiny_model(name, attn="eager" if name == "gemma2" else None).requires_grad_(False)
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     prompt, target = torch.randint(5, 60, (5,)), torch.randint(5, 60, (2,))
-    found = search(model, prompt, target, length=4, steps=40, other_table=torch.randn(131, 12))
+    found = search(model, prompt, target, length=4, steps=40, hard=hard, other_table=torch.randn(131, 12))
     assert found.after < found.before - 0.1
     assert found.tokens.shape == (4,)
     assert sum(found.losses[-10:]) < sum(found.losses[:10])

@@ -44,7 +44,7 @@ def soft_thinking(h: Tensor, w: Tensor, e: Tensor) -> Pair:
     share = probs / probs.sum(-1, keepdim=True)
     share = share.masked_fill(share.cumsum(-1) - share >= 0.95, 0.0)[:, :10]
     plain = ((share / share.sum(-1, keepdim=True))[..., None] * e[ids[:, :10]]).sum(1)
-    return plain, soft_embed(h, w, e, temperature=0.6, top_k=30, top_p=0.95, top_n=10)  # type: ignore[return-value]
+    return plain, soft_embed(h, w, e, temperature=0.6, top_k=30, top_p=0.95, top_n=10)
 
 
 @site
@@ -53,7 +53,7 @@ def soft_thinking_with_gumbel_noise(h: Tensor, w: Tensor, e: Tensor) -> Pair:
     noisy = (log_probs + draw(SEEDS).gather(1, ids)) / 0.5
     plain = (noisy.softmax(-1)[..., None] * e[ids]).sum(1)
     token = soft_embed(h, w, e, temperature=0.6, top_k=12, gumbel_seed=SEEDS, gumbel_temperature=0.5)
-    return plain, token  # type: ignore[return-value]
+    return plain, token
 
 
 @site
@@ -86,7 +86,7 @@ def a_batch_of_greedy_soft_and_sampled_requests(h: Tensor, w: Tensor, e: Tensor)
     probs = scores.softmax(-1)
     plain = torch.where(hard[:, None], one_hot(probs), probs) @ e
     token = soft_embed(h, w, e, temperature=warm, gumbel_seed=SEEDS, noise_scale=noisy.double(), hard=hard)
-    return plain, token  # type: ignore[return-value]
+    return plain, token
 
 
 # Text diffusion: logits of all positions, the first of which is thrown away
@@ -107,7 +107,7 @@ def masks_that_are_softened(logits: Tensor, e: Tensor) -> Pair:
 def a_temperature_for_each_position(logits: Tensor, e: Tensor) -> Pair:
     warm = torch.linspace(0.3, 1.0, logits.shape[1]).double()
     plain = (logits / warm[:, None]).softmax(-1) @ e
-    return plain, soft_embed_logits(logits, e, temperature=warm)  # type: ignore[return-value]
+    return plain, soft_embed_logits(logits, e, temperature=warm)
 
 
 # Gumbel-softmax prompt attacks: logits [n, V] are what is learnt, several draws at a time
@@ -117,7 +117,7 @@ def a_temperature_for_each_position(logits: Tensor, e: Tensor) -> Pair:
 def draws_of_an_adversarial_prompt(theta: Tensor, e: Tensor) -> Pair:
     seeds = torch.arange(3 * len(theta)).reshape(3, -1)
     plain = ((theta + draw(seeds)) / 0.7).softmax(-1) @ e
-    return plain, soft_embed_logits(theta.expand(3, -1, -1), e, temperature=0.7, gumbel_seed=seeds)  # type: ignore[return-value]
+    return plain, soft_embed_logits(theta.expand(3, -1, -1), e, temperature=0.7, gumbel_seed=seeds)
 
 
 @site
@@ -126,7 +126,7 @@ def straight_through_with_tokens_that_may_be_said(theta: Tensor, e: Tensor) -> P
     scores = (theta + draw(SEEDS)).masked_fill(~ALLOWED, -torch.inf)
     plain = one_hot((scores / 0.7).softmax(-1)) @ e
     mask = packed(ALLOWED)
-    return plain, soft_embed_logits(theta, e, token_bitmask=mask, temperature=0.7, gumbel_seed=SEEDS, hard=True)  # type: ignore[return-value]
+    return plain, soft_embed_logits(theta, e, token_bitmask=mask, temperature=0.7, gumbel_seed=SEEDS, hard=True)
 
 
 # Soft vector quantisation: a codebook [V, D] is both matrices
@@ -135,14 +135,14 @@ def straight_through_with_tokens_that_may_be_said(theta: Tensor, e: Tensor) -> P
 @site
 def soft_codes(h: Tensor, w: Tensor) -> Pair:
     plain = (-torch.cdist(h, w).square() / 0.8).softmax(-1) @ w
-    return plain, soft_embed(h, w, bias=-w.square().sum(1) / 2, logit_scale=2.0, temperature=0.8)  # type: ignore[return-value]
+    return plain, soft_embed(h, w, bias=-w.square().sum(1) / 2, logit_scale=2.0, temperature=0.8)
 
 
 @site
 def hard_codes_straight_through(h: Tensor, w: Tensor) -> Pair:
     probs = (-torch.cdist(h, w).square()).softmax(-1)
     plain = one_hot(probs) @ w
-    return plain, soft_embed(h, w, bias=-w.square().sum(1) / 2, logit_scale=2.0, hard=True)  # type: ignore[return-value]
+    return plain, soft_embed(h, w, bias=-w.square().sum(1) / 2, logit_scale=2.0, hard=True)
 
 
 # Constrained decoding
@@ -153,7 +153,7 @@ def a_grammar_that_allows_some_tokens(h: Tensor, w: Tensor, e: Tensor) -> Pair:
     scores = (h @ w.T / 0.7).masked_fill(~ALLOWED, -torch.inf)
     best, ids = scores.softmax(-1).topk(5)
     plain = ((best / best.sum(-1, keepdim=True))[..., None] * e[ids]).sum(1)
-    return plain, soft_embed(h, w, e, token_bitmask=packed(ALLOWED), temperature=0.7, top_k=5)  # type: ignore[return-value]
+    return plain, soft_embed(h, w, e, token_bitmask=packed(ALLOWED), temperature=0.7, top_k=5)
 
 
 @site
@@ -163,7 +163,7 @@ def a_repetition_penalty(h: Tensor, w: Tensor, e: Tensor) -> Pair:
     plain = (logits.scatter(1, SEEN, torch.where(seen > 0, seen / 1.3, seen * 1.3)) / 0.7).softmax(-1) @ e
     seen = (w[SEEN] @ h[:, :, None])[..., 0]
     change = torch.where(seen > 0, seen / 1.3, seen * 1.3) - seen
-    return plain, soft_embed(h, w, e, logit_bias=(SEEN, change), temperature=0.7)  # type: ignore[return-value]
+    return plain, soft_embed(h, w, e, logit_bias=(SEEN, change), temperature=0.7)
 
 
 # Sequence to sequence, with expected embeddings in the place of what the decoder has said
@@ -172,7 +172,7 @@ def a_repetition_penalty(h: Tensor, w: Tensor, e: Tensor) -> Pair:
 @site
 def expected_embeddings_of_a_decoder(h: Tensor, w: Tensor, bias: Tensor) -> Pair:
     plain = D**0.5 * ((h @ w.T + bias).softmax(-1) @ w)
-    return plain, soft_embed(h, w, bias=bias, embed_scale=torch.tensor(D**0.5).double())  # type: ignore[return-value]
+    return plain, soft_embed(h, w, bias=bias, embed_scale=torch.tensor(D**0.5, dtype=torch.float64))
 
 
 @site
@@ -180,7 +180,7 @@ def scheduled_sampling(h: Tensor, w: Tensor, e: Tensor, bias: Tensor) -> Pair:
     teacher, forced = torch.arange(T), SEEDS % 2 == 0
     plain = torch.where(forced[:, None], e[teacher], ((h @ w.T + bias + draw(SEEDS)) / 0.5).softmax(-1) @ e)
     token = soft_embed(h, w, e, bias=bias, temperature=0.5, gumbel_seed=SEEDS.int())
-    return plain, torch.where(forced[:, None], e[teacher], token)  # type: ignore[arg-type]
+    return plain, torch.where(forced[:, None], e[teacher], token)
 
 
 # Memories: a query reads the values of the keys that match best
@@ -190,7 +190,7 @@ def scheduled_sampling(h: Tensor, w: Tensor, e: Tensor, bias: Tensor) -> Pair:
 def a_sparse_memory(h: Tensor, w: Tensor, e: Tensor, scale: Tensor) -> Pair:
     best, ids = (scale * (h @ w.T)).topk(6)
     plain = (best.softmax(-1)[..., None] * e[ids]).sum(1)
-    return plain, soft_embed(h, w, e, logit_scale=scale, top_k=6)  # type: ignore[return-value]
+    return plain, soft_embed(h, w, e, logit_scale=scale, top_k=6)
 
 
 @pytest.mark.parametrize("function", SITES, ids=lambda function: function.__name__)
@@ -215,4 +215,4 @@ def test_a_stochastic_beam() -> None:
     """The n highest noisy log-probabilities are n draws without replacement."""
     h, w = torch.randn(T, D), torch.randn(V, D)
     plain = ((h @ w.T).log_softmax(-1) + draw(SEEDS).float()).topk(4).indices
-    assert torch.equal(top_tokens(h, w, 4, gumbel_seed=SEEDS)[0], plain)  # type: ignore[call-arg]
+    assert torch.equal(top_tokens(h, w, 4, gumbel_seed=SEEDS)[0], plain)

@@ -42,10 +42,10 @@ def test_a_table_and_a_bias_of_another_dtype(embed: torch.dtype) -> None:
     tensors["bias"] = random_inputs(bias=True, seed=1)["bias"].to(torch.float32)
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
     exact = {name: tensor.double().requires_grad_() for name, tensor in tensors.items()}
-    out, truth = soft_embed(**leaves, out_dtype=torch.float32), soft_embed_reference(**exact)[0]  # type: ignore[arg-type]
+    out, truth = soft_embed(**leaves, out_dtype=torch.float32), soft_embed_reference(**exact)[0]
     torch.testing.assert_close(out, truth.float(), rtol=1e-5, atol=1e-5)
     upstream = torch.randn(11, 7)
-    ours = torch.autograd.grad(out, list(leaves.values()), upstream)  # type: ignore[arg-type]
+    ours = torch.autograd.grad(out, list(leaves.values()), upstream)
     for got, want, leaf in zip(
         ours, torch.autograd.grad(truth, list(exact.values()), upstream), tensors.values(), strict=True
     ):
@@ -53,19 +53,19 @@ def test_a_table_and_a_bias_of_another_dtype(embed: torch.dtype) -> None:
         torch.testing.assert_close(
             got, want.to(leaf.dtype), rtol=1e-2 if leaf.dtype == torch.bfloat16 else 1e-3, atol=1e-4
         )
-    assert soft_embed(**leaves).dtype == torch.bfloat16  # type: ignore[union-attr, arg-type]
+    assert soft_embed(**leaves).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("hard", [False, True])
 def test_the_result_in_float32(hard: bool) -> None:
     tensors = {name: tensor.requires_grad_() for name, tensor in random_inputs(dtype=torch.bfloat16).items()}
     wide = {name: tensor.detach().float().requires_grad_() for name, tensor in tensors.items()}
-    out, exact = soft_embed(**tensors, hard=hard, out_dtype=torch.float32), soft_embed(**wide, hard=hard)  # type: ignore[arg-type]
+    out, exact = soft_embed(**tensors, hard=hard, out_dtype=torch.float32), soft_embed(**wide, hard=hard)
     torch.testing.assert_close(out, exact, rtol=1e-6, atol=1e-6)
-    out[:] = out * 2  # type: ignore[index, operator]  # backward does not read it
+    out[:] = out * 2  # backward does not read it
     upstream = torch.randn(11, 9)
-    got = torch.autograd.grad(out, list(tensors.values()), upstream)  # type: ignore[arg-type]
-    want = torch.autograd.grad(exact, list(wide.values()), 2 * upstream)  # type: ignore[arg-type]
+    got = torch.autograd.grad(out, list(tensors.values()), upstream)
+    want = torch.autograd.grad(exact, list(wide.values()), 2 * upstream)
     torch.testing.assert_close(got, tuple(grad.bfloat16() for grad in want), rtol=1e-2, atol=1e-3)
 
 
@@ -75,11 +75,11 @@ def test_scales_that_are_tensors_round_nothing_twice() -> None:
     exact = {name: tensor.double() for name, tensor in tensors.items()}
     numbers = {"logit_scale": 1.296875, "embed_scale": 5.65625}
     scales = {name: torch.tensor(number, dtype=torch.bfloat16, requires_grad=True) for name, number in numbers.items()}
-    truth, _ = soft_embed_reference(**exact, **numbers)  # type: ignore[arg-type]
-    ours, plain = soft_embed(**tensors, **scales), soft_embed(**tensors, **numbers)  # type: ignore[arg-type]
-    assert ours.dtype == torch.bfloat16  # type: ignore[union-attr]
-    assert rms([ours.double() - truth]) <= 1.05 * rms([plain.double() - truth])  # type: ignore[union-attr]
-    assert all(grad.dtype == torch.bfloat16 for grad in torch.autograd.grad(ours.sum(), list(scales.values())))  # type: ignore[union-attr]
+    truth, _ = soft_embed_reference(**exact, **numbers)
+    ours, plain = soft_embed(**tensors, **scales), soft_embed(**tensors, **numbers)
+    assert ours.dtype == torch.bfloat16
+    assert rms([ours.double() - truth]) <= 1.05 * rms([plain.double() - truth])
+    assert all(grad.dtype == torch.bfloat16 for grad in torch.autograd.grad(ours.sum(), list(scales.values())))
 
 
 def test_a_row_of_which_everything_is_banned_is_nan_alone() -> None:
@@ -88,12 +88,12 @@ def test_a_row_of_which_everything_is_banned_is_nan_alone() -> None:
     allowed[2] = False
     for rules in ({}, {"top_k": 5}, {"top_p": 0.9}, {"gumbel_seed": 3, "hard": True}):
         options: dict[str, Any] = {"token_bitmask": packed(allowed), **rules}
-        out = soft_embed(**tensors, **options)  # type: ignore[arg-type]
-        assert out.isnan().any(1).tolist() == [row == 2 for row in range(ROWS)]  # type: ignore[union-attr]
+        out = soft_embed(**tensors, **options)
+        assert out.isnan().any(1).tolist() == [row == 2 for row in range(ROWS)]
         others = torch.arange(ROWS) != 2
         rest = {"hidden": tensors["hidden"][others], "head_weight": tensors["head_weight"]}
         options["token_bitmask"] = options["token_bitmask"][others]
-        torch.testing.assert_close(out[others], soft_embed(**rest, **options))  # type: ignore[index, arg-type]
+        torch.testing.assert_close(out[others], soft_embed(**rest, **options))
 
 
 def everything() -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -106,7 +106,7 @@ def everything() -> tuple[dict[str, Tensor], dict[str, Any]]:
 def of_rows(hidden: Tensor, rest: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
     options = dict(options)
     pair = options.pop("ids"), options.pop("values")
-    return soft_embed(hidden, **rest, **options, logit_bias=pair)  # type: ignore[return-value]
+    return soft_embed(hidden, **rest, **options, logit_bias=pair)
 
 
 def test_every_option_compiled_batched_and_under_autocast() -> None:

@@ -78,7 +78,7 @@ def both(tensors: dict[str, Tensor], options: dict[str, Any]) -> tuple[Any, Any]
     options = dict(options)
     if "ids" in options:
         options["logit_bias"] = options.pop("ids"), options.pop("values")
-    ours = soft_embed(**tensors, **options, return_stats=True)  # type: ignore[misc]
+    ours = soft_embed(**tensors, **options, return_stats=True)
     if "gumbel_seed" in options:
         options["noise"] = noise_of(options.pop("gumbel_seed").long(), tensors).double()
     return ours, soft_embed_reference(**tensors, **options)
