@@ -66,14 +66,14 @@ def merge(found: Candidates, across: Across) -> Candidates:
 
 
 def keep(found: Candidates, rules: Truncation) -> Selection:
-    """What the rules keep of the candidates of whole rows. Rows whose `count` reaches their number are not right."""
+    """What the rules keep of the candidates of whole rows. Rows whose `num_kept` reaches their number are not right."""
     scores, peak = found.scores, found.peak[:, None]
     top_k, top_p, min_p, top_n = (None if rule is None else rule[:, None] for rule in rules)
     there = scores > -torch.inf
     limit = top_n if top_k is None else top_k
     assert limit is not None
     kept = there & (scores >= _last_of(scores, limit))
-    count = kept.sum(1)
+    num_kept = kept.sum(1)
     if top_p is not None:
         weights = torch.where(kept, scores - peak, -torch.inf).exp()
         total = found.total[:, None] if top_k is None else weights.sum(1, keepdim=True)
@@ -91,7 +91,7 @@ def keep(found: Candidates, rules: Truncation) -> Selection:
     last, following = scores.gather(1, places - 1)[:, 0], scores.gather(1, places)[:, 0]
     threshold = between(last, following, found.peak, found.peak.abs().maximum(following.abs().nan_to_num(posinf=0)))
     kept |= scores.isnan()  # such a row stays one of NaN
-    return Selection(threshold, *statistics(found), found.ids, scores.masked_fill(~kept, -torch.inf), count)
+    return Selection(threshold, *statistics(found), found.ids, scores.masked_fill(~kept, -torch.inf), num_kept)
 
 
 def _last_of(scores: Tensor, limit: Tensor) -> Tensor:

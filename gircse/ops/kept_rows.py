@@ -25,10 +25,10 @@ _ALL = slice(None)
 
 def fits(inputs: Inputs) -> bool:
     """Whether every row keeps fewer entries than there are candidates. Reads values, on the CPU."""
-    ids, count = inputs.ids, inputs.count
-    if ids is None or count is None or not inputs.num_vocab:
+    ids, num_kept = inputs.ids, inputs.num_kept
+    if ids is None or num_kept is None or not inputs.num_vocab:
         return False
-    return not bool((count >= ids.shape[1]).any())
+    return not bool((num_kept >= ids.shape[1]).any())
 
 
 def forward(inputs: Inputs, options: Options, *, stats: bool, exact: bool, keep: bool = False) -> Forward:

@@ -64,12 +64,12 @@ def narrow(call: Prepared, *, stats: bool) -> tuple[Inputs, Options, tuple[Tenso
 
 def _of_shard(found: Selection, inputs: Inputs, options: Options, group: str | None) -> dict[str, Tensor | None]:
     """The candidates as the op gets them: ids of this shard, whose scores alone count."""
-    ids, scores, count = found[5:]
+    ids, scores, num_kept = found[5:]
     if group is not None and ids is not None and scores is not None:
         ids, last = ids - options.vocab_start, inputs.num_vocab - 1
         scores = scores.masked_fill((ids < 0) | (ids > last), -torch.inf)
         ids = ids.clamp(0, max(0, last))
-    return {"ids": ids, "scores": scores, "count": count}
+    return {"ids": ids, "scores": scores, "num_kept": num_kept}
 
 
 def select(
@@ -105,7 +105,7 @@ def select(
     )
     run = _select if eager(tensors, backend) else _op
     found = Selection(*run(*tensors, *scalars))
-    return found if capacity else found._replace(ids=None, scores=None, count=None)
+    return found if capacity else found._replace(ids=None, scores=None, num_kept=None)
 
 
 def _select(*arguments: Any) -> tuple[Tensor, ...]:
@@ -144,15 +144,15 @@ def _torch(
         sums = stats or rules.top_k is None  # without top_k, top_p is a part of the whole
         found = _candidates(inputs, options, capacity, sums, across, backend)
         chosen = keep(found, rules)
-        assert chosen.count is not None
-        if not bool((chosen.count >= capacity).any()):
+        assert chosen.num_kept is not None
+        if not bool((chosen.num_kept >= capacity).any()):
             return chosen
         general = _torch(inputs, options, rules, 0, False, across, backend)
         return chosen._replace(threshold=general.threshold)
     threshold = inputs.hidden.new_empty(inputs.num_rows, dtype=accumulation_dtype(inputs.hidden.dtype))
     found = _no_candidates(inputs.num_rows, 0, threshold)
-    search = Thresholds(across)
-    for part, scores in _blocks(inputs, options, across, backend):
+    search, largest = Thresholds(across), across.largest(inputs.num_vocab, threshold.device)
+    for part, scores in _blocks(inputs, options, largest, backend):
         threshold[part] = search(scores, Truncation(*(None if rule is None else rule[part] for rule in rules)))
         if stats:
             _take(found, part, distribution(scores), options.vocab_start)
@@ -166,7 +166,7 @@ def _candidates(
         return merge(soft_embed_triton.candidates(inputs, options, capacity), across)
     wide = inputs.hidden.new_empty(0, dtype=accumulation_dtype(inputs.hidden.dtype))
     found = _no_candidates(inputs.num_rows, capacity, wide)
-    for part, scores in _blocks(inputs, options, across, backend):
+    for part, scores in _blocks(inputs, options, inputs.num_vocab, backend):
         found.ids[part], found.scores[part] = highest(scores, capacity)
         if sums:
             _take(found, part, distribution(scores), options.vocab_start)
@@ -188,14 +188,16 @@ def _take(found: Candidates, rows: slice, sums: Sequence[Tensor], start: int) ->
     found.argmax[rows] += start
 
 
-def _blocks(inputs: Inputs, options: Options, across: Across, backend: str | None) -> Iterator[tuple[slice, Tensor]]:
+def _blocks(inputs: Inputs, options: Options, largest: int, backend: str | None) -> Iterator[tuple[slice, Tensor]]:
     """The scores [R, V] of a few rows at a time, which are the caller's until the next.
+
+    Where ranks look at the same rows together, ``largest`` is the V of the largest shard.
 
     A block of rows is scored in half of the workspace, and handed out in parts that stay in a cache.
     """
     num_rows, num_vocab, width = inputs.num_rows, inputs.num_vocab, 0 if inputs.head is None else inputs.head.shape[1]
     dtype, device = accumulation_dtype(inputs.hidden.dtype), inputs.hidden.device
-    largest = max(1, across.largest(num_vocab, device))
+    largest = max(1, largest)
     block = max(1, min(num_rows, WORKSPACE_BYTES // 2 // (dtype.itemsize * largest)))
     part = max(1, min(block, _PART_BYTES // (dtype.itemsize * largest)))
     _, size = tiling(block, num_vocab, tiles=1, per_vocab=2 * width, per_row=0, itemsize=dtype.itemsize)

@@ -119,7 +119,7 @@ class _SoftEmbed(DifferentiableOp):
     tensors = (
         "Tensor hidden, Tensor? head, Tensor? embed, Tensor? bias, Tensor? temperature, Tensor? noise_scale, "
         "Tensor? bias_values, Tensor? bias_ids, Tensor? seeds, Tensor? threshold, Tensor? bitmask, Tensor? ids, "
-        "Tensor? scores, Tensor? count, Tensor? hard, Tensor? places"
+        "Tensor? scores, Tensor? num_kept, Tensor? hard, Tensor? places"
     )
     scalars = (
         "float scalar_temperature, float? softcap, float logit_scale, float embed_scale, SymInt? seed, "

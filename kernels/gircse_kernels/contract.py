@@ -45,7 +45,7 @@ class Inputs(NamedTuple):
     bitmask: Tensor | None = None  # [T, W] int32, entry v of the whole is bit v % 32 of word v // 32; 0 removes it
     ids: Tensor | None = None  # [T, C] int64, of this head: with the next two, all that the rows keep (`Selection`)
     scores: Tensor | None = None  # [T, C] accumulation dtype, without noise; -inf: not kept, or of another shard
-    count: Tensor | None = None  # [T] int64; a row whose count reaches C has to be seen whole, with its threshold
+    num_kept: Tensor | None = None  # [T] int64; a row where it reaches C has to be seen whole, with its threshold
     hard: Tensor | None = None  # [T] bool: rows that become the embedding of their one highest score
     places: Tensor | None = None  # [T] int64: which rows of logits [.., V] these are; None: all of them, in order
 
@@ -112,8 +112,8 @@ class Selection(NamedTuple):
     """What a truncation keeps of each row, by its scores without noise.
 
     Where candidates were asked for, `ids` and `scores` are the kept ones among C of them: the entries of -inf are not
-    kept. `count` is how many entries top_k (or else top_n) leaves with their ties. Where it reaches C, a tie may go on
-    behind the candidates: of such a row only the threshold is right.
+    kept. `num_kept` is how many entries top_k (or else top_n) leaves with their ties. Where it reaches C, a tie may go
+    on behind the candidates: of such a row only the threshold is right.
     """
 
     threshold: Tensor  # [T] accumulation dtype, below the lowest score that is kept, above the others
@@ -123,7 +123,7 @@ class Selection(NamedTuple):
     argmax: Tensor  # [T] int64, in the whole vocabulary
     ids: Tensor | None = None  # [T, C] int64, in the whole vocabulary
     scores: Tensor | None = None  # [T, C] accumulation dtype, descending, the lower id first among equals
-    count: Tensor | None = None  # [T] int64
+    num_kept: Tensor | None = None  # [T] int64
 
 
 class Forward(NamedTuple):

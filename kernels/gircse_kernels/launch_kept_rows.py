@@ -107,9 +107,9 @@ def _matrices(
     """Gradients of head, embedding matrix and bias: rows of hidden and grad_out, added up where their ids say."""
     assert inputs.ids is not None
     assert inputs.scores is not None
-    assert inputs.count is not None
+    assert inputs.num_kept is not None
     capacity, num_vocab = _capacity(inputs), inputs.num_vocab
-    lost = (inputs.scores == -torch.inf) | (inputs.count >= capacity)[:, None]
+    lost = (inputs.scores == -torch.inf) | (inputs.num_kept >= capacity)[:, None]
     ids, order = inputs.ids.masked_fill(lost, num_vocab).flatten().sort(stable=True)
     of_hidden, of_grad = (score_grad, inputs.hidden), (probs, grad_out)
     nothing: tuple[Any, Any] = (None, None)
@@ -152,7 +152,7 @@ def _sources(inputs: Inputs) -> tuple[Any, ...]:
     ids, values = inputs.bias_ids, inputs.bias_values
     lists = tuple(None if tensor is None else tensor.contiguous() for tensor in (inputs.ids, inputs.scores))
     return (
-        *lists, inputs.count, inputs.values, inputs.hidden, logit_offsets(inputs), inputs.head,
+        *lists, inputs.num_kept, inputs.values, inputs.hidden, logit_offsets(inputs), inputs.head,
         None if ids is None else ids.contiguous(), None if values is None else values.contiguous(),
     )  # fmt: skip
 

@@ -145,6 +145,21 @@ def test_the_model_counts_what_is_launched(model: str, rows: int, backward: bool
     assert sum(2 * p.rows * p.columns * p.depth for p in products) == flops
 
 
+@pytest.mark.parametrize(("model", "rows"), [("qwen2.5-0.5b", 1), ("qwen2.5-0.5b", 64), ("qwen2.5-7b", 300)])
+def test_lists_read_the_head_once_and_a_few_rows(model: str, rows: int) -> None:
+    """top_k = 30: three launches behind one product for each block of rows whose scores fit the scratch."""
+    problem, device = plans.problem_of(model, rows), DEVICES[90]
+    work, floor = traffic.lists_work(problem, device, 30, 32), traffic.lists_floor(problem, 30)
+    blocks = work[0].launches
+    assert blocks == -(-rows * problem.vocab * 4 // SCRATCH_BYTES)
+    assert sum(w.matrix_bytes + w.row_bytes for w in work) <= 1.02 * blocks * floor.bytes
+    launches, products = record(call_of(model, rows, variants=("top_k",)), device)
+    assert Counter(launch.name for launch in launches) == {w.kernel: w.launches for w in work[1:]}
+    assert len(products) == blocks
+    extra = allocated_bytes(call_of(model, rows, variants=("top_k",)), device).forward
+    assert extra <= SCRATCH_BYTES * 1.1 + rows * (problem.width * 4 + 16 * 32 + 200)
+
+
 @pytest.mark.parametrize(("rows", "dtype"), [(1, "bfloat16"), (32, "bfloat16"), (300, "bfloat16"), (5000, "float32")])
 def test_scratch_is_what_the_launcher_allocates(rows: int, dtype: str) -> None:
     itemsize = getattr(torch, dtype).itemsize
