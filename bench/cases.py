@@ -6,6 +6,9 @@ on an H100. Its floor is the least time that the arithmetic and the traffic allo
     forward   max(bytes / bandwidth, 4 T V D / peak)        bytes: both matrices once, a tied one once
     backward  max(bytes / bandwidth, 6 T V D / peak)        scores again, dP, dh; frozen matrices
 
+    variants  top_k: the scores alone, 2 T V D and the head once; top_p: as without;
+              logits: 2 T V D for each pass, the embedding matrix and the logits once, in backward their gradient, too
+
 at ceilings measured in the same run (`bench.floors.measure_ceilings`); forward and backward follow one another, so in
 all 10 T V D. Hidden states and results are not counted: T D elements are little beside V D, or hide behind arithmetic.
 """
@@ -51,6 +54,14 @@ MODELS: dict[str, Matrices] = {
 }
 
 
+# The options of each variant. The first truncation keeps few entries, the second any number.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "top_k": {"top_k": 30, "top_p": 0.95},
+    "top_p": {"top_p": 0.95},
+    "logits": {"temperature": 0.7},
+}
+
+
 class Target(NamedTuple):
     """What a measured line is held to; None: to nothing.
 
@@ -63,6 +74,7 @@ class Target(NamedTuple):
         over_zero: at most so many times the time of the same job with K = 0.
         memory_ratio: extra peak memory, at most this part of the baseline's.
         extra_bytes: extra peak memory, at most.
+        over_product: at most so many times the time of `hidden @ head.T` alone.
     """
 
     speedup: float | None = None
@@ -72,6 +84,7 @@ class Target(NamedTuple):
     over_zero: float | None = None
     memory_ratio: float | None = None
     extra_bytes: float | None = None
+    over_product: float | None = None
 
     def parts(self) -> Iterator[tuple[str, str, bool, float]]:
         """(key of a line, words, whether it is a lower bound, bound) of everything that is asked."""
@@ -108,6 +121,7 @@ _WORDS = {
     "over_zero": "<= {:g} K=0",
     "memory_ratio": "<= {:.2g} mem",
     "extra_bytes": "< {:g} GB",
+    "over_product": "<= {:g} h@W",
 }
 _NOTHING = Target()
 
@@ -122,6 +136,8 @@ class Case:
         what: one of `PASSES`; the matrices are frozen, so backward gives the gradient of the hidden states.
         dtype: of everything, a name of torch's.
         target: on an H100 or H200.
+        variant: a name of `OPTIONS`: the soft tokens are truncated, or of given logits (`soft_embed_logits`), whose
+            gradient backward then gives; "": neither.
     """
 
     model: str
@@ -129,11 +145,13 @@ class Case:
     what: str = FORWARD
     dtype: str = "bfloat16"
     target: Target = _NOTHING
+    variant: str = ""
 
     @property
     def name(self) -> str:
         """Unique; also the name of its record's file."""
-        return f"{self.model}-T{self.rows}-{self.what.replace('+', '-')}-{self.dtype}"
+        variant = f"{self.variant}-" if self.variant else ""
+        return f"{self.model}-T{self.rows}-{variant}{self.what.replace('+', '-')}-{self.dtype}"
 
     @property
     def matrices(self) -> Matrices:
@@ -148,6 +166,12 @@ class Case:
         vocab, width, tied = self.matrices
         traffic = vocab * width * (1 if tied else 2) * self.torch_dtype.itemsize
         products = 2 * self.rows * vocab * width
+        if self.variant == "top_k":  # few rows of the embedding matrix
+            return [Work(products, vocab * width * self.torch_dtype.itemsize)]
+        if self.variant == "logits":
+            matrix, logits = (n * vocab * self.torch_dtype.itemsize for n in (width, self.rows))
+            passes = [Work(products, matrix + logits), Work(products, matrix + 2 * logits)]
+            return passes[: 1 if self.what == FORWARD else 2]
         forward = Work(2 * products, traffic)
         return [forward] if self.what == FORWARD else [forward, Work(3 * products, traffic)]
 
@@ -184,18 +208,33 @@ CASES: list[Case] = [
     *(Case(m, 4096, target=Target(1.0)) for m in ("qwen2.5-0.5b", "mistral-7b")),
     *(Case(m, 64, BOTH, target=Target(1.15)) for m in ("qwen2.5-0.5b", "mistral-7b")),
     *(Case(m, 1024, BOTH, target=_backward_target(m)) for m in ("qwen2.5-0.5b", "llama-3.2-1b", *_UNTIED)),
+    *(
+        Case(m, t, target=Target(2.0, over_product=1.3), variant="top_k")
+        for t in (1, 16, 64)
+        for m in ("qwen2.5-0.5b", "qwen2.5-7b")
+    ),
+    *(Case("qwen2.5-0.5b", t, target=Target(3.0), variant="top_p") for t in (16, 64)),
+    Case("qwen2.5-0.5b", 64, BOTH, target=Target(1.0), variant="top_k"),
+    # Memory: a third of eager's logits / T and P; with a backward, of two tensors of that size beyond the gradient.
+    *(
+        Case("qwen2.5-0.5b", t, what, target=Target(1.2, memory_ratio=ratio), variant="logits")
+        for t in (64, 1024)
+        for what, ratio in ((FORWARD, 1 / 3), (BOTH, 5 / 9))
+    ),
     Case("qwen2.5-0.5b", 65536, BOTH, target=Target(extra_bytes=1e9)),
 ]
 
 # The cases that `torch.compile` of the plain formula is timed for too; compiling it takes longer than timing it.
 _TO_COMPILE = {("qwen2.5-0.5b", 1, FORWARD), ("qwen2.5-0.5b", 64, FORWARD), ("mistral-7b", 64, FORWARD)}
 _TO_COMPILE |= {("qwen2.5-0.5b", 1024, BOTH)}
-COMPILED = {case.name for case in CASES if (case.model, case.rows, case.what) in _TO_COMPILE}
+COMPILED = {case.name for case in CASES if not case.variant and (case.model, case.rows, case.what) in _TO_COMPILE}
 
 # The suite's dry run. The bounds are made up so that tables show every kind of target, met and missed.
 SMOKE_CASES: list[Case] = [
     Case("tiny-tied", 1, dtype="float32", target=Target(over_floor=1e9)),
     Case("tiny-tied", 5, BOTH, dtype="float32", target=Target(1e9, memory_ratio=1e9)),
     Case("tiny-untied", 7, dtype="float32", target=Target(extra_bytes=1e9)),
+    Case("tiny-tied", 3, dtype="float32", target=Target(1e-9, over_product=1e9), variant="top_k"),
+    Case("tiny-untied", 3, BOTH, dtype="float32", target=Target(1e-9), variant="logits"),
 ]
 SMOKE_COMPILED = {SMOKE_CASES[0].name}

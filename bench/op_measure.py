@@ -14,14 +14,15 @@ from torch import Tensor
 
 from bench.cases import Case
 from bench.memory import give_back, peak_extra_bytes
-from bench.op_engines import ENGINE_NAMES, Op, Problem, check, compiled, eager, ours
+from bench.op_engines import ENGINE_NAMES, Op, Problem, check, compiled, eager, ours, product
 from bench.timing import Timing, captured, enqueue_seconds, for_about
 from bench.verdict import first_line, verdict_of
 from gircse.roofline import Ceilings
 
 _OUT_OF_MEMORY = "out of memory"
 _FEWEST = 3
-_REPLAYED = ("eager", "ours")
+_PRODUCT = "product"  # `hidden @ head.T` alone, in cases that are held to it
+_REPLAYED = ("eager", "ours", _PRODUCT)
 # Above so many rows no graph is captured: launching is nothing beside the rest, and a graph holds its memory twice.
 _LAUNCHES_MATTER = 4096
 
@@ -43,11 +44,13 @@ def measure(
 
     Eager is null in the record where it runs out of memory, `torch.compile` also where it fails otherwise.
     """
-    device, problem = head.device, Problem.draw(case.rows, case.what, head, embed)
+    device, problem = head.device, Problem.draw(case.rows, case.what, head, embed, case.variant)
     ops: dict[str, Op] = {"eager": eager, "ours": ours}
     if compile_backend is not None:
         ops["compiled"] = compiled(compile_backend)
     runs = {name: problem.call(ops[name]) for name in ENGINE_NAMES if name in ops}
+    if case.target.over_product is not None:
+        runs[_PRODUCT] = problem.call(product)
     reasons = {name: _warm_up(run, name, device) for name, run in runs.items()}
     failures = {name: why for name, why in reasons.items() if why is not None}
     runs = {name: run for name, run in runs.items() if name not in failures}
@@ -77,7 +80,10 @@ def measure(
         "dtype": case.dtype,
         "device": device.type,
         "repeats": len(timings["ours"].runs),
-        "engines": {name: _engine(timings[name], peaks[name]) if name in runs else None for name in ENGINE_NAMES},
+        "engines": {
+            **dict.fromkeys(ENGINE_NAMES),
+            **{name: _engine(timings[name], peaks[name]) for name in runs},
+        },
         "failures": failures,
         **_comparisons(timings, replayed, peaks, case.floor(ceilings)),
         "replay": replay if device.type == "cuda" else None,
@@ -88,7 +94,7 @@ def measure(
 
 def judge(record: dict[str, Any], case: Case) -> dict[str, Any]:
     """The record with its target, and with the line that the suite's table shows."""
-    keys = ("speedup", "over_floor", "plain_speedup", "memory_ratio", "extra_bytes")
+    keys = ("speedup", "over_floor", "plain_speedup", "memory_ratio", "extra_bytes", "over_product")
     line = case.target.judge(
         {
             "case": case.name,
@@ -124,6 +130,7 @@ def _comparisons(
         "plain_speedup": plain["eager"] / plain["ours"] if "eager" in plain else None,
         "extra_bytes": peaks["ours"],
         "memory_ratio": peaks["ours"] / peaks["eager"] if peaks.get("eager") else None,
+        "over_product": mine / pair[_PRODUCT] if _PRODUCT in pair else None,
     }
 
 

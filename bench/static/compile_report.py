@@ -208,6 +208,12 @@ def table_cases(*variants: str) -> list[Case]:
                 call = Call("soft_embed", (rows, 50_304, 1024, 1024), dtype, tied, True, variants)
                 trained = call._replace(variants=("statistics", *variants, "matrices"))
                 cases += [Case(call), Case(trained), *(Case(call, other) for other in _OTHERS)]
+            given = Call("soft_embed", (rows, 50_304, 0, 1024), dtype, False, True, (*variants, "hard", "matrices"))
+            cases += [Case(given), Case(given._replace(variants=variants))]
+    for dtype in ("bfloat16", "float32"):
+        truncated = Call("soft_embed", (64, 50_304, 1024, 1024), dtype, True, True, variants)
+        chosen = (("statistics", *variants, "top_k", "matrices"), (*variants, "top_k"), (*variants, "top_p"))
+        cases += [Case(truncated._replace(variants=each)) for each in chosen]
     if {"noise", "threshold"}.isdisjoint(variants):  # which no other op has
         sizes = [(rows, 8192, 1, 1024) for rows in (16, 64, plan.ROW_BLOCK)]
         cases += [Case(Call("info_nce", size, "float32", backward=True, variants=variants)) for size in sizes]

@@ -18,7 +18,7 @@ import torch
 from gircse_kernels import decode_attention as decode_attention_kernels
 from gircse_kernels import info_nce as info_nce_kernels
 from gircse_kernels import launching
-from gircse_kernels.contract import Inputs, Options
+from gircse_kernels.contract import Inputs, Options, Truncation
 from gircse_kernels.plan import Config, Device, Problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,7 +26,7 @@ from gircse.ops import info_nce_op, observers, soft_embed_op, soft_embed_triton,
 
 # The largest chip of each architecture that the compile report knows.
 DEVICES = {arch: Device(arch, num_sms) for arch, num_sms in ((80, 108), (90, 132), (100, 148))}
-VARIANTS = ("statistics", "scores", "noise", "threshold", "hard", "matrices")
+VARIANTS = ("statistics", "scores", "noise", "threshold", "top_k", "top_p", "hard", "matrices")
 
 
 class Launch(NamedTuple):
@@ -72,7 +72,8 @@ class Call(NamedTuple):
         backward: the gradients of the hidden states, or of both sides of the loss, too.
         variants: of `VARIANTS`, in this order: return_stats; bias, soft-cap and a temperature for each row (the loss:
             a mask, `include_queries` and `symmetric`; the attention: a window and a soft-cap); a seed for each row; a
-            lowest score for each row; hard rows; gradients of the matrices, too.
+            lowest score for each row; a selection first, with top_k = 30 and top_p = 0.95, or top_p alone; hard rows;
+            gradients of the matrices, too.
     """
 
     op: str
@@ -139,7 +140,19 @@ def _soft_embed(call: Call, empty: Callable[..., torch.Tensor]) -> Prepared:
         return torch.autograd.grad(upstream, leaves, (grad, vector, vector)[: len(upstream)])  # type: ignore[arg-type]
 
     op_call = soft_embed_op.Call(options, stats=statistics, exact=call.backward)
-    return Prepared(lambda: soft_embed_op.run(inputs, op_call), backward if call.backward else None)
+    top_p = float32() if "top_k" in call.variants or "top_p" in call.variants else None
+    rules = Truncation(empty(rows, dtype=torch.int64) if "top_k" in call.variants else None, top_p)
+
+    def forward() -> Any:
+        kept = inputs
+        if top_p is not None:
+            plain = inputs._replace(seeds=None)
+            found = soft_embed_triton.select(plain, options, rules, 0 if rules.top_k is None else 32)
+            lists = dict(zip(("ids", "scores", "num_kept"), found[5:], strict=True))
+            kept = inputs._replace(threshold=found.threshold, **lists)
+        return soft_embed_op.run(kept, op_call)
+
+    return Prepared(forward, backward if call.backward else None)
 
 
 def _info_nce(call: Call, empty: Callable[..., torch.Tensor]) -> Prepared:

@@ -24,6 +24,7 @@ from gircse_kernels.plan import (
     partial_floats,
     plan_backward,
     plan_forward,
+    plan_select,
     plan_two_products,
 )
 
@@ -143,6 +144,28 @@ def backward_work(problem: Problem, device: Device, *, kept: bool = False) -> li
     if width > 0:
         work.append(Work(PRODUCT, launches, 2 * rows * vocab * width, head, grad + accumulator))
     return work
+
+
+def lists_floor(problem: Problem, kept: int) -> Floor:
+    """Of rows that keep `kept` entries each: the head once, and these rows of the embedding matrix."""
+    rows, vocab, width, value_width, _, itemsize = problem
+    return Floor(2 * rows * vocab * width, itemsize * (vocab * width + rows * kept * value_width))
+
+
+def lists_work(problem: Problem, device: Device, kept: int, capacity: int) -> list[Work]:
+    """The launches of a forward of rows that keep `kept` entries each, among `capacity` candidates."""
+    rows, vocab, width, value_width, _, itemsize = problem
+    plan = plan_select(rows, vocab, itemsize, device, capacity)
+    launches = cdiv(rows, plan.row_block)
+    scores, sums = 4 * rows * vocab, rows * (4 * plan.groups + 20 * plan.tiles)
+    head, hidden = launches * itemsize * vocab * width, itemsize * rows * width
+    group, lists = plan.select.blocks["GROUP"], 12 * rows * capacity
+    return [
+        Work(PRODUCT, launches, 2 * rows * vocab * width, head, scores, hidden),
+        Work("weights_kernel", launches, partial_bytes=scores + sums),
+        Work("select_kernel", launches, partial_bytes=sums + 4 * rows * 2 * capacity * group + lists),
+        Work("kept_forward_kernel", 1, 0, itemsize * rows * kept * value_width, lists, itemsize * rows * value_width),
+    ]
 
 
 def _up(size: int, block: int) -> int:

@@ -128,7 +128,8 @@ def time_file(session: Session, path: Path) -> None:
 
 def _raced(session: Session, entry: Candidates, budget: float) -> list[dict[str, Any]]:
     case, device = entry.case, session.device
-    problem = Problem.draw(case.rows, case.what, *draw_matrices(MODELS[case.model], case.torch_dtype, device))
+    matrices = draw_matrices(MODELS[case.model], case.torch_dtype, device)
+    problem = Problem.draw(case.rows, case.what, *matrices, case.variant)
     wrong = _wrong(problem, entry)
     found = race(problem.call(ours), entry.alternatives, device, budget)
     right = {name: took for name, took in found.seconds.items() if name not in wrong}

@@ -251,12 +251,10 @@ def soft_embed(
         out_dtype=out_dtype,
         backend=backend,
     )
-    return compute(call, hidden.shape[:-1], return_stats, backend)
+    return compute(call, hidden.shape[:-1], return_stats)
 
 
-def compute(
-    call: Prepared, leading: torch.Size, return_stats: bool, backend: str | None
-) -> Tensor | tuple[Tensor, SoftTokenStats]:
+def compute(call: Prepared, leading: torch.Size, return_stats: bool) -> Tensor | tuple[Tensor, SoftTokenStats]:
     """The soft tokens [*leading, E] of a checked call, and with ``return_stats`` their statistics."""
     inputs, options, full = narrow(call, stats=return_stats)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
@@ -269,7 +267,7 @@ def compute(
             exact=differentiable,
             cast=call.cast,
             out_dtype=call.op_dtype,
-            backend=backend,
+            backend=call.backend,
         ),
     )
     result = found.out if len(leading) == 1 else found.out.reshape(*leading, found.out.shape[-1])

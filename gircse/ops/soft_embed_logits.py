@@ -58,4 +58,4 @@ def soft_embed_logits(
     """
     check_flag("return_stats", return_stats)
     call = prepare(logits, None, embed_weight, **options)
-    return compute(call, logits.shape[:-1], return_stats, options.get("backend"))
+    return compute(call, logits.shape[:-1], return_stats)

@@ -14,7 +14,7 @@ from .soft_embed import FullStats, SoftTokenStats
 
 def scores_reference(
     hidden: Tensor,
-    head_weight: Tensor,
+    head_weight: Tensor | None,
     *,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
@@ -22,7 +22,7 @@ def scores_reference(
     logit_scale: float = 1.0,
 ) -> Tensor:
     """``softcap(logit_scale * (hidden @ head_weight.T + bias)) / temperature``, [..., V]."""
-    logits = hidden @ head_weight.T
+    logits = hidden if head_weight is None else hidden @ head_weight.T
     if bias is not None:
         logits = logits + bias
     logits = logit_scale * logits
@@ -33,7 +33,7 @@ def scores_reference(
 
 def soft_embed_reference(
     hidden: Tensor,
-    head_weight: Tensor,
+    head_weight: Tensor | None,
     embed_weight: Tensor | None = None,
     *,
     bias: Tensor | None = None,
@@ -52,7 +52,10 @@ def soft_embed_reference(
     gumbel_temperature: float | Tensor | None = None,
     hard: bool | Tensor = False,
 ) -> tuple[Tensor, SoftTokenStats]:
-    """`gircse.ops.soft_embed` with ``return_stats=True``; noise [..., V] is what its ``gumbel_seed`` draws."""
+    """`gircse.ops.soft_embed` with ``return_stats=True``, or, without a head, `soft_embed_logits` of ``hidden``.
+
+    noise [..., V] is what its ``gumbel_seed`` draws.
+    """
     scores = scores_reference(hidden, head_weight, bias=bias, softcap=softcap, logit_scale=logit_scale)
     if logit_bias is not None:
         scores = scores.scatter_add(-1, *logit_bias)
@@ -73,6 +76,7 @@ def soft_embed_reference(
     scores = scores.masked_fill(~kept, -torch.inf)
     probs = torch.softmax(scores, -1)
     values = head_weight if embed_weight is None else embed_weight
+    assert values is not None
     lse, entropy, peak, argmax = _statistics(scores)
     one_hot = argmax[..., None] == torch.arange(probs.shape[-1], device=probs.device)
     taken = one_hot + (probs - probs.detach())  # straight-through, as F.gumbel_softmax(hard=True)

@@ -259,7 +259,7 @@ class _Walk:
                 *out, *parts, None if kept else launching.logit_offsets(inputs), token,
                 *score_tensors(inputs),
                 self.saved.peak[rows], self.saved.total[rows], upstream.constant, upstream.entropy,
-                count, inputs.num_vocab, products.stride(0), products.stride(-1), grad_probs.stride(0),
+                count, inputs.num_vocab, launching.row_stride(products), products.stride(-1), grad_probs.stride(0),
                 *(0 if tensor is None else tensor.stride(0) for tensor in out), *score_strides(inputs),
                 self.options.vocab_start, vocab.start, size, *score_scalars(inputs, self.options),
                 self.options.embed_scale,

@@ -13,6 +13,7 @@ from .launching import (
     device_of,
     exact_scores,
     logit_offsets,
+    row_stride,
     score_flags,
     score_scalars,
     score_strides,
@@ -239,7 +240,7 @@ def _elementwise(
         (
             products, probs, logit_offsets(inputs), *score_tensors(inputs), *sums,
             count, inputs.num_vocab, cdiv(size, GROUP),
-            products.stride(0), products.stride(-1), 0 if probs is None else probs.stride(0), *score_strides(inputs),
+            row_stride(products), products.stride(-1), 0 if probs is None else probs.stride(0), *score_strides(inputs),
             options.vocab_start, chunk_start, size, *score_scalars(inputs, options),
         ),
         config,

@@ -26,7 +26,7 @@ def select(inputs: Inputs, options: Options, rules: Truncation, capacity: int) -
     ruled = any(rule is not None for rule in rules)
     found = _select(inputs, options, rules if ruled else None, capacity, finish=True)
     threshold = found.threshold if ruled else torch.full_like(found.sums[0], -torch.inf)
-    return Selection(threshold, *found.sums, found.argmax, found.ids, found.scores, found.count)
+    return Selection(threshold, *found.sums, found.argmax, found.ids, found.scores, found.num_kept)
 
 
 def candidates(inputs: Inputs, options: Options, capacity: int) -> Candidates:
@@ -43,7 +43,7 @@ class _Found(NamedTuple):
     argmax: Tensor
     ids: Any
     scores: Any
-    count: Any
+    num_kept: Any
 
 
 def _select(inputs: Inputs, options: Options, rules: Truncation | None, capacity: int, *, finish: bool) -> _Found:
@@ -81,7 +81,7 @@ def _select(inputs: Inputs, options: Options, rules: Truncation | None, capacity
                 scores, logit_offsets(part), groups, *tiles, tile_argmax, bias, temperature, bitmask,
                 *(None if rule is None else rule[rows] for rule in rules or Truncation()), lists, indices,
                 _rows(found.threshold, rows), first, second, third, found.argmax[rows],
-                _rows(found.ids, rows), _rows(found.scores, rows), _rows(found.count, rows),
+                _rows(found.ids, rows), _rows(found.scores, rows), _rows(found.num_kept, rows),
                 num_vocab, plan.tiles, plan.groups, scores.stride(0), scores.stride(-1), *score_strides(part),
                 options.vocab_start, *score_scalars(part, rest)[1:4],
             ),

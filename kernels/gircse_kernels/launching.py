@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -144,6 +145,11 @@ def score_tensors(inputs: Inputs) -> tuple[Tensor | None, ...]:
     return inputs.bias, inputs.temperature, inputs.noise_scale, inputs.seeds, inputs.threshold, _bitmask(inputs)
 
 
+def row_stride(matrix: Tensor) -> int:
+    """The distance of rows, and where they have more than one, a number that divides all of them."""
+    return matrix.stride(0) if matrix.dim() == 2 else max(1, math.gcd(*matrix.stride()[:-1]))
+
+
 def score_strides(inputs: Inputs) -> tuple[int, int]:
     """Of the bias, and from row to row of the bitmask."""
     bitmask = _bitmask(inputs)
@@ -163,7 +169,7 @@ def score_scalars(inputs: Inputs, options: Options) -> tuple[int | None, float, 
 
 
 def logit_offsets(inputs: Inputs) -> Tensor | None:
-    """Where the rows of given logits begin, [T] int64 elements; None: as far apart as the first stride says."""
+    """Where the rows of given logits begin, [T] int64 elements; None: `row_stride` apart."""
     hidden = inputs.hidden
     if hidden.dim() == 2:
         return None

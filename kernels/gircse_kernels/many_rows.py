@@ -76,9 +76,10 @@ def store_sums(
 
 @triton.jit
 def row_starts(offset_ptr, rows, m_rows, stride):
-    """Where each row begins, [rows, 1] int64, in a matrix of that stride or of rows at any offsets."""
+    """Where each row begins, [rows, 1] int64: that stride apart, or at offsets that are multiples of it, by which the
+    compiler knows how they are aligned."""
     if offset_ptr is not None:
-        return tl.load(offset_ptr + rows, mask=m_rows, other=0)[:, None]
+        return (tl.load(offset_ptr + rows, mask=m_rows, other=0) // stride * stride)[:, None]
     else:
         return rows.to(tl.int64)[:, None] * stride
 
@@ -87,7 +88,7 @@ def row_starts(offset_ptr, rows, m_rows, stride):
 def weights_kernel(
     product_ptr,  # [T, C] h . w, float32 or the input's dtype; or the logits that are given, any dtype
     prob_ptr,  # [T, C] input dtype, out, may be the same memory; None: sums alone; with RAW: the scores, float32
-    offset_ptr,  # [T] int64, where each row of logits begins; None: `stride_product_t` apart
+    offset_ptr,  # [T] int64, where each row of logits begins, in elements; None: `stride_product_t` apart
     bias_ptr,  # [V]
     temperature_ptr,  # [T]
     noise_scale_ptr,  # [T]

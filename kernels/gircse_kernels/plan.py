@@ -343,10 +343,10 @@ def _backward_bytes(problem: Problem, half_scores: bool, need_values: bool, need
 
 
 def scratch_bytes(problem: Problem) -> int:
-    """What a chunk may take: where logits are given, half of what they take, because that is all there is to save."""
+    """What a chunk may take: where logits are given, no more than a part of what they take, so that memory is saved."""
     if problem.width > 0:
         return SCRATCH_BYTES
-    return min(SCRATCH_BYTES, max(GIVEN_BYTES, problem.rows * problem.vocab * problem.itemsize // 2))
+    return min(SCRATCH_BYTES, max(GIVEN_BYTES, problem.rows * problem.vocab * problem.itemsize * 3 // 5))
 
 
 def padded(columns: int) -> int:

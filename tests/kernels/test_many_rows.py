@@ -79,7 +79,7 @@ def test_rows_that_outgrow_their_reference(order: str) -> None:
         leaf = hidden.to(dtype).requires_grad_()
         out, stats = function(leaf, head.to(dtype))
         (grad,) = torch.autograd.grad(out, leaf, upstream.to(dtype))
-        return [t.detach().double() for t in (out, *stats, grad)]
+        return [t.detach().double() for t in (out, *stats[:4], grad)]
 
     with small_plans(False):
         ours = results(lambda *a: soft_embed(*a, return_stats=True, backend="triton"), torch.float32)

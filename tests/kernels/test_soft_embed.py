@@ -217,7 +217,7 @@ def test_no_rows_and_one_row(leading: tuple[int, ...]) -> None:
     leaves = [tensor.requires_grad_() for tensor in tensors.values()]
     out, stats = soft_embed(**tensors, return_stats=True, backend="triton")  # type: ignore[misc, arg-type]
     assert out.shape == (*leading, 6)
-    assert all(stat.shape == leading for stat in stats)
+    assert all(stat.shape == leading for stat in stats[:4])
     grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
     if out.numel() == 0:
         assert all(not grad.any() for grad in grads)

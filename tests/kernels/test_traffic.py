@@ -26,8 +26,12 @@ FLOORS = {
 }
 
 
-def call_of(model: str, rows: int, *, backward: bool = False, variants: tuple[str, ...] = ()) -> Call:
+def call_of(
+    model: str, rows: int, *, backward: bool = False, variants: tuple[str, ...] = (), given: bool = False
+) -> Call:
     problem = plans.problem_of(model, rows)
+    if given:
+        problem = problem._replace(width=0, tied=False)
     return Call("soft_embed", problem[:4], "bfloat16", problem.tied, backward, variants)
 
 
@@ -91,22 +95,42 @@ def test_extra_memory(model: str, rows: int, matrices: bool) -> None:
     assert extra.backward <= of_rows + accumulator + SCRATCH_BYTES
 
 
+@pytest.mark.parametrize("rows", [64, 1024])
+def test_given_logits_take_a_third_of_what_eager_takes(rows: int) -> None:
+    """Beyond the gradient of the logits. Eager makes logits / T and P, and backward of P those of P and of logits / T.
+
+    Logits are read once by each pass, their gradient is written once, and so is the embedding matrix read."""
+    call = call_of("qwen2.5-0.5b", rows, backward=True, given=True)
+    logits, matrix = rows * call.problem.vocab * 2, call.problem.vocab * call.problem.value_width * 2
+    extra = allocated_bytes(call, DEVICES[90])
+    assert extra.forward <= 2 * logits / 3
+    assert extra.backward - logits <= 2 * logits / 3
+    passes = traffic.forward_work(call.problem, DEVICES[90]), traffic.backward_work(call.problem, DEVICES[90])
+    assert [sum(w.matrix_bytes for w in work) for work in passes] == [matrix, matrix]
+    elementwise = [next(w for w in work if w.kernel in ("weights_kernel", "score_grad_kernel")) for work in passes]
+    assert [w.partial_bytes - 12 * rows * 75 * (i == 0) for i, w in enumerate(elementwise)] == [2 * logits, 4 * logits]
+    chunks = {64: (2, 4), 1024: (10, 19)}[rows]
+    assert [w.launches for w in elementwise] == list(chunks)
+    assert [sum(w.launches for w in work) for work in passes] == [3 * chunks[0] + 1, 2 * chunks[1] + 1]
+
+
 def test_a_whole_sequence_takes_less_than_a_gigabyte() -> None:
     extra = allocated_bytes(call_of("qwen3-0.6b", 65_536, backward=True), DEVICES[90])
     assert extra.forward + extra.backward < 1e9
 
 
 @pytest.mark.parametrize(
-    ("model", "rows", "backward"),
+    ("model", "rows", "backward", "given"),
     [
-        ("qwen2.5-0.5b", 1, False), ("qwen2.5-0.5b", 32, False), ("qwen2.5-7b", 64, False),
-        ("qwen2.5-0.5b", 1024, True), ("mistral-7b", 1024, True), ("mistral-7b", 9000, True),
+        ("qwen2.5-0.5b", 1, False, False), ("qwen2.5-0.5b", 32, False, False), ("qwen2.5-7b", 64, False, False),
+        ("qwen2.5-0.5b", 1024, True, False), ("mistral-7b", 1024, True, False), ("mistral-7b", 9000, True, False),
+        ("qwen2.5-0.5b", 64, True, True), ("qwen2.5-0.5b", 1024, True, True), ("mistral-7b", 9000, True, True),
     ],
 )  # fmt: skip
-def test_the_model_counts_what_is_launched(model: str, rows: int, backward: bool) -> None:
+def test_the_model_counts_what_is_launched(model: str, rows: int, backward: bool, given: bool) -> None:
     """P is kept for Mistral's 1,024 rows, whose 63 MiB fit the budget, and for no other case here."""
-    call, device = call_of(model, rows, backward=backward), DEVICES[90]
-    kept = backward and rows * call.problem.vocab * 2 <= SCRATCH_BYTES
+    call, device = call_of(model, rows, backward=backward, given=given), DEVICES[90]
+    kept = backward and not given and rows * call.problem.vocab * 2 <= SCRATCH_BYTES
     work = traffic.forward_work(call.problem, device, kept=SCRATCH_BYTES if kept else 0)
     work += traffic.backward_work(call.problem, device, kept=kept) if backward else []
     expected: Counter[str] = Counter()
@@ -119,6 +143,21 @@ def test_the_model_counts_what_is_launched(model: str, rows: int, backward: bool
     started.update([traffic.PRODUCT] * len(products))
     assert started == +expected
     assert sum(2 * p.rows * p.columns * p.depth for p in products) == flops
+
+
+@pytest.mark.parametrize(("model", "rows"), [("qwen2.5-0.5b", 1), ("qwen2.5-0.5b", 64), ("qwen2.5-7b", 300)])
+def test_lists_read_the_head_once_and_a_few_rows(model: str, rows: int) -> None:
+    """top_k = 30: three launches behind one product for each block of rows whose scores fit the scratch."""
+    problem, device = plans.problem_of(model, rows), DEVICES[90]
+    work, floor = traffic.lists_work(problem, device, 30, 32), traffic.lists_floor(problem, 30)
+    blocks = work[0].launches
+    assert blocks == -(-rows * problem.vocab * 4 // SCRATCH_BYTES)
+    assert sum(w.matrix_bytes + w.row_bytes for w in work) <= 1.02 * blocks * floor.bytes
+    launches, products = record(call_of(model, rows, variants=("top_k",)), device)
+    assert Counter(launch.name for launch in launches) == {w.kernel: w.launches for w in work[1:]}
+    assert len(products) == blocks
+    extra = allocated_bytes(call_of(model, rows, variants=("top_k",)), device).forward
+    assert extra <= SCRATCH_BYTES * 1.1 + rows * (problem.width * 4 + 16 * 32 + 200)
 
 
 @pytest.mark.parametrize(("rows", "dtype"), [(1, "bfloat16"), (32, "bfloat16"), (300, "bfloat16"), (5000, "float32")])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gircse.ops import soft_embed
 from gircse.ops.soft_embed_reference import soft_embed_reference
-from tests.kernels.small_plans import small_plans
+from tests.kernels.small_plans import SMALL, small_plans
 from tests.ops.accuracy import noise_of, random_inputs, rms
 
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -66,7 +66,7 @@ def forward_as_accurate_as_eager(tensors: dict[str, Tensor], options: dict[str, 
 def test_columns_divided_among_the_warps(groups: int, dtype: torch.dtype) -> None:
     config = Config({"BLOCK_T": 16, "BLOCK_V": 16, "PIECE": 64, "GROUPS": groups}, 4, 2)
     with small_plans(True), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "find", lambda *_: config)
+        patch.setattr(plan, "find", lambda kernel, *_: config if kernel == "few_rows" else SMALL[kernel])
         tensors = random_inputs((19,), 107, 90, bias=True, scale=0.3, dtype=dtype)
         for options in ({}, {"gumbel_seed": torch.arange(19), "softcap": 3.0}):
             forward_as_accurate_as_eager(tensors, options)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from gircse.ops import VocabShard, soft_embed, top_tokens
+from gircse.ops import VocabShard, soft_embed, soft_embed_logits, top_tokens
 from tests.forkserver import CONTEXT
 from tests.ops.accuracy import random_inputs, upstream_gradients
 from tests.ops.test_soft_embed_op import HAS_TRITON
@@ -58,20 +58,27 @@ def compare(rank: int, bounds: tuple[int, ...], backend: str, dtype: torch.dtype
                 "top_n": 12,
             },
         ),
+        (6, {"given": True, "row_temperature": True, "top_p": 0.9, "hard": torch.arange(11) % 2 == 0}),
     ]:
         per_row = bool(options.pop("row_temperature", False))  # type: ignore[arg-type]
         tensors = random_inputs((11,), 53, 9, embed, bias=True, row_temperature=per_row, dtype=dtype)
         if "bias_ids" in options:
             options["logit_bias"] = options.pop("bias_ids"), torch.linspace(-1, 2, 22).reshape(11, 2).to(dtype)
+        given = options.pop("given", False)
+        if given:
+            tensors["logits"] = tensors.pop("hidden") @ tensors.pop("head_weight").T
         start, stop = bounds[rank], bounds[rank + 1]
+
+        def of_shard(name: str, tensor: torch.Tensor, start: int = start, stop: int = stop) -> torch.Tensor:
+            if name.split()[-1] in ROWS:
+                return tensor
+            return tensor[:, start:stop] if name == "logits" else tensor[start:stop]
+
         whole = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
-        part = {
-            name: (tensor if name in ROWS else tensor[start:stop]).clone().requires_grad_()
-            for name, tensor in tensors.items()
-        }
+        part = {name: of_shard(name, tensor).clone().requires_grad_() for name, tensor in tensors.items()}
         results = []
         for leaves, shard in ((whole, None), (part, VocabShard(start, stop))):
-            out, stats = soft_embed(
+            out, stats = (soft_embed_logits if given else soft_embed)(
                 **leaves,  # type: ignore[arg-type]
                 **options,  # type: ignore[arg-type]
                 vocab_parallel=shard,
@@ -82,15 +89,14 @@ def compare(rank: int, bounds: tuple[int, ...], backend: str, dtype: torch.dtype
             upstream = [g.to(t) for g, t in zip(upstream_gradients(out, stats), targets, strict=True)]
             grads = torch.autograd.grad(targets, list(leaves.values()), upstream)
             results.append(({"out": out, **stats._asdict()}, dict(zip(leaves, grads, strict=True))))
-            if backend == "torch":
+            if backend == "torch" and not given:
                 _top_tokens(leaves, options, shard, results[-1])
         (expected, exact), (got, ours) = results
         tolerance = 1e-11 if dtype == torch.float64 else 3e-5
         for name, value in expected.items():
             torch.testing.assert_close(got[name], value, rtol=tolerance, atol=tolerance)
         for name, value in exact.items():
-            mine = value if name.split()[-1] in ROWS else value[start:stop]
-            torch.testing.assert_close(ours[name], mine, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(ours[name], of_shard(name, value), rtol=tolerance, atol=tolerance)
 
 
 def _top_tokens(leaves: dict[str, Any], options: dict[str, Any], shard: VocabShard | None, results: Any) -> None:
