@@ -65,9 +65,9 @@ class Call(NamedTuple):
 
     Attributes:
         op: "soft_embed", "info_nce", "decode_attention" or "decoder" (each step of a layer once, and a step's end).
-        sizes: T, V, D, E (D = 0: logits are given); or B, M, K, D; or T, S, D, E, H, H_kv (rows, slots, widths of a key and of a value, heads);
-            or T, D, H, H_kv, d, r / 2, I (rows, width, heads, columns of a head and half of those that are rotated,
-            columns of the MLP).
+        sizes: T, V, D, E (D = 0: logits are given); or B, M, K, D; or T, S, D, E, H, H_kv (rows, slots, widths of a
+            key and of a value, heads); or T, D, H, H_kv, d, r / 2, I (rows, width, heads, columns of a head and half of
+            those that are rotated, columns of the MLP).
         dtype: a name of torch's.
         tied: the embedding table is the head.
         backward: the gradients of the hidden states, or of both sides of the loss, too.
