@@ -23,7 +23,7 @@ from .chunk_scores import chunk_scores
 from .row_options import with_noise
 from .soft_embed_arguments import Prepared
 from .thresholds_torch import Thresholds
-from .tiles_torch import WORKSPACE_BYTES, accumulation_dtype, slices, tiling
+from .tiles_torch import WORKSPACE_BYTES, accumulation_dtype, is_copied, slices, tiling
 from .transforms import eager, rows_of_numbers, rows_or_loop
 from .vocab_parallel import Across, find_group
 
@@ -195,19 +195,25 @@ def _blocks(inputs: Inputs, options: Options, largest: int, backend: str | None)
 
     A block of rows is scored in half of the workspace, and handed out in parts that stay in a cache.
     """
-    num_rows, num_vocab, width = inputs.num_rows, inputs.num_vocab, 0 if inputs.head is None else inputs.head.shape[1]
+    num_rows, num_vocab, head = inputs.num_rows, inputs.num_vocab, inputs.head
     dtype, device = accumulation_dtype(inputs.hidden.dtype), inputs.hidden.device
-    largest = max(1, largest)
+    largest, size = max(1, largest), num_vocab
     block = max(1, min(num_rows, WORKSPACE_BYTES // 2 // (dtype.itemsize * largest)))
     part = max(1, min(block, _PART_BYTES // (dtype.itemsize * largest)))
-    _, size = tiling(block, num_vocab, tiles=1, per_vocab=2 * width, per_row=0, itemsize=dtype.itemsize)
+    if head is not None and num_vocab and is_copied(head, dtype):
+        _, size = tiling(block, num_vocab, tiles=1, per_vocab=2 * head.shape[1], per_row=0, itemsize=dtype.itemsize)
     score = chunk_scores(inputs, options, size, resolve_backend(backend, inputs.hidden))
-    buffer = torch.empty((block, num_vocab), dtype=dtype, device=device)
+    at_once = size == num_vocab > 0
+    buffer = torch.empty((0 if at_once else block, num_vocab), dtype=dtype, device=device)
     for rows in slices(num_rows, block):
-        for vocab in slices(num_vocab, size):
-            buffer[: rows.stop - rows.start, vocab] = score(rows, vocab)
+        if at_once:
+            scores = score(rows, slice(0, num_vocab))
+        else:
+            scores = buffer[: rows.stop - rows.start]
+            for vocab in slices(num_vocab, max(1, size)):
+                scores[:, vocab] = score(rows, vocab)
         for some in slices(rows.stop - rows.start, part):
-            yield slice(rows.start + some.start, rows.start + some.stop), buffer[some]
+            yield slice(rows.start + some.start, rows.start + some.stop), scores[some]
 
 
 _op = torch.library.custom_op(

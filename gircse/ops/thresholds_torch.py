@@ -42,10 +42,11 @@ class Thresholds:
 
     def __call__(self, scores: Tensor, rules: Truncation) -> Tensor:
         across, (some, keys, shifted, digits, weights, kept) = self.across, self._memory(scores)
-        low, high = (None, None) if not scores.shape[1] else scores.aminmax(dim=1, keepdim=True)
-        if low is None or high is None:  # a shard without entries
+        if scores.shape[1]:
+            low, high = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True)
+        else:  # a shard without entries
             low = high = scores.new_full((len(scores), 1), torch.finfo(scores.dtype).min)
-        peak = across.max(high).clamp_min(torch.finfo(scores.dtype).min)
+        peak = across.max(high.clone()).clamp_min(torch.finfo(scores.dtype).min)
         size = across.max(low.abs().maximum(high.abs()))
         ordered_bits(scores, keys)
         top_k, top_p, min_p, top_n = (None if rule is None else rule[:, None] for rule in rules)

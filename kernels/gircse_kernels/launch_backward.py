@@ -93,7 +93,8 @@ def side_by_side(
     """The same, contiguous: the kernels take a number of each row to lie beside the next row's, while the gradients of
     a sum have stride 0."""
     probs = saved.probs
-    saved = Saved(*(None if tensor is None else tensor.contiguous() for tensor in saved._replace(probs=None)))
+    side = (None if tensor is None else tensor.contiguous() for tensor in saved._replace(probs=None))
+    saved = Saved(*side)  # type: ignore[arg-type]
     return (
         None if grad_lse is None else grad_lse.contiguous(),
         None if grad_entropy is None else grad_entropy.contiguous(),
@@ -209,10 +210,9 @@ class _Walk:
                 launching.product(hidden, head[vocab].T, products)
         if grad_out is not None and self.need_scores and not (both is not None and at_once):
             launching.product(grad_out, inputs.values[vocab].T, grad_probs)
+        score_grads = outs[0] if self.need_scores else None
         if head is None and grads.hidden is not None:
             score_grads = grads.hidden[:, vocab]
-        else:
-            score_grads = outs[0] if self.need_scores else None
         assert products is not None
         out = score_grads, outs[-1] if need_values else None
         self._score_grad(inputs, upstream, rows, vocab, products, grad_probs, out, probs is not None, grads)

@@ -67,11 +67,10 @@ def distribution(scores: Tensor, **options: Any) -> Tensor:
 
 @ALL_RULES
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("noise", [None, 3])
-def test_values_and_gradients(rules: dict[str, Any], shape: dict[str, Any], noise: int | None) -> None:
+def test_values_and_gradients(rules: dict[str, Any], shape: dict[str, Any]) -> None:
     options = {name: value for name, value in shape.items() if name in ("softcap", "temperature", "logit_scale")}
     tensors = random_inputs(**{name: value for name, value in shape.items() if name not in options})
-    options |= rules | ({} if noise is None else {"gumbel_seed": noise})
+    options |= rules
     ours = run(soft_embed, tensors, torch.float64, True, options)
     truth = run(soft_embed_reference, tensors, torch.float64, True, options)
     for name, exact in truth.items():
@@ -98,6 +97,7 @@ def test_precision_of_the_inputs(rules: dict[str, Any], dtype: torch.dtype) -> N
     top_k=st.none() | st.integers(1, 70),
     top_p=st.none() | st.floats(0.01, 1.0),
     min_p=st.none() | st.floats(0.0, 1.0),
+    top_n=st.none() | st.integers(1, 30),
     spread=st.sampled_from([0.1, 1.0, 8.0]),
     seed=st.integers(0, 10**6),
 )
@@ -107,9 +107,11 @@ def test_the_kept_set_is_that_of_transformers(
     top_k: int | None,
     top_p: float | None,
     min_p: float | None,
+    top_n: int | None,
     spread: float,
     seed: int,
 ) -> None:
+    """With the number of entries limited before the probabilities, by top_k, after them, by top_n, and both."""
     scores = spread * torch.randn(rows, vocab, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     warpers = LogitsProcessorList()
     if top_k is not None:
@@ -118,9 +120,11 @@ def test_the_kept_set_is_that_of_transformers(
         warpers.append(TopPLogitsWarper(top_p))
     if min_p is not None:
         warpers.append(MinPLogitsWarper(min_p))
+    if top_n is not None:
+        warpers.append(TopKLogitsWarper(top_n))
     theirs = warpers(torch.zeros(rows, 1, dtype=torch.long), scores).softmax(-1)
-    ours = distribution(scores, top_k=top_k, top_p=top_p, min_p=min_p)
-    kept = truncation_reference(scores, top_k=top_k, top_p=top_p, min_p=min_p)
+    ours = distribution(scores, top_k=top_k, top_p=top_p, min_p=min_p, top_n=top_n)
+    kept = truncation_reference(scores, top_k=top_k, top_p=top_p, min_p=min_p, top_n=top_n)
     assert torch.equal(ours > 0, theirs > 0)
     assert torch.equal(kept, theirs > 0)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
@@ -185,7 +189,7 @@ def test_top_k_of_zero_is_no_limit() -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter's numpy
 def test_a_bad_row_stays_alone(backend: str, bad: float) -> None:
     tensors = random_inputs(dtype=torch.float32)
-    options = {**RULES["all"], "backend": backend}
+    options = {**RULES["all"], "top_k": 9, "backend": backend}
     clean = run(soft_embed, tensors, torch.float32, True, options)
     tensors["hidden"][5, 3] = bad
     spoilt = run(soft_embed, tensors, torch.float32, True, options)
@@ -216,7 +220,7 @@ def test_compiled_transformed_faked(backend: str) -> None:
 
     def function(hidden: Tensor, p: Tensor) -> Any:
         return soft_embed(
-            hidden, tensors["head_weight"], bias=tensors["bias"], top_k=20, top_p=p, gumbel_seed=5, backend=backend
+            hidden, tensors["head_weight"], bias=tensors["bias"], top_k=9, top_p=p, gumbel_seed=5, backend=backend
         )
 
     compiled, p = torch.compile(function, fullgraph=True, backend="aot_eager"), torch.linspace(0.2, 1, 11)
@@ -229,13 +233,14 @@ def test_compiled_transformed_faked(backend: str) -> None:
         leaf = one.requires_grad_()
         (exact,) = torch.autograd.grad(function(leaf, p).square().sum(), leaf)
         torch.testing.assert_close(each, exact, rtol=1e-5, atol=1e-6)
-    if backend == "torch":  # a loop, whatever the backend
-        heads = torch.randn(2, 53, 9)
-        batched = torch.vmap(lambda w: soft_embed(hidden.detach(), w, **rules))(heads)
-        for head, got in zip(heads, batched, strict=True):
-            torch.testing.assert_close(got, soft_embed(hidden.detach(), head, **rules))
+    if backend == "triton":  # the rest is the same for every backend
+        return
+    heads = torch.randn(2, 53, 9)
+    batched = torch.vmap(lambda w: soft_embed(hidden.detach(), w, **rules))(heads)
+    for head, got in zip(heads, batched, strict=True):
+        torch.testing.assert_close(got, soft_embed(hidden.detach(), head, **rules))
     with torch._subclasses.fake_tensor.FakeTensorMode():
-        fake = soft_embed(torch.randn(3, 4, 8), torch.randn(37, 8), top_p=torch.rand(3, 4), backend=backend)
+        fake = soft_embed(torch.randn(3, 4, 8), torch.randn(37, 8), top_p=torch.rand(3, 4))
         assert fake.shape == (3, 4, 8)  # type: ignore[union-attr]
     arguments = (*(tensors[n].detach() for n in ("hidden", "head_weight", "bias")), *[None] * 5, p, None, None)
     for capacity, stats in ((0, True), (64, False)):

@@ -44,7 +44,7 @@ def compare(rank: int, bounds: tuple[int, ...], backend: str, dtype: torch.dtype
         (6, {"softcap": 3.0, "temperature": 0.7, "logit_scale": 1.3, "embed_scale": 2.0}),
         (6, {"row_temperature": True, "gumbel_seed": 11}),
         (None, {"gumbel_seed": torch.arange(11) * 5}),
-        (6, {"top_k": 20, "top_p": 0.9, "min_p": 0.01, "temperature": 1.3}),
+        (6, {"top_k": 12, "top_p": 0.9, "min_p": 0.01, "temperature": 1.3}),
         (None, {"top_k": 9, "gumbel_seed": 3, "gumbel_temperature": 0.5, "hard": torch.arange(11) % 2 == 0}),
         (
             6,
