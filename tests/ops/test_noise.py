@@ -78,16 +78,16 @@ def test_rows_and_neighbours_are_uncorrelated() -> None:
         assert abs(correlation) < 5 / math.sqrt(scaled.numel()), lag
 
 
-@BACKENDS
-def test_the_winner_is_distributed_as_the_softmax(backend: str) -> None:
-    """The Gumbel-max trick: argmax(s + g) falls on v with probability softmax(s)_v. Chi-squared over the seeds."""
-    count, vocab = 4000 if backend == "torch" else 1500, 11
+def test_the_winner_is_distributed_as_the_softmax() -> None:
+    """The Gumbel-max trick: argmax(s + g) falls on v with probability softmax(s)_v. Chi-squared over the seeds, by the
+    torch backend; the tests below hold that the kernels draw the same noise."""
+    count, vocab = 4000, 11
     hidden, head = torch.randn(4), torch.randn(vocab, 4)
-    _, stats = soft_embed(
-        hidden.expand(count, 4), head, gumbel_seed=torch.arange(count), return_stats=True, backend=backend
+    drawn = soft_embed(  # one-hot rows; without statistics, which see the scores before the noise once more
+        hidden.expand(count, 4), head, torch.eye(vocab), gumbel_seed=torch.arange(count), hard=True
     )
     expected = count * torch.softmax(head @ hidden, 0)
-    found = torch.bincount(stats.argmax, minlength=vocab)
+    found = torch.bincount(drawn.argmax(1), minlength=vocab)
     usual = expected >= 5
     statistic = ((found - expected) ** 2 / expected)[usual].sum()
     assert statistic < 29.6  # the 0.1% point of chi-squared with 10 degrees of freedom
@@ -150,19 +150,6 @@ def test_values_of_rows_without_dimensions_of_size_one() -> None:
     assert torch.equal(warm, soft_embed(hidden, head, temperature=values["gumbel_temperature"])[:, None])  # type: ignore[arg-type, index]
     with pytest.raises(ValueError, match=r"gumbel_seed: got shape \(3,\), expected one broadcastable to \(3, 2\)"):
         soft_embed(torch.randn(3, 2, 8), head, gumbel_seed=values["gumbel_seed"])
-
-
-def test_free_logits_as_a_head() -> None:
-    """Logits [n, V] without hidden states: the identity and transposed logits give softmax(logits) @ E."""
-    tensors = random_inputs((6,), 37, 6, 8)
-    logits, embed = (tensors["hidden"] @ tensors["head_weight"].T).requires_grad_(), tensors["embed_weight"]
-    seeds, noise = torch.arange(6), gumbel(torch.arange(6), 0, 37).double()
-    ours = soft_embed(torch.eye(6).double(), logits.T, embed, temperature=0.5, gumbel_seed=seeds)
-    plain = ((logits + noise) / 0.5).softmax(-1) @ embed
-    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-13)
-    upstream = torch.randn(6, 8, dtype=torch.float64)
-    grads = [torch.autograd.grad(out, logits, upstream)[0] for out in (ours, plain)]  # type: ignore[arg-type]
-    torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-13)
 
 
 def test_integers_of_numpy() -> None:
