@@ -21,15 +21,18 @@ def forms(_: Results) -> str:
     """No record: the plan and the traffic model, one problem for each form, on an H100."""
     lines = [plans.line(model, rows, "bf16", _H100) for model, rows in (("qwen2.5-0.5b", 1), ("qwen2.5-0.5b", 16))]
     wide, many = plans.line("mistral-7b", 64, "bf16", _H100), plans.line("qwen2.5-0.5b", 1024, "bf16", _H100)
+    given = plans.given_logits("qwen2.5-0.5b", 1024, _H100)
     rows = [
         _form("1. one row", "T = 1, tied, half precision, D <= 2048", lines[0], lines[0].work),
         _form("2. few rows", "T <= 32, else the same", lines[1], lines[1].work),
         _form("3. many rows, one chunk", "all other, P fits the scratch", wide, wide.work),
         _form("3. many rows, several chunks", "all other", many, many.work),
+        _form("3. many rows, one product", "logits are given", given, given.work),
     ]
     for name, when, line, kept in (
         ("backward, P kept", f"P fits {SCRATCH_BYTES >> 20} MiB", wide, True),
         ("backward, scores recomputed", "all other", many, False),
+        ("backward, one product", "logits are given", given, False),
     ):
         work = traffic.backward_work(line.problem, _H100, kept=kept)
         rows.append(_form(name, when, line, work, backward=True))

@@ -6,7 +6,8 @@ on an H100. Its floor is the least time that the arithmetic and the traffic allo
     forward   max(bytes / bandwidth, 4 T V D / peak)        bytes: both matrices once, a tied one once
     backward  max(bytes / bandwidth, 6 T V D / peak)        scores again, dP, dh; frozen matrices
 
-    variants  top_k: the scores alone, 2 T V D and the head once; top_p: as without
+    variants  top_k: the scores alone, 2 T V D and the head once; top_p: as without;
+              logits: 2 T V D for each pass, the embedding matrix and the logits once, in backward their gradient, too
 
 at ceilings measured in the same run (`bench.floors.measure_ceilings`); forward and backward follow one another, so in
 all 10 T V D. Hidden states and results are not counted: T D elements are little beside V D, or hide behind arithmetic.
@@ -53,8 +54,12 @@ MODELS: dict[str, Matrices] = {
 }
 
 
-# Truncations: the options of `soft_embed`. The first keeps few entries, the second any number.
-RULES: dict[str, dict[str, Any]] = {"top_k": {"top_k": 30, "top_p": 0.95}, "top_p": {"top_p": 0.95}}
+# The options of each variant. The first truncation keeps few entries, the second any number.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "top_k": {"top_k": 30, "top_p": 0.95},
+    "top_p": {"top_p": 0.95},
+    "logits": {"temperature": 0.7},
+}
 
 
 class Target(NamedTuple):
@@ -131,7 +136,8 @@ class Case:
         what: one of `PASSES`; the matrices are frozen, so backward gives the gradient of the hidden states.
         dtype: of everything, a name of torch's.
         target: on an H100 or H200.
-        variant: a name of `RULES`: the soft tokens are truncated; "": they are not.
+        variant: a name of `OPTIONS`: the soft tokens are truncated, or of given logits (`soft_embed_logits`), whose
+            gradient backward then gives; "": neither.
     """
 
     model: str
@@ -162,6 +168,10 @@ class Case:
         products = 2 * self.rows * vocab * width
         if self.variant == "top_k":  # few rows of the embedding matrix
             return [Work(products, vocab * width * self.torch_dtype.itemsize)]
+        if self.variant == "logits":
+            matrix, logits = (n * vocab * self.torch_dtype.itemsize for n in (width, self.rows))
+            passes = [Work(products, matrix + logits), Work(products, matrix + 2 * logits)]
+            return passes[: 1 if self.what == FORWARD else 2]
         forward = Work(2 * products, traffic)
         return [forward] if self.what == FORWARD else [forward, Work(3 * products, traffic)]
 
@@ -205,6 +215,12 @@ CASES: list[Case] = [
     ),
     *(Case("qwen2.5-0.5b", t, target=Target(3.0), variant="top_p") for t in (16, 64)),
     Case("qwen2.5-0.5b", 64, BOTH, target=Target(1.0), variant="top_k"),
+    # Memory: a third of eager's logits / T and P; with a backward, of two tensors of that size beyond the gradient.
+    *(
+        Case("qwen2.5-0.5b", t, what, target=Target(1.2, memory_ratio=ratio), variant="logits")
+        for t in (64, 1024)
+        for what, ratio in ((FORWARD, 1 / 3), (BOTH, 5 / 9))
+    ),
     Case("qwen2.5-0.5b", 65536, BOTH, target=Target(extra_bytes=1e9)),
 ]
 
@@ -219,5 +235,6 @@ SMOKE_CASES: list[Case] = [
     Case("tiny-tied", 5, BOTH, dtype="float32", target=Target(1e9, memory_ratio=1e9)),
     Case("tiny-untied", 7, dtype="float32", target=Target(extra_bytes=1e9)),
     Case("tiny-tied", 3, dtype="float32", target=Target(1e-9, over_product=1e9), variant="top_k"),
+    Case("tiny-untied", 3, BOTH, dtype="float32", target=Target(1e-9), variant="logits"),
 ]
 SMOKE_COMPILED = {SMOKE_CASES[0].name}

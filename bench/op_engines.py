@@ -13,28 +13,31 @@ import torch
 from torch import Tensor
 
 from bench.agreement import relative_error
-from bench.cases import FORWARD, RULES, Matrices
+from bench.cases import FORWARD, OPTIONS, Matrices
 from bench.verdict import WrongResultError
-from gircse.ops import soft_embed
+from gircse.ops import soft_embed, soft_embed_logits
 from gircse.ops.soft_embed_reference import soft_embed_reference
 
 Op = Callable[..., Tensor]  # of hidden, head, embed or None, and the variant of a case that is one
 
+LOGITS = "logits"  # the variant in which they are given
 ENGINE_NAMES = ("eager", "compiled", "ours")
 TOLERANCE, TINY = 2.0, 1e-6  # our error may be so many times eager's, both against float64, plus a rounding of nothing
 
 
 def eager(hidden: Tensor, head: Tensor, embed: Tensor | None, variant: str = "") -> Tensor:
-    probs = torch.softmax(hidden @ head.T, dim=-1)
     values = head if embed is None else embed
+    if variant == LOGITS:
+        return torch.softmax(hidden / OPTIONS[LOGITS]["temperature"], dim=-1) @ values
+    probs = torch.softmax(hidden @ head.T, dim=-1)
     return {"": torch.matmul, "top_k": _best_of_top_k, "top_p": _mix_of_top_p}[variant](probs, values)
 
 
 def _best_of_top_k(probs: Tensor, values: Tensor) -> Tensor:
     """As projects that reason with soft tokens write it: the 30 most probable, of these 0.95, renormalised."""
-    top = probs.topk(RULES["top_k"]["top_k"], dim=-1)
+    top = probs.topk(OPTIONS["top_k"]["top_k"], dim=-1)
     weights = top.values / top.values.sum(-1, keepdim=True)
-    weights = weights.masked_fill(weights.cumsum(-1) - weights >= RULES["top_k"]["top_p"], 0)
+    weights = weights.masked_fill(weights.cumsum(-1) - weights >= OPTIONS["top_k"]["top_p"], 0)
     weights = weights / weights.sum(-1, keepdim=True)
     return (weights[..., None, :] @ values[top.indices])[..., 0, :]
 
@@ -42,7 +45,7 @@ def _best_of_top_k(probs: Tensor, values: Tensor) -> Tensor:
 def _mix_of_top_p(probs: Tensor, values: Tensor) -> Tensor:
     """As `generate` truncates: sort, cumulative sum, back in order; then the product."""
     ordered, order = probs.sort(dim=-1, descending=True)
-    removed = ordered.cumsum(-1) - ordered >= RULES["top_p"]["top_p"]
+    removed = ordered.cumsum(-1) - ordered >= OPTIONS["top_p"]["top_p"]
     probs = probs.masked_fill(torch.zeros_like(removed).scatter(-1, order, removed), 0)
     return (probs / probs.sum(-1, keepdim=True)) @ values
 
@@ -59,7 +62,16 @@ def compiled(backend: str = "inductor") -> Op:
 
 
 def ours(hidden: Tensor, head: Tensor, embed: Tensor | None, variant: str = "") -> Tensor:
-    return soft_embed(hidden, head, embed, **RULES.get(variant, {}))
+    if variant == LOGITS:
+        return soft_embed_logits(hidden, head if embed is None else embed, **OPTIONS[LOGITS])
+    return soft_embed(hidden, head, embed, **OPTIONS.get(variant, {}))
+
+
+def exact(hidden: Tensor, head: Tensor, embed: Tensor | None, variant: str = "") -> Tensor:
+    """Ours by its reference, for float64."""
+    if variant == LOGITS:
+        head, embed = None, head if embed is None else embed  # type: ignore[assignment]
+    return soft_embed_reference(hidden, head, embed, **OPTIONS.get(variant, {}))[0]
 
 
 def draw_matrices(
@@ -74,7 +86,8 @@ def draw_matrices(
 
 
 class Problem(NamedTuple):
-    """One case's tensors: hidden [T, D] (requires grad where there is a backward), upstream gradient [T, E]."""
+    """One case's tensors: hidden [T, D], or logits [T, V] (requires grad where there is a backward), upstream gradient
+    [T, E]."""
 
     hidden: Tensor
     head: Tensor
@@ -87,11 +100,12 @@ class Problem(NamedTuple):
     def draw(cls, rows: int, what: str, head: Tensor, embed: Tensor | None, variant: str = "") -> Problem:
         generator = torch.Generator(head.device).manual_seed(1)
 
-        def normal() -> Tensor:
-            return torch.randn(rows, head.shape[1], generator=generator, device=head.device)
+        def normal(columns: int) -> Tensor:
+            return torch.randn(rows, columns, generator=generator, device=head.device)
 
-        hidden = (3 * normal()).to(head.dtype).requires_grad_(what != FORWARD)
-        return cls(hidden, head, embed, normal().to(head.dtype), what, variant)
+        width = head.shape[0 if variant == LOGITS else 1]
+        hidden = (3 * normal(width)).to(head.dtype).requires_grad_(what != FORWARD)
+        return cls(hidden, head, embed, normal(head.shape[1]).to(head.dtype), what, variant)
 
     def call(self, op: Op) -> Callable[[], Any]:
         """What is timed. Forward and backward: the gradient of the hidden states."""
@@ -136,14 +150,14 @@ def check(problem: Problem, op: Op = ours, *, sample: int = 8) -> dict[str, Any]
     """
     total = problem.hidden.shape[0]
     rows = torch.linspace(0, total - 1, min(sample, total), device=problem.hidden.device).round().long()
-    few, options = problem.only(rows, problem.hidden.dtype), RULES.get(problem.variant, {})
-    exact = problem.only(rows, torch.float64).results(lambda *x: soft_embed_reference(*x[:3], **options)[0])
+    few = problem.only(rows, problem.hidden.dtype)
+    truth = problem.only(rows, torch.float64).results(exact)
     found = {
         "eager": few.results(eager),
         "ours": {name: tensor[rows] for name, tensor in problem.results(op).items()},
     }
     errors = {
-        engine: {name: relative_error(tensor, exact[name]) for name, tensor in tensors.items()}
+        engine: {name: relative_error(tensor, truth[name]) for name, tensor in tensors.items()}
         for engine, tensors in found.items()
     }
     pairs = [(error, errors["eager"][name]) for name, error in errors["ours"].items()]

@@ -53,6 +53,13 @@ def line(model: str, rows: int, dtype: str, device: Device) -> Line:
     return Line(model, dtype, problem, traffic.forward_plan(problem, device), work)
 
 
+def given_logits(model: str, rows: int, device: Device) -> Line:
+    """The same where the logits are given, bfloat16."""
+    problem = problem_of(model, rows)._replace(width=0, tied=False)
+    work = traffic.forward_work(problem, device)
+    return Line(model, "bf16", problem, traffic.forward_plan(problem, device), work)
+
+
 def problem_of(model: str, rows: int, itemsize: int = 2) -> Problem:
     matrices = MODELS[model]
     return Problem(rows, matrices.vocab, matrices.width, matrices.width, matrices.tied, itemsize)

@@ -79,6 +79,8 @@ def calls(sections: Sequence[str], *, smoke: bool = False) -> list[Call]:
 
 def op_call(case: Case) -> Call:
     vocab, width, tied = case.matrices
+    if case.variant == "logits":
+        return Call("soft_embed", (case.rows, vocab, 0, width), case.dtype, False, case.what == BOTH)
     variants = (case.variant,) if case.variant else ()
     return Call("soft_embed", (case.rows, vocab, width, width), case.dtype, tied, case.what == BOTH, variants)
 
