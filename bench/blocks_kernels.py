@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gircse_kernels.plan import SCRATCH_BYTES, plan_backward
+from gircse_kernels.plan import SCRATCH_BYTES, plan_backward, plan_select
 
 from bench.documents import Results, block
 from bench.info_nce import Size
@@ -36,6 +36,17 @@ def forms(_: Results) -> str:
     ):
         work = traffic.backward_work(line.problem, _H100, kept=kept)
         rows.append(_form(name, when, line, work, backward=True))
+    for line in (lines[1], plans.line("qwen2.5-7b", 64, "bf16", _H100)):
+        plan = plan_select(*line.problem[:2], line.problem.itemsize, _H100, 32)
+        rows.append(
+            _form(
+                "lists, top_k = 30",
+                "top_k or top_n of at most 256",
+                line,
+                traffic.lists_work(line.problem, _H100, 30, 32),
+            )
+            | {"floor": traffic.lists_floor(line.problem, 30), "scratch": plan.scratch(line.problem.vocab)}
+        )
     columns: list[Column] = [
         ("form", lambda r: r["form"]),
         ("when", lambda r: r["when"]),

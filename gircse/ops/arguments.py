@@ -107,7 +107,7 @@ def row_values(name: str, value: Tensor, hidden: Tensor) -> Tensor:
     if value.dim() == hidden.dim() > 1 and value.shape[-1] == 1:
         value = value[..., 0]
     if value.device != hidden.device:
-        raise ValueError(f"{name}: got device {value.device}, expected {hidden.device}, the device of hidden")
+        raise ValueError(f"{name}: got device {value.device}, expected {hidden.device}, the device of the rows")
     leading = hidden.shape[:-1]
     try:
         fits = torch.broadcast_shapes(value.shape, leading) == leading
@@ -119,14 +119,14 @@ def row_values(name: str, value: Tensor, hidden: Tensor) -> Tensor:
         return value.reshape(-1).contiguous()
     raise ValueError(
         f"{name}: got shape {tuple(value.shape)}, expected one broadcastable to {tuple(leading)}, "
-        "the leading dimensions of hidden"
+        "the leading dimensions of the rows"
     )
 
 
 def row_vectors(name: str, value: Tensor, hidden: Tensor) -> Tensor:
     """A tensor with a vector for each row of hidden, or that broadcasts to it, as [T, n]."""
     if value.device != hidden.device:
-        raise ValueError(f"{name}: got device {value.device}, expected {hidden.device}, the device of hidden")
+        raise ValueError(f"{name}: got device {value.device}, expected {hidden.device}, the device of the rows")
     leading, count = hidden.shape[:-1], value.shape[-1]
     try:
         if torch.broadcast_shapes(value.shape[:-1], leading) == leading:
@@ -137,5 +137,5 @@ def row_vectors(name: str, value: Tensor, hidden: Tensor) -> Tensor:
         return value
     raise ValueError(
         f"{name}: got shape {tuple(value.shape)}, expected leading dimensions broadcastable to {tuple(leading)}, those "
-        "of hidden"
+        "of the rows"
     )

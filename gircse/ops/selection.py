@@ -197,19 +197,20 @@ def _blocks(inputs: Inputs, options: Options, largest: int, backend: str | None)
     """
     num_rows, num_vocab, head = inputs.num_rows, inputs.num_vocab, inputs.head
     dtype, device = accumulation_dtype(inputs.hidden.dtype), inputs.hidden.device
-    largest, size = max(1, largest), max(1, num_vocab)
+    largest, size = max(1, largest), num_vocab
     block = max(1, min(num_rows, WORKSPACE_BYTES // 2 // (dtype.itemsize * largest)))
     part = max(1, min(block, _PART_BYTES // (dtype.itemsize * largest)))
-    if head is not None and is_copied(head, dtype):
+    if head is not None and num_vocab and is_copied(head, dtype):
         _, size = tiling(block, num_vocab, tiles=1, per_vocab=2 * head.shape[1], per_row=0, itemsize=dtype.itemsize)
     score = chunk_scores(inputs, options, size, resolve_backend(backend, inputs.hidden))
-    buffer = torch.empty((block if size < num_vocab else 0, num_vocab), dtype=dtype, device=device)
+    at_once = size == num_vocab > 0
+    buffer = torch.empty((0 if at_once else block, num_vocab), dtype=dtype, device=device)
     for rows in slices(num_rows, block):
-        if size >= num_vocab:
+        if at_once:
             scores = score(rows, slice(0, num_vocab))
         else:
             scores = buffer[: rows.stop - rows.start]
-            for vocab in slices(num_vocab, size):
+            for vocab in slices(num_vocab, max(1, size)):
                 scores[:, vocab] = score(rows, vocab)
         for some in slices(rows.stop - rows.start, part):
             yield slice(rows.start + some.start, rows.start + some.stop), scores[some]

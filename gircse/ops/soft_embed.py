@@ -173,9 +173,9 @@ def soft_embed(
             number or a floating-point tensor of one element.
         token_bitmask: [T, ceil(V / 32)] int32, as libraries for structured generation pack it: entry v is bit v % 32 of
             word v // 32, and 0 removes it, also under a soft-cap. Leading dimensions broadcast to those of hidden.
-        logit_bias: (ids [T, m] int64 or int32, values [T, m] floating point), each broadcastable to those of hidden:
-            added to the logits of single entries of a row, after the soft-cap, as a logits processor would; twice where
-            an id comes twice. An id of -1 is none. For repetition penalties, for example.
+        logit_bias: a pair of ids [T, m], int64 or int32, and values [T, m], floating point; their leading dimensions
+            broadcast likewise. The values are added to the logits of these entries of a row, after the soft-cap, as a
+            logits processor would, twice where an id comes twice. An id of -1 is none. For repetition penalties, say.
         top_k: keep the k highest scores of a row; an int, or an integer tensor by row. 0 and -1, as elsewhere, and V or
             more keep everything.
         top_p: keep the fewest entries, highest first, whose probabilities sum to at least this; above 0 and at most 1,

@@ -219,7 +219,7 @@ def _scale(name: str, value: Tensor, hidden: Tensor) -> Tensor:
     if value.numel() != 1:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected one number")
     if value.device != hidden.device:
-        raise ValueError(f"{name}: got device {value.device}, expected {hidden.device}, the device of hidden")
+        raise ValueError(f"{name}: got device {value.device}, expected {hidden.device}, the device of the rows")
     return value.reshape(())
 
 

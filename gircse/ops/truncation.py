@@ -100,7 +100,7 @@ def _rule(name: str, value: object, hidden: Tensor, expected: str) -> Tensor | N
     _check_range(name, number, expected)
     dtype = torch.int64 if whole else accumulation_dtype(hidden.dtype)
     # a product, not `full`: for a compiler the number is then no constant
-    return torch.ones(hidden.numel() // hidden.shape[-1], dtype=dtype, device=hidden.device) * number
+    return torch.ones(hidden.shape[:-1].numel(), dtype=dtype, device=hidden.device) * number
 
 
 def _check_range(name: str, value: float, expected: str) -> None:

@@ -210,9 +210,10 @@ class _Walk:
                 launching.product(hidden, head[vocab].T, products)
         if grad_out is not None and self.need_scores and not (both is not None and at_once):
             launching.product(grad_out, inputs.values[vocab].T, grad_probs)
-        score_grads = outs[0] if self.need_scores else None
         if head is None and grads.hidden is not None:
-            score_grads = grads.hidden[:, vocab]
+            score_grads: Tensor | None = grads.hidden[:, vocab]
+        else:
+            score_grads = outs[0] if self.need_scores else None
         assert products is not None
         out = score_grads, outs[-1] if need_values else None
         self._score_grad(inputs, upstream, rows, vocab, products, grad_probs, out, probs is not None, grads)

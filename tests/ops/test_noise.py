@@ -152,19 +152,6 @@ def test_values_of_rows_without_dimensions_of_size_one() -> None:
         soft_embed(torch.randn(3, 2, 8), head, gumbel_seed=values["gumbel_seed"])
 
 
-def test_free_logits_as_a_head() -> None:
-    """Logits [n, V] without hidden states: the identity and transposed logits give softmax(logits) @ E."""
-    tensors = random_inputs((6,), 37, 6, 8)
-    logits, embed = (tensors["hidden"] @ tensors["head_weight"].T).requires_grad_(), tensors["embed_weight"]
-    seeds, noise = torch.arange(6), gumbel(torch.arange(6), 0, 37).double()
-    ours = soft_embed(torch.eye(6).double(), logits.T, embed, temperature=0.5, gumbel_seed=seeds)
-    plain = ((logits + noise) / 0.5).softmax(-1) @ embed
-    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-13)
-    upstream = torch.randn(6, 8, dtype=torch.float64)
-    grads = [torch.autograd.grad(out, logits, upstream)[0] for out in (ours, plain)]  # type: ignore[arg-type]
-    torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-13)
-
-
 def test_integers_of_numpy() -> None:
     hidden, head = torch.randn(3, 8), torch.randn(37, 8)
     numpy, python = (
