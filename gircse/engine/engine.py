@@ -247,8 +247,9 @@ class Engine:
     def _prefill(self, batch: DecodeBatch, pool: KVPool, start: int, stop: int, job: _Job) -> Tensor:
         """The last states [n, D] of rows `start` to `stop`. Keys and values go to the same rows of the pool."""
         texts = [job.rows[row][job.shared :] for row in batch.rows[start:stop]]
-        kv = PrefillPass(pool, batch.buffer_rows, batch.slots, start, texts, job.prefix, self._device)
-        return self._decoder.prefill(kv)
+        where = pool, batch.buffer_rows, batch.slots, start, texts
+        states = self._runner.prefill(self._decoder, *where) if job.prefix is None else None
+        return self._decoder.prefill(PrefillPass(*where, job.prefix, self._device)) if states is None else states
 
     def _decode(self, batch: DecodeBatch, pool: KVPool, state: DecodeState, job: _Job) -> tuple[Tensor, Tensor]:
         """Up to K states of each row, and how many it has. With `include_prompt` the first one is there already."""

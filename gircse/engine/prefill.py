@@ -28,6 +28,9 @@ class PrefillPass(AttentionPass):
         texts: token ids of each text without the prefix, longest first.
         prefix: keys and values [1, H_kv, P, d] of the tokens before each text, for each layer, or None.
         device: of the model.
+        room: (n, T), for a pass that a CUDA graph contains: `refill` gives it other texts, fewer than n and of T tokens
+            at most, without a prefix. The tokens that are missing make one more text. They are at the last slot of row
+            0, which no query reads before its own step has written it. None: n and T are those of the texts.
 
     Attributes:
         ids: [T] int64, the packed tokens.
@@ -45,32 +48,52 @@ class PrefillPass(AttentionPass):
         texts: Sequence[Sequence[int]],
         prefix: dict[int, tuple[Tensor, Tensor]] | None,
         device: torch.device,
+        *,
+        room: tuple[int, int] | None = None,
     ) -> None:
-        self.pool, self.rows, self.slots, self.prefix = pool, rows, slots, prefix
-        self.batch = slice(start, start + len(texts))
+        self.pool, self.rows, self.slots, self.prefix, self._room = pool, rows, slots, prefix, room
         self.before = 0 if prefix is None else next(iter(prefix.values()))[0].shape[2]
-        self.longest = len(texts[0])
-        self.uniform = len(texts[-1]) == self.longest
-
-        count = np.fromiter(map(len, texts), np.int64, len(texts))
-        ends = count.cumsum()
-        total = int(ends[-1])
-        self._text = np.repeat(np.arange(len(texts)), count)
-        self._inside = np.arange(total) - np.repeat(ends - count, count)
-        self.ids, self.positions, self.row, self.last, starts, used, row_starts = _to_device(
-            device,
-            np.fromiter(chain.from_iterable(texts), np.int64, total),
-            self._inside + self.before,
-            self._text + start,
-            ends - 1,
-            np.concatenate([[0], ends]).astype(np.int32),
-            (count + self.before).astype(np.int32),
-            (np.arange(start, start + len(texts) + 1) * slots).astype(np.int32),
+        arrays = self._arrays(start, texts)
+        self._flat = _flat(arrays, device).to(device, non_blocking=True)
+        self.ids, self.positions, self.row, self.last, self._starts, self._used, self._row_starts = _views(
+            self._flat, arrays
         )
-        self._starts, self._used, self._row_starts = starts, used, row_starts
         self._key_starts: dict[int, Tensor] = {}
         self._masks: dict[int | None, Tensor | None] = {}
         self._padding: tuple[Tensor, ...] | None = None
+
+    def refill(self, start: int, texts: Sequence[Sequence[int]]) -> None:
+        """Puts other texts in the place of those that a pass with `room` has."""
+        self._flat.copy_(_flat(self._arrays(start, texts), self._flat.device), non_blocking=True)
+        for heads, starts in self._key_starts.items():
+            torch.mul(self._row_starts, heads, out=starts)
+
+    def _arrays(self, start: int, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """The indices on the host: int64 ones, then int32 ones."""
+        self.batch = slice(start, start + len(texts))
+        self.longest = len(texts[0])
+        self.uniform = len(texts[-1]) == self.longest
+        count = np.fromiter(map(len, texts), np.int64, len(texts))
+        ends = count.cumsum()
+        total = int(ends[-1])
+        ids = np.fromiter(chain.from_iterable(texts), np.int64, total)
+        self._text = np.repeat(np.arange(len(texts)), count)
+        self._inside = np.arange(total) - np.repeat(ends - count, count)
+        positions, row, last, starts = self._inside + self.before, self._text + start, ends - 1, np.append(0, ends)
+        used, row_starts = count + self.before, np.arange(start, start + len(texts) + 1) * self.slots
+        if self._room is not None:
+            most_texts, most_tokens = self._room
+            missing, texts_missing = most_tokens - total, most_texts - len(texts)
+            assert missing >= 0 < texts_missing
+            ids, positions, row = (
+                np.pad(array, (0, missing), constant_values=value)
+                for array, value in ((ids, ids[-1]), (positions, self.slots - 1), (row, 0))
+            )
+            last, row_starts = (np.pad(array, (0, texts_missing)) for array in (last, row_starts))
+            starts = np.pad(starts, (0, texts_missing), constant_values=most_tokens)
+            used = np.pad(np.append(used, min(missing, self.slots)), (0, texts_missing - 1))
+            self.longest, self.uniform = most_tokens, False
+        return [ids, positions, row, last, *(array.astype(np.int32) for array in (starts, used, row_starts))]
 
     def attend(self, layer, query, key, value, *, scaling, dropout, window, softcap):
         query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
@@ -105,7 +128,8 @@ class PrefillPass(AttentionPass):
             prefix_key, prefix_value = self.prefix[layer]
             keys[self.batch, :, : self.before] = prefix_key
             values[self.batch, :, : self.before] = prefix_value
-        if window is not None and window >= self.before + self.longest:
+        longest_key = self.before + self.longest if self._room is None else self.slots
+        if window is not None and window >= longest_key:
             window = None
         if not varlen.usable(query, keys, values, softcap):
             return self._padded(query, keys, values, scaling=scaling, window=window, softcap=softcap)
@@ -120,13 +144,15 @@ class PrefillPass(AttentionPass):
             key_starts=self._key_starts[heads],
             used=self._used,
             longest=self.longest,
-            longest_key=self.before + self.longest,
+            longest_key=longest_key,
             scaling=scaling,
             window=window,
         )
 
     def _padded(self, query: Tensor, keys: Tensor, values: Tensor, *, window: int | None, **options) -> Tensor:
         """`attention` with queries padded to the longest text."""
+        if self._room is not None:
+            raise NotImplementedError("attention that pads has shapes that depend on the texts")
         end, mask = self.before + self.longest, self._mask(window, query.device)
         keys, values = keys[self.batch, :, :end], values[self.batch, :, :end]
         if self.uniform:
@@ -144,7 +170,8 @@ class PrefillPass(AttentionPass):
         total = len(self._inside)
         first = np.flatnonzero(self._inside == 0)
         gather = (first[:, None] + np.arange(self.longest)).clip(max=total - 1)
-        flat, text, inside = _to_device(device, gather.ravel(), self._text, self._inside)
+        arrays = [gather.ravel(), self._text, self._inside]
+        flat, text, inside = _views(_flat(arrays, device).to(device, non_blocking=True), arrays)
         return flat.view(gather.shape), text, inside
 
     def _unpack(self, packed: Tensor) -> Tensor:
@@ -161,15 +188,16 @@ class PrefillPass(AttentionPass):
         return self._masks[window]
 
 
-def _to_device(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
-    """The arrays as tensors on the device, after one copy for all of them that the host does not wait for. int64 arrays
-    come before int32 ones, so that each is aligned."""
-    ends = np.cumsum([array.nbytes for array in arrays])
-    host = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=device.type == "cuda")
-    np.concatenate([array.view(np.uint8) for array in arrays], out=host.numpy())
-    moved = host.to(device, non_blocking=True)
-    starts = [0, *ends[:-1].tolist()]
-    return [
-        moved[start : start + array.nbytes].view(torch.int64 if array.itemsize == 8 else torch.int32)
-        for start, array in zip(starts, arrays, strict=True)
-    ]
+def _flat(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
+    """The bytes of all arrays on the host, for one copy to the device that the host does not wait for."""
+    size = sum(array.nbytes for array in arrays)
+    flat = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    np.concatenate([array.view(np.uint8) for array in arrays], out=flat.numpy())
+    return flat
+
+
+def _views(flat: Tensor, arrays: Sequence[np.ndarray]) -> list[Tensor]:
+    """The arrays in a copy of `_flat`. int64 ones come before int32 ones, so that each is aligned."""
+    parts = flat.split([array.nbytes for array in arrays])
+    dtypes = [torch.int64 if array.itemsize == 8 else torch.int32 for array in arrays]
+    return [part.view(dtype) for part, dtype in zip(parts, dtypes, strict=True)]

@@ -9,14 +9,16 @@ runs eagerly.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gircse.engine.body.decoder import Decoder
 from gircse.engine.decode import DecodePass
 from gircse.engine.pool import KVPool
+from gircse.engine.prefill_graphs import PrefillGraphs
 from gircse.engine.state import DecodeState
 from gircse.engine.step_cost import StepCost, step_cost
 from gircse.lm.causal_lm import CausalLM
@@ -61,6 +63,7 @@ class StepRunner:
         self._costs: dict[tuple[int, int], StepCost] = {}
         self._passes: dict[tuple[int, int], DecodePass] = {}
         self._memory: Any = None
+        self._prefills = PrefillGraphs()
         if self._required and lm.device.type != "cuda":
             raise ValueError(f"capture: got 'always' with a model on {lm.device}, expected a CUDA device")
 
@@ -79,7 +82,16 @@ class StepRunner:
         self._graphs.clear()
         self._costs.clear()
         self._passes.clear()
+        self._prefills.drop()
         self._memory, self.graph_bytes = None, 0
+
+    def prefill(
+        self, decoder: Decoder, pool: KVPool, rows: int, slots: int, start: int, texts: Sequence[Sequence[int]]
+    ) -> Tensor | None:
+        """See `PrefillGraphs.run`; None where nothing is captured."""
+        if not self.captures:
+            return None
+        return self._prefills.run(self._capture, decoder, pool, rows, slots, start, texts, self._lm.device)
 
     def bind(
         self, decoder: Decoder, pool: KVPool, state: DecodeState, slots: int, temperature: float
@@ -100,11 +112,15 @@ class StepRunner:
         def step() -> None:
             decode_step(self._lm, decoder, kv, state, temperature, facts)
 
+        def count() -> None:
+            self._costs[rows, slots] = step_cost(step, pool, state, slots)
+
         if not self.captures:
             return step
         if key not in self._graphs:
             try:
-                self._graphs[key] = self._capture(step, pool, state, slots)
+                restored = state.hidden, state.position, state.step
+                self._graphs[key] = self._capture(step, restored, count if self._counted else None)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # a model's forward may do many things that a capture forbids
@@ -119,9 +135,16 @@ class StepRunner:
                 return step
         return self._graphs[key].replay
 
-    def _capture(self, step: Callable[[], None], pool: KVPool, state: DecodeState, slots: int) -> torch.cuda.CUDAGraph:
-        device = state.hidden.device
-        saved = [(tensor, tensor.clone()) for tensor in (state.hidden, state.position, state.step)]
+    def _capture(
+        self, run: Callable[[], Any], restored: Sequence[Tensor] = (), counted: Callable[[], Any] | None = None
+    ) -> torch.cuda.CUDAGraph:
+        """A graph of `run`, which is run twice before; `counted` is the second time, in its place.
+
+        Args:
+            restored: tensors that have the same values afterwards.
+        """
+        device = self._lm.device
+        saved = [(tensor, tensor.clone()) for tensor in restored]
         reserved = torch.cuda.memory_reserved(device)
 
         def restore() -> None:
@@ -132,19 +155,15 @@ class StepRunner:
         stream.wait_stream(torch.cuda.current_stream(device))
         try:
             with torch.cuda.stream(stream):
-                step()  # compiles kernels and allocates libraries' workspaces outside the graph
-                restore()
-                if self._counted:
-                    self._costs[len(state.hidden), slots] = step_cost(step, pool, state, slots)
-                else:
-                    step()
-                restore()
+                for warm_up in (run, counted or run):  # compile kernels and allocate workspaces outside the graph
+                    warm_up()
+                    restore()
             torch.cuda.current_stream(device).wait_stream(stream)
             if self._memory is None:
                 self._memory = torch.cuda.graph_pool_handle()  # graphs run one after the other and share it
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._memory, stream=stream):
-                step()
+                run()
         finally:
             restore()
         self.graph_bytes += max(0, torch.cuda.memory_reserved(device) - reserved)

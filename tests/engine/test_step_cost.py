@@ -67,7 +67,6 @@ def on_kernels(name):
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma2", "gemma3"])  # biases, soft-caps, norms of queries and keys
 def test_a_step_is_nine_launches_a_layer_and_one(name, unlaunched):
-    """soft_embed adds two to five (`tests/kernels/test_launching.py`)."""
     lm, decoder = on_kernels(name)
     pool, state = KVPool(3 * 48), DecodeState.allocate(3, 4, torch.empty(0, lm.hidden_size))
     kv = DecodePass(pool, 3, 48, state.position, "triton")
@@ -98,3 +97,14 @@ def test_a_prefill_is_nine_launches_a_layer_and_six_at_most(name, unlaunched, op
         prefill()
         cost = step_cost(prefill, pool, state, 48)
     assert cost.launches <= 9 * lm.config.num_hidden_layers + 6
+
+
+@pytest.mark.parametrize("matrices", [(151_936, 896, True), (32_000, 4096, False), (152_064, 3584, False)])
+def test_a_soft_token_is_two_to_five_launches(matrices):
+    pytest.importorskip("triton")
+    from bench.static.launches import DEVICES, Call, record
+
+    vocab, width, tied = matrices
+    for rows in (1, 16, 64, 128):
+        launches, products = record(Call("soft_embed", (rows, vocab, width, width), "bfloat16", tied), DEVICES[90])
+        assert 2 <= len(launches) + len(products) <= 5

@@ -46,12 +46,12 @@ class StockDecoder:
     """
 
     def __init__(self, lm: CausalLM, *, compile: bool = False) -> None:
-        self._prefill = self._step = lm
+        self._eager = self._step = lm
         if compile:  # Shapes are static, so a step is compiled once per bucket. Graphs are captured by `StepRunner`.
             self._step = replace(lm, body=cast(nn.Module, torch.compile(lm.body, dynamic=False)))
 
     def prefill(self, kv: PrefillPass) -> Tensor:
-        return self._prefill.run_body(kv, kv.positions[None], input_ids=kv.ids[None])[0, kv.last]
+        return self._eager.run_body(kv, kv.positions[None], input_ids=kv.ids[None])[0, kv.last]
 
     def step(self, kv: DecodePass, token: Tensor, state: DecodeState) -> None:
         hidden = self._step.run_body(kv, state.position[:, None], inputs_embeds=token[:, None])[:, 0]
@@ -71,7 +71,7 @@ class FusedDecoder:
 
     def __init__(self, lm: CausalLM, facts: DecoderFacts) -> None:
         self._lm, self._facts = lm, facts
-        self._ops = _ops(facts.norm)
+        self._ops, self._norm = _ops(facts.norm), {"eps": facts.eps, "offset": facts.offset}
         self._layers = [(layer, Projection(layer.qkv), Projection(layer.gate_up)) for layer in facts.layers]
         self._rotary = RotaryTables(facts.rotary, facts.norm, facts.positions)
 
@@ -124,10 +124,6 @@ class FusedDecoder:
                 after = layer.after_mlp
         assert delta is not None
         return x, delta
-
-    @property
-    def _norm(self) -> dict[str, float]:
-        return {"eps": self._facts.eps, "offset": self._facts.offset}
 
 
 def _ops(weight: Tensor) -> ModuleType:
