@@ -135,8 +135,9 @@ def decode_attention_kernel(
     first, stop = visible_slots(position_ptr, row, stride_position, num_slots, window, HAS_WINDOW)
     begin = tl.maximum(i_split * slice_size, first // BLOCK_S * BLOCK_S)
     end = tl.minimum((i_split + 1) * slice_size, stop)
-    first_split = first // slice_size
-    last_split = tl.maximum(tl.cdiv(stop, slice_size), first_split + 1)  # a row that sees nothing has one
+    # A row that sees nothing, before the buffer or behind it, has one split, too.
+    first_split = tl.minimum(first // slice_size, tl.num_programs(2) - 1)
+    last_split = tl.maximum(tl.cdiv(stop, slice_size), first_split + 1)
     if SPLIT and (i_split < first_split or i_split >= last_split):
         return
 

@@ -186,10 +186,10 @@ def test_position_0_is_the_first_value() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("splits", [1, 2])
-def test_positions_outside_the_buffer(splits: int) -> None:
+@pytest.mark.parametrize(("slots", "splits"), [(40, 1), (40, 2), (64, 2)])  # of 64 slots, no split has the one behind
+def test_positions_outside_the_buffer(slots: int, splits: int) -> None:
     """Before it: nothing is seen, zeros. Behind it: everything is."""
-    arguments = {**problem([39, 39], 4, 2, 40, 64), "splits": splits}
+    arguments = {**problem([slots - 1] * 2, 4, 2, slots, 64), "splits": splits}
     everything = decode_attention(**arguments)
     arguments["position"] = torch.tensor([-1, 1000])
     found = decode_attention(**arguments)
