@@ -30,7 +30,8 @@ class DecodePass(PoolPass):
     """
 
     def __init__(self, pool: KVPool, rows: int, slots: int, position: Tensor, kernel: str) -> None:
-        self.pool, self.rows, self.slots, self.positions, self.kernel = pool, rows, slots, position, kernel
+        super().__init__(pool, rows, slots)
+        self.positions, self.kernel = position, kernel
         self.row = torch.arange(rows, device=position.device)
         self._slot = torch.arange(slots, device=position.device)
         self._length: Tensor | None = None

@@ -84,16 +84,22 @@ class KVPool:
 
 
 class PoolPass(AttentionPass):
-    """A pass whose keys and values are in the pool, viewed as `rows` rows of `slots` slots.
+    """A pass whose keys and values are in a pool. The stock body calls `attend`; ours takes `buffers`, writes keys and
+    values of each token to [row, :, position], and calls `attention`.
 
-    A token's are in slot `positions` of row `row`, both [T] int64 on the device.
+    Args:
+        pool, rows, slots: the buffers, viewed as `rows` rows of `slots` slots.
+
+    Attributes:
+        positions: [T] int64, position of each token.
+        row: [T] int64, its row in the buffers.
     """
 
-    pool: KVPool
-    rows: int
-    slots: int
     positions: Tensor
     row: Tensor
+
+    def __init__(self, pool: KVPool, rows: int, slots: int) -> None:
+        self.pool, self.rows, self.slots = pool, rows, slots
 
     def buffers(self, layer: int, heads: int, dims: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
         """`KVPool.buffers`: keys [rows, H_kv, slots, d] and values [rows, H_kv, slots, d_v]."""

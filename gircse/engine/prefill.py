@@ -51,7 +51,8 @@ class PrefillPass(PoolPass):
         *,
         room: tuple[int, int] | None = None,
     ) -> None:
-        self.pool, self.rows, self.slots, self.prefix, self._room = pool, rows, slots, prefix, room
+        super().__init__(pool, rows, slots)
+        self.prefix, self._room = prefix, room
         self.before = 0 if prefix is None else next(iter(prefix.values()))[0].shape[2]
         arrays = self._arrays(start, texts)
         self._flat = _flat(arrays, device).to(device, non_blocking=True)
