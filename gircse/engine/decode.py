@@ -12,12 +12,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from gircse.engine.pool import KVPool
-from gircse.lm.attention import AttentionPass
+from gircse.engine.pool import KVPool, PoolPass
 from gircse.ops.backends import refusal
 
 
-class DecodePass(AttentionPass):
+class DecodePass(PoolPass):
     """One token of every row. The same object serves every step; call `begin` before each.
 
     Args:
@@ -31,7 +30,8 @@ class DecodePass(AttentionPass):
     """
 
     def __init__(self, pool: KVPool, rows: int, slots: int, position: Tensor, kernel: str) -> None:
-        self.pool, self.rows, self.slots, self.positions, self.kernel = pool, rows, slots, position, kernel
+        super().__init__(pool, rows, slots)
+        self.positions, self.kernel = position, kernel
         self.row = torch.arange(rows, device=position.device)
         self._slot = torch.arange(slots, device=position.device)
         self._length: Tensor | None = None
@@ -51,22 +51,7 @@ class DecodePass(AttentionPass):
         out = self.attention(layer, query, key, value, scaling=scaling, window=window, softcap=softcap)
         return out[:, :, None]
 
-    def buffers(self, layer: int, heads: int, dims: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
-        """`KVPool.buffers`: keys [rows, H_kv, slots, d] and values [rows, H_kv, slots, d_v]."""
-        return self.pool.buffers(layer, self.rows, self.slots, heads, dims, like)
-
-    def attention(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        """Queries [rows, H, d] -> [rows, H, d_v]. Keys and values of this step are in the buffers already."""
+    def attention(self, layer, query, key, value, *, scaling, window, softcap):
         keys, values = self.pool.layer(layer, self.rows, self.slots)
         if window is not None and window >= self.slots:
             window = None

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gircse.lm.attention import AttentionPass
+
 _ALIGNMENT = 64  # bytes, of PyTorch's own CPU tensors
 _MAX_VIEWS = 4096  # views are kept to be made once; over all sizes of batches there would be millions
 
@@ -79,6 +81,44 @@ class KVPool:
         for layer in self._flat:
             for buffer in self.layer(layer, rows, slots):
                 buffer[target] = buffer[source]
+
+
+class PoolPass(AttentionPass):
+    """A pass whose keys and values are in a pool. The stock body calls `attend`; ours takes `buffers`, writes keys and
+    values of each token to [row, :, position], and calls `attention`.
+
+    Args:
+        pool, rows, slots: the buffers, viewed as `rows` rows of `slots` slots.
+
+    Attributes:
+        positions: [T] int64, position of each token.
+        row: [T] int64, its row in the buffers.
+    """
+
+    positions: Tensor
+    row: Tensor
+
+    def __init__(self, pool: KVPool, rows: int, slots: int) -> None:
+        self.pool, self.rows, self.slots = pool, rows, slots
+
+    def buffers(self, layer: int, heads: int, dims: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
+        """`KVPool.buffers`: keys [rows, H_kv, slots, d] and values [rows, H_kv, slots, d_v]."""
+        return self.pool.buffers(layer, self.rows, self.slots, heads, dims, like)
+
+    def attention(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Queries [T, H, d], keys [T, H_kv, d] and values [T, H_kv, d_v], which are in the buffers already,
+        -> [T, H, d_v]."""
+        raise NotImplementedError
 
 
 def _zeros(count: int, like: Tensor) -> Tensor:

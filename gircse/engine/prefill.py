@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from gircse.engine import varlen
-from gircse.engine.pool import KVPool
-from gircse.lm.attention import AttentionPass, causal_attention, causal_band
+from gircse.engine.pool import KVPool, PoolPass
+from gircse.lm.attention import causal_attention, causal_band
 
 
-class PrefillPass(AttentionPass):
+class PrefillPass(PoolPass):
     """Several texts, packed into one row of tokens.
 
     Args:
@@ -51,7 +51,8 @@ class PrefillPass(AttentionPass):
         *,
         room: tuple[int, int] | None = None,
     ) -> None:
-        self.pool, self.rows, self.slots, self.prefix, self._room = pool, rows, slots, prefix, room
+        super().__init__(pool, rows, slots)
+        self.prefix, self._room = prefix, room
         self.before = 0 if prefix is None else next(iter(prefix.values()))[0].shape[2]
         arrays = self._arrays(start, texts)
         self._flat = _flat(arrays, device).to(device, non_blocking=True)
@@ -106,23 +107,7 @@ class PrefillPass(AttentionPass):
         out = self.attention(layer, query, key, value, scaling=scaling, window=window, softcap=softcap)
         return out[None].transpose(1, 2)
 
-    def buffers(self, layer: int, heads: int, dims: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
-        """`KVPool.buffers`: keys [rows, H_kv, slots, d] and values [rows, H_kv, slots, d_v]."""
-        return self.pool.buffers(layer, self.rows, self.slots, heads, dims, like)
-
-    def attention(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        """Queries [T, H, d], keys [T, H_kv, d] and values [T, H_kv, d_v], which are in the buffers too,
-        -> [T, H, d_v]."""
+    def attention(self, layer, query, key, value, *, scaling, window, softcap):
         keys, values = self.pool.layer(layer, self.rows, self.slots)
         if self.prefix is not None:
             prefix_key, prefix_value = self.prefix[layer]

@@ -91,7 +91,7 @@ class PrefillGraphs:
             except Exception as error:
                 self._possible = False
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-                warnings.warn(f"short prefills run slower, without CUDA graphs: {reason}", stacklevel=2)
+                warnings.warn(f"short prefills are not captured as CUDA graphs: {reason}", stacklevel=2)
                 return None
             captured = self._graphs[key] = _Captured(kv, states[0], graph)
         else:

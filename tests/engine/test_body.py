@@ -61,7 +61,8 @@ def test_runs_on_the_kernels(name, monkeypatch):
     pytest.importorskip("triton")
     from gircse_kernels import decoder as kernels
 
-    model, rows = randomised(tiny_model(name)), rows_of((7, 1))
+    one_layer = {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}  # the interpreter is slow
+    model, rows = randomised(tiny_model(name, **one_layer)), rows_of((7, 1))
     expected = Engine(CausalLM.from_model(model), EngineConfig(fused_kernels="never")).states(rows, 1)
     monkeypatch.setattr(decoder, "_ops", lambda weight: kernels)
     config = EngineConfig(fused_kernels="always", decode_attention="triton")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gircse import GIRCSE
-from gircse.engine import Engine, EngineConfig
+from gircse.engine import Engine, EngineConfig, varlen
 from gircse.engine.body import FusedDecoder, StockDecoder
 from gircse.engine.decode import has_flash_attention
 from gircse.lm.causal_lm import CausalLM
@@ -44,6 +44,27 @@ def test_our_decoder_rounds_no_more_than_the_stock_one(name: str, dtype: torch.d
         for how in ("always", "never")
     )
     assert ours <= 2 * stock
+
+
+@pytest.mark.filterwarnings("error:prefill pads")
+@pytest.mark.parametrize("size", [8, 64, 96, 128, 256])
+def test_packed_attention_runs(size: int) -> None:
+    for dtype, groups in ((torch.bfloat16, 7), (torch.float16, 1)):
+        assert varlen._is_right(torch.device("cuda", 0), dtype, groups, size)
+
+
+@pytest.mark.filterwarnings("error:short prefills are not captured")
+def test_a_short_prefill_is_captured_and_the_step_counted() -> None:
+    """The second batch of a bucket is captured, the third replayed with other texts."""
+    engine, eager = (engine_on_gpu("qwen2", EngineConfig(capture=c), torch.bfloat16) for c in ("always", "never"))
+    for seed, lengths in enumerate(((9, 4, 12), (8, 3, 11), (12, 2, 10), (5, 5, 13))):
+        rows = rows_of(lengths, seed=seed)
+        for k in (0, K):
+            assert relative_error(engine.states(rows, k), eager.states(rows, k)) <= 3e-2
+    (captured,) = set(engine._runner._prefills._graphs.values())
+    assert captured is not None
+    (cost,) = engine.report().steps
+    assert cost.launches <= 9 * engine.lm.config.num_hidden_layers + 6
 
 
 def test_fusing_takes_no_memory() -> None:

@@ -21,6 +21,7 @@ from gircse.engine.body.facts import DecoderFacts
 from gircse.engine.body.rotary import RotaryTables
 from gircse.engine.body.weights import Projection
 from gircse.engine.decode import DecodePass
+from gircse.engine.pool import PoolPass
 from gircse.engine.prefill import PrefillPass
 from gircse.engine.state import DecodeState
 from gircse.lm.causal_lm import CausalLM
@@ -94,7 +95,7 @@ class FusedDecoder:
             **self._norm,
         )
 
-    def _run(self, kv: DecodePass | PrefillPass, x: Tensor, last: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _run(self, kv: PoolPass, x: Tensor, last: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The residual stream before its last addition, and what the last layer adds to it.
 
         Args:
