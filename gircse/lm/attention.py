@@ -108,7 +108,11 @@ class PromptPass(_RolloutPass):
 
 
 class StepPass(_RolloutPass):
-    """Args: step: of the first query; each query also sees those before it in the pass, and itself."""
+    """One step of the rollout, or all of them by the block.
+
+    Args:
+        step: that of the first query, from 0. A query sees the steps up to its own.
+    """
 
     def __init__(self, kv: RolloutKV, step: int) -> None:
         super().__init__(kv)
@@ -125,9 +129,7 @@ class StepPass(_RolloutPass):
 
         batch, heads, queries, head_dim = query.shape
         kv_heads, slots = prompt_key.shape[1:3]
-        query = (
-            query.reshape(batch, kv_heads, -1, head_dim) * scaling
-        )  # the queries of heads with one key in one product
+        query = query.reshape(batch, kv_heads, -1, head_dim) * scaling  # heads that share keys, in one product
         scores = torch.cat([query @ prompt_key.transpose(-1, -2), query @ key.transpose(-1, -2)], dim=-1)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)

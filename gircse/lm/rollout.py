@@ -101,7 +101,7 @@ def rollout(
     dropout, so that it is what the model would say.
 
     Raises:
-        ValueError: `soft_token_gradient` is out of range.
+        ValueError: `soft_token_gradient` is out of range, or the drafter made another number of tokens.
     """
     if not 0 <= soft_token_gradient <= 1:
         raise ValueError(f"soft_token_gradient: got {soft_token_gradient!r}, expected a number from 0 to 1")
@@ -118,6 +118,11 @@ def rollout(
     elif soft_token_gradient == 0:
         drafter = drafter or draft
         tokens = drafter(lm, kv.detached(), prompt.detach(), num_steps, temperature=temperature, observer=observer)
+        if tokens.shape[:2] != (len(lengths), num_steps):
+            got = tuple(tokens.shape)
+            raise ValueError(
+                f"drafter: got tokens of shape {got}, expected {num_steps} for each of {len(lengths)} texts"
+            )
         steps = lm.run_block(kv, tokens.detach())
         if _is_sharded(lm.body):
             steps = steps + 0 * prompt[:, None]

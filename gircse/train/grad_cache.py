@@ -98,9 +98,8 @@ def backward(
     drafts = [KeptDraft() for _ in batches]
     passes = [partial(embed, *batch[1:], drafter=draft) for batch, draft in zip(batches, drafts, strict=True)]
     if not cached:
-        loss, extra = objective(
-            _in_order([run()[: len(b.rows)] for run, b in zip(passes, batches, strict=True)], batches)
-        )
+        states = [run()[: len(batch.rows)] for run, batch in zip(passes, batches, strict=True)]
+        loss, extra = objective(_in_order(states, batches))
         loss.backward()
         return loss.detach(), extra
 

@@ -169,6 +169,9 @@ def test_the_draft_is_made_without_dropout_and_the_block_with_it():
     assert seen == [(4, True), (1, False), (1, False), (3, True)]
     assert states.requires_grad
     assert all(module.training for module in model.modules())
+    few = lambda *rollout, **options: draft(*rollout, **options)[:, :1]  # noqa: E731
+    with pytest.raises(ValueError, match=r"drafter: got tokens of shape \(2, 1, 32\), expected 3 for each of 2 texts"):
+        model.rollout(*left_padded([4, 2], 0), 3, soft_token_gradient=0, drafter=few)
 
 
 @pytest.mark.parametrize(("factor", "entered"), [(1.0, ["prompt", "prompt"]), (0.0, ["prompt"])])
