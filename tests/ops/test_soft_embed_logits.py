@@ -232,3 +232,14 @@ def test_autocast_casts_the_embedding_matrix_alone() -> None:
 def test_errors(logits: Any, matrix: Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         soft_embed_logits(logits, matrix)
+
+
+@pytest.mark.parametrize("rules", [{"top_k": 5, "hard": True}, {"top_p": 0.8}], ids=str)
+def test_rules_of_rows_without_a_common_stride(rules: dict[str, Any]) -> None:
+    whole, matrix = torch.randn(2, 4, 70), torch.randn(70, 5)
+    results = []
+    for logits in (whole[:, 1:], whole[:, 1:].contiguous()):
+        leaf = logits.detach().requires_grad_()
+        out, stats = soft_embed_logits(leaf, matrix, return_stats=True, **rules)
+        results.append([out, *stats[:4], *stats.full, *torch.autograd.grad(out.square().sum() + stats.lse.sum(), leaf)])
+    assert all(map(torch.equal, *results))
