@@ -88,6 +88,7 @@ def backward_kept_rows(
     if score_grad is None and probs is None:
         return grads
     _matrices(grad_out, inputs, grads, score_grad, probs)
+    config = _config("kept_overflow", inputs)
     launching.launch(
         kept_rows_backward.overflow_matrix_kernel,
         (cdiv(num_vocab, config.blocks["BLOCK_C"]),),

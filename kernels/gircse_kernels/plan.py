@@ -54,6 +54,7 @@ SAFE = {
     "score_grad": Config({"BLOCK_T": 2, "BLOCK_V": 1024}, 4, 1),
     "kept_forward": Config({"BLOCK_C": 32, "BLOCK_E": 128}, 4, 1),
     "kept_backward": Config({"BLOCK_C": 32, "BLOCK_E": 128}, 4, 1),
+    "kept_overflow": Config({"BLOCK_C": 32, "BLOCK_E": 128}, 8, 1),
     "kept_matrix": Config({"BLOCK_C": 16, "BLOCK_E": 256}, 4, 1),
     "select": Config({"GROUP": 64, "WALK": 64, "BLOCK": 4096, "ROOM": 4096}, 8, 1),
 }

@@ -20,6 +20,7 @@ SMALL = {
     "select": Config({"GROUP": 4, "WALK": 8, "BLOCK": 64, "ROOM": 32}, 4, 1),
     "kept_forward": Config({"BLOCK_C": 8, "BLOCK_E": 16}, 4, 1),
     "kept_backward": Config({"BLOCK_C": 8, "BLOCK_E": 16}, 4, 1),
+    "kept_overflow": Config({"BLOCK_C": 8, "BLOCK_E": 16}, 4, 1),
     "kept_matrix": Config({"BLOCK_C": 2, "BLOCK_E": 16}, 4, 1),
 }
 
