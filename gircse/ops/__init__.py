@@ -5,12 +5,13 @@ from .info_nce import InfoNCEStats, stepwise_info_nce
 from .module import HeadFacts, SoftEmbedding, from_model
 from .objective import icr_objective
 from .pooling import l2_normalize, pool_steps
-from .soft_embed import SoftTokenStats, soft_embed
+from .soft_embed import FullStats, SoftTokenStats, soft_embed
 from .soft_embed_logits import soft_embed_logits
 from .top_tokens import top_tokens
 from .vocab_parallel import VocabShard
 
 __all__ = [
+    "FullStats",
     "HeadFacts",
     "InfoNCEStats",
     "SoftEmbedding",
