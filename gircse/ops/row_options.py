@@ -10,6 +10,7 @@ so that in both cases what the softmax gets is ``scores / divisor + factor * g``
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -171,4 +172,4 @@ def check_hard(hard: object, hidden: Tensor) -> Tensor | None:
         return row_values("hard", hard, hidden)
     if not isinstance(hard, bool):
         raise TypeError(f"hard: got {type(hard).__name__}, expected a bool or a bool tensor")
-    return torch.ones(hidden.shape[:-1].numel(), dtype=torch.bool, device=hidden.device) if hard else None
+    return torch.ones(math.prod(hidden.shape[:-1]), dtype=torch.bool, device=hidden.device) if hard else None

@@ -8,6 +8,7 @@ vocabulary compares with it. So it is where a tie leaves more than the candidate
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -231,7 +232,7 @@ _op = torch.library.custom_op(
 @_op.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     hidden, (capacity, stats) = arguments[0], arguments[-4:-2]
-    rows, wide = hidden.shape[:-1].numel(), accumulation_dtype(hidden.dtype)
+    rows, wide = math.prod(hidden.shape[:-1]), accumulation_dtype(hidden.dtype)
     threshold, lse, entropy, max_prob = (hidden.new_empty(rows, dtype=wide) for _ in range(4))
     argmax, num_kept = (hidden.new_empty(rows, dtype=torch.int64) for _ in range(2))
     ids, scores = (hidden.new_empty((rows, capacity), dtype=dtype) for dtype in (torch.int64, wide))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -94,7 +95,9 @@ def prepare(
     if isinstance(logit_scale, Tensor):
         factor, logit_scale = _scale("logit_scale", logit_scale, hidden), 1.0
         if softcap is None:
-            temperature = (temperature / factor.to(accumulation_dtype(hidden.dtype))).expand(hidden.shape[:-1].numel())
+            temperature = (temperature / factor.to(accumulation_dtype(hidden.dtype))).expand(
+                math.prod(hidden.shape[:-1])
+            )
         else:
             hidden, bias = hidden * factor, None if bias is None else bias * factor
     elif type(logit_scale) is not float or logit_scale != 1.0:
@@ -153,7 +156,7 @@ def _as_rows(hidden: Tensor, copy: bool) -> Tensor:
         if not copy and size != 1 and step is not None and stride != step:
             return hidden
         step = stride * size if size != 1 else step
-    return hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
+    return hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])
 
 
 def _check_head(hidden: Tensor, head_weight: Tensor, cast: torch.dtype | None, shard: bool) -> None:

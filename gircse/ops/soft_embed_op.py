@@ -5,6 +5,7 @@ Nothing here reads a value of a tensor on a device, so both can be captured in a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -176,7 +177,7 @@ class _SoftEmbed(DifferentiableOp):
 
     def block(self, tensors: Tensors) -> int:
         inputs = Inputs(*tensors)  # type: ignore[arg-type]
-        return plain_rows(inputs) // max(1, inputs.hidden.shape[1:-1].numel())
+        return plain_rows(inputs) // max(1, math.prod(inputs.hidden.shape[1:-1]))
 
     def eager(self, tensors: Tensors, scalars: Sequence[Any]) -> bool:
         return alone(tensors, scalars[-1])

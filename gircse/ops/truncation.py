@@ -16,6 +16,7 @@ other roundings; scores that differ by no more than that may fall on either side
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any
 
@@ -100,7 +101,7 @@ def _rule(name: str, value: object, hidden: Tensor, expected: str) -> Tensor | N
     _check_range(name, number, expected)
     dtype = torch.int64 if whole else accumulation_dtype(hidden.dtype)
     # a product, not `full`: for a compiler the number is then no constant
-    return torch.ones(hidden.shape[:-1].numel(), dtype=dtype, device=hidden.device) * number
+    return torch.ones(math.prod(hidden.shape[:-1]), dtype=dtype, device=hidden.device) * number
 
 
 def _check_range(name: str, value: float, expected: str) -> None:

@@ -6,6 +6,7 @@ dtype is float32, or float64 for float64 inputs, which only the torch backend ta
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -51,8 +52,8 @@ class Inputs(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        """T."""
-        return self.hidden.shape[:-1].numel() if self.places is None else self.places.shape[0]
+        """T. Not `Size.numel`, which a compiler takes for a constant."""
+        return math.prod(self.hidden.shape[:-1]) if self.places is None else self.places.shape[0]
 
     @property
     def num_vocab(self) -> int:

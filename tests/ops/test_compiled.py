@@ -150,7 +150,9 @@ def test_opcheck(all_options: bool) -> None:
         )
     bias, temperature = (torch.randn(37), torch.rand(5) + 0.5) if all_options else (None, None)
     torch.library.opcheck(
-        torch.ops.gircse.top_tokens.default, (HIDDEN, HEAD, bias, temperature, 3, 1.0, None, 1.0, "torch"), **checks
+        torch.ops.gircse.top_tokens.default,
+        (HIDDEN, HEAD, None, bias, temperature, *[None] * 11, 3, 1.0, None, 1.0, None, 0, 1.0, None, "torch"),
+        **checks,
     )
 
 
@@ -220,7 +222,7 @@ def test_no_private_name_of_torch_is_traced() -> None:
         queries,
     )
     ours = {c for c in code if Path(c.co_filename).is_relative_to(package)}
-    assert {"soft_embed", "stepwise_info_nce", "top_tokens", "narrow", "select", "harden", "run"} <= {
+    assert {"soft_embed", "stepwise_info_nce", "top_tokens", "compute", "narrow", "select", "run"} <= {
         c.co_name for c in ours
     }
     assert [name for c in ours for name in private_names(c)] == []
