@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 SCRATCH_BYTES = 64 << 20  # the most that a call holds beyond O(T D), whatever T and V
 # The most that one call keeps of its probabilities for backward, which then makes two products of three; 0: nothing.
 KEPT_BYTES = 64 << 20
-GIVEN_BYTES = 8 << 20  # what given logits may take at least; chunks of less cost more launches than they save memory
 PARTIAL_BYTES = 32 << 20  # of that, the partial sums of forms 1 and 2
+# What a chunk of given logits may take whatever their size: smaller ones cost more launches than they save memory.
+GIVEN_BYTES = 8 << 20
 SETTLED_TILES = 4  # tiles of a row that one program of `settle_kernel` brings to the row's reference
 ROW_BLOCK = 4096  # rows that form 3 or a backward takes at once
 # Up to this width and so many rows, a program holds whole rows of a tied matrix, which is then read once.
@@ -266,7 +267,7 @@ def plan_two_products(
         epilogue: our own product may be the first: tensor descriptors can read the matrices, and its epilogue has no
             soft-cap, noise or threshold, whose registers would not fit beside the accumulator.
         kept: bytes of probabilities that may be kept for backward.
-        scratch: bytes that a chunk may take; None: `SCRATCH_BYTES`.
+        scratch: bytes that a chunk may take; None: `scratch_bytes`.
     """
     scratch = scratch_bytes(problem) if scratch is None else scratch
     rows, vocab, width, _, _, itemsize = problem

@@ -243,3 +243,20 @@ def test_rules_of_rows_without_a_common_stride(rules: dict[str, Any]) -> None:
         out, stats = soft_embed_logits(leaf, matrix, return_stats=True, **rules)
         results.append([out, *stats[:4], *stats.full, *torch.autograd.grad(out.square().sum() + stats.lse.sum(), leaf)])
     assert all(map(torch.equal, *results))
+
+
+@BACKENDS
+def test_gradients_that_nobody_asks_for_change_nothing(backend: str) -> None:
+    """Of bfloat16 tensors, each alone: dS is the logits' gradient, or has a place of its own, or there is none."""
+    tensors = torch.randn(5, 37).bfloat16(), torch.randn(37, 6).bfloat16(), torch.rand(5) + 0.5
+    upstream = torch.randn(5, 6).bfloat16()
+
+    def gradients(wanted: tuple[bool, ...]) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_(want) for t, want in zip(tensors, wanted, strict=True)]
+        out = soft_embed_logits(leaves[0], leaves[1], temperature=leaves[2], backend=backend)
+        return list(torch.autograd.grad(out, [leaf for leaf in leaves if leaf.requires_grad], upstream))  # type: ignore[arg-type]
+
+    together = gradients((True, True, True))
+    for i, every in enumerate(together):
+        (alone,) = gradients(tuple(j == i for j in range(3)))
+        assert torch.equal(alone, every)
