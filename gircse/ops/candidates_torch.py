@@ -69,7 +69,7 @@ def keep(found: Candidates, rules: Truncation) -> Selection:
     """What the rules keep of the candidates of whole rows. Rows whose `num_kept` reaches their number are not right."""
     scores, peak = found.scores, found.peak[:, None]
     top_k, top_p, min_p, top_n = (None if rule is None else rule[:, None] for rule in rules)
-    there = scores > -torch.inf
+    there = scores.isfinite()
     limit = top_n if top_k is None else top_k
     assert limit is not None
     kept = there & (scores >= _last_of(scores, limit))
@@ -90,7 +90,7 @@ def keep(found: Candidates, rules: Truncation) -> Selection:
     places = number.clamp(1, scores.shape[1] - 1)
     last, following = scores.gather(1, places - 1)[:, 0], scores.gather(1, places)[:, 0]
     threshold = between(last, following, found.peak, found.peak.abs().maximum(following.abs().nan_to_num(posinf=0)))
-    kept |= scores.isnan()  # such a row stays one of NaN
+    kept |= scores.isnan() | (scores == torch.inf)  # such a row becomes one of NaN
     return Selection(threshold, *statistics(found), found.ids, scores.masked_fill(~kept, -torch.inf), num_kept)
 
 

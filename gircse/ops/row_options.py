@@ -82,7 +82,7 @@ def check_noise(
     if gumbel_seed is None:
         if gumbel_temperature is not None:
             raise ValueError("gumbel_temperature: got one without gumbel_seed, expected both")
-        if isinstance(noise_scale, Tensor) or noise_scale != 1.0:
+        if isinstance(noise_scale, Tensor) or check_number("noise_scale", noise_scale) != 1.0:
             raise ValueError("noise_scale: got one without gumbel_seed, expected both")
         return None
     seed, seeds = _check_seed(gumbel_seed, hidden)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gircse.ops import soft_embed, soft_embed_torch, tiles_torch
+from gircse.ops import scorer, soft_embed, soft_embed_torch, tiles_torch
 from gircse.ops.soft_embed_reference import soft_embed_reference
 from tests.ops import accuracy
 from tests.ops.accuracy import (
@@ -183,8 +183,9 @@ def test_gradients_not_asked_for_are_not_computed(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(tiles_torch, "VOCAB_CHUNK", 64)
     monkeypatch.setattr(tiles_torch, "ROW_TILE", 64)
     calls = []
-    matmul = soft_embed_torch.matmul_nt
-    monkeypatch.setattr(soft_embed_torch, "matmul_nt", lambda a, b: calls.append(1) or matmul(a, b))
+    matmul = tiles_torch.matmul_nt
+    for module in (scorer, soft_embed_torch):
+        monkeypatch.setattr(module, "matmul_nt", lambda a, b: calls.append(1) or matmul(a, b))
     tensors = random_inputs(dtype=torch.float32)
     hidden, head = tensors["hidden"], tensors["head_weight"]
     out = soft_embed(hidden.requires_grad_(needs == "hidden"), head.requires_grad_(needs == "head"))
@@ -274,7 +275,7 @@ def test_no_rows_and_one_row(leading: tuple[int, ...]) -> None:
     leaves = [tensor.requires_grad_() for tensor in tensors.values()]
     out, stats = soft_embed(**tensors, return_stats=True)  # type: ignore[misc, arg-type]
     assert out.shape == (*leading, 6)
-    assert all(stat.shape == leading for stat in stats)
+    assert all(stat.shape == leading for stat in (*stats[:4], *stats.full))
     grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
     if out.numel() == 0:
         assert all(not grad.any() for grad in grads)

@@ -78,7 +78,7 @@ def test_opcheck(backend: str, stats: bool, dtype: torch.dtype) -> None:
     arguments = [tensor.requires_grad_() for tensor in tensors.values()]
     call = soft_embed_op.Call(soft_embed_op.Options(softcap=3.0), None, stats, True, backend=backend)
     torch.library.opcheck(
-        torch.ops.gircse.soft_embed.default, (*arguments, *[None] * 8, *call.flat()), rtol=1e-2, atol=1e-2
+        torch.ops.gircse.soft_embed.default, (*arguments, *[None] * 11, *call.flat()), rtol=1e-2, atol=1e-2
     )
 
 
@@ -91,7 +91,7 @@ def test_opcheck_backward(backend: str) -> None:
     call = soft_embed_op.Call(soft_embed_op.Options(), None, True, True, backend=backend)
     for needs in ([True] * 7, [True] + [False] * 6, [False, True, False, True] + [False] * 3):
         arguments = (
-            torch.randn(5, 6).bfloat16(), row, None, hidden, head, embed, bias, temperature, *[None] * 8,
+            torch.randn(5, 6).bfloat16(), row, None, hidden, head, embed, bias, temperature, *[None] * 11,
             torch.randn(5, 6), row, row + 1, row, *(torch.empty(0),) * 2, *call.flat(), needs,
         )  # fmt: skip
         torch.library.opcheck(torch.ops.gircse.soft_embed_backward.default, arguments)
