@@ -49,7 +49,7 @@ def test_one_graph_serves_every_batch_of_its_bucket(name, operator, monkeypatch)
         return made[-1]
 
     pools = [KVPool(ROWS * SLOTS) for _ in range(2)]
-    batches = [(0, texts_of(12, 9, 4)), (0, texts_of(12, 9, 5)), (2, texts_of(11, 11)), (1, texts_of(20, 5, 3, seed=3))]
+    batches = [(0, texts_of(12, 9, 4)), (0, texts_of(12, 9, 5)), (2, texts_of(11, 11)), (3, texts_of(20, 5, 3, seed=3))]
     with torch.no_grad():
         for start, texts in batches:
             found = graphs.run(capture, decoder, pools[0], ROWS, SLOTS, start, texts, lm.device)
