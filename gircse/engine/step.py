@@ -165,7 +165,8 @@ class StepRunner:
             if not self._graphs and not self._prefills.captured:
                 self._memory = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._memory, stream=stream):
+            # Other threads may run engines on other devices at that time, and wait for them.
+            with torch.cuda.graph(graph, pool=self._memory, stream=stream, capture_error_mode="thread_local"):
                 run()
         finally:
             restore()

@@ -179,6 +179,18 @@ def test_always_raises_where_it_cannot():
         engine_of("gpt2", OURS).states([[3]], 1)
 
 
+def test_a_choice_that_raised_is_made_again():
+    """Otherwise the next call would run on what was read before the adapter was switched on."""
+    model = with_lora(tiny_model("llama"))
+    engine = Engine(CausalLM.from_model(model.get_base_model()), OURS)
+    model.merge_adapter()
+    engine.states(rows_of((4, 2)), 1)
+    model.unmerge_adapter()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="an adapter is active and not merged"):
+            engine.states(rows_of((4, 2)), 1)
+
+
 def test_never_and_a_cpu_run_the_stock_body():
     for config in (EngineConfig(), EngineConfig(fused_kernels="never")):
         engine = engine_of("llama", config)
