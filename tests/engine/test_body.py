@@ -105,7 +105,12 @@ def other_norm(model):
     model.model.layers[0].input_layernorm.variance_epsilon = 0.5
 
 
+def flat_parameters(model):
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(model.parameters()), model.parameters())
+
+
 CHANGES = {
+    "a weight is part of a larger tensor": flat_parameters,
     "a projection is a OtherLinear": other_class,
     r"layers.0 has a forward hook": hooked,
     r"the forward method of layers.1.self_attn.o_proj was replaced": replaced_forward,
