@@ -211,7 +211,9 @@ class Engine:
         if not self._watch.changed():
             return
         self._runner.drop()
+        watch, self._watch = self._watch, ModelWatch(self.lm.model)  # if that raises, the next call chooses anew
         self._decoder, reason = choose_decoder(self.lm, self.config, self._kernel)
+        self._watch = watch
         self._watch.changed()  # sees that weights were fused
         if reason and reason not in self._warned:
             self._warned.add(reason)

@@ -20,7 +20,7 @@ from gircse.engine.prefill import PrefillPass
 
 # With more tokens the device is busy for longer than the host, and the activations in a graph take memory.
 MOST_TOKENS = 1024
-MAX_GRAPHS = 48
+MAX_GRAPHS = 48  # a capture costs as much as many prefills, so none makes room for another
 
 
 class _Captured(NamedTuple):
@@ -35,6 +35,11 @@ class PrefillGraphs:
     def __init__(self) -> None:
         self._graphs: dict[tuple[int, ...], _Captured | None] = {}  # None: seen once
         self._possible = True
+
+    @property
+    def captured(self) -> int:
+        """The number of graphs."""
+        return sum(graph is not None for graph in self._graphs.values())
 
     def drop(self) -> None:
         self._graphs.clear()
@@ -66,11 +71,11 @@ class PrefillGraphs:
         room = (1 << len(texts).bit_length(), _bucket(tokens))
         key = (rows, slots, *room)
         if key not in self._graphs:
-            if len(self._graphs) >= MAX_GRAPHS:
-                self._graphs.clear()
             self._graphs[key] = None
             return None
         captured = self._graphs[key]
+        if captured is None and self.captured >= MAX_GRAPHS:
+            return None
         if captured is None or captured.kv.pool is not pool:
             kv = PrefillPass(pool, rows, slots, start, texts, None, device, room=room)
             states: list[Tensor] = []

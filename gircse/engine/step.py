@@ -154,15 +154,19 @@ class StepRunner:
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         try:
-            with torch.cuda.stream(stream):
-                for warm_up in (run, counted or run):  # compile kernels and allocate workspaces outside the graph
-                    warm_up()
-                    restore()
-            torch.cuda.current_stream(device).wait_stream(stream)
-            if self._memory is None:
-                self._memory = torch.cuda.graph_pool_handle()  # graphs run one after the other and share it
+            try:
+                with torch.cuda.stream(stream):
+                    for warm_up in (run, counted or run):  # compile kernels and allocate workspaces outside the graph
+                        warm_up()
+                        restore()
+            finally:  # a run that raised may have written already what is restored below
+                torch.cuda.current_stream(device).wait_stream(stream)
+            # Graphs run one after the other and share their memory. PyTorch refuses a handle whose graphs are all gone.
+            if not self._graphs and not self._prefills.captured:
+                self._memory = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._memory, stream=stream):
+            # Other threads may run engines on other devices at that time, and wait for them.
+            with torch.cuda.graph(graph, pool=self._memory, stream=stream, capture_error_mode="thread_local"):
                 run()
         finally:
             restore()

@@ -89,4 +89,5 @@ _NO_KERNEL = {
     torch.ops.aten._reshape_alias,
     torch.ops.aten.alias,
     torch.ops.aten.detach,
+    torch.ops.aten.set_,
 }

@@ -48,7 +48,8 @@ def norm_weight(q_norm_ptr, k_norm_ptr, is_query, start, offset, WIDTH: tl.const
     return tl.where(is_query[:, None], query[None, :], key[None, :]) + offset
 
 
-@triton.jit
+# Packed indices of an odd number of tokens are not aligned, which is no reason to compile again.
+@triton.jit(do_not_specialize_on_alignment=["position_ptr", "row_ptr"])
 def rotary_write_kernel(
     qkv_ptr,  # [T, (H + 2 H_kv) d], in and out
     cos_ptr,  # [P, r / 2] float32; the same for sin

@@ -105,7 +105,12 @@ def other_norm(model):
     model.model.layers[0].input_layernorm.variance_epsilon = 0.5
 
 
+def flat_parameters(model):
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(model.parameters()), model.parameters())
+
+
 CHANGES = {
+    "a weight is part of a larger tensor": flat_parameters,
     "a projection is a OtherLinear": other_class,
     r"layers.0 has a forward hook": hooked,
     r"the forward method of layers.1.self_attn.o_proj was replaced": replaced_forward,
@@ -177,6 +182,18 @@ def test_the_stock_body_runs_with_one_warning(monkeypatch):
 def test_always_raises_where_it_cannot():
     with pytest.raises(ValueError, match="fused_kernels: got 'always', expected a decoder that can be fused: model_ty"):
         engine_of("gpt2", OURS).states([[3]], 1)
+
+
+def test_a_choice_that_raised_is_made_again():
+    """Otherwise the next call would run on what was read before the adapter was switched on."""
+    model = with_lora(tiny_model("llama"))
+    engine = Engine(CausalLM.from_model(model.get_base_model()), OURS)
+    model.merge_adapter()
+    engine.states(rows_of((4, 2)), 1)
+    model.unmerge_adapter()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="an adapter is active and not merged"):
+            engine.states(rows_of((4, 2)), 1)
 
 
 def test_never_and_a_cpu_run_the_stock_body():

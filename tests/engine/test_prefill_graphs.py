@@ -6,12 +6,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gircse.engine import varlen
+from gircse.engine import prefill_graphs, varlen
 from gircse.engine.body.decoder import StockDecoder
 from gircse.engine.body.probe import fused_decoder
 from gircse.engine.pool import KVPool
 from gircse.engine.prefill import PrefillPass
-from gircse.engine.prefill_graphs import MAX_GRAPHS, PrefillGraphs, _bucket
+from gircse.engine.prefill_graphs import PrefillGraphs, _bucket
 from gircse.lm.causal_lm import CausalLM
 from tests.engine.test_capture_safety import CaptureGuard
 from tests.engine.test_varlen import operator  # noqa: F401
@@ -49,7 +49,7 @@ def test_one_graph_serves_every_batch_of_its_bucket(name, operator, monkeypatch)
         return made[-1]
 
     pools = [KVPool(ROWS * SLOTS) for _ in range(2)]
-    batches = [(0, texts_of(12, 9, 4)), (0, texts_of(12, 9, 5)), (2, texts_of(11, 11)), (1, texts_of(20, 5, 3, seed=3))]
+    batches = [(0, texts_of(12, 9, 4)), (0, texts_of(12, 9, 5)), (2, texts_of(11, 11)), (3, texts_of(20, 5, 3, seed=3))]
     with torch.no_grad():
         for start, texts in batches:
             found = graphs.run(capture, decoder, pools[0], ROWS, SLOTS, start, texts, lm.device)
@@ -99,10 +99,14 @@ def test_a_capture_that_fails_is_tried_once_and_warned_of():
     assert graphs.run(pytest.fail, *arguments) is None
 
 
-def test_buckets_and_their_number():
+def test_buckets_and_their_number(monkeypatch):
+    """Beyond a number of graphs no other is captured; those that are there go on."""
     assert [_bucket(n) for n in (1, 16, 17, 100, 128, 129, 256, 1000)] == [16, 16, 32, 128, 128, 256, 256, 1024]
+    monkeypatch.setattr(prefill_graphs, "MAX_GRAPHS", 2)
     graphs, lm = PrefillGraphs(), CausalLM.from_model(tiny_model("llama"))
-    decoder = fused_decoder(lm, "sdpa")
-    for slots in range(64, 64 + 2 * MAX_GRAPHS):
-        graphs.run(pytest.fail, decoder, KVPool(1), 1, slots, 0, [[5]], lm.device)
-        assert len(graphs._graphs) <= MAX_GRAPHS
+    decoder, pool = fused_decoder(lm, "sdpa"), KVPool(128)
+    monkeypatch.setattr(decoder, "prefill", lambda kv: torch.zeros(2, 4))
+    for _ in range(3):
+        found = [graphs.run(Graph, decoder, pool, 1, slots, 0, [[5]], lm.device) for slots in (64, 80, 96)]
+    assert [states is not None for states in found] == [True, True, False]
+    assert graphs.captured == 2

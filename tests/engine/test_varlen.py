@@ -23,6 +23,7 @@ def flash(
         used, place = int(seqused_k[text]), int(key_starts[text])
         assert end - first <= longest
         assert used <= longest_key
+        assert place + used <= len(key)  # a GPU would read what lies behind the buffer
         keys, values = (buffer[place : place + used].transpose(0, 1)[None] for buffer in (key, value))
         window = None if window_size_left < 0 else window_size_left + 1
         before = used - (end - first) if aligned == "right" else 0

@@ -129,6 +129,9 @@ class DecoderFacts:
         for parameter in _weights(layers, norms):
             if type(parameter) is not nn.Parameter or not parameter.is_contiguous():
                 raise UnknownDecoderError(f"a weight is a {type(parameter).__name__}, expected a plain parameter")
+            if parameter.untyped_storage().nbytes() != parameter.nbytes:
+                # Such as the flat parameters of DeepSpeed, which would go on updating the place that `fuse` leaves.
+                raise UnknownDecoderError("a weight is part of a larger tensor, from which it must not be moved")
             if (parameter.dtype, parameter.device) != (dtype, device) or parameter.is_meta:
                 raise UnknownDecoderError(
                     f"a weight is in {parameter.dtype} on {parameter.device}, another in {dtype} on {device}"

@@ -1,9 +1,10 @@
 """Linear layers of one input as one product, without a second copy of their weights.
 
-`fuse` moves the weights of the layers into one buffer and makes the parameters views of it. The parameters stay the
-same objects with the same values, so the stock forward pass, optimizers, merging and saving go on as before. Code that
-gives a parameter new memory (`to`, a merge by PEFT) ends the fusion; the engine then finds that the weights have moved
-and fuses again.
+`fuse` moves the weights of the layers into one buffer, of which each parameter then is a part. The parameters stay the
+same objects with the same values, so the stock forward pass, optimizers, merging and saving go on as before. Each part
+has a storage of its own, because safetensors and accelerate take tensors of one storage for one tied weight, and
+accelerate then saves only the first of them. The buffer lives as long as one of its parts. Code that gives a parameter
+new memory (`to`, a merge by PEFT) ends the fusion; the engine then finds that the weights have moved and fuses again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+# address of a buffer -> its storage, which this does not keep alive
+_BUFFERS: dict[int, StorageWeakRef] = {}
 
 
 class Projection:
@@ -26,22 +31,30 @@ class Projection:
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self._layers = tuple(layers)
-        self._width = sum(layer.out_features for layer in layers)
-        self._whole = len(layers) == 1 or (
-            _adjacent([layer.weight for layer in layers])
-            and (layers[0].bias is None or _adjacent([layer.bias for layer in layers]))
-        )
 
     def __call__(self, x: Tensor) -> Tensor:
-        first = self._layers[0]
-        if not self._whole:
+        weights, biases = [layer.weight for layer in self._layers], [layer.bias for layer in self._layers]
+        weight, bias = joined(weights), None if biases[0] is None else joined(biases)
+        if weight is None or (bias is None and biases[0] is not None):
             return torch.cat([F.linear(x, layer.weight, layer.bias) for layer in self._layers], dim=-1)
-        if len(self._layers) == 1:
-            return F.linear(x, first.weight, first.bias)
-        weight, bias = first.weight, first.bias
-        # The view reaches beyond the first layer's weight, over those behind it in the buffer.
-        weight = weight.as_strided((self._width, weight.shape[1]), weight.stride())
-        return F.linear(x, weight, None if bias is None else bias.as_strided((self._width,), bias.stride()))
+        return F.linear(x, weight, bias)
+
+
+def joined(parameters: Sequence[Tensor]) -> Tensor | None:
+    """The parameters as one tensor on the same memory, or None where they do not follow each other in a buffer."""
+    first = parameters[0]
+    if len(parameters) == 1:
+        return first
+    known, end = _BUFFERS.get(first.data_ptr()), first.data_ptr()
+    for parameter in parameters:
+        if parameter.data_ptr() != end:
+            return None
+        end += parameter.nbytes
+    storage = None if known is None else torch.UntypedStorage._new_with_weak_ptr(known.cdata)
+    if storage is None:
+        return None
+    shape = (sum(map(len, parameters)), *first.shape[1:])
+    return torch.empty(0, dtype=first.dtype, device=first.device).set_(storage, 0, shape)
 
 
 def fuse(layers: Sequence[nn.Linear]) -> bool:
@@ -52,22 +65,15 @@ def fuse(layers: Sequence[nn.Linear]) -> bool:
     """
     moved = False
     for parameters in ([layer.weight for layer in layers], [layer.bias for layer in layers]):
-        if len(parameters) == 1 or parameters[0] is None or _adjacent(parameters):
+        if parameters[0] is None or joined(parameters) is not None:
             continue
         # In inference mode the new tensors could not be trained any more.
         with torch.inference_mode(False), torch.no_grad():
             buffer = torch.cat([parameter.data for parameter in parameters])
             for parameter, part in zip(parameters, buffer.split([len(p) for p in parameters]), strict=True):
-                parameter.data = part
+                parameter.data = torch.from_dlpack(part)  # a storage of its own, which keeps the buffer
+        for address in [address for address, known in _BUFFERS.items() if known.expired()]:
+            del _BUFFERS[address]
+        _BUFFERS[buffer.data_ptr()] = StorageWeakRef(buffer.untyped_storage())
         moved = True
     return moved
-
-
-def _adjacent(tensors: Sequence[Tensor]) -> bool:
-    """Whether contiguous tensors follow each other in one storage."""
-    storage, offset = tensors[0].untyped_storage().data_ptr(), tensors[0].storage_offset()
-    for tensor in tensors:
-        if tensor.untyped_storage().data_ptr() != storage or tensor.storage_offset() != offset:
-            return False
-        offset += tensor.numel()
-    return True
