@@ -126,8 +126,7 @@ def _logits(inputs: Inputs) -> Tensor:
     ids, logits = inputs.ids, inputs.hidden
     assert ids is not None
     places = torch.arange(inputs.num_rows, device=ids.device) if inputs.places is None else inputs.places
-    index = torch.unravel_index(places, logits.shape[:-1])
-    return logits[(*(each[:, None] for each in index), ids)].to(accumulation_dtype(logits.dtype))
+    return logits[(*(each[:, None] for each in inputs.index_of(places)), ids)].to(accumulation_dtype(logits.dtype))
 
 
 def _entry_gradient(grad: Tensor, inputs: Inputs, start: int) -> Tensor:

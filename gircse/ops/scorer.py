@@ -32,7 +32,7 @@ class Scorer:
         self.noise_scale = options.noise_scale if noise_scale is None else noise_scale.to(self.dtype)[:, None]
         self.seeds = inputs.seeds
         if options.seed is not None:  # the same noise in every row
-            self.seeds = torch.tensor([options.seed], device=hidden.device)
+            self.seeds = torch.full((1,), options.seed, dtype=torch.int64, device=hidden.device)
         if options.softcap is not None:
             inner, outer = inner / options.softcap, outer * options.softcap
         else:

@@ -56,7 +56,7 @@ def plain(inputs: Inputs, options: Options, out_dtype: torch.dtype | None) -> tu
         removed = removed | (scores.detach() < inputs.threshold[:, None])
     seeds = inputs.seeds
     if options.seed is not None:
-        seeds = torch.tensor([options.seed], device=scores.device)
+        seeds = torch.full((1,), options.seed, dtype=torch.int64, device=scores.device)
     if seeds is not None:
         noise = gumbel(seeds, start, start + num_vocab).to(dtype)
         scores = scores + noise * (options.noise_scale if noise_scale is None else noise_scale[:, None])
@@ -93,7 +93,7 @@ def entry_scores(inputs: Inputs, options: Options, ids: Tensor) -> Tensor:
         scores = scores / temperature[:, None]
     seeds = inputs.seeds
     if options.seed is not None:
-        seeds = torch.tensor([options.seed], device=ids.device)
+        seeds = torch.full((1,), options.seed, dtype=torch.int64, device=ids.device)
     if seeds is not None:
         noise = gumbel_at(seeds.expand(len(ids)), ids + start).to(dtype)
         scores = scores + noise * (options.noise_scale if noise_scale is None else noise_scale[:, None])

@@ -100,8 +100,10 @@ def _rule(name: str, value: object, hidden: Tensor, expected: str) -> Tensor | N
         number = check_number(name, value)
     _check_range(name, number, expected)
     dtype = torch.int64 if whole else accumulation_dtype(hidden.dtype)
-    # a product, not `full`: for a compiler the number is then no constant
-    return torch.ones(math.prod(hidden.shape[:-1]), dtype=dtype, device=hidden.device) * number
+    size, device = math.prod(hidden.shape[:-1]), hidden.device
+    if torch.compiler.is_compiling():  # a product: the number is then no constant
+        return torch.ones(size, dtype=dtype, device=device) * number
+    return torch.full((size,), number, dtype=dtype, device=device)
 
 
 def _check_range(name: str, value: float, expected: str) -> None:

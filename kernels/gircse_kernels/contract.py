@@ -86,7 +86,16 @@ class Inputs(NamedTuple):
         if part.dim() == 2:
             return part[rows]
         places = torch.arange(self.num_rows, device=part.device) if self.places is None else self.places
-        return part[torch.unravel_index(places[rows], part.shape[:-1])]
+        return part[self.index_of(places[rows])]
+
+    def index_of(self, places: Tensor) -> tuple[Tensor, ...]:
+        """Indices into the leading dimensions of `hidden` from numbers of rows. `torch.unravel_index` copies the shape
+        to the device and waits for that, which no capture allows."""
+        index = []
+        for size in reversed(self.hidden.shape[:-1]):
+            index.append(places % size)
+            places = places // size
+        return tuple(reversed(index))
 
 
 class Truncation(NamedTuple):

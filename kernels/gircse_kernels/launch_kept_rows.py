@@ -11,7 +11,7 @@ from torch import Tensor
 from . import kept_rows, kept_rows_backward, launching
 from .contract import Forward, Grads, Inputs, Needs, Options, Saved
 from .launch_backward import constants, side_by_side
-from .launching import device_of, logit_offsets, score_scalars, score_strides, score_tensors
+from .launching import adjacent, device_of, logit_offsets, score_scalars, score_strides, score_tensors
 from .plan import Config, cdiv, lookup
 
 
@@ -153,7 +153,7 @@ def _sources(inputs: Inputs) -> tuple[Any, ...]:
     ids, values = inputs.bias_ids, inputs.bias_values
     lists = tuple(None if tensor is None else tensor.contiguous() for tensor in (inputs.ids, inputs.scores))
     return (
-        *lists, inputs.num_kept, inputs.values, inputs.hidden, logit_offsets(inputs), inputs.head,
+        *lists, adjacent(inputs.num_kept), inputs.values, inputs.hidden, logit_offsets(inputs), inputs.head,
         None if ids is None else ids.contiguous(), None if values is None else values.contiguous(),
     )  # fmt: skip
 

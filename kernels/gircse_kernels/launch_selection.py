@@ -11,7 +11,7 @@ from torch import Tensor
 from . import launching
 from .contract import Candidates, Inputs, Options, Selection, Truncation
 from .launch_many_rows import score_sums
-from .launching import device_of, logit_offsets, score_scalars, score_strides, score_tensors
+from .launching import adjacent, device_of, logit_offsets, score_scalars, score_strides, score_tensors
 from .plan import padded, plan_select
 from .selection import select_kernel
 
@@ -79,7 +79,7 @@ def _select(inputs: Inputs, options: Options, rules: Truncation | None, capacity
             (count,),
             (
                 scores, logit_offsets(part), groups, *tiles, tile_argmax, bias, temperature, bitmask,
-                *(None if rule is None else rule[rows] for rule in rules or Truncation()), lists, indices,
+                *(adjacent(_rows(rule, rows)) for rule in rules or Truncation()), lists, indices,
                 _rows(found.threshold, rows), first, second, third, found.argmax[rows],
                 _rows(found.ids, rows), _rows(found.scores, rows), _rows(found.num_kept, rows),
                 num_vocab, plan.tiles, plan.groups, scores.stride(0), scores.stride(-1), *score_strides(part),

@@ -162,7 +162,13 @@ def _precision(dtype: torch.dtype) -> str:
 
 def score_tensors(inputs: Inputs) -> tuple[Tensor | None, ...]:
     """bias, temperature, noise_scale, seeds, threshold, bitmask, as every kernel that makes scores takes them."""
-    return inputs.bias, inputs.temperature, inputs.noise_scale, inputs.seeds, inputs.threshold, _bitmask(inputs)
+    rows = inputs.temperature, inputs.noise_scale, inputs.seeds, inputs.threshold
+    return inputs.bias, *map(adjacent, rows), _bitmask(inputs)
+
+
+def adjacent(rows: Tensor | None) -> Tensor | None:
+    """A number for each row as the kernels read it, beside the next row's: an expanded one lies in one place."""
+    return rows if rows is None or rows.is_contiguous() else rows.contiguous()
 
 
 def row_stride(matrix: Tensor) -> int:
@@ -196,5 +202,5 @@ def logit_offsets(inputs: Inputs) -> Tensor | None:
     places = inputs.places
     if places is None:
         places = torch.arange(inputs.num_rows, device=hidden.device)
-    index = torch.unravel_index(places, hidden.shape[:-1])
+    index = inputs.index_of(places)
     return sum((i * stride for i, stride in zip(index, hidden.stride(), strict=False)), torch.zeros_like(places))

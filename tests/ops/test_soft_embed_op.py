@@ -56,6 +56,23 @@ def test_compiles_without_a_graph_break(backend: str, embed: int | None) -> None
 
 
 @BACKENDS
+@pytest.mark.parametrize("rules", [{}, {"top_k": 5}, {"top_p": 0.8}])
+def test_a_number_of_each_row_may_be_one_in_memory(backend: str, rules: dict[str, Any]) -> None:
+    """Expanded by a trainable scale, or by vmap: a kernel would read beyond it."""
+    tensors = random_inputs((5,), 37, 8, dtype=torch.float32)
+    hidden, temperature = tensors.pop("hidden"), torch.tensor([0.6])
+
+    def function(row: Tensor, temperature: Any, **scale: Any) -> Tensor:
+        return soft_embed(row, **tensors, temperature=temperature, **scale, **rules, backend=backend)  # type: ignore[arg-type, return-value]
+
+    expected = function(hidden, 0.6)
+    scaled = function(hidden, 1.0, logit_scale=torch.tensor(1 / 0.6))
+    batched = torch.vmap(function, (0, None))(hidden[:, None], temperature)[:, 0]
+    for found in (scaled, batched):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@BACKENDS
 def test_compiled_numbers_may_change(backend: str) -> None:
     """Temperatures and seeds that vary from call to call are no constants of the graph."""
     tensors = {name: tensor.detach() for name, tensor in leaves_of().items()}
