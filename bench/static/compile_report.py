@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from gircse_kernels import decode_attention, plan
+from gircse_kernels import plan
+from gircse_kernels.decoder import attention
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -183,10 +184,10 @@ def decode_cases(*variants: str) -> list[Case]:
     """Decode attention with every entry of its table, in one split and in several; 80 columns padded to 128."""
     return [
         Case(Call("decode_attention", (64, slots, width, width, 14, 2), dtype, variants=variants))
-        for padded, itemsize in decode_attention.TABLE
+        for padded, itemsize in attention.TABLE
         for width in ((padded, 80) if padded == 128 else (padded,))
         for dtype in (("bfloat16", "float16") if itemsize == 2 else ("float32",))
-        for slots in (decode_attention.SLICE, 4 * decode_attention.SLICE)
+        for slots in (attention.SLICE, 4 * attention.SLICE)
     ]
 
 

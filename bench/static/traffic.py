@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from gircse_kernels.decode_attention import SLICE
+from gircse_kernels.decoder.attention import SLICE
 from gircse_kernels.plan import (
     Device,
     FewRows,

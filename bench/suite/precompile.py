@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 os.environ["TRITON_INTERPRET"] = os.environ.get("TRITON_INTERPRET", "0")
 
 import triton
-from gircse_kernels.decode_attention import SLICE
+from gircse_kernels.decoder.attention import SLICE
 from gircse_kernels.plan import Device
 from triton.backends.compiler import GPUTarget
 

@@ -58,7 +58,7 @@ class DecodePass(PoolPass):
         if self.kernel == "flash":
             return _flash_decode(query, keys, values, self._lengths(), scaling, window, softcap)
         if self.kernel == "triton":
-            from gircse_kernels.decode_attention import WIDEST, decode_attention
+            from gircse_kernels.decoder.attention import WIDEST, decode_attention
 
             if max(query.shape[-1], values.shape[-1]) <= WIDEST:
                 if self._arrivals is None or len(self._arrivals) < self.rows * query.shape[1]:

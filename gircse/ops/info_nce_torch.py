@@ -6,7 +6,7 @@ backward. Kept for backward: for every row and step the largest logit and the su
 two are kept apart because their sum, the log-sum-exp, would round away the small losses (logits reach 1 / temperature,
 50 and more).
 
-``kernels/gircse_kernels/info_nce.py`` offers the same functions. ``Sums`` over different candidates can be merged,
+``kernels/gircse_kernels/info_nce/`` offers the same functions. ``Sums`` over different candidates can be merged,
 which is how pieces of the candidates and queries as negatives come in.
 """
 

@@ -10,7 +10,7 @@ Importing this imports no Triton: the modules with the ops, `gircse_kernels.soft
 import importlib
 from types import ModuleType
 
-OPS = ("decode_attention", "decoder", "info_nce", "soft_embed")
+OPS = ("decoder", "info_nce", "soft_embed")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -32,7 +32,7 @@ def device_of(device: torch.device) -> Device:
 
 
 def dependent(device: torch.device) -> bool:
-    """Whether the decoder's kernels are launched there as `dependent.py` says."""
+    """Whether the decoder's kernels are launched there as `decoder/dependent.py` says."""
     return plan.DEPENDENT_LAUNCH and not INTERPRETED and device_of(device).arch >= 90
 
 

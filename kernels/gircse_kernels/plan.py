@@ -31,8 +31,8 @@ FEW_ROWS = 32
 # others 163 or 227. All of them are planned as 8.6: with Ampere's tiles, and form 2 up to the width that fits.
 SMALL_SHARED = (86, 89, 120, 121)
 SMALL_SHARED_WIDTH = 576
-# On sm_90 and newer a kernel of the decoder may start before the one in front of it has ended, see `dependent.py`. Off
-# until a measurement shows a gain.
+# On sm_90 and newer a kernel of the decoder may start before the one in front of it has ended, see
+# `decoder/dependent.py`. Off until a measurement shows a gain.
 DEPENDENT_LAUNCH = False
 TABLE = Path(__file__).with_name("configs.json")
 

@@ -39,16 +39,16 @@ def write(folder: Path) -> list[Path]:
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"folder: got {folder}, which is not empty, expected a new one")
     name = general["name"].replace("-", "_")
-    files = sorted(path for pattern in SHIPPED for path in PACKAGE.glob(pattern))
-    _copy(files, folder / "torch-ext" / name)
+    files = sorted(path for pattern in SHIPPED for path in PACKAGE.rglob(pattern))
+    _copy(files, PACKAGE, folder / "torch-ext" / name)
     for path in (config, KERNELS / "README.md"):
         shutil.copy2(path, folder / path.name)
-    _copy(sorted((KERNELS / "tests").glob("*.py")), folder / "tests")
+    _copy(sorted((KERNELS / "tests").glob("*.py")), KERNELS, folder)
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
     variants = []
     for backend in general["backends"]:
         variant = folder / "build" / f"torch-{backend}"
-        _copy(files, variant)
+        _copy(files, PACKAGE, variant)
         metadata = {
             "name": general["name"],
             "id": f"_{name}_{backend}_{digest}",  # of this content, under which it is imported
@@ -70,10 +70,11 @@ def _general(config: Path) -> dict[str, Any]:
     return tomllib.loads(config.read_text(encoding="utf-8"))["general"]
 
 
-def _copy(files: list[Path], folder: Path) -> None:
-    folder.mkdir(parents=True)
+def _copy(files: list[Path], root: Path, folder: Path) -> None:
     for path in files:
-        shutil.copy2(path, folder / path.name)
+        copy = folder / path.relative_to(root)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, copy)
 
 
 def main() -> int:

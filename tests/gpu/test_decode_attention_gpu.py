@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from gircse_kernels.decode_attention import TABLE, decode_attention
+from gircse_kernels.decoder.attention import TABLE, decode_attention
 from torch import Tensor
 
 from tests.kernels.test_decode_attention import check, problem

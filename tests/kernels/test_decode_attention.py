@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from gircse_kernels.decode_attention import TABLE, decode_attention
+from gircse_kernels.decoder.attention import TABLE, decode_attention
 from gircse_kernels.plan import Device
 from torch import Tensor
 

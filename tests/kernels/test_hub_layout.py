@@ -33,10 +33,11 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_layout(repository: Path) -> None:
-    sources = {path.name for path in (ROOT / "kernels" / "gircse_kernels").glob("*.py")}
+    package = ROOT / "kernels" / "gircse_kernels"
+    sources = {path.relative_to(package) for path in package.rglob("*.py")} | {Path("configs.json"), Path("py.typed")}
     for folder in ("torch-ext/gircse_kernels", "build/torch-cpu", "build/torch-cuda"):
-        names = {path.name for path in (repository / folder).iterdir()}
-        assert names - {"metadata.json"} == sources | {"configs.json", "py.typed"}
+        found = {path.relative_to(repository / folder) for path in (repository / folder).rglob("*") if path.is_file()}
+        assert found - {Path("metadata.json")} == sources
     metadata = [json.loads((repository / f"build/torch-{b}/metadata.json").read_text()) for b in ("cpu", "cuda")]
     assert [entry["backend"]["type"] for entry in metadata] == ["cpu", "cuda"]
     assert len({entry["id"] for entry in metadata}) == 2
@@ -44,7 +45,7 @@ def test_layout(repository: Path) -> None:
 
 
 def test_all_imports_are_relative(repository: Path) -> None:
-    for file in (repository / "build" / "torch-cuda").glob("*.py"):
+    for file in (repository / "build" / "torch-cuda").rglob("*.py"):
         assert not re.search(r"^\s*(from|import) gircse", file.read_text(), re.MULTILINE), file.name
 
 
@@ -55,7 +56,7 @@ def test_loaded_by_kernels_and_its_own_tests_pass(repository: Path) -> None:
         "import sys, torch; from pathlib import Path; from kernels import get_local_kernel, get_loaded_kernels;"
         f"module = get_local_kernel(Path({str(repository)!r}));"
         "assert module.soft_embed.INTERPRETED;"
-        "assert module.soft_embed.forward.__module__ == module.__name__ + '.launch_forward';"
+        "assert module.soft_embed.forward.__module__ == module.__name__ + '.soft_embed.launch_forward';"
         "assert 'gircse' not in sys.modules and 'gircse_kernels' not in sys.modules;"
         "print(get_loaded_kernels()[0].metadata.name)"
     )

@@ -117,8 +117,8 @@ def test_the_constants_of_every_kernel_come_last() -> None:
     """A compiled kernel takes them after the arguments."""
     kernels = {
         name: function
-        for module in pkgutil.iter_modules(gircse_kernels.__path__)
-        for name, function in vars(importlib.import_module(f"gircse_kernels.{module.name}")).items()
+        for module in pkgutil.walk_packages(gircse_kernels.__path__, "gircse_kernels.")
+        for name, function in vars(importlib.import_module(module.name)).items()
         if name.endswith("_kernel")
     }
     assert len(kernels) >= 8

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from gircse_kernels import launch_many_rows, launching, plan
+from gircse_kernels import launching, plan
 from gircse_kernels.contract import Inputs, Options
 from gircse_kernels.plan import Device, Problem
+from gircse_kernels.soft_embed import launch_many_rows
 
 from bench.static.launches import DEVICES, Call, record
 from gircse.ops import soft_embed

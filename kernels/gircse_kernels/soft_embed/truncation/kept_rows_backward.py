@@ -5,8 +5,8 @@
 import triton
 import triton.language as tl
 
+from ...scores import LOG_FLOOR, row_options
 from .kept_rows import dots, length, part_of_row
-from .scores import LOG_FLOOR, row_options
 
 
 @triton.jit

@@ -17,8 +17,8 @@ belongs to one program and every result to one owner: no atomics.
 import triton
 import triton.language as tl
 
-from .matmul import grouped, row_dot
-from .scores import LOWEST
+from ..matmul import grouped, row_dot
+from ..scores import LOWEST
 
 
 @triton.jit(do_not_specialize=["chunk_start", "num_rows"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .launching import DTYPES
+from ..launching import DTYPES
 
 
 def check(

@@ -11,7 +11,7 @@ written once or twice.
 import triton
 import triton.language as tl
 
-from .scores import LOG_FLOOR, LOWEST
+from ..scores import LOG_FLOOR, LOWEST
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_splits", "num_vocab"])

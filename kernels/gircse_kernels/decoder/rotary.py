@@ -22,11 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launching
+from .. import launching
+from ..launching import dependent
+from ..plan import Config, cdiv
 from .checks import check, check_first
 from .dependent import wait_for_kernel_before
-from .launching import dependent
-from .plan import Config, cdiv
 
 ELEMENTS = 512  # of a block of heads, in one half, at most
 

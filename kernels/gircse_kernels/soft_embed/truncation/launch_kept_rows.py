@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import kept_rows, kept_rows_backward, launching
-from .contract import Forward, Grads, Inputs, Needs, Options, Saved
-from .launch_backward import constants, side_by_side
-from .launching import adjacent, device_of, logit_offsets, score_scalars, score_strides, score_tensors
-from .plan import Config, cdiv, lookup
+from ... import launching
+from ...contract import Forward, Grads, Inputs, Needs, Options, Saved
+from ...launching import adjacent, device_of, logit_offsets, score_scalars, score_strides, score_tensors
+from ...plan import Config, cdiv, lookup
+from ..launch_backward import constants, side_by_side
+from . import kept_rows, kept_rows_backward
 
 
 def forward_kept_rows(inputs: Inputs, options: Options, result: Forward, finish: bool) -> Forward:

@@ -20,8 +20,8 @@ Of [T, V] there is one chunk of P in the dtype of E, and of S unless that takes 
 import triton
 import triton.language as tl
 
-from .matmul import dot
-from .scores import LOG_FLOOR, LOWEST, reference, row_options, scores, tile_softmax
+from ..matmul import dot
+from ..scores import LOG_FLOOR, LOWEST, reference, row_options, scores, tile_softmax
 
 
 @triton.jit

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import launching
-from .contract import Candidates, Inputs, Options, Selection, Truncation
-from .launch_many_rows import score_sums
-from .launching import adjacent, device_of, logit_offsets, score_scalars, score_strides, score_tensors
-from .plan import padded, plan_select
+from ... import launching
+from ...contract import Candidates, Inputs, Options, Selection, Truncation
+from ...launching import adjacent, device_of, logit_offsets, score_scalars, score_strides, score_tensors
+from ...plan import padded, plan_select
+from ..launch_many_rows import score_sums
 from .selection import select_kernel
 
 

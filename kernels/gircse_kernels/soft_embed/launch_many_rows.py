@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import launching, many_rows
-from . import plan as plans
-from .contract import Forward, Inputs, Options
-from .launching import (
+from .. import launching
+from .. import plan as plans
+from ..contract import Forward, Inputs, Options
+from ..launching import (
     device_of,
     exact_scores,
     logit_offsets,
@@ -19,7 +19,8 @@ from .launching import (
     score_strides,
     score_tensors,
 )
-from .plan import Config, Problem, TwoProducts, cdiv, lookup, padded, plan_two_products
+from ..plan import Config, Problem, TwoProducts, cdiv, lookup, padded, plan_two_products
+from . import many_rows
 
 FINISH = Config({"BLOCK_E": 1024}, 4, 1)
 ENTRIES = Config({"BLOCK": 32}, 4, 1)

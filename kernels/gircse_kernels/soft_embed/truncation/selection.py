@@ -17,7 +17,7 @@ given (C = 0). Its threshold is found over all V entries by `threshold.row_thres
 import triton
 import triton.language as tl
 
-from .scores import LOG_FLOOR, LOWEST, reference, row_options
+from ...scores import LOG_FLOOR, LOWEST, reference, row_options
 from .threshold import BOTTOM, BY_VALUE, NEAR, halfway, key_score, middle, ordered_key, row_scores, row_threshold
 
 NO_KEY = tl.constexpr(-(2**63))

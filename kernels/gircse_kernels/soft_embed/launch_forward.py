@@ -7,15 +7,15 @@ import functools
 import torch
 from torch import Tensor
 
-from . import launching
-from .contract import Forward, Inputs, Options
+from .. import launching
+from ..contract import Forward, Inputs, Options
+from ..launching import device_of, problem_of, score_flags, score_scalars, score_strides, score_tensors
+from ..plan import Config, Device, FewRows, OneRow, TwoProducts, cdiv, plan_forward
 from .few_rows import few_rows_kernel
-from .launch_kept_rows import forward_kept_rows
 from .launch_many_rows import forward_many_rows
-from .launching import device_of, problem_of, score_flags, score_scalars, score_strides, score_tensors
 from .merge import merge_kernel
 from .one_row import one_row_kernel
-from .plan import Config, Device, FewRows, OneRow, TwoProducts, cdiv, plan_forward
+from .truncation.launch_kept_rows import forward_kept_rows
 
 
 def forward(

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import launching
-from .contract import Pooled, Sums
-from .launching import device_of
-from .plan import ROW_BLOCK, Config, Device, cdiv, chunk_size, even_blocks, lookup
-from .pool import pool_grad_kernel, pool_kernel
+from .. import launching
+from ..contract import Pooled, Sums
+from ..launching import device_of
+from ..plan import ROW_BLOCK, Config, Device, cdiv, chunk_size, even_blocks, lookup
+from .pooling import pool_grad_kernel, pool_kernel
 from .similarity import similarity_kernel
 
 PRECISION = "tf32x3"

@@ -24,8 +24,8 @@ FLOPs for frozen matrices 6 T V D (scores, dP, dh), 4 T V D with P kept; each tr
 import triton
 import triton.language as tl
 
+from ..scores import LOG_FLOOR, reference, row_options, scores
 from .many_rows import row_starts
-from .scores import LOG_FLOOR, reference, row_options, scores
 
 
 @triton.jit

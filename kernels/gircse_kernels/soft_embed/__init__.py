@@ -7,13 +7,13 @@ or depends on its values, so both passes can be captured in a CUDA graph.
 
 from torch import Tensor
 
-from .contract import Forward, Grads, Inputs, Needs, Options, Saved
+from ..contract import Forward, Grads, Inputs, Needs, Options, Saved
+from ..launching import INTERPRETED, device_of
 from .launch_backward import backward as _backward
 from .launch_forward import forward
-from .launch_kept_rows import backward_kept_rows
 from .launch_many_rows import chunk_scores
-from .launch_selection import candidates, select
-from .launching import INTERPRETED, device_of
+from .truncation.launch_kept_rows import backward_kept_rows
+from .truncation.launch_selection import candidates, select
 
 __all__ = [
     "INTERPRETED",

@@ -21,11 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launching
+from .. import launching
+from ..launching import dependent
+from ..plan import Config
 from .checks import check, check_first
 from .dependent import wait_for_kernel_before
-from .launching import dependent
-from .plan import Config
 
 
 @triton.jit

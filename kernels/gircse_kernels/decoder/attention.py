@@ -48,12 +48,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launching
+from .. import launching
+from ..launching import dependent
+from ..matmul import dot
+from ..plan import Config, cdiv
+from ..scores import tanh
 from .dependent import wait_for_kernel_before
-from .launching import dependent
-from .matmul import dot
-from .plan import Config, cdiv
-from .scores import tanh
 
 SLICE = 512  # slots of a split: its partials are then a few percent of its keys and values
 MOST_SPLITS = 64

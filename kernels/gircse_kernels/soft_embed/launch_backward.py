@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backward as kernels
-from . import launching
-from .contract import Grads, Inputs, Needs, Options, Saved
-from .launching import device_of, score_flags, score_scalars, score_strides, score_tensors
-from .plan import Backward, Config, Device, cdiv, padded, plan_backward
+from .. import launching
+from ..contract import Grads, Inputs, Needs, Options, Saved
+from ..launching import device_of, score_flags, score_scalars, score_strides, score_tensors
+from ..plan import Backward, Config, Device, cdiv, padded, plan_backward
+from . import gradients as kernels
 
 
 class _Upstream(NamedTuple):

@@ -9,7 +9,7 @@ goes on there, in registers. Scores are compared as int32 keys that order as the
 import triton
 import triton.language as tl
 
-from .scores import scores
+from ...scores import scores
 
 BOTTOM = tl.constexpr(-2139095040)  # the key of the lowest finite score: below all but -inf
 # A score within so many float32 units of the highest one stays, because another pass may round both otherwise.

@@ -16,8 +16,8 @@ columns, the last one ragged. Traffic: W once, partials `splits * (D + 4)` float
 import triton
 import triton.language as tl
 
+from ..scores import LOG_FLOOR, LOWEST, row_options, scores
 from .few_rows import piece_mask, strided
-from .scores import LOG_FLOOR, LOWEST, row_options, scores
 
 
 @triton.jit(do_not_specialize=["seed", "vocab_start", "tiles_per_split"])

@@ -22,8 +22,8 @@ Traffic: W once from memory (blocks of rows that share a tile run side by side a
 import triton
 import triton.language as tl
 
-from .matmul import dot
-from .scores import LOG_FLOOR, LOWEST, row_options, scores, tile_softmax
+from ..matmul import dot
+from ..scores import LOG_FLOOR, LOWEST, row_options, scores, tile_softmax
 
 
 @triton.jit

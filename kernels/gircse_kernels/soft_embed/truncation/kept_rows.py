@@ -15,7 +15,7 @@ row's threshold and make the scores again. That is slow and right, and costs not
 import triton
 import triton.language as tl
 
-from .scores import LOG_FLOOR, LOWEST, gumbel_noise, row_options, scores
+from ...scores import LOG_FLOOR, LOWEST, gumbel_noise, row_options, scores
 
 
 @triton.jit

@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launching
+from .. import launching
+from ..launching import dependent
+from ..plan import Config, cdiv
+from ..scores import tanh
 from .checks import check_first
 from .dependent import wait_for_kernel_before
-from .launching import dependent
-from .plan import Config, cdiv
-from .scores import tanh
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 BLOCK_I = 1024  # 8 columns for each thread of 4 warps: 16 bytes in half precision
