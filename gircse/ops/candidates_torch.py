@@ -90,8 +90,10 @@ def keep(found: Candidates, rules: Truncation) -> Selection:
     places = number.clamp(1, scores.shape[1] - 1)
     last, following = scores.gather(1, places - 1)[:, 0], scores.gather(1, places)[:, 0]
     threshold = between(last, following, found.peak, found.peak.abs().maximum(following.abs().nan_to_num(posinf=0)))
-    kept |= scores.isnan() | (scores == torch.inf)  # such a row becomes one of NaN
-    return Selection(threshold, *statistics(found), found.ids, scores.masked_fill(~kept, -torch.inf), num_kept)
+    scores = scores.masked_fill(~kept, -torch.inf)
+    lost = ~(peak < torch.inf)  # NaN or infinite: the softmax of such a row is NaN, and no tie of it matters
+    num_kept = num_kept.masked_fill(lost[:, 0], 0)
+    return Selection(threshold, *statistics(found), found.ids, scores.masked_fill(lost, torch.nan), num_kept)
 
 
 def _last_of(scores: Tensor, limit: Tensor) -> Tensor:

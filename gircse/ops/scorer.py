@@ -72,13 +72,17 @@ class Scorer:
         if self.inputs.bitmask is not None:
             scores.masked_fill_(~unpack_bits(self.inputs.bitmask[rows], *self._whole(vocab)), -torch.inf)
         threshold = self.inputs.threshold
-        removed = None if threshold is None else scores < threshold[rows, None]  # whatever the noise
+        removed = None  # 0 or 1, whatever the noise
+        if threshold is not None:
+            removed = torch.lt(scores, threshold[rows, None], out=torch.empty_like(scores))
         if self.seeds is not None:
             factor = row_factor(self.noise_scale, rows)
             for part, noise in self.noise(rows, vocab):
                 scores[:, part] += noise * factor
         if removed is not None:
-            scores = scores.masked_fill_(removed, -torch.inf)
+            # -inf where 1. `masked_fill` branches at every entry, and takes ten times as long where it cannot guess.
+            most = torch.finfo(scores.dtype).max
+            scores = scores.sub_(removed, alpha=most).sub_(removed, alpha=most)
         return scores, tanh
 
     def noise(self, rows: slice, vocab: slice) -> Iterator[tuple[slice, Tensor]]:

@@ -74,10 +74,20 @@ class Thresholds:
         if not scores.shape[1]:
             last, following = torch.full_like(peak, torch.inf), torch.full_like(peak, -torch.inf)
         else:
-            removed = torch.lt(keys, lowest, out=kept)
-            last = some.copy_(scores).masked_fill_(removed, torch.inf).amin(1, keepdim=True)
-            following = some.copy_(scores).masked_fill_(removed.logical_not_(), -torch.inf).amax(1, keepdim=True)
+            # As numbers without sign, keys - lowest are smallest where the lowest score is kept and largest where the
+            # next lower one is removed; with the sign bit flipped they order so.
+            zero = lowest ^ torch.iinfo(keys.dtype).min
+            torch.sub(keys, zero, out=shifted)
+            last, following = (bits + zero for bits in (shifted.amin(1, keepdim=True), shifted.amax(1, keepdim=True)))
+            last = torch.where(last < lowest, torch.inf, _score(last, scores.dtype))
+            following = torch.where(following >= lowest, -torch.inf, _score(following, scores.dtype))
         return between(across.min(last), across.max(following), peak, size)[:, 0]
+
+
+def _score(keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scores of `ordered_bits`."""
+    most = torch.iinfo(keys.dtype)
+    return (keys ^ ((keys >> (most.bits - 1)) & most.max)).view(dtype)
 
 
 def between(last: Tensor, following: Tensor, peak: Tensor, size: Tensor) -> Tensor:

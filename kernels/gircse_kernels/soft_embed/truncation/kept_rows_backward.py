@@ -326,6 +326,7 @@ def overflow_matrix_kernel(
                     vocab, kept = part[0], part[1]
                     found = part_gradient(part, numbers, upstream, row, call, embed_scale, BLOCK_E)
                     product_grad, chosen = found[1], found[3]
+                    tl.debug_barrier()  # sums over the rows are in memory
                     if grad_head_ptr is not None:
                         vector = hidden_ptr + begin
                         add_outer(grad_head_ptr, vocab, product_grad, vector, stride_hidden_d, width, kept, BLOCK_E)

@@ -269,6 +269,7 @@ def select_kernel(
         overflows = False
         if threshold_ptr is not None:
             kept, limited = apply_rules(score, peak, total, top_k, top_p, min_p, top_n, top_k_ptr is not None, COUNT)
+            limited = tl.where(total == total, limited, 0)  # a row of NaN has no ties
             overflows = limited >= COUNT
             tl.store(count_ptr + row, limited.to(tl.int64))
             tl.store(threshold_ptr + row, halfway(nth(score, kept), nth(score, kept + 1), peak, lowest))
