@@ -54,7 +54,7 @@ def joined(parameters: Sequence[Tensor]) -> Tensor | None:
     if storage is None:
         return None
     shape = (sum(map(len, parameters)), *first.shape[1:])
-    return torch.empty(0, dtype=first.dtype, device=first.device).set_(storage, 0, shape)
+    return torch.empty(0, dtype=first.dtype, device=first.device).set_(storage, 0, shape, first.stride())
 
 
 def fuse(layers: Sequence[nn.Linear]) -> bool:
