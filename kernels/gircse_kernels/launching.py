@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -71,12 +72,18 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], confi
 
 @contextmanager
 def telling(observer: Callable[[tuple[Any, ...]], None]) -> Iterator[None]:
-    """Inside, `observer` receives the arguments of every kernel that is started, by whatever thread."""
-    _OBSERVERS.append(observer)
+    """Inside, `observer` receives the arguments of every kernel that this thread starts."""
+    here = threading.get_ident()
+
+    def tell(arguments: tuple[Any, ...]) -> None:
+        if threading.get_ident() == here:
+            observer(arguments)
+
+    _OBSERVERS.append(tell)
     try:
         yield
     finally:
-        _OBSERVERS.remove(observer)
+        _OBSERVERS.remove(tell)
 
 
 _OBSERVERS: list[Callable[[tuple[Any, ...]], None]] = []

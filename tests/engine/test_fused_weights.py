@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_model
 from gircse import GIRCSE
 from gircse.engine import Engine, EngineConfig
 from gircse.engine.body import FusedDecoder
-from gircse.engine.body.weights import Projection, fuse, joined
+from gircse.engine.body.weights import _BUFFERS, Projection, fuse, joined
 from gircse.lm.causal_lm import CausalLM
 from tests.engine.test_engine import rows_of
 from tests.lm.test_rollout import with_lora
@@ -60,6 +60,11 @@ def test_a_projection_is_one_product():
     torch.testing.assert_close(Projection(layers)(x)[:, 4:6], layers[1](x))
     layers[1].weight.data = layers[1].weight.data.clone()
     assert joined(parameters[::2]) is None
+    buffers = [_BUFFERS[address] for address in addresses[:2]]
+    assert not any(buffer.expired() for buffer in buffers)  # the other two weights are in it
+    for layer in layers:
+        layer.double().float()
+    assert all(buffer.expired() for buffer in buffers)
     torch.testing.assert_close(Projection(layers)(x), torch.cat([layer(x) for layer in layers], dim=-1))
 
 

@@ -54,7 +54,7 @@ def joined(parameters: Sequence[Tensor]) -> Tensor | None:
     if storage is None:
         return None
     shape = (sum(map(len, parameters)), *first.shape[1:])
-    return torch.empty(0, dtype=first.dtype, device=first.device).set_(storage, 0, shape)
+    return torch.empty(0, dtype=first.dtype, device=first.device).set_(storage, 0, shape, first.stride())
 
 
 def fuse(layers: Sequence[nn.Linear]) -> bool:
@@ -68,7 +68,8 @@ def fuse(layers: Sequence[nn.Linear]) -> bool:
         if parameters[0] is None or joined(parameters) is not None:
             continue
         # In inference mode the new tensors could not be trained any more.
-        with torch.inference_mode(False), torch.no_grad():
+        # DLPack exports from the current device.
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device_of(parameters[0]):
             buffer = torch.cat([parameter.data for parameter in parameters])
             for parameter, part in zip(parameters, buffer.split([len(p) for p in parameters]), strict=True):
                 parameter.data = torch.from_dlpack(part)  # a storage of its own, which keeps the buffer
