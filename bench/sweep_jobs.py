@@ -261,7 +261,7 @@ class Train(Job):
         """Of forward and backward: queries and passages are rolled out one after the other."""
         batches = [PromptShape(at["B"], at["N"]), PromptShape(at["B"] * (1 + _NEGATIVES), at["N"])]
         loss = info_nce_bytes(at["B"], _NEGATIVES, at["K"], self._traced.facts.hidden)
-        return self._traced.memory(batches, at["K"], cuda=self.device.type == "cuda", loss_bytes=loss).peak
+        return self._traced.memory(batches, at["K"], 1.0, cuda=self.device.type == "cuda", loss_bytes=loss).peak
 
 
 def _make_gradients(model: torch.nn.Module) -> None:
