@@ -35,7 +35,7 @@ NAMES = {
         "sentence_transformers.loading": ("load",),
     },
     "gircse.ops": {
-        "ops.soft_embed": ("soft_embed", "SoftTokenStats"),
+        "ops.soft_embed": ("soft_embed", "SoftTokenStats", "FullStats"),
         "ops.soft_embed_logits": ("soft_embed_logits",),
         "ops.top_tokens": ("top_tokens",),
         "ops.module": ("from_model", "SoftEmbedding"),
