@@ -150,8 +150,10 @@ class Case:
     @property
     def name(self) -> str:
         """Unique; also the name of its record's file."""
-        variant = f"{self.variant}-" if self.variant else ""
-        return f"{self.model}-T{self.rows}-{variant}{self.what.replace('+', '-')}-{self.dtype}"
+        passes = self.what.replace("+", "-")
+        if self.variant:  # a line of the summary has room for no more
+            passes = f"{self.variant}-{passes.removeprefix('forward-')}"
+        return f"{self.model}-T{self.rows}-{passes}-{self.dtype}"
 
     @property
     def matrices(self) -> Matrices:

@@ -49,6 +49,7 @@ NAMES = {
     "gircse.sentence_transformers": {
         "sentence_transformers.module": ("GIRCSEModule",),
         "sentence_transformers.losses": ("GIRCSELoss", "CachedGIRCSELoss"),
+        "sentence_transformers.callback": ("SoftTokenGradientCallback",),
     },
 }
 
