@@ -42,7 +42,7 @@ class TritonScores:
 
 
 def chunk_scores(inputs: Inputs, options: Options, size: int, backend: str) -> TorchScores | TritonScores:
-    """A function of rows and vocabulary entries, both slices; no noise."""
+    """A function of rows and vocabulary entries, both slices; with noise, and -inf for what a threshold removes."""
     fused = backend == "triton" and takes(inputs)
     return (TritonScores if fused else TorchScores)(inputs, options, size)
 

@@ -172,8 +172,6 @@ def _top(inputs: Inputs, options: Options, n: int, backend: str) -> tuple[Tensor
     """Ids and scores [T, n] of the highest scores, the largest one and the sum of e^(score - largest) [T]."""
     num_rows, num_vocab = inputs.num_rows, inputs.num_vocab
     width = 0 if inputs.head is None else inputs.head.shape[1]
-    if inputs.threshold is not None or inputs.seeds is not None or options.seed is not None:
-        backend = "torch"  # whose scores have noise, and -inf for what is removed
     dtype, device = accumulation_dtype(inputs.hidden.dtype), inputs.hidden.device
     ids = torch.zeros((num_rows, n), dtype=torch.int64, device=device)
     scores = torch.full((num_rows, n), -torch.inf, dtype=dtype, device=device)
