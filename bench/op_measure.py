@@ -101,7 +101,7 @@ def judge(record: dict[str, Any], case: Case) -> dict[str, Any]:
             "floor": record["floor_milliseconds"],
             "ours": record["milliseconds"],
             "baseline": record["eager_milliseconds"],
-            **{key: record[key] for key in keys},
+            **{key: record.get(key) for key in keys},
         }
     )
     asked = {name: bound for name, bound in case.target._asdict().items() if bound is not None}
