@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from gircse.lm.attention import RolloutKV
 from gircse.lm.causal_lm import CausalLM
+from gircse.ops.arguments import check_number
 
 
 class Rollout(NamedTuple):
@@ -101,9 +102,10 @@ def rollout(
     dropout, so that it is what the model would say.
 
     Raises:
-        ValueError: `soft_token_gradient` is out of range, or the drafter made another number of tokens.
+        TypeError: `soft_token_gradient` is no number. ValueError: it is out of range, or the drafter made another
+            number of tokens.
     """
-    if not 0 <= soft_token_gradient <= 1:
+    if not 0 <= check_number("soft_token_gradient", soft_token_gradient) <= 1:
         raise ValueError(f"soft_token_gradient: got {soft_token_gradient!r}, expected a number from 0 to 1")
     if observer is not None:
         observer.enter("prompt")

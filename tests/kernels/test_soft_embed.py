@@ -69,7 +69,7 @@ def test_the_small_plans_have_several_of_everything() -> None:
     [
         (whole_rows, dtype, name)
         for whole_rows in (True, False)
-        for dtype in (DTYPES[1:] if whole_rows else DTYPES)
+        for dtype in (DTYPES[1:] if whole_rows else DTYPES[:2])
         for name in (OPTIONS if dtype == (torch.bfloat16 if whole_rows else torch.float32) else ("plain", "all"))
     ],
     ids=str,

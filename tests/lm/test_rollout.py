@@ -196,7 +196,7 @@ def test_what_an_observer_is_told(factor, entered):
 
 @pytest.mark.parametrize("factor", [-0.1, 1.5, float("nan")])
 def test_a_factor_out_of_range_is_named(factor):
-    with pytest.raises(ValueError, match=r"soft_token_gradient: got .*, expected a number from 0 to 1"):
+    with pytest.raises(ValueError, match=r"soft_token_gradient: got .*, expected a (finite )?number"):
         GIRCSE(tiny_model("llama"), tiny_tokenizer()).rollout(*left_padded([4], 0), 1, soft_token_gradient=factor)
 
 
