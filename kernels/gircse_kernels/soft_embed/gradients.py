@@ -111,7 +111,7 @@ def score_grad_kernel(
     column = i_tile * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = m_rows[:, None] & (column < chunk_size)[None, :]
     rows64 = rows.to(tl.int64)[:, None]
-    p_product = product_ptr + row_starts(offset_ptr, rows, m_rows, stride_product_t)
+    p_product = product_ptr + row_starts(offset_ptr, rows, m_rows, stride_product_t)[:, None]
     p_product += column.to(tl.int64)[None, :] * stride_product_v
     product = tl.load(p_product, mask=inside, other=0.0).to(tl.float32)
     if grad_prob_ptr is not None:

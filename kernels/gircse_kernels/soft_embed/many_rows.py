@@ -76,12 +76,12 @@ def store_sums(
 
 @triton.jit
 def row_starts(offset_ptr, rows, m_rows, stride):
-    """Where each row begins, [rows, 1] int64: that stride apart, or at offsets that are multiples of it, by which the
-    compiler knows how they are aligned."""
+    """Where each row begins, int64 in the shape of `rows`: that stride apart, or at offsets that are multiples of it,
+    by which the compiler knows how they are aligned."""
     if offset_ptr is not None:
-        return (tl.load(offset_ptr + rows, mask=m_rows, other=0) // stride * stride)[:, None]
+        return tl.load(offset_ptr + rows, mask=m_rows, other=0) // stride * stride
     else:
-        return rows.to(tl.int64)[:, None] * stride
+        return rows.to(tl.int64) * stride
 
 
 @triton.jit(do_not_specialize=["seed", "vocab_start", "chunk_start", "num_rows"])
@@ -132,7 +132,7 @@ def weights_kernel(
     column = i_tile * BLOCK_V + tl.arange(0, BLOCK_V)
     m_vocab = column < chunk_size
     inside = m_rows[:, None] & m_vocab[None, :]
-    p_product = product_ptr + row_starts(offset_ptr, rows, m_rows, stride_product_t)
+    p_product = product_ptr + row_starts(offset_ptr, rows, m_rows, stride_product_t)[:, None]
     p_product += column.to(tl.int64)[None, :] * stride_product_v
     product = tl.load(p_product, mask=inside, other=0.0).to(tl.float32)
     row = row_options(

@@ -4,7 +4,7 @@
     backward   dP_c = embed_scale g . E[id_c];  dS = P (dP - constant - slope (s - peak));  dh = sum_c dX_c W[id_c]
     matrices   dW[v] = sum of dX h, dE[v] = sum of P g over all places where v is listed: a program for each v
 
-dX is the gradient of h w + bias, as in `backward`, from where the constant comes as well. The lists are `selection`'s.
+dX is the gradient of h w + bias, as in `gradients`, from where the constant comes as well. The lists are `selection`'s.
 
 A row that overflows has no list: a tie goes on beyond C entries. The same programs then walk all V entries with the
 row's threshold and make the scores again. That is slow and right, and costs nothing where no row overflows.
@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from ...scores import LOG_FLOOR, LOWEST, gumbel_noise, row_options, scores
+from ..many_rows import row_starts
 
 
 @triton.jit
@@ -45,19 +46,22 @@ def entry_values(ids_ptr, values_ptr, num_entries, vocab, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def part_of_row(start, overflows, listed, source, row, call, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
+def part_of_row(i_row, start, overflows, lists, source, row, call, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
     """Entries `start` to `start + BLOCK_C - 1` of a row's list, or of the vocabulary where the row overflows.
 
     -> index, whether it is kept, score with noise (-inf: not kept), noise, and the value of `bias_ids`.
 
     Args:
-        listed: pointers to the row's ids and scores, and their number.
-        source: pointer to the row's hidden state, or to its logits where there is no head, and its stride; head, its
-            strides and D; `bias_ids` and `bias_values` of the row, and their number.
+        lists: ids, scores and C.
+        source: hidden states, or the logits where there is no head, their offsets and strides; head, its strides and D;
+            `bias_ids`, `bias_values` and their number.
         row, call: as for `scores`.
     """
-    ids_ptr, scores_ptr, num_listed = listed
-    hidden_ptr, stride_hidden, head_ptr, stride_v, stride_d, width, entry_ids_ptr, entries_ptr, num_entries = source
+    ids_ptr, scores_ptr, num_listed = lists
+    (
+        hidden_ptr, offset_ptr, stride_t, stride_hidden, head_ptr, stride_v, stride_d, width,
+        entry_ids_ptr, entries_ptr, num_entries,
+    ) = source  # fmt: skip
     inverse, noise_scales, seeds, thresholds = row[0], row[1], row[2], row[3]
     bias_ptr, _threshold_ptr, bitmask_ptr, stride_bias, num_vocab, vocab_start, seed, scale, softcap = call
     slots = start + tl.arange(0, BLOCK_C)
@@ -66,21 +70,23 @@ def part_of_row(start, overflows, listed, source, row, call, BLOCK_C: tl.constex
     if overflows:
         there = slots < num_vocab
     else:
-        vocab = tl.load(ids_ptr + slots, mask=there, other=0)
+        vocab = tl.load(ids_ptr + i_row * num_listed + slots, mask=there, other=0)
     value = tl.zeros([BLOCK_C], tl.float32)
     if entry_ids_ptr is not None:
-        value = entry_values(entry_ids_ptr, entries_ptr, num_entries, vocab + vocab_start, 32)
+        first = i_row * num_entries
+        value = entry_values(entry_ids_ptr + first, entries_ptr + first, num_entries, vocab + vocab_start, 32)
     if overflows:
+        p_hidden = hidden_ptr + row_starts(offset_ptr, i_row, True, stride_t)
         if head_ptr is None:
-            product = tl.load(hidden_ptr + vocab * stride_hidden, mask=there, other=0.0).to(tl.float32)
+            product = tl.load(p_hidden + vocab * stride_hidden, mask=there, other=0.0).to(tl.float32)
         else:
-            product = dots(head_ptr, stride_v, stride_d, vocab, there, hidden_ptr, stride_hidden, width, BLOCK_D)
+            product = dots(head_ptr, stride_v, stride_d, vocab, there, p_hidden, stride_hidden, width, BLOCK_D)
         noiseless = (bias_ptr, None, bitmask_ptr, stride_bias, num_vocab, vocab_start, None, scale, softcap)
         score, _capped, _noise = scores(product, vocab, row, noiseless, False)
         score += value * inverse
         score = tl.where(score < thresholds, float("-inf"), score)
     else:
-        score = tl.load(scores_ptr + slots, mask=there, other=float("-inf"))
+        score = tl.load(scores_ptr + i_row * num_listed + slots, mask=there, other=float("-inf"))
     noise = tl.zeros([BLOCK_C], tl.float32)
     if seed is not None:
         noise = gumbel_noise(seeds, vocab + vocab_start, False)
@@ -153,13 +159,11 @@ def kept_forward_kernel(
         i_row, True, seed, inverse_temperature, noise_scale,
     )  # fmt: skip
     call = (bias_ptr, threshold_ptr, bitmask_ptr, stride_bias, num_vocab, vocab_start, seed, scale, softcap)
-    begin = i_row * stride_hidden_t if offset_ptr is None else tl.load(offset_ptr + i_row)
     source = (
-        hidden_ptr + begin, stride_hidden_d, head_ptr, stride_head_v, stride_head_d, width,
-        None if entry_ids_ptr is None else entry_ids_ptr + i_row * num_entries,
-        None if entry_ids_ptr is None else entries_ptr + i_row * num_entries, num_entries,
+        hidden_ptr, offset_ptr, stride_hidden_t, stride_hidden_d, head_ptr, stride_head_v, stride_head_d, width,
+        entry_ids_ptr, entries_ptr, num_entries,
     )  # fmt: skip
-    listed = (ids_ptr + i_row * COUNT, scores_ptr + i_row * COUNT, COUNT)
+    lists = (ids_ptr, scores_ptr, COUNT)
     overflows = tl.load(count_ptr + i_row) >= COUNT
     end = tl.where(overflows, num_vocab, length(scores_ptr + i_row * COUNT, COUNT))
 
@@ -169,7 +173,7 @@ def kept_forward_kernel(
     argmax = tl.zeros([], tl.int64)
     acc = tl.zeros([BLOCK_E], tl.float32)
     for start in range(0, end, BLOCK_C):
-        part = part_of_row(start, overflows, listed, source, row, call, BLOCK_C, BLOCK_E)
+        part = part_of_row(i_row, start, overflows, lists, source, row, call, BLOCK_C, BLOCK_E)
         vocab, kept, score = part[0], part[1], part[2]
         p_values = values_ptr + vocab[:, None] * stride_values_v + cols.to(tl.int64)[None, :] * stride_values_e
         values = tl.load(p_values, mask=kept[:, None] & m_cols[None, :], other=0.0).to(tl.float32)

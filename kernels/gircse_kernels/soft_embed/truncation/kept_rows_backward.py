@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from ...scores import LOG_FLOOR, row_options
+from ..many_rows import row_starts
 from .kept_rows import dots, length, part_of_row
 
 
@@ -114,13 +115,11 @@ def kept_backward_kernel(
         i_row, True, seed, inverse_temperature, noise_scale,
     )  # fmt: skip
     call = (bias_ptr, threshold_ptr, bitmask_ptr, stride_bias, num_vocab, vocab_start, seed, scale, softcap)
-    begin = i_row * stride_hidden_t if offset_ptr is None else tl.load(offset_ptr + i_row)
     source = (
-        hidden_ptr + begin, stride_hidden_d, head_ptr, stride_head_v, stride_head_d, width,
-        None if entry_ids_ptr is None else entry_ids_ptr + i_row * num_entries,
-        None if entry_ids_ptr is None else entries_ptr + i_row * num_entries, num_entries,
+        hidden_ptr, offset_ptr, stride_hidden_t, stride_hidden_d, head_ptr, stride_head_v, stride_head_d, width,
+        entry_ids_ptr, entries_ptr, num_entries,
     )  # fmt: skip
-    listed = (ids_ptr + i_row * COUNT, scores_ptr + i_row * COUNT, COUNT)
+    lists = (ids_ptr, scores_ptr, COUNT)
     overflows = tl.load(count_ptr + i_row) >= COUNT
     end = tl.where(overflows, num_vocab, tl.maximum(length(scores_ptr + i_row * COUNT, COUNT), 1))
     inverse = row[0]
@@ -133,7 +132,7 @@ def kept_backward_kernel(
     grad_temperature = tl.zeros([], tl.float32)
     grad_noise = tl.zeros([], tl.float32)
     for start in range(0, end, BLOCK_C):
-        part = part_of_row(start, overflows, listed, source, row, call, BLOCK_C, BLOCK_E)
+        part = part_of_row(i_row, start, overflows, lists, source, row, call, BLOCK_C, BLOCK_E)
         vocab, kept, noise = part[0], part[1], part[3]
         grad, product_grad, without_noise, chosen = part_gradient(
             part, numbers, upstream, row, call, embed_scale, BLOCK_E
@@ -299,6 +298,11 @@ def overflow_matrix_kernel(
 ):
     """What rows that overflow add to the gradients of the matrices: a program for each block of vocabulary entries."""
     start = tl.program_id(0) * BLOCK_C
+    source = (
+        hidden_ptr, offset_ptr, stride_hidden_t, stride_hidden_d, head_ptr, stride_head_v, stride_head_d, width,
+        entry_ids_ptr, entries_ptr, num_entries,
+    )  # fmt: skip
+    lists = (ids_ptr, scores_ptr, COUNT)
     call = (bias_ptr, threshold_ptr, bitmask_ptr, stride_bias, num_vocab, vocab_start, seed, scale, softcap)
     for first in range(0, num_rows, 128):
         block = first + tl.arange(0, 128)
@@ -311,13 +315,7 @@ def overflow_matrix_kernel(
                         temperature_ptr, noise_scale_ptr, seed_ptr, threshold_ptr, bitmask_ptr, stride_bitmask,
                         i_row, True, seed, inverse_temperature, noise_scale,
                     )  # fmt: skip
-                    begin = i_row * stride_hidden_t if offset_ptr is None else tl.load(offset_ptr + i_row)
-                    source = (
-                        hidden_ptr + begin, stride_hidden_d, head_ptr, stride_head_v, stride_head_d, width,
-                        None if entry_ids_ptr is None else entry_ids_ptr + i_row * num_entries,
-                        None if entry_ids_ptr is None else entries_ptr + i_row * num_entries, num_entries,
-                    )  # fmt: skip
-                    part = part_of_row(start, True, (ids_ptr, scores_ptr, COUNT), source, row, call, BLOCK_C, BLOCK_E)
+                    part = part_of_row(i_row, start, True, lists, source, row, call, BLOCK_C, BLOCK_E)
                     numbers = row_numbers_of(peak_ptr, total_ptr, constant_ptr, slope_ptr, token_ptr, i_row)
                     upstream = (
                         values_ptr, stride_values_v, stride_values_e,
@@ -328,7 +326,7 @@ def overflow_matrix_kernel(
                     product_grad, chosen = found[1], found[3]
                     tl.debug_barrier()  # sums over the rows are in memory
                     if grad_head_ptr is not None:
-                        vector = hidden_ptr + begin
+                        vector = hidden_ptr + row_starts(offset_ptr, i_row, True, stride_hidden_t)
                         add_outer(grad_head_ptr, vocab, product_grad, vector, stride_hidden_d, width, kept, BLOCK_E)
                     if grad_values_ptr is not None:
                         tl.debug_barrier()  # it may be the same matrix

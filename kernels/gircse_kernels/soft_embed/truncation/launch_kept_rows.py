@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import launching
 from ...contract import Forward, Grads, Inputs, Needs, Options, Saved
-from ...launching import adjacent, device_of, logit_offsets, score_scalars, score_strides, score_tensors
+from ...launching import adjacent, device_of, logit_offsets, row_stride, score_scalars, score_strides, score_tensors
 from ...plan import Config, cdiv, lookup
 from ..launch_backward import constants, side_by_side
 from . import kept_rows, kept_rows_backward
@@ -71,15 +71,18 @@ def backward_kept_rows(
         grad_out, saved.peak, saved.total, constants(grad_out, grad_lse, grad_entropy, saved), grad_entropy,
         saved.token,
     )  # fmt: skip
+    sources = (*_sources(inputs), *score_tensors(inputs), *upstream)
     grad_strides = (0, 0) if grad_out is None else grad_out.stride()
-    rest = (*score_strides(inputs), options.vocab_start, *score_scalars(inputs, options), options.embed_scale)
+    rest = (
+        *_sizes(inputs), *grad_strides, *score_strides(inputs),
+        options.vocab_start, *score_scalars(inputs, options), options.embed_scale,
+    )  # fmt: skip
     launching.launch(
         kept_rows_backward.kept_backward_kernel,
         (num_rows,),
         (
-            *_sources(inputs), *score_tensors(inputs), *upstream, score_grad, probs,
-            grads.hidden, grads.temperature, grads.noise_scale, grads.bias_values,
-            *_sizes(inputs), *grad_strides, *rest,
+            *sources, score_grad, probs,
+            grads.hidden, grads.temperature, grads.noise_scale, grads.bias_values, *rest,
         ),
         config,
         COUNT=capacity,
@@ -93,10 +96,7 @@ def backward_kept_rows(
     launching.launch(
         kept_rows_backward.overflow_matrix_kernel,
         (cdiv(num_vocab, config.blocks["BLOCK_C"]),),
-        (
-            *_sources(inputs), *score_tensors(inputs), *upstream, grads.head, values_grad, grads.bias, num_rows,
-            *_sizes(inputs), *grad_strides, *rest,
-        ),
+        (*sources, grads.head, values_grad, grads.bias, num_rows, *rest),
         config,
         COUNT=capacity,
     )  # fmt: skip
@@ -146,7 +146,7 @@ def _capacity(inputs: Inputs) -> int:
 
 
 def _matrix_strides(matrix: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if matrix is None else (matrix.stride(0), matrix.stride(-1))
+    return (0, 0) if matrix is None else (row_stride(matrix), matrix.stride(-1))
 
 
 def _sources(inputs: Inputs) -> tuple[Any, ...]:

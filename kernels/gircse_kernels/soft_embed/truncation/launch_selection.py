@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import launching
 from ...contract import Candidates, Inputs, Options, Selection, Truncation
-from ...launching import adjacent, device_of, logit_offsets, score_scalars, score_strides, score_tensors
+from ...launching import adjacent, device_of, logit_offsets, row_stride, score_scalars, score_strides, score_tensors
 from ...plan import padded, plan_select
 from ..launch_many_rows import score_sums
 from .selection import select_kernel
@@ -82,7 +82,7 @@ def _select(inputs: Inputs, options: Options, rules: Truncation | None, capacity
                 *(adjacent(_rows(rule, rows)) for rule in rules or Truncation()), lists, indices,
                 _rows(found.threshold, rows), first, second, third, found.argmax[rows],
                 _rows(found.ids, rows), _rows(found.scores, rows), _rows(found.num_kept, rows),
-                num_vocab, plan.tiles, plan.groups, scores.stride(0), scores.stride(-1), *score_strides(part),
+                num_vocab, plan.tiles, plan.groups, row_stride(scores), scores.stride(-1), *score_strides(part),
                 options.vocab_start, *score_scalars(part, rest)[1:4],
             ),
             plan.select,

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from ...scores import LOG_FLOOR, LOWEST, reference, row_options
+from ..many_rows import row_starts
 from .threshold import BOTTOM, BY_VALUE, NEAR, halfway, key_score, middle, ordered_key, row_scores, row_threshold
 
 NO_KEY = tl.constexpr(-(2**63))
@@ -249,8 +250,7 @@ def select_kernel(
         temperature_ptr, None, None, None, bitmask_ptr, stride_bitmask, row, True, None, inverse_temperature, 1.0
     )
     call = (bias_ptr, None, bitmask_ptr, stride_bias, num_vocab, vocab_start, None, scale, softcap)
-    start = row * stride_product_t if offset_ptr is None else tl.load(offset_ptr + row)
-    reader = (product_ptr + start, stride_product_v, options, call)
+    reader = (product_ptr + row_starts(offset_ptr, row, True, stride_product_t), stride_product_v, options, call)
     top_k, top_n = row_rule(top_k_ptr, row, num_vocab), row_rule(top_n_ptr, row, num_vocab)
     top_p, min_p = tl.full([], float("inf"), tl.float32), 0.0
     if top_p_ptr is not None:
