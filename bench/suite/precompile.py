@@ -41,7 +41,7 @@ from bench.suite.alternatives import using
 from bench.suite.candidates import read
 from bench.suite.model_cases import MODEL_CASES
 from bench.suite.ops import SIZES
-from bench.suite.steps import DEPENDENT_LAUNCH
+from bench.suite.steps import ONE_BY_ONE
 from gircse.engine.config import STEPS_BUCKET
 
 _CHECKED_ROWS = (1, 4, 32)
@@ -221,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = calls(sections, smoke=options.smoke)
     pairs = [(call, "{}") for call in found]
     if "step" in sections and not options.smoke:
-        pairs += [(call, json.dumps(DEPENDENT_LAUNCH)) for call in calls(["step"])]
+        pairs += [(call, json.dumps(ONE_BY_ONE)) for call in calls(["step"])]
     for entry in read(options.candidates) if options.candidates else ():
         pairs += [(op_call(entry.case), json.dumps(alternative)) for alternative in entry.alternatives.values()]
     jobs = jobs_of(pairs, device)

@@ -19,6 +19,9 @@ from gircse.engine.pool import KVPool, PoolPass
 from gircse.lm.attention import causal_attention, causal_band
 
 
+MOST_SPARE = 512  # tokens that a captured prefill may have too many
+
+
 class PrefillPass(PoolPass):
     """Several texts, packed into one row of tokens.
 
@@ -29,9 +32,9 @@ class PrefillPass(PoolPass):
         prefix: keys and values [1, H_kv, P, d] of the tokens before each text, for each layer, or None.
         device: of the model.
         room: (n, T), for a pass that a CUDA graph contains: `refill` gives it other texts, fewer than n and of T tokens
-            at most, without a prefix. The tokens that are missing, fewer than 128, make one more text. They are at the
-            last slot of row 0, which no query reads before its own step has written it. None: n and T are those of the
-            texts.
+            at most, without a prefix. The tokens that are missing, fewer than `MOST_SPARE`, make one more text. They
+            are at the last slot of row 0, which no query reads before its own step has written it. None: n and T are
+            those of the texts.
 
     Attributes:
         ids: [T] int64, the packed tokens.
@@ -94,9 +97,8 @@ class PrefillPass(PoolPass):
             last, row_starts = (np.pad(array, (0, texts_missing)) for array in (last, row_starts))
             starts = np.pad(starts, (0, texts_missing), constant_values=most_tokens)
             used = np.pad(np.append(used, min(missing, self.slots)), (0, texts_missing - 1))
-            # No text is longer than a row, and fewer than 128 tokens are missing (`_bucket`). The kernel starts
-            # programs for so many tokens of each of the n texts.
-            self.longest, self.uniform = min(most_tokens, max(self.slots, 128)), False
+            # No text is longer than a row. The kernel starts programs for so many tokens of each of the n texts.
+            self.longest, self.uniform = min(most_tokens, max(self.slots, MOST_SPARE)), False
         return [ids, positions, row, last, *(array.astype(np.int32) for array in (starts, used, row_starts))]
 
     def attend(self, layer, query, key, value, *, scaling, dropout, window, softcap):

@@ -1,7 +1,7 @@
 """Prefills of few tokens as CUDA graphs.
 
-The host starts nine kernels a layer for a prefill, whatever its tokens. For a few hundred tokens of a small model it
-takes longer to start them than the device to run them, and a graph starts them at once. One graph serves all batches of
+The host starts nine kernels a layer for a prefill, whatever its tokens. For few tokens, or thousands of a small model,
+it takes longer to start them than the device to run them, and a graph starts them at once. One graph serves all batches of
 a bucket of (texts, tokens) in buffers of the same shape.
 """
 
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from gircse.engine.body.decoder import Decoder, FusedDecoder
 from gircse.engine.pool import KVPool
-from gircse.engine.prefill import PrefillPass
+from gircse.engine.prefill import MOST_SPARE, PrefillPass
 
-# With more tokens the device is busy for longer than the host, and the activations in a graph take memory.
-MOST_TOKENS = 1024
+# Of one layer's products. With more the device is busy for longer than the host, which took half a millisecond to
+# start a layer beside an H200, and the activations in a graph take memory.
+MOST_FLOPS = 5e11
 MAX_GRAPHS = 48  # a capture costs as much as many prefills, so none makes room for another
 
 
@@ -66,7 +67,9 @@ class PrefillGraphs:
         """
         tokens = sum(map(len, texts))
         # The stock body may have no position for the tokens that fill a bucket.
-        if not self._possible or tokens > MOST_TOKENS or not isinstance(decoder, FusedDecoder):
+        if not self._possible or not isinstance(decoder, FusedDecoder):
+            return None
+        if 2 * decoder.layer_parameters * tokens > MOST_FLOPS:
             return None
         room = (1 << len(texts).bit_length(), _bucket(tokens))
         key = (rows, slots, *room)
@@ -106,5 +109,9 @@ class PrefillGraphs:
 
 
 def _bucket(tokens: int) -> int:
-    """A power of two from 16 on, or above 128 a multiple of 128."""
-    return max(16, 1 << (tokens - 1).bit_length()) if tokens <= 128 else -(-tokens // 128) * 128
+    """A power of two from 16 on, above 128 a multiple of 128, above 2,048 of 256, above 4,096 of `MOST_SPARE`."""
+    power = 1 << (tokens - 1).bit_length()
+    if power <= 128:
+        return max(16, power)
+    multiple = min(max(128, power // 16), MOST_SPARE)
+    return -(-tokens // multiple) * multiple

@@ -32,8 +32,8 @@ FEW_ROWS = 32
 SMALL_SHARED = (86, 89, 120, 121)
 SMALL_SHARED_WIDTH = 576
 # On sm_90 and newer a kernel of the decoder may start before the one in front of it has ended, see
-# `decoder/dependent.py`. Off until a measurement shows a gain.
-DEPENDENT_LAUNCH = False
+# `decoder/dependent.py`: a captured step of 0.5B with 64 rows took 1.08 ms instead of 1.20 on an H200.
+DEPENDENT_LAUNCH = True
 TABLE = Path(__file__).with_name("configs.json")
 
 

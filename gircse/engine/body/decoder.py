@@ -75,6 +75,9 @@ class FusedDecoder:
         self._ops, self._norm = _ops(facts.norm), {"eps": facts.eps, "offset": facts.offset}
         self._layers = [(layer, Projection(layer.qkv), Projection(layer.gate_up)) for layer in facts.layers]
         self._rotary = RotaryTables(facts.rotary, facts.norm, facts.positions)
+        layer = facts.layers[0]
+        products = *layer.qkv, layer.out, *layer.gate_up, layer.down
+        self.layer_parameters = sum(module.weight.numel() for module in products)
 
     def prefill(self, kv: PrefillPass) -> Tensor:
         x, delta = self._run(kv, self._lm.model.get_input_embeddings()(kv.ids), kv.last)
