@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,7 +66,12 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], confi
 
 
 def _start(
-    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], config: Config, constants: dict[str, Any], device: int
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: tuple[Any, ...],
+    config: Config,
+    constants: dict[str, Any],
+    device: int,
 ) -> None:
     blocks, num_warps, num_stages, _, dependent = config
     kinds, values = _compiled_for(arguments)
@@ -222,6 +227,30 @@ def score_scalars(inputs: Inputs, options: Options) -> tuple[int | None, float, 
     seed, cap = 0 if inputs.seeds is not None else options.seed, options.softcap
     scale = options.logit_scale if cap is None else options.logit_scale / cap
     return seed, scale, cap, 1.0 / options.temperature, options.noise_scale
+
+
+class Scoring(NamedTuple):
+    """What all kernels take that make scores of some rows; made once for all chunks of the vocabulary."""
+
+    offsets: Tensor | None  # of `logit_offsets`
+    tensors: tuple[Tensor | None, ...]  # of `score_tensors`
+    strides: tuple[int, int]  # of `score_strides`
+    scalars: tuple[Any, ...]  # of `score_scalars`
+
+    @classmethod
+    def of(cls, inputs: Inputs, options: Options) -> Scoring:
+        offsets = logit_offsets(inputs) if inputs.head is None else None
+        return cls(offsets, score_tensors(inputs), score_strides(inputs), score_scalars(inputs, options))
+
+
+def chunks(matrix: Tensor, size: int, dim: int = 0) -> Sequence[Tensor]:
+    """Its parts of at most `size` along a dimension, all made by one operator; itself where it is the only one."""
+    return (matrix,) if matrix.shape[dim] <= size else matrix.split(size, dim)
+
+
+def corner(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    """[:rows, :columns], which is often the whole."""
+    return matrix if matrix.shape == (rows, columns) else matrix[:rows, :columns]
 
 
 def logit_offsets(inputs: Inputs) -> Tensor | None:
