@@ -34,7 +34,7 @@ def check(name: str, alternative: Alternative) -> None:
         if section == PLAN:
             _check_values(name, "plan constant", entry, {n: v for n, v in vars(plan).items() if n.isupper()})
         elif section == CHOICE:
-            _check_values(name, "choice", entry, Choice(False, False, 0)._asdict())
+            _check_values(name, "choice", entry, Choice(False, False, 0, 0)._asdict())
         elif section not in _blocks():
             raise ValueError(f"{name}: got kernel {section!r}, expected plan or one of {', '.join(plan.table())}")
         elif not {"blocks", "num_warps", "num_stages"} <= entry.keys() or set(entry["blocks"]) != _blocks()[section]:

@@ -44,6 +44,9 @@ from bench.suite.ops import SIZES
 from bench.suite.steps import ONE_BY_ONE
 from gircse.engine.config import STEPS_BUCKET
 
+# `torch.compile` moves Triton's cache to a folder of its own unless one is named, and would find nothing there.
+os.environ.setdefault("TRITON_CACHE_DIR", triton.knobs.cache.dir)
+
 _CHECKED_ROWS = (1, 4, 32)
 
 

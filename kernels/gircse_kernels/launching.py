@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +41,9 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], confi
     """Start a kernel. Every start goes through here, so that tools can record starts instead of making them.
 
     To find the compiled kernel, `kernel[grid](..)` examines all arguments, and the GPU has nothing to do meanwhile.
-    Compiled kernels are therefore kept here, under all that Triton compiles them for, which takes half that time.
+    Compiled kernels are therefore kept here, under all that Triton compiles them for, and started by Triton's own
+    launcher with addresses in the place of tensors, whose devices it would ask the driver for. Triton's launch hooks,
+    which only annotate, are not called.
 
     Args:
         kernel: its compile-time parameters follow all others.
@@ -50,24 +52,41 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], confi
         config: tiles, warps and stages.
         constants: all other compile-time parameters.
     """
-    device = arguments[0].device
-    if not INTERPRETED and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):  # Triton launches on the current device
-            return launch(kernel, grid, arguments, config, **constants)
     for observer in _OBSERVERS:
         observer(arguments)
     if INTERPRETED:
         kernel[grid](*arguments, **constants, **config.blocks)
         return
-    key = (kernel.fn, device.index, config, *constants.items(), *map(_compiled_for, arguments))
+    device = arguments[0].device.index
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):  # Triton launches on the current device
+            _start(kernel, grid, arguments, config, constants, device)
+    else:
+        _start(kernel, grid, arguments, config, constants, device)
+
+
+def _start(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: tuple[Any, ...],
+    config: Config,
+    constants: dict[str, Any],
+    device: int,
+) -> None:
+    blocks, num_warps, num_stages, _, dependent = config
+    kinds, values = _compiled_for(arguments)
+    key = (kernel.fn, device, num_warps, num_stages, dependent, *blocks.items(), *constants.items(), *kinds)
     known = _COMPILED.get(key)
     if known is None:
-        compiled = kernel[grid](*arguments, **constants, **config.blocks, **config.options)
-        constants.update(config.blocks)
-        _COMPILED[key] = compiled, tuple(constants[p.name] for p in kernel.params if p.is_constexpr)
-    else:
-        compiled, last = known
-        compiled[(*grid, 1, 1)[:3]](*arguments, *last)
+        found = kernel[grid](*arguments, **constants, **blocks, **config.options)
+        constants.update(blocks)
+        last = [constants[p.name] for p in kernel.params if p.is_constexpr]
+        _COMPILED[key] = found.run, found.function, found.packed_metadata, last
+        return
+    run, function, metadata, last = known
+    x, y, z = (*grid, 1, 1)[:3]
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    run(x, y, z, stream, function, metadata, None, None, None, *values, *last)
 
 
 @contextmanager
@@ -87,19 +106,28 @@ def telling(observer: Callable[[tuple[Any, ...]], None]) -> Iterator[None]:
 
 
 _OBSERVERS: list[Callable[[tuple[Any, ...]], None]] = []
-_COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+_COMPILED: dict[tuple[Any, ...], tuple[Any, Any, Any, list[Any]]] = {}
 
 
-def _compiled_for(argument: Any) -> Any:
-    """All that Triton compiles for: dtype and alignment of a tensor; width, divisibility and oneness of an int."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if type(argument) is int:
-        return 1 if argument == 1 else (argument % 16 == 0, -(2**31) <= argument < 2**31)
-    if isinstance(argument, TensorDescriptor):
-        return argument.base.dtype, *argument.block_shape, argument.padding
-    assert argument is None or type(argument) is float, f"a kernel's argument: {argument!r}"
-    return type(argument)
+def _compiled_for(arguments: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
+    """Of each argument all that Triton compiles for: dtype and alignment of a tensor; width, divisibility and oneness
+    of an int. And what Triton's launcher is given: a tensor's address, everything else as it is."""
+    kinds: list[Any] = []
+    values = list(arguments)
+    for i, argument in enumerate(arguments):
+        if argument is None:
+            kinds.append(None)
+        elif isinstance(argument, Tensor):
+            values[i] = address = argument.data_ptr()
+            kinds.append(argument.dtype if address % 16 == 0 else (argument.dtype,))
+        elif type(argument) is int:
+            kinds.append(argument == 1 or (argument % 16 == 0, -(2**31) <= argument < 2**31))
+        elif isinstance(argument, TensorDescriptor):
+            kinds.append((argument.base.dtype, *argument.block_shape, argument.padding))
+        else:
+            assert type(argument) is float, f"a kernel's argument: {argument!r}"
+            kinds.append(float)
+    return kinds, values
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
@@ -199,6 +227,30 @@ def score_scalars(inputs: Inputs, options: Options) -> tuple[int | None, float, 
     seed, cap = 0 if inputs.seeds is not None else options.seed, options.softcap
     scale = options.logit_scale if cap is None else options.logit_scale / cap
     return seed, scale, cap, 1.0 / options.temperature, options.noise_scale
+
+
+class Scoring(NamedTuple):
+    """What all kernels take that make scores of some rows; made once for all chunks of the vocabulary."""
+
+    offsets: Tensor | None  # of `logit_offsets`
+    tensors: tuple[Tensor | None, ...]  # of `score_tensors`
+    strides: tuple[int, int]  # of `score_strides`
+    scalars: tuple[Any, ...]  # of `score_scalars`
+
+    @classmethod
+    def of(cls, inputs: Inputs, options: Options) -> Scoring:
+        offsets = logit_offsets(inputs) if inputs.head is None else None
+        return cls(offsets, score_tensors(inputs), score_strides(inputs), score_scalars(inputs, options))
+
+
+def chunks(matrix: Tensor, size: int, dim: int = 0) -> Sequence[Tensor]:
+    """Its parts of at most `size` along a dimension, all made by one operator; itself where it is the only one."""
+    return (matrix,) if matrix.shape[dim] <= size else matrix.split(size, dim)
+
+
+def corner(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    """[:rows, :columns], which is often the whole."""
+    return matrix if matrix.shape == (rows, columns) else matrix[:rows, :columns]
 
 
 def logit_offsets(inputs: Inputs) -> Tensor | None:

@@ -27,6 +27,9 @@ ROW_BLOCK = 4096  # rows that form 3 or a backward takes at once
 # Up to this width and so many rows, a program holds whole rows of a tied matrix, which is then read once.
 WHOLE_WIDTH = 2048
 FEW_ROWS = 32
+# A second block of rows reads the matrix again from L2: beyond these columns form 3 is then faster.
+NARROW_WIDTH = 1024
+FEW_WIDE_ROWS = 16
 # Consumer and inference GPUs (compute capability 8.6, 8.9, 12.0, 12.1) give a program 99 KiB of shared memory, the
 # others 163 or 227. All of them are planned as 8.6: with Ampere's tiles, and form 2 up to the width that fits.
 SMALL_SHARED = (86, 89, 120, 121)
@@ -120,7 +123,8 @@ class Choice(NamedTuple):
 
     epilogue: bool  # the first product is our own, with the exponential in its epilogue, where that can be
     half_scores: bool  # otherwise cuBLAS rounds it to the input's dtype, as eager PyTorch does
-    chunk_mib: int  # of a chunk's scratch, at most
+    chunk_mib: int  # of a chunk's scratch, at most; columns that fill the GPU's multiprocessors with whole tiles
+    backward_mib: int  # the same in backward, where an entry takes more
 
     def rounds(self, problem: Problem, exact_scores: bool) -> bool:
         """Whether scores are rounded: by forward and backward alike, or the backward's P would not sum to 1."""
@@ -233,7 +237,8 @@ def plan_forward(problem: Problem, device: Device) -> OneRow | FewRows | TwoProd
 
 def _whole_rows(problem: Problem, device: Device) -> OneRow | FewRows | None:
     # float32: a 3xTF32 product of whole rows spills, and its gradients need scores bitwise as backward recomputes them
-    if not problem.tied or problem.itemsize != 2 or problem.width > WHOLE_WIDTH or problem.rows > FEW_ROWS:
+    most_rows = FEW_ROWS if problem.width <= NARROW_WIDTH else FEW_WIDE_ROWS
+    if not problem.tied or problem.itemsize != 2 or problem.width > WHOLE_WIDTH or problem.rows > most_rows:
         return None
     kernel = "one_row" if problem.rows == 1 else "few_rows"
     if kernel == "few_rows" and device.arch == SMALL_SHARED[0] and problem.width > SMALL_SHARED_WIDTH:
@@ -256,7 +261,8 @@ def _whole_rows(problem: Problem, device: Device) -> OneRow | FewRows | None:
 def choose(problem: Problem, device: Device) -> Choice:
     """The committed choice for this problem."""
     entry = _entry("many_rows", device.arch, problem.itemsize, problem.rows, problem.width)
-    return Choice(False, False, SCRATCH_BYTES >> 20) if entry is None else Choice(*(entry[n] for n in Choice._fields))
+    most = SCRATCH_BYTES >> 20
+    return Choice(False, False, most, most) if entry is None else Choice(*(entry[n] for n in Choice._fields))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -328,7 +334,7 @@ def plan_backward(
     column = scratch // tile
     row_block = even_blocks(problem.rows, min(ROW_BLOCK, max(column - sums, column // 2) // each))
     per_column = row_block * each + (sums if row_block < problem.rows else 0)
-    most = min(choice.chunk_mib << 20, scratch) // per_column
+    most = min(choice.backward_mib << 20, scratch) // per_column
     return Backward(config, row_block, chunk_size(problem.vocab, most, tile), half)
 
 

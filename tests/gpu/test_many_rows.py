@@ -46,7 +46,7 @@ def check(dtype: torch.dtype, rows: int, embed: int | None) -> None:
 @pytest.mark.parametrize("rows", [40, 300])
 @pytest.mark.parametrize(
     "choice",
-    [plan.Choice(True, True, 64), plan.Choice(False, True, 64), plan.Choice(False, False, 64)],
+    [plan.Choice(True, True, 64, 64), plan.Choice(False, True, 64, 64), plan.Choice(False, False, 64, 64)],
     ids=["our product", "half scores", "float32 scores"],
 )
 def test_every_choice(

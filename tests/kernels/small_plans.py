@@ -39,7 +39,7 @@ def small_plans(
     left_out = () if whole_rows else ("one_row", "few_rows")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "find", lambda kernel, *_: None if kernel in left_out else SMALL[kernel])
-        patch.setattr(plan, "choose", lambda *_: Choice(epilogue, half_scores, 64))
+        patch.setattr(plan, "choose", lambda *_: Choice(epilogue, half_scores, 64, 64))
         patch.setattr(plan, "ROW_BLOCK", row_block)
         patch.setattr(plan, "SCRATCH_BYTES", 4 * row_block * chunk_rows)
         patch.setattr(plan, "KEPT_BYTES", kept)

@@ -160,7 +160,7 @@ def test_scores_are_rounded_only_where_nobody_reads_them(dtype: str, variants: t
 def test_our_product_where_its_operands_and_options_allow_it(
     monkeypatch: pytest.MonkeyPatch, variants: tuple[str, ...], aligned: bool
 ) -> None:
-    monkeypatch.setattr(plan, "choose", lambda *_: plan.Choice(True, True, 64))
+    monkeypatch.setattr(plan, "choose", lambda *_: plan.Choice(True, True, 64, 64))
     plan.plan_two_products.cache_clear()
     try:
         call = Call("soft_embed", (300, 5000, 96 if aligned else 97, 40), "bfloat16", False, False, variants)
@@ -253,7 +253,7 @@ def test_the_fewest_launches() -> None:
 def test_old_gpus_have_no_tensor_descriptors() -> None:
     problem = Problem(1024, 50000, 896, 896, True, 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "choose", lambda *_: plan.Choice(True, True, 64))
+        patch.setattr(plan, "choose", lambda *_: plan.Choice(True, True, 64, 64))
         plan.plan_two_products.cache_clear()
         assert plan.plan_two_products(problem, Device(80, 108), epilogue=True).product is None
         assert plan.plan_two_products(problem, Device(90, 132), epilogue=True).product is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .. import launching
 from ..contract import Grads, Inputs, Needs, Options, Saved
-from ..launching import device_of, score_flags, score_scalars, score_strides, score_tensors
+from ..launching import Scoring, chunks, device_of
 from ..plan import Backward, Config, Device, cdiv, padded, plan_backward
 from . import gradients as kernels
 
@@ -118,6 +119,41 @@ def constants(grad_out: Tensor | None, grad_lse: Tensor | None, grad_entropy: Te
     return constant
 
 
+class _Room(NamedTuple):
+    """The scratch of one block of rows and one chunk, [.., T, C] each."""
+
+    sums: Tensor
+    outs: Tensor
+    products: Tensor  # of `sums`, or of `outs` where scores are rounded
+    grad_probs: Tensor
+    score_grads: Tensor
+    probs: Tensor
+
+
+class _Block:
+    """A block of rows: its parts of everything, cut out once for all chunks; `chunks` makes those of the chunks."""
+
+    def __init__(
+        self, rows: slice, inputs: Inputs, options: Options, saved: Saved, upstream: _Upstream, grads: Grads, chunk: int
+    ) -> None:
+        if rows.stop - rows.start < inputs.num_rows:
+            inputs, upstream = inputs.of_rows(rows), upstream.of_rows(rows)
+            saved = Saved(*(None if tensor is None else tensor[rows] for tensor in saved))  # type: ignore[arg-type]
+            of_rows = (grads.hidden, grads.temperature, grads.noise_scale)
+            hidden, temperature, noise_scale = (None if grad is None else grad[rows] for grad in of_rows)
+            grads = grads._replace(hidden=hidden, temperature=temperature, noise_scale=noise_scale)
+        self.rows, self.inputs, self.saved, self.upstream, self.grads = rows, inputs, saved, upstream, grads
+        self.count, self.scoring = inputs.num_rows, Scoring.of(inputs, options)
+        self.products: Sequence[Tensor] | None = None
+        if saved.probs is not None:
+            self.products = chunks(saved.probs, chunk, 1)
+        elif inputs.head is None:
+            self.products = chunks(inputs.hidden, chunk, inputs.hidden.dim() - 1)
+        self.score_grads: Sequence[Tensor] | None = None
+        if inputs.head is None and grads.hidden is not None:
+            self.score_grads = chunks(grads.hidden, chunk, 1)
+
+
 class _Walk:
     """The loop over chunks and blocks of rows, and the scratch of one of each.
 
@@ -138,9 +174,8 @@ class _Walk:
         need_values: bool,
     ) -> None:
         self.inputs, self.options, self.saved, self.plan, self.upstream = inputs, options, saved, plan, upstream
-        self.needs, self.need_values = needs, need_values
-        self.need_scores = any(needs._replace(embed=False))
-        hidden, dtype, given = inputs.hidden, inputs.values.dtype, inputs.head is None
+        self.need_values, self.need_scores = need_values, any(needs._replace(embed=False))
+        hidden, head, dtype, given = inputs.hidden, inputs.head, inputs.values.dtype, inputs.head is None
         self.elements = size = plan.row_block * padded(min(plan.chunk, inputs.num_vocab))
         apart = dtype != torch.float32
         own = not (given and needs.hidden)  # a place for dS
@@ -149,33 +184,36 @@ class _Walk:
         if apart:
             products = 1 if given or plan.half_scores else 2
             self.sums = torch.empty(products * size, dtype=torch.float32, device=hidden.device)
-        self.stacked: tuple[slice, Tensor] | None = None  # of the last block of rows
+        self.rooms: dict[tuple[int, int], _Room] = {}
+        # of the matrices, for h W^T, dS W and g E^T
+        self.heads = None if head is None else chunks(head, plan.chunk)
+        self.head_columns = None if head is None else chunks(head.T, plan.chunk, 1)
+        tied = inputs.embed is None
+        self.value_columns = self.head_columns if tied else chunks(inputs.values.T, plan.chunk, 1)
+        self.stacked: tuple[_Block, Tensor] | None = None  # of the last block of rows
         self.ones = None
         if needs.bias:
             self.ones = torch.ones((plan.row_block, 1), dtype=dtype if own else hidden.dtype, device=hidden.device)
 
     def run(self, grads: Grads) -> None:
-        num_rows, num_vocab = self.inputs.num_rows, self.inputs.num_vocab
-        blocks, chunks = _slices(num_rows, self.plan.row_block), _slices(num_vocab, self.plan.chunk)
+        num_rows, plan = self.inputs.num_rows, self.plan
+        blocks = [
+            _Block(rows, self.inputs, self.options, self.saved, self.upstream, grads, plan.chunk)
+            for rows in _slices(num_rows, plan.row_block)
+        ]
+        parts = list(enumerate(_slices(self.inputs.num_vocab, plan.chunk)))
         head_sum = embed_sum = None
         if len(blocks) > 1:  # sums over the blocks of rows are rounded once
             head_sum, embed_sum = self._float32_sum(grads.head), self._float32_sum(grads.embed)
         # blocks of rows follow one another where they are summed, chunks where a block is otherwise cut out again
-        steps = [(rows, vocab) for vocab in chunks for rows in blocks]
+        steps = [(block, part) for part in parts for block in blocks]
         if grads.head is None and grads.embed is None:
-            steps = [(rows, vocab) for rows in blocks for vocab in chunks]
-        for rows, vocab in steps:
+            steps = [(block, part) for block in blocks for part in parts]
+        for block, (i, vocab) in steps:
             head, embed = _chunk(grads.head, head_sum, vocab), _chunk(grads.embed, embed_sum, vocab)
-            part = Grads(
-                None if grads.hidden is None else grads.hidden[rows],
-                head,
-                embed,
-                None if grads.bias is None else grads.bias[vocab, None],
-                None if grads.temperature is None else grads.temperature[rows],
-                None if grads.noise_scale is None else grads.noise_scale[rows],
-            )
-            self._step(rows, vocab, part)
-            if rows.stop == num_rows:
+            bias = None if grads.bias is None else grads.bias[vocab, None]
+            self._step(block, i, vocab, block.grads._replace(head=head, embed=embed, bias=bias))
+            if block.rows.stop == num_rows:
                 for grad, total in ((grads.head, head), (grads.embed, embed)):
                     if grad is not None and total is not None and total.dtype != grad.dtype:
                         grad[vocab] = total
@@ -185,70 +223,71 @@ class _Walk:
             return None
         return grad.new_empty((min(self.plan.chunk, grad.shape[0]), grad.shape[1]), dtype=torch.float32)
 
-    def _step(self, rows: slice, vocab: slice, grads: Grads) -> None:
+    def _room(self, count: int, size: int) -> _Room:
+        """Nearly all chunks are alike."""
+        room = self.rooms.get((count, size))
+        if room is None:
+            elements = count * padded(size)
+            sums, outs = (
+                flat[: flat.shape[0] // self.elements * elements].view(-1, count, padded(size))[..., :size]
+                for flat in (self.sums, self.outs)
+            )
+            products = outs if self.plan.half_scores else sums
+            first, last = (0, -1) if len(outs) else (slice(0), slice(0))
+            room = _Room(sums, outs, products[first], sums[-1], outs[first], outs[last])
+            self.rooms[count, size] = room
+        return room
+
+    def _step(self, block: _Block, i: int, vocab: slice, grads: Grads) -> None:
         """One block of rows and one chunk: `grads` are the parts of the results that it adds to or begins."""
-        inputs, upstream, need_values = self.inputs.of_rows(rows), self.upstream.of_rows(rows), self.need_values
-        hidden, head, embed = inputs[:3]
-        count, size, grad_out = inputs.num_rows, vocab.stop - vocab.start, upstream.out
-        elements = count * padded(size)
-        sums, outs = (
-            flat[: flat.shape[0] // self.elements * elements].view(-1, count, padded(size))[..., :size]
-            for flat in (self.sums, self.outs)
-        )
-        probs = None if self.saved.probs is None else self.saved.probs[rows, vocab]
-        grad_probs = sums[-1]
-        products = hidden[..., vocab] if probs is None and head is None else probs
+        inputs, grad_out, need_values = block.inputs, block.upstream.out, self.need_values
+        hidden, embed = inputs.hidden, inputs.embed
+        room = self._room(block.count, vocab.stop - vocab.start)
+        products = None if block.products is None else block.products[i]
         at_once = products is None and not self.plan.half_scores
         both = None  # [2 T, D], where both products are with the same matrix
         if embed is None and grad_out is not None and (at_once or need_values):
-            both = self._stack(rows, hidden, grad_out)
-        if products is None and head is not None:
-            products = (outs if self.plan.half_scores else sums)[0]
+            both = self._stack(block, hidden, grad_out)
+        if products is None and self.head_columns is not None:
+            products = room.products
             if both is not None and at_once:
-                launching.product(both, head[vocab].T, sums.flatten(0, 1))
+                launching.product(both, self.head_columns[i], room.sums.flatten(0, 1))
             else:
-                launching.product(hidden, head[vocab].T, products)
+                launching.product(hidden, self.head_columns[i], products)
         if grad_out is not None and self.need_scores and not (both is not None and at_once):
-            launching.product(grad_out, inputs.values[vocab].T, grad_probs)
-        if head is None and grads.hidden is not None:
-            score_grads: Tensor | None = grads.hidden[:, vocab]
-        else:
-            score_grads = outs[0] if self.need_scores else None
+            assert self.value_columns is not None
+            launching.product(grad_out, self.value_columns[i], room.grad_probs)
+        score_grads = None
+        if self.need_scores:
+            score_grads = room.score_grads if block.score_grads is None else block.score_grads[i]
         assert products is not None
-        out = score_grads, outs[-1] if need_values else None
-        self._score_grad(inputs, upstream, rows, vocab, products, grad_probs, out, probs is not None, grads)
-        first_rows, first_vocab = rows.start == 0, vocab.start == 0
-        if grads.hidden is not None and head is not None:
-            launching.product(outs[0], head[vocab], grads.hidden, add=not first_vocab)
+        self._score_grad(block, vocab, products, room, score_grads, grads)
+        first_rows, first_vocab = block.rows.start == 0, i == 0
+        if grads.hidden is not None and self.heads is not None:
+            launching.product(room.score_grads, self.heads[i], grads.hidden, add=not first_vocab)
         if grads.bias is not None and self.ones is not None and score_grads is not None:
-            launching.product(score_grads.T, self.ones[:count], grads.bias, add=not first_rows)
+            launching.product(score_grads.T, self.ones[: block.count], grads.bias, add=not first_rows)
         if grads.head is not None:
             if both is not None:
-                launching.product(outs.flatten(0, 1).T, both, grads.head, add=not first_rows)
+                launching.product(room.outs.flatten(0, 1).T, both, grads.head, add=not first_rows)
             else:
-                launching.product(outs[0].T, hidden, grads.head, add=not first_rows)
+                launching.product(room.score_grads.T, hidden, grads.head, add=not first_rows)
         if grads.embed is not None and grad_out is not None:
-            launching.product(outs[-1].T, grad_out, grads.embed, add=not first_rows)
+            launching.product(room.probs.T, grad_out, grads.embed, add=not first_rows)
 
-    def _stack(self, rows: slice, hidden: Tensor, grad_out: Tensor) -> Tensor:
-        if self.stacked is None or self.stacked[0] != rows:
-            self.stacked = rows, torch.cat([hidden, grad_out])
+    def _stack(self, block: _Block, hidden: Tensor, grad_out: Tensor) -> Tensor:
+        if self.stacked is None or self.stacked[0] is not block:
+            self.stacked = block, torch.cat([hidden, grad_out])
         return self.stacked[1]
 
     def _score_grad(
-        self,
-        inputs: Inputs,
-        upstream: _Upstream,
-        rows: slice,
-        vocab: slice,
-        products: Tensor,
-        grad_probs: Tensor,
-        out: tuple[Tensor | None, Tensor | None],  # dS, P
-        kept: bool,
-        grads: Grads,
+        self, block: _Block, vocab: slice, products: Tensor, room: _Room, score_grads: Tensor | None, grads: Grads
     ) -> None:
-        count, size, config = inputs.num_rows, vocab.stop - vocab.start, self.plan.score_grad
-        token = None if self.saved.token is None or out[1] is None else self.saved.token[rows]
+        count, size, config = block.count, vocab.stop - vocab.start, self.plan.score_grad
+        saved, upstream, start = block.saved, block.upstream, self.options.vocab_start
+        offsets, tensors, strides, scalars = block.scoring
+        kept = saved.probs is not None
+        probs = room.probs if self.need_values else None
         tiles = cdiv(size, config.blocks["BLOCK_V"])
         sums = grads.temperature, grads.noise_scale  # of each row, over the vocabulary
         parts = [None if grad is None else grad.new_empty((count, tiles)) for grad in sums]
@@ -256,17 +295,16 @@ class _Walk:
             kernels.score_grad_kernel,
             (cdiv(count, config.blocks["BLOCK_T"]) * tiles,),
             (
-                products, None if upstream.out is None or not self.need_scores else grad_probs,
-                *out, *parts, None if kept else launching.logit_offsets(inputs), token,
-                *score_tensors(inputs),
-                self.saved.peak[rows], self.saved.total[rows], upstream.constant, upstream.entropy,
-                count, inputs.num_vocab, launching.row_stride(products), products.stride(-1), grad_probs.stride(0),
-                *(0 if tensor is None else tensor.stride(0) for tensor in out), *score_strides(inputs),
-                self.options.vocab_start, vocab.start, size, *score_scalars(inputs, self.options),
+                products, None if upstream.out is None or not self.need_scores else room.grad_probs,
+                score_grads, probs, *parts, None if kept else offsets, None if probs is None else saved.token,
+                *tensors, saved.peak, saved.total, upstream.constant, upstream.entropy,
+                count, self.inputs.num_vocab, launching.row_stride(products), products.stride(-1),
+                room.grad_probs.stride(0), 0 if score_grads is None else score_grads.stride(0),
+                0 if probs is None else probs.stride(0), *strides, start, vocab.start, size, *scalars,
                 self.options.embed_scale,
             ),
             config,
-            ALIGNED=score_flags(inputs, self.options)["ALIGNED"],
+            ALIGNED=start % 4 == 0,
             KEPT=kept,
         )  # fmt: skip
         for grad, part in zip(sums, parts, strict=True):

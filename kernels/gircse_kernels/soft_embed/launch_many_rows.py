@@ -9,16 +9,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .. import launching
 from .. import plan as plans
 from ..contract import Forward, Inputs, Options
-from ..launching import (
-    device_of,
-    exact_scores,
-    logit_offsets,
-    row_stride,
-    score_flags,
-    score_scalars,
-    score_strides,
-    score_tensors,
-)
+from ..launching import Scoring, chunks, corner, device_of, exact_scores, row_stride, score_flags
 from ..plan import Config, Problem, TwoProducts, cdiv, lookup, padded, plan_two_products
 from . import many_rows
 
@@ -83,10 +74,13 @@ def forward_many_rows(
             (plan.row_block, result.out.shape[1]), dtype=torch.float32, device=result.out.device
         )  # fmt: skip
     for start in range(0, num_rows, plan.row_block):
-        rows = slice(start, min(start + plan.row_block, num_rows))
-        part = Forward(*(None if tensor is None else tensor[rows] for tensor in result))  # type: ignore[arg-type]
-        part_acc = acc[rows] if acc.shape[0] == num_rows else acc[: rows.stop - start]
-        _row_block(inputs.of_rows(rows), options, plan, scratch, part_acc, part, finish)
+        part, part_inputs, part_acc = result, inputs, acc
+        if plan.row_block < num_rows:
+            rows = slice(start, min(start + plan.row_block, num_rows))
+            part = Forward(*(None if tensor is None else tensor[rows] for tensor in result))  # type: ignore[arg-type]
+            part_inputs = inputs.of_rows(rows)
+            part_acc = acc[rows] if acc.shape[0] == num_rows else acc[: rows.stop - start]
+        _row_block(part_inputs, options, plan, scratch, part_acc, part, finish)
     if plan.keep:
         return result._replace(probs=scratch.probs[:, : inputs.num_vocab])
     return result
@@ -95,30 +89,37 @@ def forward_many_rows(
 def _row_block(
     inputs: Inputs, options: Options, plan: TwoProducts, scratch: _Scratch, acc: Tensor, result: Forward, finish: bool
 ) -> None:
-    values, count, num_vocab = inputs.values, inputs.num_rows, inputs.num_vocab
-    width = values.shape[1]
+    count, stats = inputs.num_rows, result.argmax is not None
+    tables = chunks(inputs.values, plan.chunk)
+    width, start = acc.shape[1], 0
     old, new, total, moment = scratch.rows
-    stats = result.argmax is not None
-    for start in range(0, num_vocab, plan.chunk):
-        vocab = slice(start, min(start + plan.chunk, num_vocab))
-        first, size = start == 0, vocab.stop - start
-        _weights(inputs, options, plan, scratch, vocab, old, first, stats)
+    sums = *scratch.tiles, scratch.tile_argmax
+    source = _Source(inputs, options, plan.chunk)
+    for i, table in enumerate(tables):
+        size = table.shape[0]
         tiles = cdiv(size, plan.tile)
-        probs = scratch.probs[:count, :size]
+        probs = corner(scratch.probs, count, size)
+        if plan.product is None:
+            made = source.products(i, start, scratch.products)
+            flags = {"FIRST": i == 0, "STATS": stats}
+            _elementwise(source, start, made, probs, (old, *sums, None), plan.weights, **flags)
+        else:
+            _product_and_weights(source, plan.product, start, size, scratch, (old, *sums), i == 0, stats)
         launching.launch(
             many_rows.settle_kernel,
             (count, plan.settle_parts),
             (
-                probs, acc, *scratch.tiles, scratch.tile_argmax, old, new, total, moment, result.argmax,
+                probs, acc, *sums, old, new, total, moment, result.argmax,
                 tiles, size, width, probs.stride(0), plan.settle_parts,
             ),
             Config({"TILE": plan.tile, "BLOCK_E": 1024}, 4, 1),
-            FIRST=first,
+            FIRST=i == 0,
             STATS=stats,
             TILES=1 << (tiles - 1).bit_length(),
         )  # fmt: skip
-        launching.product(probs, values[vocab], acc, add=not first)
+        launching.product(probs, table, acc, add=i > 0)
         old, new = new, old
+        start += size
     launching.launch(
         many_rows.finish_kernel,
         (count, cdiv(width, FINISH.blocks["BLOCK_E"])),
@@ -131,88 +132,104 @@ def _row_block(
     )  # fmt: skip
 
 
-def _weights(
-    inputs: Inputs,
-    options: Options,
-    plan: TwoProducts,
+class _Source:
+    """Where the scores of a block of rows come from, and what the kernels need to make them, once for all chunks."""
+
+    def __init__(self, inputs: Inputs, options: Options, chunk: int, only: slice | None = None) -> None:
+        self.inputs, self.options, self.count = inputs, options, inputs.num_rows
+        self.num_vocab = inputs.num_vocab
+        self.given = inputs.head is None
+        # logits that are given, or what hidden states are multiplied with
+        right = inputs.hidden if inputs.head is None else inputs.head.T
+        self.parts = chunks(right, chunk, right.dim() - 1) if only is None else (right[..., only],)
+        self.added = not self.given and inputs.bias_ids is not None and inputs.bias_values is not None
+        if self.added:  # behind bias and soft-cap, which are then done
+            inputs, options = inputs._replace(bias=None), options._replace(softcap=None, logit_scale=1.0)
+        self.scoring = Scoring.of(inputs, options)
+
+    def products(self, i: int, start: int, out: Tensor) -> Tensor:
+        """The products h . w of chunk i, which begins at `start`, in the corner of `out` [T, C], or logits that are
+        given, in their place. Where `bias_ids` add to the logits, these are in `out`, and only the rest is left to do.
+        """
+        part = self.parts[i]
+        if self.given:
+            return part
+        out = corner(out, self.count, part.shape[1])
+        launching.product(self.inputs.hidden, part, out)
+        if self.added:
+            self._add(start, out)
+        return out
+
+    def _add(self, start: int, out: Tensor) -> None:
+        inputs, options = self.inputs, self.options._replace(temperature=1.0, seed=None)
+        assert inputs.bias_ids is not None
+        assert inputs.bias_values is not None
+        plain = _Source(Inputs(inputs.hidden, inputs.head, bias=inputs.bias), options, self.num_vocab)
+        _elementwise(plain, start, out, out, _NO_SUMS, _config(inputs), RAW=True)
+        ids, values = inputs.bias_ids.contiguous(), inputs.bias_values.contiguous()
+        count, number = ids.shape
+        if number:
+            launching.launch(
+                many_rows.add_entries_kernel,
+                (count, cdiv(number, ENTRIES.blocks["BLOCK"])),
+                (out, ids, values, number, out.shape[1], out.stride(0), options.vocab_start + start),
+                ENTRIES,
+            )
+
+
+def _product_and_weights(
+    source: _Source,
+    config: Config,
+    start: int,
+    size: int,
     scratch: _Scratch,
-    vocab: slice,
-    peak: Tensor,
+    sums: tuple[Tensor | None, ...],
     first: bool,
     stats: bool,
 ) -> None:
-    """P of a chunk, each tile relative to a reference of its own, and the tiles' sums."""
-    hidden, head = inputs.hidden, inputs.head
-    count, size = inputs.num_rows, vocab.stop - vocab.start
-    sums = (*scratch.tiles, scratch.tile_argmax)
-    if plan.product is not None and head is not None:
-        blocks = plan.product.blocks
-        programs = cdiv(count, blocks["BLOCK_T"]) * cdiv(size, blocks["BLOCK_V"])
-        probs = scratch.probs[:count]
-        launching.launch(
-            many_rows.weights_product_kernel,
-            (min(programs, device_of(hidden.device).num_sms * plan.product.per_sm),),
-            (
-                peak,
-                TensorDescriptor.from_tensor(hidden, [blocks["BLOCK_T"], blocks["BLOCK_K"]]),
-                TensorDescriptor.from_tensor(head, [blocks["BLOCK_V"], blocks["BLOCK_K"]]),
-                TensorDescriptor.from_tensor(probs, [blocks["BLOCK_T"], blocks["BLOCK_V"]]),
-                *score_tensors(inputs), *sums, count, inputs.num_vocab, hidden.shape[1], *score_strides(inputs),
-                options.vocab_start, vocab.start, size, *score_scalars(inputs, options),
-            ),
-            plan.product,
-            **score_flags(inputs, options),
-            FIRST=first,
-            STATS=stats,
-        )  # fmt: skip
-        return
-    products, probs = scratch.products[:count, :size], scratch.probs[:count, :size]
-    products, inputs, options = _products(inputs, options, vocab, products)
-    sums = (peak, *scratch.tiles, scratch.tile_argmax, None)
-    _elementwise(inputs, options, vocab.start, products, probs, sums, plan.weights, FIRST=first, STATS=stats)
+    """P of a chunk, each tile relative to a reference of its own, and the tiles' sums, by one kernel."""
+    inputs, options, blocks, count = source.inputs, source.options, config.blocks, source.count
+    hidden, head, scoring = inputs.hidden, inputs.head, source.scoring
+    assert head is not None
+    peak, *tiles = sums
+    programs = cdiv(count, blocks["BLOCK_T"]) * cdiv(size, blocks["BLOCK_V"])
+    launching.launch(
+        many_rows.weights_product_kernel,
+        (min(programs, device_of(hidden.device).num_sms * config.per_sm),),
+        (
+            peak,
+            TensorDescriptor.from_tensor(hidden, [blocks["BLOCK_T"], blocks["BLOCK_K"]]),
+            TensorDescriptor.from_tensor(head, [blocks["BLOCK_V"], blocks["BLOCK_K"]]),
+            TensorDescriptor.from_tensor(scratch.probs[:count], [blocks["BLOCK_T"], blocks["BLOCK_V"]]),
+            *scoring.tensors, *tiles, count, source.num_vocab, hidden.shape[1], *scoring.strides,
+            options.vocab_start, start, size, *scoring.scalars,
+        ),
+        config,
+        **score_flags(inputs, options),
+        FIRST=first,
+        STATS=stats,
+    )  # fmt: skip
 
 
 def chunk_scores(inputs: Inputs, options: Options, chunk_start: int, size: int) -> Tensor:
     """Scores [T, size] of a chunk of the vocabulary, float32, by the same kernel."""
     out = torch.empty((inputs.num_rows, size), dtype=torch.float32, device=inputs.hidden.device)
     if inputs.num_rows:
-        products, inputs, options = _products(inputs, options, slice(chunk_start, chunk_start + size), out)
-        _elementwise(inputs, options, chunk_start, products, out, _NO_SUMS, _config(inputs), RAW=True)
+        source = _Source(inputs, options, size, slice(chunk_start, chunk_start + size))
+        products = source.products(0, chunk_start, out)
+        _elementwise(source, chunk_start, products, out, _NO_SUMS, _config(inputs), RAW=True)
     return out
 
 
 def score_sums(
     inputs: Inputs, options: Options, products: Tensor, sums: tuple[Tensor, ...], config: Config, group: int
-) -> tuple[Tensor, Inputs, Options]:
+) -> tuple[Tensor, Scoring]:
     """Of all scores: highest score, sum, moment and argmax of each tile, and the highest score of each group of `group`
-    entries, all into `sums`. Returns what they were made from, as `_products` does, `products` being its `out`."""
-    products, inputs, options = _products(inputs, options, slice(0, inputs.num_vocab), products)
-    _elementwise(inputs, options, 0, products, None, (None, *sums), config, STATS=True, GROUP=group)
-    return products, inputs, options
-
-
-def _products(inputs: Inputs, options: Options, vocab: slice, out: Tensor) -> tuple[Tensor, Inputs, Options]:
-    """The products h . w of a chunk, in `out` [T, C], or logits that are given, in their place; and what makes scores
-    of them. Where `bias_ids` add to the logits, these are in `out`, and only the rest is left to do."""
-    if inputs.head is None:
-        return inputs.hidden[..., vocab], inputs, options
-    launching.product(inputs.hidden, inputs.head[vocab].T, out)
-    if inputs.bias_ids is None or inputs.bias_values is None:
-        return out, inputs, options
-    plain = Inputs(inputs.hidden, inputs.head, bias=inputs.bias)
-    logits = options._replace(temperature=1.0, seed=None)
-    _elementwise(plain, logits, vocab.start, out, out, _NO_SUMS, _config(inputs), RAW=True)
-    ids, values = inputs.bias_ids.contiguous(), inputs.bias_values.contiguous()
-    count, number = ids.shape
-    if number:
-        launching.launch(
-            many_rows.add_entries_kernel,
-            (count, cdiv(number, ENTRIES.blocks["BLOCK"])),
-            (out, ids, values, number, out.shape[1], out.stride(0), options.vocab_start + vocab.start),
-            ENTRIES,
-        )
-    inputs = inputs._replace(bias=None, bias_ids=None, bias_values=None)
-    return out, inputs, options._replace(softcap=None, logit_scale=1.0)
+    entries, all into `sums`. Returns what they were made from: the products, in `products` unless logits are given."""
+    source = _Source(inputs, options, inputs.num_vocab)
+    products = source.products(0, 0, products)
+    _elementwise(source, 0, products, None, (None, *sums), config, STATS=True, GROUP=group)
+    return products, source.scoring
 
 
 def _config(inputs: Inputs) -> Config:
@@ -220,8 +237,7 @@ def _config(inputs: Inputs) -> Config:
 
 
 def _elementwise(
-    inputs: Inputs,
-    options: Options,
+    source: _Source,
     chunk_start: int,
     products: Tensor,
     probs: Tensor | None,
@@ -234,18 +250,18 @@ def _elementwise(
     GROUP: int = 1,
 ) -> None:
     """What is made of products or logits [.., C] of a chunk. `sums`: peak so far, sums of the tiles, group maxima."""
-    count, size = inputs.num_rows, products.shape[-1]
+    (offsets, tensors, strides, scalars), count, start = source.scoring, source.count, source.options.vocab_start
+    size = products.shape[-1]
     launching.launch(
         many_rows.weights_kernel,
         (cdiv(count, config.blocks["BLOCK_T"]) * cdiv(size, config.blocks["BLOCK_V"]),),
         (
-            products, probs, logit_offsets(inputs), *score_tensors(inputs), *sums,
-            count, inputs.num_vocab, cdiv(size, GROUP),
-            row_stride(products), products.stride(-1), 0 if probs is None else probs.stride(0), *score_strides(inputs),
-            options.vocab_start, chunk_start, size, *score_scalars(inputs, options),
+            products, probs, offsets, *tensors, *sums, count, source.num_vocab, cdiv(size, GROUP),
+            row_stride(products), products.stride(-1), 0 if probs is None else probs.stride(0), *strides,
+            start, chunk_start, size, *scalars,
         ),
         config,
-        ALIGNED=options.vocab_start % 4 == 0,
+        ALIGNED=start % 4 == 0,
         FIRST=FIRST,
         STATS=STATS,
         RAW=RAW,

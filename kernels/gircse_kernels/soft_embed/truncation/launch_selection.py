@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import launching
 from ...contract import Candidates, Inputs, Options, Selection, Truncation
-from ...launching import adjacent, device_of, logit_offsets, row_stride, score_scalars, score_strides, score_tensors
+from ...launching import adjacent, device_of, row_stride
 from ...plan import padded, plan_select
 from ..launch_many_rows import score_sums
 from .selection import select_kernel
@@ -66,24 +66,23 @@ def _select(inputs: Inputs, options: Options, rules: Truncation | None, capacity
     groups = float32((plan.row_block, plan.groups))
     lists = float32((plan.row_block, blocks["ROOM"]))
     indices = torch.empty((plan.row_block, 2 * blocks["ROOM"]), dtype=torch.int32, device=device) if capacity else None
+    sums = (*tiles, tile_argmax, groups)
     for start in range(0, num_rows, plan.row_block):
         rows = slice(start, min(start + plan.row_block, num_rows))
-        part, count = inputs.of_rows(rows), rows.stop - start
-        sums = (*tiles, tile_argmax, groups)
-        room = products[:count, : products.shape[1] and num_vocab]
-        scores, part, rest = score_sums(part, options, room, sums, plan.weights, blocks["GROUP"])
-        first, second, third = (tensor[rows] for tensor in found.sums)
-        bias, temperature, *_, bitmask = score_tensors(part)
+        part, count = inputs if plan.row_block >= num_rows else inputs.of_rows(rows), rows.stop - start
+        scores, scoring = score_sums(part, options, products, sums, plan.weights, blocks["GROUP"])
+        first, second, third = (_rows(tensor, rows) for tensor in found.sums)
+        bias, temperature, *_, bitmask = scoring.tensors
         launching.launch(
             select_kernel,
             (count,),
             (
-                scores, logit_offsets(part), groups, *tiles, tile_argmax, bias, temperature, bitmask,
+                scores, scoring.offsets, groups, *sums[:-1], bias, temperature, bitmask,
                 *(adjacent(_rows(rule, rows)) for rule in rules or Truncation()), lists, indices,
-                _rows(found.threshold, rows), first, second, third, found.argmax[rows],
+                _rows(found.threshold, rows), first, second, third, _rows(found.argmax, rows),
                 _rows(found.ids, rows), _rows(found.scores, rows), _rows(found.num_kept, rows),
-                num_vocab, plan.tiles, plan.groups, row_stride(scores), scores.stride(-1), *score_strides(part),
-                options.vocab_start, *score_scalars(part, rest)[1:4],
+                num_vocab, plan.tiles, plan.groups, row_stride(scores), scores.stride(-1), *scoring.strides,
+                options.vocab_start, *scoring.scalars[1:4],
             ),
             plan.select,
             FINISH=finish,
@@ -96,4 +95,5 @@ def _select(inputs: Inputs, options: Options, rules: Truncation | None, capacity
 
 
 def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
-    return None if tensor is None else tensor[rows]
+    whole = tensor is None or (rows.start == 0 and rows.stop == tensor.shape[0])
+    return tensor if whole else tensor[rows]  # type: ignore[index]
