@@ -61,9 +61,7 @@ class Bucket(NamedTuple):
     soft_token_gradient: float
 
     @classmethod
-    def of(
-        cls, shape: torch.Size, num_steps: int, soft_token_gradient: float, *, most_positions: int | None
-    ) -> Bucket:
+    def of(cls, shape: torch.Size, num_steps: int, soft_token_gradient: float, *, most_positions: int | None) -> Bucket:
         """The bucket of token ids [b, N], which has a few rows and tokens more."""
         rows, length = _rounded(shape[0]), _rounded(shape[1], _LENGTH_STEP)
         if most_positions is not None:
