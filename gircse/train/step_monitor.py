@@ -60,7 +60,8 @@ class StepMonitor:
         return torch.stack([torch.cat(parts).double().mean() for _, parts in sorted(self._entropies.items())]).tolist()
 
     def peak_bytes(self) -> int:
-        """The peak of the memory: on CUDA what the allocator and the graphs held in this step, otherwise that of the whole process."""
+        """The peak of the memory: on CUDA what the allocator and the graphs held in this step, otherwise that of the
+        whole process."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) + self.graph_bytes
         unit = 1 if sys.platform == "darwin" else 1024

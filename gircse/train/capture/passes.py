@@ -1,46 +1,23 @@
-"""Micro-batches as CUDA graphs: the host starts two graphs, forward and backward, in place of thousands of kernels.
-
-A rollout of a small model is bound by the host, which starts each kernel of the forward and of the backward pass. Here
-both passes of a micro-batch are captured once for each bucket (texts, padded length, K, factor of the soft tokens'
-gradient) and replayed for every micro-batch that fits it. Gradient caching (`gircse.train.grad_cache`) keeps the loss
-outside: the forward graph leaves the states in a buffer, and the backward graph reads their gradient from another.
-
-    CapturedPasses.embed   pads to the bucket -> replay F -> states, with an autograd node -> backward: replay B, which
-                           adds the gradients of the trained weights to buffers that are their `.grad`
-
-Every micro-batch is padded to its bucket, captured or not, so dropout masks are the same on both paths: the states of a
-text do not depend on the padding, but the masks depend on the shape. A replay takes its random numbers from PyTorch's
-generator, as a pass of single kernels does. A bucket is captured when it comes for the second time. All graphs share
-one pool of memory, so the activations of one micro-batch live at a time, and the largest bucket decides how large the
-pool is. A draft (`gircse.lm.rollout`, "by the block") is part of the forward graph, and its repetition makes the same
-tokens.
-
-Where a capture fails, or memory does not hold graphs beside passes of single kernels, the run goes on without graphs,
-with one warning.
-"""
+"""All captured passes of a model: which there are, when one is made, and what happens where none can be."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from gircse.embedder import pooled_states
 from gircse.engine.watch import ModelWatch
 from gircse.lm.rollout import Drafter, KeptDraft, RolloutObserver
 from gircse.lm.token_ids import check_prompt
 from gircse.model import GIRCSE
+from gircse.train.capture.bucket import Bucket
+from gircse.train.capture.one_pass import CapturedPass, Passes, replay
 from gircse.train.run_config import RunConfig
 
 MAX_GRAPHS = 64  # pairs; a capture costs as much as several passes, so none makes room for another
-_STEPS_OF_AN_OCTAVE = 8  # buckets between n and 2n, so that at most an eighth of the positions is added
-_LENGTH_STEP = 16
-
 _NOT_CAPTURED = {
     "gradient_checkpointing": "gradient_checkpointing repeats layers with an earlier state of the generator, which a "
     "graph cannot set; smaller micro_batch_tokens save memory as well",
@@ -48,42 +25,10 @@ _NOT_CAPTURED = {
     "quantization": "quantised matrices are multiplied by another library",
 }
 
-# Runs of a pass -> replays of it. Tests on a CPU replace `record` by the runs themselves.
-Passes = tuple[Callable[[], None], Callable[[], None]]
 
-
-class Bucket(NamedTuple):
-    """What one pair of graphs is for. Shapes are static, and Python numbers of the capture stay in the graph."""
-
-    rows: int
-    length: int
-    num_steps: int
-    soft_token_gradient: float
-
-    @classmethod
-    def of(cls, shape: torch.Size, num_steps: int, soft_token_gradient: float, *, most_positions: int | None) -> Bucket:
-        """The bucket of token ids [b, N], which has a few rows and tokens more."""
-        rows, length = _rounded(shape[0]), _rounded(shape[1], _LENGTH_STEP)
-        if most_positions is not None:
-            length = max(shape[1], min(length, most_positions - num_steps))
-        return cls(rows, length, num_steps, float(soft_token_gradient))
-
-    @property
-    def positions(self) -> int:
-        return self.rows * (self.length + self.num_steps)
-
-    def pad(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds tokens of id 0 that do not count, and rows of one such token that does."""
-        room = (0, self.length - input_ids.shape[1], 0, self.rows - len(input_ids))
-        ids, mask = F.pad(input_ids, room), F.pad(attention_mask, room)
-        mask[len(input_ids) :, 0] = 1
-        return ids, mask
-
-
-def _rounded(count: int, least: int = 1) -> int:
-    """`count` or a little more, a multiple of `least` and one of few numbers."""
-    step = max(least, (1 << (count - 1).bit_length()) // (2 * _STEPS_OF_AN_OCTAVE))
-    return -(-count // step) * step
+def refusal_of(config: RunConfig) -> str | None:
+    """What in a run cannot be captured, None if everything can."""
+    return next((reason for name, reason in _NOT_CAPTURED.items() if getattr(config, name, None)), None)
 
 
 class CapturedPasses:
@@ -116,10 +61,10 @@ class CapturedPasses:
         where something in its passes cannot be captured."""
         if model.device.type != "cuda" or not config.cuda_graphs:
             return None
-        for name, reason in _NOT_CAPTURED.items():
-            if getattr(config, name, None):
-                _warn(reason)
-                return None
+        refusal = refusal_of(config)
+        if refusal is not None:
+            _warn(refusal)
+            return None
         return cls(model)
 
     @property
@@ -164,7 +109,7 @@ class CapturedPasses:
         check_prompt(ids, mask, num_steps, positions=lm.max_positions, vocabulary=lm.vocabulary)
         if observer is not None:
             observer.enter("graph")
-        states = _Replay.apply(self._leaf, self, captured, ids, mask, observer)[:count]
+        states = replay(captured, ids, mask, self._leaf, observer)[:count]
         if observer is not None and states.requires_grad:  # once for each text
             for step, entropy in enumerate(captured.entropies):
                 observer.soft_token(step, entropy[:count].clone())
@@ -278,129 +223,6 @@ class CapturedPasses:
 
 def _warn(reason: str) -> None:
     warnings.warn(f"micro-batches are not captured as CUDA graphs, which is slower: {reason}", stacklevel=3)
-
-
-class CapturedPass:
-    """The passes of one bucket, on buffers that stay where they are.
-
-    Attributes:
-        entropies: of the soft tokens, [rows] for each step.
-        replays: of `forward` and `backward`.
-    """
-
-    replays: Passes
-
-    def __init__(self, owner: CapturedPasses, model: GIRCSE, bucket: Bucket, drafter: Drafter | None) -> None:
-        self._owner, self._model, self._bucket, self._drafter = owner, model, bucket, drafter
-        self.ids = torch.zeros(bucket.rows, bucket.length, dtype=torch.int64, device=model.device)
-        self.mask = torch.ones_like(self.ids)
-        self.entropies: list[Tensor] = []
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._reached: list[nn.Parameter] = []
-        self._states: Tensor | None = None
-        self._gradient: Tensor | None = None
-        self._result: Tensor | None = None
-
-    def forward(self) -> None:
-        """`ids`, `mask` -> the states and entropies in their buffers, and a graph for `backward`."""
-        seen = _Entropies()
-        with torch.enable_grad():
-            self._result = pooled_states(
-                self._model.causal_lm,
-                self._model.config,
-                self.ids,
-                self.mask,
-                self._bucket.num_steps,
-                soft_token_gradient=self._bucket.soft_token_gradient,
-                drafter=self._drafter,
-                observer=seen,
-            )
-        found = self._result.detach()
-        if self._states is None:  # in the run before the capture, so that no graph's memory holds the buffers
-            self._states, self._gradient = torch.empty_like(found), torch.zeros_like(found)
-            self.entropies = [torch.empty_like(entropy) for entropy in seen.entropies]
-        torch._foreach_copy_([self._states, *self.entropies], [found, *seen.entropies])
-
-    def backward(self, into: Callable[[nn.Parameter], Tensor] | None = None) -> None:
-        """Adds the gradients of the trained weights to their buffers."""
-        assert self._result is not None
-        found = torch.autograd.grad(self._result, self._parameters, self._gradient, allow_unused=True)
-        self._result = None
-        self._reached = [p for p, own in zip(self._parameters, found, strict=True) if own is not None]
-        totals = [(into or self._owner.sum_of)(p) for p in self._reached]
-        torch._foreach_add_(totals, [own for own in found if own is not None])
-
-    def warm_up(self) -> None:
-        """Both passes, with nothing added."""
-        self.forward()
-        self.backward(torch.zeros_like)
-        for parameter in self._reached:
-            self._owner.sum_of(parameter)
-
-    def run(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, object]:
-        """-> a copy of the states [rows, K, D], and a token that `send` asks for."""
-        self.ids.copy_(ids, non_blocking=True)
-        self.mask.copy_(mask, non_blocking=True)
-        self.replays[0]()
-        assert self._states is not None
-        self._owner.live = token = object()
-        return self._states.clone(), token
-
-    def send(self, gradient: Tensor, token: object) -> None:
-        """Backward from the gradient of the states [rows, K, D].
-
-        Raises:
-            RuntimeError: another micro-batch has run since, whose activations lie in the same memory.
-        """
-        if token is not self._owner.live:
-            raise RuntimeError(
-                "captured micro-batch: got a backward pass after another micro-batch, or a second one, expected one "
-                "directly after its forward pass"
-            )
-        self._owner.live = None
-        assert self._gradient is not None
-        self._gradient.copy_(gradient)
-        self._owner.attach(self._reached)
-        self.replays[1]()
-
-
-class _Replay(torch.autograd.Function):
-    """Connects the two replays for autograd. `leaf` requires a gradient and gets none."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        leaf: Tensor,
-        owner: CapturedPasses,
-        captured: CapturedPass,
-        ids: Tensor,
-        mask: Tensor,
-        observer: RolloutObserver | None,
-    ) -> Tensor:
-        states, ctx.token = captured.run(ids, mask)
-        ctx.captured, ctx.observer = captured, observer
-        return states
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        if ctx.observer is not None:
-            ctx.observer.enter("graph")
-        ctx.captured.send(gradients[0], ctx.token)
-        return (None,) * 6
-
-
-class _Entropies:
-    """Keeps what a rollout tells its observer."""
-
-    def __init__(self) -> None:
-        self.entropies: list[Tensor] = []
-
-    def enter(self, phase: str) -> None:
-        pass
-
-    def soft_token(self, step: int, entropy: Tensor) -> None:
-        self.entropies.append(entropy)
 
 
 class _FirstRows:
