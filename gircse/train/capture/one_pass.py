@@ -13,6 +13,7 @@ from gircse.embedder import pooled_states
 from gircse.lm.rollout import Drafter, RolloutObserver
 from gircse.model import GIRCSE
 from gircse.train.capture.bucket import Bucket
+from gircse.train.capture.layers import FusedLayers
 from gircse.train.capture.shared import Shared
 
 # Replays of the forward and of the backward pass. Tests on a CPU run the functions themselves in their place.
@@ -43,6 +44,7 @@ class CapturedPass:
         self.ids = torch.zeros(bucket.rows, bucket.length, dtype=torch.int64, device=model.device)
         self.mask = torch.ones_like(self.ids)
         self.entropies: list[Tensor] = []
+        self._layers = FusedLayers.of(model.causal_lm)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._reached: list[nn.Parameter] = []
         self._states: Tensor | None = None
@@ -52,7 +54,7 @@ class CapturedPass:
     def forward(self) -> None:
         """`ids`, `mask` -> the states and entropies in their buffers, and a graph for `backward`."""
         seen = _Entropies()
-        with torch.enable_grad():
+        with torch.enable_grad(), self._layers.at_work():
             self._result = pooled_states(
                 self._model.causal_lm,
                 self._model.config,
