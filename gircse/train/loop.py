@@ -29,6 +29,7 @@ from gircse.data.sources import load_rows
 from gircse.evaluation.retrieval import evaluate_retrieval
 from gircse.files.atomic import remove_leftovers
 from gircse.files.lock import folder_lock
+from gircse.lm.lora import unfuse_lora
 from gircse.model import GIRCSE
 from gircse.train import run_folder
 from gircse.train.batches import TrainingData
@@ -271,6 +272,7 @@ def run_steps(
                 save_checkpoint(run, step + 1, model, optimizer, keep=config.keep_checkpoints)
 
     model.eval()
+    unfuse_lora(model.base)
     if ranks.first:
         model.save_pretrained(run / "model")
     ranks.wait()
