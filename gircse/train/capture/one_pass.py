@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gircse.embedder import pooled_states
+from gircse.lm.lora import refresh_lora
 from gircse.lm.rollout import Drafter, RolloutObserver
 from gircse.model import GIRCSE
 from gircse.train.capture.bucket import Bucket
@@ -89,6 +90,7 @@ class CapturedPass:
 
     def run(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, object]:
         """-> a copy of the states [rows, K, D], and a token that `send` asks for."""
+        refresh_lora(self._model.base)  # a replay reads the copies of the weights as they are
         self.ids.copy_(ids, non_blocking=True)
         self.mask.copy_(mask, non_blocking=True)
         self.replays[0]()
