@@ -24,6 +24,7 @@ from gircse.data.rows import Row
 from gircse.data.sources import load_rows
 from gircse.evaluation.retrieval import evaluate_retrieval
 from gircse.files.atomic import new_file
+from gircse.lm.lora import fuse_lora
 from gircse.model import GIRCSE
 from gircse.show.tables import metrics_table
 from gircse.train import run_folder
@@ -146,6 +147,7 @@ def student_of(teacher: GIRCSE, config: DistillConfig) -> GIRCSE:
     student = GIRCSE(base, teacher.tokenizer, replace(teacher.config, num_steps=0))
     if config.gradient_checkpointing:
         student.gradient_checkpointing_enable()
+    fuse_lora(student.base)
     return student
 
 

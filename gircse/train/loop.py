@@ -29,9 +29,11 @@ from gircse.data.sources import load_rows
 from gircse.evaluation.retrieval import evaluate_retrieval
 from gircse.files.atomic import remove_leftovers
 from gircse.files.lock import folder_lock
+from gircse.lm.lora import unfuse_lora
 from gircse.model import GIRCSE
 from gircse.train import run_folder
 from gircse.train.batches import TrainingData
+from gircse.train.capture import refusal_of
 from gircse.train.checkpoint import checkpoint_folder, list_checkpoints, load_checkpoint, save_checkpoint, save_failure
 from gircse.train.config import TrainConfig
 from gircse.train.distill_config import DistillConfig
@@ -166,7 +168,12 @@ def with_micro_batch_tokens(
     if tokens is None:
         length = max(config.query_max_length, config.passage_max_length)
         tokens = probe_budget(
-            model, num_steps=num_steps, soft_token_gradient=soft_token_gradient, length=length, sharded=sharded
+            model,
+            num_steps=num_steps,
+            soft_token_gradient=soft_token_gradient,
+            length=length,
+            sharded=sharded,
+            graphs=config.cuda_graphs and refusal_of(config) is None,
         )
     return replace(config, micro_batch_tokens=-int(ranks.most(-tokens)))
 
@@ -251,6 +258,7 @@ def run_steps(
                 "time": {phase: value / whole for phase, value in seconds.items()},
                 "peak_bytes": int(max(peaks)),
                 "micro_batches": int(max(passes)),
+                **({"graph_bytes": monitor.graph_bytes} if monitor.graph_bytes else {}),
                 "batch": f"{position:016x}",
             }
             last = step + 1 == total_steps
@@ -264,6 +272,7 @@ def run_steps(
                 save_checkpoint(run, step + 1, model, optimizer, keep=config.keep_checkpoints)
 
     model.eval()
+    unfuse_lora(model.base)
     if ranks.first:
         model.save_pretrained(run / "model")
     ranks.wait()

@@ -12,6 +12,7 @@ from gircse.lm.adapter import quiet_peft
 from gircse.lm.base_fingerprint import check_base
 from gircse.lm.config import GircseConfig
 from gircse.lm.load import load_pretrained, with_adapter
+from gircse.lm.lora import fuse_lora
 from gircse.lm.prompts import DEFAULT_TEMPLATE
 from gircse.model import GIRCSE
 from gircse.ops.head_facts import vocabulary_layers
@@ -64,6 +65,7 @@ def trainable_model(config: TrainConfig, model: GIRCSE | None = None, *, ranks: 
         )
     if config.gradient_checkpointing:
         trained.gradient_checkpointing_enable()
+    fuse_lora(trained.base)
     return trained
 
 

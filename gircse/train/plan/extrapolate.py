@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gircse.lm.lora import fuse_lora
 from gircse.roofline import ModelFacts
 from gircse.train.config import TrainConfig
 from gircse.train.lora import add_lora
@@ -111,7 +112,7 @@ def _meta_base(config: TrainConfig, model_config: PretrainedConfig) -> tuple[Any
     with torch.device("meta"):
         base: Any = AutoModelForCausalLM.from_config(model_config, dtype=dtype or torch.float32)
     facts = ModelFacts.of(base)
-    add_lora(base, config).train()  # which changes `base` itself
+    fuse_lora(add_lora(base, config).train())  # which changes `base` itself
     if config.gradient_checkpointing:
         getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)({"use_reentrant": False})
     return base, facts
