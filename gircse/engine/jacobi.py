@@ -26,6 +26,7 @@ from gircse.engine.pool import KVPool, PoolPass
 from gircse.engine.state import DecodeState
 from gircse.lm.attention import causal_attention
 from gircse.lm.causal_lm import CausalLM
+from gircse.lm.config import GircseConfig
 from gircse.ops.head_facts import HeadFacts
 from gircse.ops.pooling import pool_steps
 
@@ -46,6 +47,13 @@ class Jacobi:
     pooling: str
     tolerance: float
     auto: bool = False
+
+    @classmethod
+    def of(cls, config: GircseConfig) -> Jacobi | None:
+        """What the config says; None: one step after the other."""
+        if config.decoding == "sequential":
+            return None
+        return cls(config.pooling, config.jacobi_tolerance, config.decoding == "auto")
 
 
 class JacobiPass(PoolPass):
