@@ -18,6 +18,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,7 @@ def measure_speed(options: argparse.Namespace, device: torch.device) -> dict[str
             runs: dict[float | None, list[float]] = {tolerance: [] for tolerance in plans}
             for _ in range(options.repeats):
                 for tolerance, jacobi in plans.items():
-                    run = seconds(lambda jacobi=jacobi: engine.states(texts, steps, jacobi=jacobi), device)
-                    runs[tolerance].append(run)
+                    runs[tolerance].append(seconds(partial(engine.states, texts, steps, jacobi=jacobi), device))
             sequential = statistics.median(runs[None])
             points += [
                 {"rows": rows, "length": options.length, "num_steps": steps, "tolerance": tolerance}

@@ -1,4 +1,4 @@
-"""What Jacobi decoding changes: passes, the distance to the sequential embedding, retrieval; and starts of the passes."""
+"""What Jacobi decoding changes: passes, distances to the sequential embeddings, retrieval; and starts of the passes."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ def test_set(path: Path, texts: int | None) -> StudyCorpus:
 
 def measure(model: GIRCSE, corpus: StudyCorpus, steps: Sequence[int], tolerances: Sequence[float]) -> Iterator[Point]:
     """For each K the sequential embeddings, and those of each tolerance; 2 is reached after two passes."""
+
+    def encode(**options: Any) -> tuple[np.ndarray, np.ndarray]:
+        shared = {"max_length": LENGTH, "show_progress_bar": False} | options
+        queries = model.encode(corpus.queries, instruction=corpus.instruction, **shared)
+        return queries, model.encode(corpus.documents, **shared)
+
     for num_steps in steps:
-
-        def encode(**options: Any) -> tuple[np.ndarray, np.ndarray]:
-            shared = {"num_steps": num_steps, "max_length": LENGTH, "show_progress_bar": False} | options
-            queries = model.encode(corpus.queries, instruction=corpus.instruction, **shared)
-            return queries, model.encode(corpus.documents, **shared)
-
-        exact = encode(decoding="sequential")
+        exact = encode(num_steps=num_steps, decoding="sequential")
         yield {"num_steps": num_steps, "tolerance": None, "ndcg": _ndcg(*exact, corpus)}
         for tolerance in tolerances:
             before = _passes(model)
-            found = encode(decoding="jacobi", jacobi_tolerance=tolerance)
+            found = encode(num_steps=num_steps, decoding="jacobi", jacobi_tolerance=tolerance)
             taken = {passes: texts - before.get(passes, 0) for passes, texts in _passes(model).items()}
             error = np.concatenate([1 - (ours * theirs).sum(-1) for ours, theirs in zip(found, exact, strict=True)])
             yield {
