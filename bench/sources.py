@@ -29,6 +29,7 @@ MEASURED_BY: dict[str, tuple[str, ...]] = {
     "decode-attention": ("bench.suite.attention", "bench.floors"),
     "info_nce": ("bench.info_nce",),
     "info_nce-ranks": ("bench.info_nce",),
+    "jacobi": ("bench.jacobi",),
     "kernels-compile": ("bench.compile_kernels",),
     "op": ("bench.op_measure", "bench.floors"),
     "plan": ("bench.plan_check",),

@@ -103,6 +103,8 @@ class GIRCSE(Embedder):
         normalize: bool = True,
         truncate_dim: int | None = None,
         return_steps: bool = False,
+        decoding: str | None = None,
+        jacobi_tolerance: float | None = None,
         show_progress_bar: bool | None = None,
         devices: Sequence[str | torch.device] | None = None,
     ) -> np.ndarray:
@@ -121,8 +123,12 @@ class GIRCSE(Embedder):
             normalize: scale every embedding to length 1.
             truncate_dim: keep the first dimensions only (before normalisation).
             return_steps: give the embeddings after 1, 2, .., K steps, in the time of the last. Entry k - 1 is exactly
-                `encode(texts, num_steps=k)` (up to K = 32; beyond, to rounding). A text that stopped early keeps its
-                last embedding.
+                `encode(texts, num_steps=k)` (up to K = 32; beyond, to rounding), with Jacobi decoding to its tolerance
+                only. A text that stopped early keeps its last embedding.
+            decoding: "sequential", "jacobi" (all steps together, in a few passes) or "auto" (whichever is faster for
+                the texts of a batch; embeddings depend on it, to the tolerance); default: the config's.
+            jacobi_tolerance: with "jacobi" and "auto", a text is done when a pass moves its last embedding by less,
+                1 - cosine; 0 gives the sequential result. Default: the config's.
             show_progress_bar: default: on a terminal, for more than 64 texts.
             devices: spread the texts over these devices, each with a copy of the model during the call.
 
@@ -146,6 +152,8 @@ class GIRCSE(Embedder):
             normalize=normalize,
             truncate_dim=truncate_dim,
             return_steps=return_steps,
+            decoding=decoding,
+            jacobi_tolerance=jacobi_tolerance,
         )
         if devices is not None:
             return encode_on(devices, self, texts, options, show_progress_bar=show_progress_bar)
@@ -160,7 +168,7 @@ class GIRCSE(Embedder):
             texts: strings. They are read in the caller's thread, at most two windows ahead of the embeddings. If the
                 iterable raises, the embeddings of all texts before come first, then its exception.
             window: number of texts that are held at once, sorted by length and batched together.
-            options: the arguments of `encode` from `instruction` to `return_steps`.
+            options: the arguments of `encode` from `instruction` to `jacobi_tolerance`.
 
         The consumer may stop at any time (`close()`, `break`).
 

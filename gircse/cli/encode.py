@@ -37,6 +37,12 @@ def add(commands: Any) -> None:
     parser.add_argument("--truncate-dim", type=int, help="keep only the first dimensions")
     parser.add_argument("--no-normalize", action="store_true", help="do not scale embeddings to length 1")
     parser.add_argument("--return-steps", action="store_true", help="write the embeddings after each step: [n, K, D]")
+    parser.add_argument(
+        "--decoding",
+        choices=("sequential", "jacobi", "auto"),
+        help="soft tokens one after the other, or all together in a few passes (default: as the model's config says)",
+    )
+    parser.add_argument("--jacobi-tolerance", type=float, help="of jacobi and auto: done when a pass moves less")
     parser.add_argument("--shard-size", type=int, default=4096, help="texts of a shard (folder, or several ranks)")
     parser.add_argument(
         "--shard-timeout", type=float, default=1800, help="seconds to wait for other ranks while none finishes a shard"
@@ -87,6 +93,8 @@ def _encode_texts(arguments: argparse.Namespace, model: Any, texts: list[str]) -
         normalize=not arguments.no_normalize,
         truncate_dim=arguments.truncate_dim,
         return_steps=arguments.return_steps,
+        decoding=arguments.decoding,
+        jacobi_tolerance=arguments.jacobi_tolerance,
     )
 
 
@@ -105,6 +113,8 @@ def _encode_sharded(arguments: argparse.Namespace, rank: Any) -> None:
         "max_length",
         "truncate_dim",
         "return_steps",
+        "decoding",
+        "jacobi_tolerance",
         "dtype",
     )
     settings = {name: getattr(arguments, name) for name in names} | {"normalize": not arguments.no_normalize}

@@ -26,6 +26,7 @@ from gircse.encode.tokens import (
     warn_cut,
     warn_if_nothing_is_left,
 )
+from gircse.engine.jacobi import Jacobi
 from gircse.integers import check_integer
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class EncodeOptions:
         num_steps: K, or the most steps of a row where `tolerance` is set.
         tolerance: None, or rows stop once their embedding moves less than this, twice in a row.
         dim: width of the result.
+        jacobi: how all steps are made together; None: one step after the other.
     """
 
     instruction: str | None
@@ -55,6 +57,7 @@ class EncodeOptions:
     normalize: bool
     dim: int
     return_steps: bool
+    jacobi: Jacobi | None
 
     @classmethod
     def of(
@@ -70,6 +73,8 @@ class EncodeOptions:
         normalize: bool = True,
         truncate_dim: int | None = None,
         return_steps: bool = False,
+        decoding: str | None = None,
+        jacobi_tolerance: float | None = None,
     ) -> EncodeOptions:
         """See `GIRCSE.encode`.
 
@@ -104,6 +109,7 @@ class EncodeOptions:
             normalize=normalize,
             dim=truncate_dim or model.embedding_dimension,
             return_steps=return_steps,
+            jacobi=Jacobi.of(model.config.with_decoding(decoding, jacobi_tolerance)),
         )
 
     @property
@@ -224,6 +230,7 @@ def _embed(
             include_prompt=model.config.include_prompt_state,
             settled=None if options.tolerance is None else _settled(model, options.tolerance),
             max_rows=options.batch_size,
+            jacobi=options.jacobi,
         )
     return embeddings
 

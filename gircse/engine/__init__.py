@@ -12,7 +12,9 @@
     body/              the decoder that runs: the model's own, or ours of few kernels
     watch.py           whether the model has changed since its decoder was read
     state.py           what a decode step reads and writes
-    step.py            the decode step; its capture and replay
+    step.py            the decode step; its capture and replay, and those of a Jacobi pass
+    jacobi.py          Jacobi decoding: a pass of many tokens of every row, and when it is faster
+    running_rows.py    the rows of a batch that have not settled
     step_cost.py       the kernels and bytes of a step
     engine.py          `Engine`: prefix, prefill, steps, early stopping, out-of-memory
 
@@ -21,5 +23,6 @@ Imports `gircse.lm`, `gircse.ops`, `gircse.integers`, and `gircse_kernels` for t
 
 from gircse.engine.config import EngineConfig
 from gircse.engine.engine import Engine, EngineReport
+from gircse.engine.jacobi import Jacobi
 
-__all__ = ["Engine", "EngineConfig", "EngineReport"]
+__all__ = ["Engine", "EngineConfig", "EngineReport", "Jacobi"]

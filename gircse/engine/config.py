@@ -70,7 +70,8 @@ class Limits:
         prefill_tokens: tokens of one prefill, each row counted at the length of the longest.
         kv_tokens: slots of the pool of keys and values, over all rows.
         slot_multiple: slots of a row are rounded up to a multiple of this.
-        row_buckets: round the rows of the buffers up to a power of two (one captured graph serves them all).
+        row_buckets: round the rows of the buffers up to a power of two, and the tokens of a Jacobi pass up to a
+            multiple (one captured graph serves them all).
     """
 
     rows: int

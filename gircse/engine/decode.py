@@ -25,13 +25,14 @@ class DecodePass(PoolPass):
         kernel: "sdpa", "flash" or "triton" (see `decode_kernel`).
 
     Attributes:
-        positions: `position`.
+        positions, start: `position`.
         row: [rows] int64, 0, 1, ..
     """
 
     def __init__(self, pool: KVPool, rows: int, slots: int, position: Tensor, kernel: str) -> None:
         super().__init__(pool, rows, slots)
-        self.positions, self.kernel = position, kernel
+        self.positions = self.start = position
+        self.kernel = kernel
         self.row = torch.arange(rows, device=position.device)
         self._slot = torch.arange(slots, device=position.device)
         self._length: Tensor | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,8 +15,10 @@ from torch import Tensor
 from gircse.engine.body import Decoder, StockDecoder, choose_decoder
 from gircse.engine.config import STEPS_BUCKET, EngineConfig, Limits, kv_bytes_per_token
 from gircse.engine.decode import decode_kernel
+from gircse.engine.jacobi import TOKENS_BUCKET, Jacobi, first_token, is_faster
 from gircse.engine.pool import KVPool
 from gircse.engine.prefill import PrefillPass
+from gircse.engine.running_rows import RunningRows
 from gircse.engine.schedule import DecodeBatch, by_length, common_prefix, next_batch
 from gircse.engine.state import DecodeState
 from gircse.engine.step import StepRunner
@@ -41,6 +44,7 @@ class _Job(NamedTuple):
     temperature: float
     settled: Settled | None
     include_prompt: bool
+    jacobi: Jacobi | None
     shared: int
     prefix: dict[int, tuple[Tensor, Tensor]] | None = None
 
@@ -54,7 +58,8 @@ class EngineReport:
         state_bytes: the state of the step.
         graph_bytes: memory that captured graphs reserved.
         graphs: (rows, slots) of each captured graph.
-        steps: kernels and bytes of each captured step, the largest batch last.
+        steps: kernels and bytes of each captured step and Jacobi pass, the passes last, and of each the largest batch.
+        passes: {passes: texts}, how many texts took so many Jacobi passes since the model was read.
         not_captured: why the step runs eagerly although it was to be captured, or None.
         not_fused: why the model's own decoder body runs although ours was to, or None.
         limits: the limits of a decode batch, derived from the free memory.
@@ -65,6 +70,7 @@ class EngineReport:
     graph_bytes: int
     graphs: list[tuple[int, int]]
     steps: list[StepCost]
+    passes: dict[int, int]
     not_captured: str | None
     not_fused: str | None
     limits: Limits
@@ -92,6 +98,8 @@ class Engine:
         self._watch = ModelWatch(lm.model)
         self._not_fused: str | None = None
         self._warned: set[str] = set()
+        self._passes: Counter[int] = Counter()
+        self._size = 0
         self._pool: KVPool | None = None
         self._state: DecodeState | None = None
         self._lock = threading.RLock()
@@ -118,6 +126,7 @@ class Engine:
             graph_bytes=self._runner.graph_bytes,
             graphs=self._runner.buckets,
             steps=self._runner.costs,
+            passes={passes: texts for passes, texts in sorted(self._passes.items()) if texts},
             not_captured=self._runner.refusal,
             not_fused=self._not_fused,
             limits=self._limits,
@@ -131,6 +140,7 @@ class Engine:
         *,
         temperature: float = 1.0,
         include_prompt: bool = False,
+        jacobi: Jacobi | None = None,
     ) -> Tensor:
         """Rolls out every row.
 
@@ -139,6 +149,7 @@ class Engine:
             num_steps: K >= 0.
             temperature: logit temperature of the soft tokens.
             include_prompt: the K states are h_0, g_1..g_{K-1}: the prompt's last state and K - 1 steps.
+            jacobi: make all steps together, by Jacobi passes; None: one step after the other.
 
         Returns:
             [n, max(K, 1), D] in the model's dtype, on its device, in the order of `rows`: g_1..g_K, or with K = 0 the
@@ -153,7 +164,7 @@ class Engine:
         def keep(chosen: list[int], states: Tensor, counts: Tensor) -> None:
             result[torch.tensor(chosen, device=result.device)] = states
 
-        self.run(rows, num_steps, keep, temperature=temperature, include_prompt=include_prompt)
+        self.run(rows, num_steps, keep, temperature=temperature, include_prompt=include_prompt, jacobi=jacobi)
         return result
 
     @torch.compiler.disable  # a compiled model around it would be compiled again for the shape of every batch
@@ -167,15 +178,16 @@ class Engine:
         settled: Settled | None = None,
         max_rows: int | None = None,
         include_prompt: bool = False,
+        jacobi: Jacobi | None = None,
     ) -> None:
         """`states`, which `sink` receives batch by batch.
 
         Args:
-            rows, num_steps, temperature, include_prompt: as for `states`.
+            rows, num_steps, temperature, include_prompt, jacobi: as for `states`.
             sink: called with (row indices, states [n, max(K, 1), D], counts [n] int64 on the host) of each finished
                 batch. It may keep the states. Only the first `counts` states of a row are valid.
             settled: called after every step from the second on; a row for which it gives True leaves the batch. None:
-                all rows run to K.
+                all rows run to K. With `jacobi` it is called when all K states are there.
             max_rows: the most rows of a batch, besides the engine's own limit.
         """
         check_rows(rows, self.lm.vocabulary, num_steps, positions=self.lm.max_positions)
@@ -183,7 +195,7 @@ class Engine:
         lengths = [len(row) for row in rows]
         order = by_length(lengths)
         shared = common_prefix(rows) if self.config.reuse_prefix else 0
-        job = _Job(rows, num_steps, temperature, settled, include_prompt, shared)
+        job = _Job(rows, num_steps, temperature, settled, include_prompt, jacobi, shared)
         with self._lock, without_autocast(self._device), torch.inference_mode():
             self._read_model()
             done = 0
@@ -211,6 +223,8 @@ class Engine:
         if not self._watch.changed():
             return
         self._runner.drop()
+        self._passes.clear()
+        self._size = sum(parameter.numel() for parameter in self.lm.body.parameters())
         watch, self._watch = self._watch, ModelWatch(self.lm.model)  # if that raises, the next call chooses anew
         self._decoder, reason = choose_decoder(self.lm, self.config, self._kernel)
         self._watch = watch
@@ -240,7 +254,9 @@ class Engine:
             state.step.fill_(int(job.include_prompt))
             if job.include_prompt:
                 state.states[:, 0] = state.hidden
-            states, counts = self._decode(batch, pool, state, job)
+            states, counts = (self._decode_jacobi if self._is_jacobi(count, job) else self._decode)(
+                batch, pool, state, job
+            )
         # Checked once, just before the result is read, because the host waits for the device here.
         if not bool(states.isfinite().all()):
             pool.zero_()
@@ -262,29 +278,59 @@ class Engine:
                 step()
             return state.states[:count, :num_steps].clone(), torch.full((count,), num_steps)
 
-        states = state.states.new_zeros(count, num_steps, state.states.shape[-1])
-        counts = torch.full((count,), num_steps)
-        alive = list(range(count))  # the text in each row of the buffers; -1 for one that has settled
+        running = RunningRows(count, num_steps, pool, state, batch.slots, self._limits.buffer_rows)
         for taken in range(first, num_steps + 1):
             step()
             if taken == num_steps or taken < 2:
                 continue
-            leaving = job.settled(state.states[: len(alive), :taken]).tolist()
-            for row, text in enumerate(alive):
-                if leaving[row] and text >= 0:
-                    states[text, :taken], counts[text], alive[row] = state.states[row, :taken], taken, -1
-            left = sum(text >= 0 for text in alive)
-            if not left:
-                return states, counts
-            smaller = self._limits.buffer_rows(left)
-            if smaller < len(state.hidden):
-                alive = _compact(alive, left, pool, state, batch.slots)
-                state = state.first(smaller)
-                state.position[left:] = 0  # otherwise spare rows run beyond their slots
-                step = self._runner.bind(self._decoder, pool, state, batch.slots, job.temperature)
-        for row, text in enumerate(alive):
-            if text >= 0:
-                states[text] = state.states[row, :num_steps]
+            rows = len(running.state.hidden)
+            if not running.leave(job.settled(running.state.states[: len(running.texts), :taken]).tolist(), taken):
+                break
+            if len(running.state.hidden) < rows:
+                step = self._runner.bind(self._decoder, pool, running.state, batch.slots, job.temperature)
+        return running.result()
+
+    def _is_jacobi(self, count: int, job: _Job) -> bool:
+        """Whether a batch of so many rows is decoded by Jacobi passes."""
+        if job.jacobi is None or not job.jacobi.auto:
+            return job.jacobi is not None
+        tokens, texts = job.num_steps - int(job.include_prompt), self._passes.total()
+        passes = sum(passes * texts for passes, texts in self._passes.items()) / texts if texts else 0.0
+        return is_faster(self._device.type, self._size, count, tokens, passes)
+
+    def _decode_jacobi(self, batch: DecodeBatch, pool: KVPool, state: DecodeState, job: _Job) -> tuple[Tensor, Tensor]:
+        """`_decode` by Jacobi passes."""
+        assert job.jacobi is not None
+        count, num_steps, before = len(batch.rows), job.num_steps, int(job.include_prompt)
+        tokens, multiple = num_steps - before, TOKENS_BUCKET if self._limits.row_buckets else 1
+        running = RunningRows(count, num_steps, pool, state, batch.slots, self._limits.buffer_rows)
+        for done in range(tokens):
+            self._runner.bind_pass(
+                self._decoder,
+                pool,
+                running.state,
+                batch.slots,
+                job.temperature,
+                pooling=job.jacobi.pooling,
+                before=before,
+                first=first_token(done, tokens, multiple),
+                stop=tokens,
+            )()
+            last, texts = done + 1 == tokens, len(running.texts)
+            if done and job.jacobi.tolerance and not last:
+                moved = running.state.moved[:texts].tolist()  # the host waits for the device
+                leaving = [distance < job.jacobi.tolerance for distance in moved]
+            else:
+                leaving = [last] * texts
+            self._passes[done + 1] += sum(
+                text >= 0 and leaves for text, leaves in zip(running.texts, leaving, strict=True)
+            )
+            if not running.leave(leaving, num_steps):
+                break
+        states, counts = running.result()
+        if job.settled is not None:
+            for taken in range(num_steps - 1, 1, -1):
+                counts[job.settled(states[:, :taken]).cpu()] = taken
         return states, counts
 
     def _prefix(self, tokens: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
@@ -324,21 +370,6 @@ class Engine:
                 "prompt tokens (and further where that is not enough)",
                 stacklevel=3,
             )
-
-
-def _compact(alive: list[int], left: int, pool: KVPool, state: DecodeState, slots: int) -> list[int]:
-    """Moves running rows from the tail into the rows of settled ones. -> `alive` of the first `left` rows."""
-    holes = [row for row in range(left) if alive[row] < 0]
-    tail = [row for row in range(left, len(alive)) if alive[row] >= 0]
-    if holes:
-        device = state.hidden.device
-        source, target = torch.tensor(tail, device=device), torch.tensor(holes, device=device)
-        pool.move_rows(source, target, len(state.hidden), slots)
-        state.move_rows(source, target)
-    alive = list(alive)
-    for row, other in zip(holes, tail, strict=True):
-        alive[row] = alive[other]
-    return alive[:left]
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

@@ -85,7 +85,8 @@ class KVPool:
 
 class PoolPass(AttentionPass):
     """A pass whose keys and values are in a pool. The stock body calls `attend`; ours takes `buffers`, writes keys and
-    values of each token to [row, :, position], and calls `attention`.
+    values of each token to [row, :, position], and calls `attention`. `attend` takes the tokens of all rows packed:
+    q, k, v are [1, H | H_kv, T, d].
 
     Args:
         pool, rows, slots: the buffers, viewed as `rows` rows of `slots` slots.
@@ -104,6 +105,18 @@ class PoolPass(AttentionPass):
     def buffers(self, layer: int, heads: int, dims: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
         """`KVPool.buffers`: keys [rows, H_kv, slots, d] and values [rows, H_kv, slots, d_v]."""
         return self.pool.buffers(layer, self.rows, self.slots, heads, dims, like)
+
+    def attend(self, layer, query, key, value, *, scaling, dropout, window, softcap):
+        query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        keys, values = self.buffers(layer, key.shape[1], (key.shape[2], value.shape[2]), key)
+        self.write(keys, key)
+        self.write(values, value)
+        out = self.attention(layer, query, key, value, scaling=scaling, window=window, softcap=softcap)
+        return out[None].transpose(1, 2)
+
+    def write(self, buffer: Tensor, new: Tensor) -> None:
+        """Keys or values [T, H_kv, d] to their slots of the buffer [rows, H_kv, slots, d]."""
+        buffer[self.row, :, self.positions] = new
 
     def attention(
         self,

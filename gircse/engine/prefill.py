@@ -101,16 +101,11 @@ class PrefillPass(PoolPass):
             self.longest, self.uniform = min(most_tokens, max(self.slots, MOST_SPARE)), False
         return [ids, positions, row, last, *(array.astype(np.int32) for array in (starts, used, row_starts))]
 
-    def attend(self, layer, query, key, value, *, scaling, dropout, window, softcap):
-        query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        keys, values = self.buffers(layer, key.shape[1], (key.shape[2], value.shape[2]), key)
-        for buffer, new in ((keys, key), (values, value)):
-            if self.uniform:  # views replace the indices
-                buffer[self.batch, :, self.before : self.before + self.longest] = self._unpack(new)
-            else:
-                buffer[self.row, :, self.positions] = new
-        out = self.attention(layer, query, key, value, scaling=scaling, window=window, softcap=softcap)
-        return out[None].transpose(1, 2)
+    def write(self, buffer: Tensor, new: Tensor) -> None:
+        if self.uniform:  # views replace the indices
+            buffer[self.batch, :, self.before : self.before + self.longest] = self._unpack(new)
+        else:
+            super().write(buffer, new)
 
     def attention(self, layer, query, key, value, *, scaling, window, softcap):
         keys, values = self.pool.layer(layer, self.rows, self.slots)

@@ -1,9 +1,9 @@
-"""The decode step and its CUDA graphs.
+"""The decode step, the Jacobi pass, and their CUDA graphs.
 
 One step reads and writes static buffers only. It makes the soft token of `hidden`, runs the decoder body at `position`,
 writes `hidden` and `states[:, step]`, and adds 1 to `position` and `step`. So one captured graph per (rows, slots)
-serves every K and every prompt length, and the host waits for the device only at the end. On a CPU the same function
-runs eagerly.
+serves every K and every prompt length, and the host waits for the device only at the end. A Jacobi pass has a graph for
+each K and number of its tokens. On a CPU the same functions run eagerly.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gircse.engine.body.decoder import Decoder
 from gircse.engine.decode import DecodePass
+from gircse.engine.jacobi import JacobiPass, jacobi_pass
 from gircse.engine.pool import KVPool
 from gircse.engine.prefill_graphs import PrefillGraphs
 from gircse.engine.state import DecodeState
@@ -60,8 +61,8 @@ class StepRunner:
         self.refusal: str | None = None
         self.graph_bytes = 0
         self._graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
-        self._costs: dict[tuple[int, int], StepCost] = {}
-        self._passes: dict[tuple[int, int], DecodePass] = {}
+        self._costs: dict[tuple[int, int, int], StepCost] = {}
+        self._passes: dict[tuple, Any] = {}
         self._memory: Any = None
         self._prefills = PrefillGraphs()
         if self._required and lm.device.type != "cuda":
@@ -70,11 +71,11 @@ class StepRunner:
     @property
     def buckets(self) -> list[tuple[int, int]]:
         """(rows, slots) of the captured graphs."""
-        return [key[:2] for key in self._graphs]
+        return [(rows, slots) for (_, rows, slots), _ in self._graphs]
 
     @property
     def costs(self) -> list[StepCost]:
-        """Of the captured steps, largest batch last."""
+        """Of the captured steps and Jacobi passes, the latter last, and of each the largest batch."""
         return [self._costs[key] for key in sorted(self._costs)]
 
     def drop(self) -> None:
@@ -97,29 +98,81 @@ class StepRunner:
         self, decoder: Decoder, pool: KVPool, state: DecodeState, slots: int, temperature: float
     ) -> Callable[[], None]:
         """A function that takes one step of `state`'s rows each time it is called."""
-        rows = len(state.hidden)
-        key = (rows, slots, temperature)
+        rows, restored = len(state.hidden), (state.hidden, state.position, state.step)
+
+        def make() -> DecodePass:
+            return DecodePass(pool, rows, slots, state.position, self._kernel)
+
+        def step(kv: DecodePass, facts: HeadFacts | None) -> None:
+            decode_step(self._lm, decoder, kv, state, temperature, facts)
+
+        return self._bind((1, rows, slots), (temperature,), make, step, pool, state, restored)
+
+    def bind_pass(
+        self,
+        decoder: Decoder,
+        pool: KVPool,
+        state: DecodeState,
+        slots: int,
+        temperature: float,
+        *,
+        pooling: str,
+        before: int,
+        first: int,
+        stop: int,
+    ) -> Callable[[], None]:
+        """A function that makes one Jacobi pass of the tokens `first` to `stop` - 1 of `state`'s rows; see
+        `jacobi_pass`."""
+        rows, restored = len(state.hidden), (state.states, state.embedding)
+
+        def make() -> JacobiPass:
+            return JacobiPass(pool, rows, slots, state.position, first, stop)
+
+        def run(kv: JacobiPass, facts: HeadFacts | None) -> None:
+            jacobi_pass(self._lm, decoder, kv, state, temperature, pooling, before, facts)
+
+        options = (temperature, first, pooling, before)
+        return self._bind((stop - first, rows, slots), options, make, run, pool, state, restored)
+
+    def _bind(
+        self,
+        size: tuple[int, int, int],
+        options: tuple,
+        make: Callable[[], Any],
+        run: Callable[[Any, HeadFacts | None], None],
+        pool: KVPool,
+        state: DecodeState,
+        restored: Sequence[Tensor],
+    ) -> Callable[[], None]:
+        """`run` with its pass, captured where that is possible.
+
+        Args:
+            size: tokens of a row, rows, slots.
+            options: what else tells one graph from another.
+            make: makes the pass.
+            restored: tensors that `run` writes and reads.
+        """
+        key = (size, options)
         if self.captures and key not in self._graphs and len(self._graphs) >= MAX_GRAPHS:
             self.drop()  # before the pass is made, which the new graph goes on reading
-        kv = self._passes.get((rows, slots))
-        if kv is None or kv.pool is not pool or kv.positions.data_ptr() != state.position.data_ptr():
+        kv = self._passes.get((size, options[1:]))
+        if kv is None or kv.pool is not pool or kv.start.data_ptr() != state.position.data_ptr():
             if not self.captures and len(self._passes) >= MAX_PASSES:  # a captured graph goes on reading its pass
                 self._passes.clear()
-            kv = self._passes[rows, slots] = DecodePass(pool, rows, slots, state.position, self._kernel)
+            kv = self._passes[size, options[1:]] = make()
 
         facts = None if self.captures else self._lm.facts()  # a graph must read them in every step
 
         def step() -> None:
-            decode_step(self._lm, decoder, kv, state, temperature, facts)
+            run(kv, facts)
 
         def count() -> None:
-            self._costs[rows, slots] = step_cost(step, pool, state, slots)
+            self._costs[size] = step_cost(step, pool, state, size[2], size[0])
 
         if not self.captures:
             return step
         if key not in self._graphs:
             try:
-                restored = state.hidden, state.position, state.step
                 self._graphs[key] = self._capture(step, restored, count if self._counted else None)
             except torch.OutOfMemoryError:
                 raise
@@ -130,7 +183,7 @@ class StepRunner:
                 warnings.warn(
                     f"the generation step cannot be captured as a CUDA graph and runs eagerly, which is slower: "
                     f"{self.refusal}",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
                 return step
         return self._graphs[key].replay

@@ -17,7 +17,7 @@ from gircse.engine.state import DecodeState
 
 
 class StepCost(NamedTuple):
-    """Of a step of `rows` rows with `slots` slots each.
+    """Of a step of `rows` rows with `slots` slots each, or of a Jacobi pass, with several `tokens` of each row.
 
     Attributes:
         launches: kernels, where each product or other operator of PyTorch counts as one.
@@ -29,10 +29,11 @@ class StepCost(NamedTuple):
     slots: int
     launches: int
     bytes: int
+    tokens: int = 1
 
 
-def step_cost(step: Callable[[], None], pool: KVPool, state: DecodeState, slots: int) -> StepCost:
-    """Runs the step once and counts."""
+def step_cost(step: Callable[[], None], pool: KVPool, state: DecodeState, slots: int, tokens: int = 1) -> StepCost:
+    """Runs the step, or a Jacobi pass of `tokens` a row, once and counts."""
     counter, rows = _Counter([*pool.tensors(), state.states]), len(state.hidden)
     with ExitStack() as stack:
         if importlib.util.find_spec("triton") is not None:
@@ -41,7 +42,8 @@ def step_cost(step: Callable[[], None], pool: KVPool, state: DecodeState, slots:
             stack.enter_context(telling(counter.add))
         stack.enter_context(counter)
         step()
-    return StepCost(rows, slots, counter.launches, counter.bytes + pool.bytes * rows * slots // pool.tokens)
+    pool_bytes = pool.bytes * rows * slots // pool.tokens
+    return StepCost(rows, slots, counter.launches, counter.bytes + pool_bytes, tokens)
 
 
 class _Counter(TorchDispatchMode):

@@ -18,12 +18,15 @@ def fingerprint(model: GIRCSE) -> str:
     """16 hexadecimal digits of everything that decides an embedding, except the arguments of `encode`.
 
     That is parameters and buffers (names, dtypes, shapes, bytes), which adapters are active and how strong, the
-    tokenizer, the base's config, and ours without `num_steps` and the token limits. A model with a merged adapter has
+    tokenizer, the base's config, and ours without `num_steps` and the token limits, and without decoding and its
+    tolerance where that is sequential. A model with a merged adapter has
     another fingerprint than with the same adapter apart, because the two round differently. Every weight is read once,
     at 1 to 2 GB/s.
     """
     digest = hashlib.sha256()
     arguments = {"num_steps", "query_max_length", "passage_max_length"}
+    if model.config.decoding == "sequential":
+        arguments |= {"decoding", "jacobi_tolerance"}
     config = {name: value for name, value in asdict(model.config).items() if name not in arguments}
     digest.update(json.dumps(config, sort_keys=True).encode())
     digest.update(_tokenizer_state(model.tokenizer))

@@ -13,6 +13,7 @@ from gircse.lm.prompts import DEFAULT_TEMPLATE, check_template
 from gircse.ops.pooling import POOLINGS
 
 CONFIG_NAME = "gircse_config.json"
+DECODINGS = ("sequential", "jacobi", "auto")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class GircseConfig:
             by K - 1 soft tokens (as LaSER does). The default pools g_1..g_K.
         query_max_length, passage_max_length: the most tokens of a prompt with and without an instruction, as in
             training; a call's `max_length` overrides them.
+        decoding: how texts are encoded: "sequential", one soft token after the other; "jacobi", all together in a few
+            passes (docs/engine.md), whose embeddings differ by about `jacobi_tolerance`; "auto", whichever is faster
+            for the number of texts in a batch, so that embeddings depend on it to the tolerance.
+        jacobi_tolerance: in [0, 2]: a text is done when a pass moves its embedding by less, 1 - cosine.
     """
 
     num_steps: int = 5
@@ -39,6 +44,8 @@ class GircseConfig:
     include_prompt_state: bool = False
     query_max_length: int = 512
     passage_max_length: int = 512
+    decoding: str = "sequential"
+    jacobi_tolerance: float = 1e-3
 
     def __post_init__(self) -> None:
         for name, least in (("num_steps", 0), ("query_max_length", 1), ("passage_max_length", 1)):
@@ -57,6 +64,12 @@ class GircseConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected true or false")
         check_template(self.prompt_template)
+        if self.decoding not in DECODINGS:
+            raise ValueError(f"decoding: got {self.decoding!r}, expected one of {', '.join(map(repr, DECODINGS))}")
+        tolerance = self.jacobi_tolerance
+        if isinstance(tolerance, bool) or not isinstance(tolerance, Real) or not 0 <= tolerance <= 2:
+            raise ValueError(f"jacobi_tolerance: got {tolerance!r}, expected a number from 0 to 2 (a cosine distance)")
+        object.__setattr__(self, "jacobi_tolerance", float(tolerance))
 
     @classmethod
     def load(cls, folder: str | Path) -> GircseConfig | None:
@@ -90,3 +103,7 @@ class GircseConfig:
 
     def with_steps(self, num_steps: int | None) -> GircseConfig:
         return self if num_steps is None else replace(self, num_steps=num_steps)
+
+    def with_decoding(self, decoding: str | None, jacobi_tolerance: float | None) -> GircseConfig:
+        given = {"decoding": decoding, "jacobi_tolerance": jacobi_tolerance}
+        return replace(self, **{name: value for name, value in given.items() if value is not None})

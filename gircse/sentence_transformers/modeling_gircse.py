@@ -53,6 +53,8 @@ class GIRCSEModule(InputModule):
         append_eos: append the end-of-sequence token to every prompt.
         include_prompt_state: pool the prompt's last state as the first of the K.
         query_max_length, passage_max_length: the most tokens of a text with a prompt, which is included, and without.
+        decoding, jacobi_tolerance: kept for `gircse`, which can make soft tokens in another way (its docs/engine.md);
+            this file always makes one after the other.
         max_seq_length: the most tokens of either, instead of these two. Longer texts are cut on the tokenizer's
             `truncation_side`.
     """
@@ -64,7 +66,7 @@ class GIRCSEModule(InputModule):
     config_file_name = "gircse_config.json"
     config_keys = [  # noqa: RUF012
         "num_steps", "pooling", "temperature", "prompt_template", "append_eos", "include_prompt_state",
-        "query_max_length", "passage_max_length",
+        "query_max_length", "passage_max_length", "decoding", "jacobi_tolerance",
     ]  # fmt: skip
     forward_kwargs = {"num_steps", "return_steps"}  # noqa: RUF012
     save_in_root = True
@@ -83,6 +85,8 @@ class GIRCSEModule(InputModule):
         include_prompt_state: bool = False,
         query_max_length: int = 512,
         passage_max_length: int = 512,
+        decoding: str = "sequential",
+        jacobi_tolerance: float = 1e-3,
         max_seq_length: int | None = None,
     ) -> None:
         super().__init__()
@@ -98,6 +102,8 @@ class GIRCSEModule(InputModule):
         self.include_prompt_state = include_prompt_state
         self.query_max_length = query_max_length
         self.passage_max_length = passage_max_length
+        self.decoding = decoding
+        self.jacobi_tolerance = jacobi_tolerance
         self.max_seq_length = max_seq_length
 
     def __reduce_ex__(self, protocol: Any) -> Any:

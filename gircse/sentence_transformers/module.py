@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gircse.engine import Jacobi
 from gircse.lm.load import load_pretrained
 from gircse.lm.rollout import Drafter
 from gircse.model import GIRCSE
@@ -93,7 +94,11 @@ class GIRCSEModule(modeling_gircse.GIRCSEModule):
         rows = [ids[mask].tolist() for ids, mask in zip(input_ids.cpu(), real, strict=True)]
         with self.model.inference() as engine:
             return engine.states(
-                rows, num_steps, temperature=self.temperature, include_prompt=self.include_prompt_state
+                rows,
+                num_steps,
+                temperature=self.temperature,
+                include_prompt=self.include_prompt_state,
+                jacobi=Jacobi.of(self.model.config),
             )
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:

@@ -65,6 +65,27 @@ def test_steps_are_exactly_the_prefixes(pooling):
         assert np.array_equal(model.encode(TEXTS, num_steps=k), steps[:, k - 1])
 
 
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_jacobi_decoding(pooling):
+    """To its tolerance the sequential result, also after each step, in a stream, on other devices and with "auto"
+    steps; with tolerance 0 to rounding."""
+    model = GIRCSE(tiny_model("qwen3"), tiny_tokenizer(), GircseConfig(num_steps=8, pooling=pooling)).eval()
+    steps = model.encode(TEXTS, return_steps=True)
+    exact = {"decoding": "jacobi", "jacobi_tolerance": 0}
+    np.testing.assert_allclose(model.encode(TEXTS, return_steps=True, **exact), steps, atol=1e-6)
+    np.testing.assert_allclose(model.encode(TEXTS, devices=["cpu"], **exact), steps[:, -1], atol=1e-6)
+    adaptive = {"num_steps": "auto", "max_steps": 8, "tolerance": 1e-3}
+    np.testing.assert_allclose(model.encode(TEXTS, **adaptive, **exact), model.encode(TEXTS, **adaptive), atol=1e-6)
+    model.config = model.config.with_decoding("jacobi", 1e-4)
+    embeddings = model.encode(TEXTS)
+    with model.inference() as engine:
+        passes = engine.report().passes
+    assert max(passes) == 8 > min(passes)  # the exact ones above, and these
+    assert 1e-7 < (1 - (embeddings * steps[:, -1]).sum(1)).max() < 1e-3
+    np.testing.assert_allclose(list(model.encode_stream(TEXTS, window=2)), embeddings, atol=1e-6)
+    np.testing.assert_array_equal(model.encode(TEXTS, decoding="sequential"), steps[:, -1])
+
+
 def test_too_long_texts_are_cut_and_counted(model):
     with pytest.warns(UserWarning, match="2 of 6 texts are longer than max_length=12 tokens"):
         cut = model.encode(TEXTS, max_length=12)
@@ -287,6 +308,9 @@ def test_an_error_on_one_device_ends_the_call(model, monkeypatch):
         (["a"], {"num_steps": "all"}, ValueError, "num_steps: got 'all', expected an integer >= 0 or 'auto'"),
         (["a"], {"num_steps": "auto", "tolerance": 0}, ValueError, "tolerance: got 0"),
         (["a"], {"num_steps": "auto", "max_steps": 0}, ValueError, "max_steps: got 0"),
+        (["a"], {"decoding": "fast"}, ValueError, "decoding: got 'fast', expected one of 'sequential'"),
+        (["a"], {"jacobi_tolerance": -1}, ValueError, "jacobi_tolerance: got -1, expected a number from 0 to 2"),
+        (["a"], {"jacobi_tolerance": True}, ValueError, "jacobi_tolerance: got True"),
         (["a"], {"devices": []}, ValueError, r"devices: got \[\], expected a list"),
         (["a"], {"devices": ["cup"]}, ValueError, "devices: got 'cup'"),
         (["a"], {"devices": ["cuda:77"]}, ValueError, "devices: got 'cuda:77'"),

@@ -29,8 +29,12 @@ def prepared(name, decoder=StockDecoder):
     state = DecodeState.allocate(ROWS, 4, hidden)
     state.hidden.copy_(hidden)
     state.position.copy_(torch.tensor(lengths))
-    runner = StepRunner(lm, capture="never", kernel="sdpa")
-    return lm, state, runner.bind(decoder, pool, state, SLOTS, 1.0)
+    return lm, state, pool, decoder
+
+
+def prepared_step(name, decoder=StockDecoder):
+    lm, state, pool, decoder = prepared(name, decoder)
+    return lm, state, StepRunner(lm, capture="never", kernel="sdpa").bind(decoder, pool, state, SLOTS, 1.0)
 
 
 def fused(lm):
@@ -41,7 +45,7 @@ def fused(lm):
     ("name", "decoder"), [(name, d) for name in CONFIGS for d in (StockDecoder, fused) if name != "gpt2" or d != fused]
 )
 def test_two_steps_are_the_same_operations(name, decoder):
-    _, state, step = prepared(name, decoder)
+    _, state, step = prepared_step(name, decoder)
     first, second = two_steps(step)
     assert len(first) > 20
     assert first == second
@@ -59,7 +63,7 @@ def test_two_steps_are_the_same_operations(name, decoder):
     ],
 )
 def test_the_guard_sees_a_synchronisation(fault, message):
-    _, state, step = prepared("llama")
+    _, state, step = prepared_step("llama")
 
     def faulty():
         step()
@@ -70,7 +74,7 @@ def test_the_guard_sees_a_synchronisation(fault, message):
 
 
 def test_the_guard_sees_a_number_that_changed():
-    _, state, step = prepared("llama")
+    _, state, step = prepared_step("llama")
     counter = iter(range(10))
 
     def faulty():
@@ -82,7 +86,7 @@ def test_the_guard_sees_a_number_that_changed():
 
 
 def test_the_guard_sees_memory_that_changed():
-    _, state, step = prepared("llama")
+    _, state, step = prepared_step("llama")
 
     def swapped():
         step()
@@ -94,7 +98,7 @@ def test_the_guard_sees_memory_that_changed():
 
 
 def test_a_capture_that_fails_falls_back_with_one_warning(monkeypatch):
-    lm, state, _ = prepared("llama")
+    lm, state, _ = prepared_step("llama")
     runner = StepRunner(lm, capture="never", kernel="sdpa")
     runner.captures = True
     attempts = []

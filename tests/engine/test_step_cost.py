@@ -40,7 +40,7 @@ def test_operators_are_counted_as_kernels(operation, launches, size, mode):
     with mode():
         cost = step_cost(operation, POOL, state, 8)
     keys_and_values = 2 * 8 * (2 * D * 4)  # rows, slots, bytes of a token
-    assert cost == (2, 8, launches, size + keys_and_values)
+    assert cost == (2, 8, launches, size + keys_and_values, 1)
 
 
 @pytest.fixture

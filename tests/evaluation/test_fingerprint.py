@@ -36,11 +36,15 @@ def test_what_changes_an_embedding_changes_the_name():
         model(temperature=0.5),
         model(append_eos=True),
         model(include_prompt_state=True),
+        model(decoding="auto"),
+        model(decoding="jacobi"),
+        model(decoding="jacobi", jacobi_tolerance=0.01),
         model(tokenizer=tokenizer),
         changed,
     ]
     names = {fingerprint(other) for other in [model(), *others]}
     assert len(names) == len(others) + 1
+    assert fingerprint(model(jacobi_tolerance=0.01)) in names  # sequential decoding has none
 
 
 def test_adapters_count_by_name_and_strength_and_apart_from_merged():
@@ -80,5 +84,5 @@ def test_quantised_weights_are_read_by_their_parts():
 
 def test_every_setting_of_the_config_but_the_steps_counts():
     names = {field.name for field in dataclasses.fields(GircseConfig)}
-    counted = {"pooling", "temperature", "append_eos", "include_prompt_state", "prompt_template"}
-    assert names - {"num_steps", "query_max_length", "passage_max_length"} - counted == set()
+    counted = {"pooling", "temperature", "append_eos", "include_prompt_state", "prompt_template", "decoding"}
+    assert names - {"num_steps", "query_max_length", "passage_max_length", "jacobi_tolerance"} - counted == set()

@@ -119,6 +119,10 @@ def test_settings_of_module_and_model_are_one(model, st):
     st[0].append_eos = True
     assert model.config == GircseConfig(num_steps=5, append_eos=True)
     close(st.encode(TEXTS), model.encode(TEXTS))
+    st[0].decoding = "jacobi"
+    st.encode(TEXTS)
+    with model.inference() as engine:
+        assert sum(engine.report().passes.values()) == len(TEXTS)
     with pytest.raises(ValueError, match="pooling: got 'max'"):
         st[0].pooling = "max"
 

@@ -38,6 +38,9 @@ class Decoder(Protocol):
     def step(self, kv: DecodePass, token: Tensor, state: DecodeState) -> None:
         """Runs the tokens [R, D] at `state.position`, and moves `state` on by one step."""
 
+    def block(self, kv: PoolPass, tokens: Tensor) -> Tensor:
+        """The states [T, D] of several tokens [T, D] of each row, which may be overwritten."""
+
 
 class StockDecoder:
     """The model's own body.
@@ -61,6 +64,9 @@ class StockDecoder:
         state.position.add_(1)
         state.step.add_(1)
 
+    def block(self, kv: PoolPass, tokens: Tensor) -> Tensor:
+        return self._eager.run_body(kv, kv.positions[None], inputs_embeds=tokens[None])[0]
+
 
 class FusedDecoder:
     """Our body.
@@ -80,7 +86,13 @@ class FusedDecoder:
         self.layer_parameters = sum(module.weight.numel() for module in products)
 
     def prefill(self, kv: PrefillPass) -> Tensor:
-        x, delta = self._run(kv, self._lm.model.get_input_embeddings()(kv.ids), kv.last)
+        return self._finish(*self._run(kv, self._lm.model.get_input_embeddings()(kv.ids), kv.last))
+
+    def block(self, kv: PoolPass, tokens: Tensor) -> Tensor:
+        return self._finish(*self._run(kv, tokens))
+
+    def _finish(self, x: Tensor, delta: Tensor) -> Tensor:
+        """The last addition and norm."""
         after = self._facts.layers[-1].after_mlp
         return self._ops.add_rms_norm(x, delta, self._facts.norm, delta_weight=after, **self._norm)
 
