@@ -26,6 +26,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+def pooled_states(
+    lm: CausalLM, config: GircseConfig, input_ids: Tensor, attention_mask: Tensor, num_steps: int, **options: Any
+) -> Tensor:
+    """`Embedder.rollout` on the model's device, of arguments that were checked; the host waits for nothing.
+
+    Args:
+        options: of `gircse.lm.rollout.rollout`.
+    """
+    with_prompt = config.include_prompt_state or not num_steps
+    steps = max(num_steps - 1, 0) if with_prompt else num_steps
+    states = rollout(lm, input_ids, attention_mask, steps, temperature=config.temperature, **options)
+    return states.with_prompt if with_prompt else states.steps
+
+
 class Embedder(nn.Module):
     """A causal LM with a differentiable rollout, pooling, the generation engine and the merging of its adapter.
 
@@ -121,18 +135,16 @@ class Embedder(nn.Module):
         steps = GircseConfig(num_steps=steps).num_steps  # checks it
         lm = self.causal_lm
         check_prompt(input_ids, attention_mask, steps, positions=lm.max_positions, vocabulary=lm.vocabulary)
-        with_prompt = self.config.include_prompt_state or not steps
-        states = rollout(
+        return pooled_states(
             lm,
+            self.config,
             input_ids.to(self.device),
             attention_mask.to(self.device),
-            max(steps - 1, 0) if with_prompt else steps,
-            temperature=self.config.temperature,
+            steps,
             soft_token_gradient=soft_token_gradient,
             drafter=drafter,
             observer=observer,
         )
-        return states.with_prompt if with_prompt else states.steps
 
     def pool(self, steps: Tensor) -> Tensor:
         """[B, K, D] states of `rollout` -> [B, K, D] embeddings after 1..K steps, not normalised, float32 (or 64)."""

@@ -173,6 +173,11 @@ class KeptDraft:
     def __init__(self) -> None:
         self._tokens: dict[torch.device, Tensor] = {}  # `DataParallel` calls it on each device with other texts
 
+    @property
+    def made(self) -> bool:
+        """Whether it has drafted."""
+        return bool(self._tokens)
+
     def __call__(self, lm: CausalLM, kv: RolloutKV, prompt: Tensor, num_steps: int, **options: Any) -> Tensor:
         if prompt.device not in self._tokens:
             self._tokens[prompt.device] = draft(lm, kv, prompt, num_steps, **options)

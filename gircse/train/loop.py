@@ -33,6 +33,7 @@ from gircse.lm.lora import unfuse_lora
 from gircse.model import GIRCSE
 from gircse.train import run_folder
 from gircse.train.batches import TrainingData
+from gircse.train.capture import refusal_of
 from gircse.train.checkpoint import checkpoint_folder, list_checkpoints, load_checkpoint, save_checkpoint, save_failure
 from gircse.train.config import TrainConfig
 from gircse.train.distill_config import DistillConfig
@@ -167,7 +168,12 @@ def with_micro_batch_tokens(
     if tokens is None:
         length = max(config.query_max_length, config.passage_max_length)
         tokens = probe_budget(
-            model, num_steps=num_steps, soft_token_gradient=soft_token_gradient, length=length, sharded=sharded
+            model,
+            num_steps=num_steps,
+            soft_token_gradient=soft_token_gradient,
+            length=length,
+            sharded=sharded,
+            graphs=config.cuda_graphs and refusal_of(config) is None,
         )
     return replace(config, micro_batch_tokens=-int(ranks.most(-tokens)))
 
@@ -252,6 +258,7 @@ def run_steps(
                 "time": {phase: value / whole for phase, value in seconds.items()},
                 "peak_bytes": int(max(peaks)),
                 "micro_batches": int(max(passes)),
+                **({"graph_bytes": monitor.graph_bytes} if monitor.graph_bytes else {}),
                 "batch": f"{position:016x}",
             }
             last = step + 1 == total_steps

@@ -16,7 +16,13 @@ _SHARE = 0.8  # of the memory; the rest is for the optimizer's state, the loss a
 
 
 def probe_budget(
-    model: GIRCSE, *, num_steps: int, length: int, soft_token_gradient: float = 1.0, sharded: bool = False
+    model: GIRCSE,
+    *,
+    num_steps: int,
+    length: int,
+    soft_token_gradient: float = 1.0,
+    sharded: bool = False,
+    graphs: bool = False,
 ) -> int:
     """The positions of a micro-batch (padding and K steps included) that fit the memory.
 
@@ -27,9 +33,11 @@ def probe_budget(
     Args:
         length: tokens of the longest texts of the run.
         soft_token_gradient: the largest factor of the run: steps by the block, at 0, keep less than others.
+        graphs: micro-batches become CUDA graphs (`gircse.train.capture`), which hold their activations beside those of
+            a pass of single kernels, so each has half of the memory.
     """
     if model.device.type == "cuda" and not sharded:
-        tokens = _by_trying(model, num_steps, soft_token_gradient, min(length, 512))
+        tokens = _by_trying(model, num_steps, soft_token_gradient, min(length, 512)) // (1 + graphs)
     else:
         tokens = int(_SHARE * free_bytes(model.device) / activation_bytes(model, num_steps, soft_token_gradient))
     if model.device.type == "cpu":

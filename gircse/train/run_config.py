@@ -52,6 +52,7 @@ class RunConfig(Settings):
     micro_batch_tokens: int | None = setting(
         None, "tokens (padding and K included) that go through the model at once; default: what a memory probe allows"
     )
+    cuda_graphs: bool = setting(True, "on CUDA, run micro-batches of a shape that comes again as CUDA graphs")
     dtype: str = setting("auto", "dtype of the frozen base weights; the adapter trains in float32")
     device: str | None = setting(None, "device; default: CUDA if there is one")
     seed: int = setting(0, "seed of the data order, the LoRA initialisation and the dropout")

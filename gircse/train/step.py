@@ -13,6 +13,7 @@ from gircse import ops
 from gircse.encode.tokens import PromptTokenizer, prompt_limit, warn_cut, warn_of_rows
 from gircse.model import GIRCSE
 from gircse.train.batches import Example, mask_of
+from gircse.train.capture import CapturedPasses
 from gircse.train.config import TrainConfig
 from gircse.train.grad_cache import MicroBatch, backward, micro_batches, positions
 from gircse.train.ranks import Ranks
@@ -97,6 +98,7 @@ def _token_ids(tokenizer: PromptTokenizer, prompts: Sequence[str]) -> list[list[
 def contrastive_step(model: GIRCSE, config: TrainConfig, ranks: Ranks, *, total_steps: int) -> Step:
     """The training step of a run of `total_steps`."""
     tokenizer = RowTokenizer(model, config, config.max_num_steps)
+    graphs = CapturedPasses.of(model, config)
 
     def step(examples: Sequence[Example], number: int, monitor: StepMonitor) -> StepResult:
         rows = tokenize_rows(tokenizer, examples, config, share=ranks.share(len(examples)))
@@ -104,6 +106,7 @@ def contrastive_step(model: GIRCSE, config: TrainConfig, ranks: Ranks, *, total_
         loss, losses, passes = contrastive_backward(
             model, rows, config,
             num_steps=config.steps_at(number), soft_token_gradient=factor, ranks=ranks, monitor=monitor,
+            graphs=graphs,
         )  # fmt: skip
         parts = {"losses": losses, "soft_token_gradient": torch.tensor(factor, dtype=torch.float64)}
         return StepResult(loss, parts, rows.texts, rows.tokens, passes)
@@ -137,6 +140,7 @@ def contrastive_backward(
     soft_token_gradient: float = 1.0,
     ranks: Ranks | None = None,
     monitor: StepMonitor | None = None,
+    graphs: CapturedPasses | None = None,
 ) -> tuple[Tensor, Tensor, int]:
     """Rollouts, contrastive losses, objective, backward: gradients of this process's share are left in `.grad`.
 
@@ -168,7 +172,7 @@ def contrastive_backward(
     return backward_of(
         model, ids, split, objective, config.micro_batch_tokens,
         num_steps=num_steps, soft_token_gradient=soft_token_gradient, monitor=monitor,
-        same_passes=ranks if config.fsdp else None,
+        same_passes=ranks if config.fsdp else None, graphs=graphs,
     )  # fmt: skip
 
 
@@ -183,6 +187,7 @@ def backward_of(
     soft_token_gradient: float = 1.0,
     monitor: StepMonitor | None = None,
     same_passes: Ranks | None = None,
+    graphs: CapturedPasses | None = None,
 ) -> tuple[Tensor, Extra, int]:
     """Rollout of texts, objective and backward, at once or by gradient caching (`gircse.train.grad_cache`).
 
@@ -192,6 +197,7 @@ def backward_of(
         objective: states [T, K, D] -> (scalar loss, anything).
         budget: the most positions (padding and K included) that go through the model at once; None: no limit.
         same_passes: processes that must make the same number of passes, because each of them gathers FSDP's layers.
+        graphs: runs micro-batches as CUDA graphs; only one can await its backward pass.
 
     Returns:
         (loss, anything) of `objective`; the number of micro-batches.
@@ -204,6 +210,7 @@ def backward_of(
         cached = bool(same_passes.most(cached))
     if cached and budget is not None:
         parts = micro_batches(ids, budget, num_steps=num_steps, pad_id=pad_id)
+    cached = cached or (graphs is not None and len(parts) > 1)
     if same_passes is not None:
         parts += [parts[-1].unused()] * (int(same_passes.most(len(parts))) - len(parts))
 
@@ -212,6 +219,13 @@ def backward_of(
             monitor.enter("loss")
         return objective(states)
 
-    embed = partial(model.rollout, num_steps=num_steps, soft_token_gradient=soft_token_gradient, observer=monitor)
+    embed = partial(
+        model.rollout if graphs is None else graphs.embed,
+        num_steps=num_steps,
+        soft_token_gradient=soft_token_gradient,
+        observer=monitor,
+    )
     loss, extra = backward(embed, parts, timed, cached=cached)
+    if monitor is not None and graphs is not None:
+        monitor.graph_bytes = graphs.graph_bytes
     return loss, extra, len(parts)

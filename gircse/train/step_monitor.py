@@ -18,13 +18,18 @@ class StepMonitor:
     the step is over, so that the host waits for nothing before.
 
     Phases: "data" (rows, tokens), "prompt" (the pass over the prompts, forward and backward), "steps" (the K soft
-    tokens, likewise), "loss" (similarities, objective), "update" (exchange between processes, clipping, optimizer).
+    tokens, likewise), "loss" (similarities, objective), "update" (exchange between processes, clipping, optimizer);
+    "graph" (prompt and steps of a pass that is a CUDA graph, `gircse.train.capture`) only where there are such passes.
+
+    Attributes:
+        graph_bytes: memory of the CUDA graphs, which the allocator does not count.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._marks: list[tuple[str, Any]] = []
         self._entropies: dict[int, list[Tensor]] = {}
+        self.graph_bytes = 0
 
     def start(self) -> None:
         self._marks.clear()
@@ -45,7 +50,7 @@ class StepMonitor:
         self.enter("end")
         total = dict.fromkeys(PHASES, 0.0)
         for (phase, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
-            total[phase] += self._between(start, end)
+            total[phase] = total.get(phase, 0.0) + self._between(start, end)
         return total
 
     def entropies(self) -> list[float]:
@@ -55,9 +60,10 @@ class StepMonitor:
         return torch.stack([torch.cat(parts).double().mean() for _, parts in sorted(self._entropies.items())]).tolist()
 
     def peak_bytes(self) -> int:
-        """The peak of the memory: on CUDA what the allocator held in this step, otherwise that of the whole process."""
+        """The peak of the memory: on CUDA what the allocator and the graphs held in this step, otherwise that of the
+        whole process."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
+            return torch.cuda.max_memory_allocated(self.device) + self.graph_bytes
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -13,7 +13,7 @@ from gircse.engine.pool import KVPool
 from gircse.engine.prefill import PrefillPass
 from gircse.engine.prefill_graphs import PrefillGraphs, _bucket
 from gircse.lm.causal_lm import CausalLM
-from tests.engine.test_capture_safety import CaptureGuard
+from tests.capture_guard import CaptureGuard
 from tests.engine.test_varlen import operator  # noqa: F401
 from tests.tiny_models import tiny_model
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gircse import GIRCSE
+from gircse.train.capture import CapturedPasses
 from gircse.train.grad_cache import backward, micro_batches
 from gircse.train.lora import trainable_model
 from gircse.train.micro_batch_size import probe_budget
@@ -60,3 +61,28 @@ def test_the_probe_finds_a_budget_that_fits() -> None:
     found = probe_budget(model, num_steps=NUM_STEPS, length=64)
     assert found > 10_000
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(("num_steps", "factor"), [(0, 0.0), (NUM_STEPS, 0.0), (NUM_STEPS, 1.0)])
+def test_captured_micro_batches_give_the_gradients_of_single_kernels(num_steps: int, factor: float) -> None:
+    """With dropout, over updates of the weights; graphs are made in the second step and replayed in the others."""
+    settings = config(lora_dropout=0.2, micro_batch_tokens=120)
+    model, whole, found = model_on_gpu(settings), batch(), []
+    weights = [p for p in model.parameters() if p.requires_grad]
+    start = [p.detach().clone() for p in weights]
+    for captures in (True, False):
+        graphs = CapturedPasses(model)
+        graphs.refusal = None if captures else "not at all"
+        torch._foreach_copy_([p.data for p in weights], start)
+        results = []
+        for seed in range(4):
+            torch.manual_seed(seed)
+            options = {"num_steps": num_steps, "soft_token_gradient": factor, "graphs": graphs}
+            loss = contrastive_backward(model, whole, settings, **options)[0]
+            results.append((loss, gradients(model), torch.rand(3, device="cuda")))
+            torch._foreach_mul_([p.data for p in weights], 1.1)
+        assert (graphs.refusal is None, bool(graphs.buckets)) == (captures, captures)
+        found.append(results)
+    for replayed, single in zip(*found, strict=True):
+        for ours, theirs in zip(replayed, single, strict=True):
+            assert (ours - theirs).norm() <= 1e-3 * theirs.norm()

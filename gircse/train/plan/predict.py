@@ -19,6 +19,7 @@ from gircse.ops.info_nce_op import VECTOR_BYTES
 from gircse.ops.tiles_torch import WORKSPACE_BYTES
 from gircse.roofline import Ceilings, ModelFacts, Work
 from gircse.show.tables import text_table
+from gircse.train.capture import refusal_of
 from gircse.train.config import TrainConfig
 from gircse.train.plan.extrapolate import StepRows, TracedModel
 from gircse.train.plan.gpus import GPUS, Gpu
@@ -37,6 +38,7 @@ CONTEXT_BYTES = 640 << 20
 # The share of the memory that a step may use. The rest is lost to fragmentation of PyTorch's allocator.
 USABLE = 0.95
 _GIB = 2**30
+_GRAPHS = "CUDA graphs (activations once more)"
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,9 @@ class Plan:
 
     @property
     def allocated_bytes(self) -> int:
-        """All but the CUDA context: what `torch.cuda.max_memory_allocated` should show, less cuBLAS' workspaces."""
-        return self.total_bytes - self.memory["CUDA context"]
+        """All but the CUDA context and the graphs: what `torch.cuda.max_memory_allocated` should show, less cuBLAS'
+        workspaces."""
+        return self.total_bytes - self.memory["CUDA context"] - self.memory.get(_GRAPHS, 0)
 
     @property
     def step_seconds(self) -> float:
@@ -151,14 +154,17 @@ def plan(
     }
     by_rows = [of_length[one.length] for one in prompts]
     states = _cache_bytes(prompts, steps, facts, by_block)
+    largest = max(
+        (of_rows.memory(part.rows) for of_rows, part in zip(by_rows, parts, strict=True)), key=lambda one: one.peak
+    )
     if config.micro_batch_tokens is None:
         memory = fixed | _activations(model.memory(prompts, steps, factor, loss_bytes=loss))
     else:
-        largest = max(
-            (of_rows.memory(part.rows) for of_rows, part in zip(by_rows, parts, strict=True)), key=lambda one: one.peak
-        )
         memory = fixed | {"gradient cache": states} | _activations(largest, at_least=loss)
-    room = USABLE * device.memory - sum(fixed.values()) - states - CONTEXT_BYTES
+    graphs = config.cuda_graphs and refusal_of(config) is None
+    if graphs:
+        memory |= {_GRAPHS: largest.peak}
+    room = (USABLE * device.memory - sum(fixed.values()) - states - CONTEXT_BYTES) / (1 + graphs)
     # of the whole decoder: forward, then what goes backward, is computed again for gradient caching, and by checkpoints
     differentiable = 2 if by_block else 1 + steps
     passes = 1 + steps + differentiable * (1 if config.micro_batch_tokens is None else 2)

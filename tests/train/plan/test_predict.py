@@ -31,7 +31,15 @@ def settings(**options):
 
 @cache
 def planned(
-    gpu="h100", checkpointing=False, batch_size=16, micro=None, quantization=None, fsdp=False, factor=1.0, **options
+    gpu="h100",
+    checkpointing=False,
+    batch_size=16,
+    micro=None,
+    quantization=None,
+    fsdp=False,
+    factor=1.0,
+    graphs=True,
+    **options,
 ):
     config = settings(
         gradient_checkpointing=checkpointing,
@@ -40,6 +48,7 @@ def planned(
         quantization=quantization,
         fsdp=fsdp,
         soft_token_gradient=factor,
+        cuda_graphs=graphs,
     )
     return plan(config, gpu=gpu, model_config=SHALLOW, **options)
 
@@ -55,7 +64,9 @@ def test_fixed_parts_are_the_parameters():
     assert one.memory["LoRA weights"] == one.memory["LoRA gradients"] == lora
     assert one.memory["AdamW moments"] == 2 * lora
     assert one.total_bytes == sum(one.memory.values())
-    assert one.allocated_bytes == one.total_bytes - one.memory["CUDA context"]
+    graphs = one.memory["CUDA graphs (activations once more)"]
+    assert one.allocated_bytes == one.total_bytes - one.memory["CUDA context"] - graphs
+    assert planned(graphs=False).total_bytes == one.total_bytes - graphs > one.allocated_bytes
 
 
 def test_quantized_matrices():
