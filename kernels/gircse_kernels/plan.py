@@ -23,6 +23,7 @@ PARTIAL_BYTES = 32 << 20  # of that, the partial sums of forms 1 and 2
 # What a chunk of given logits may take whatever their size: smaller ones cost more launches than they save memory.
 GIVEN_BYTES = 8 << 20
 SETTLED_TILES = 4  # tiles of a row that one program of `settle_kernel` brings to the row's reference
+LISTED_PARTS = 64  # of a row in `narrow_kernel`, whose lists one program holds in registers
 ROW_BLOCK = 4096  # rows that form 3 or a backward takes at once
 # Up to this width and so many rows, a program holds whole rows of a tied matrix, which is then read once.
 WHOLE_WIDTH = 2048
@@ -69,6 +70,7 @@ SAFE = {
     "kept_backward": Config({"BLOCK_C": 32, "BLOCK_E": 128}, 4, 1),
     "kept_overflow": Config({"BLOCK_C": 32, "BLOCK_E": 128}, 8, 1),
     "kept_matrix": Config({"BLOCK_C": 16, "BLOCK_E": 256}, 4, 1),
+    "narrow": Config({"BLOCK": 4096, "ROOM": 128}, 8, 1),
     "select": Config({"GROUP": 64, "WALK": 64, "BLOCK": 4096, "ROOM": 4096}, 8, 1),
 }
 
@@ -176,18 +178,21 @@ class Backward(NamedTuple):
 
 
 class Select(NamedTuple):
-    """For each block of rows the scores of all entries by a product, then `weights_kernel` and `select_kernel`."""
+    """For each block of rows the scores of all entries by a product, then `weights_kernel` and `select_kernel`; between
+    them, for top-p alone, `narrow_kernel` three times."""
 
     weights: Config
     select: Config
+    narrow: Config
     row_block: int
     tiles: int  # of a row, with sums of their own
     groups: int  # of a row, with a highest score of their own
     listed: int  # entries among which the highest ones are chosen
+    parts: int  # of a row, with a program each in `narrow_kernel`
 
     def scratch(self, vocab: int) -> int:
         """Bytes that a call allocates beyond its inputs and results."""
-        lists = 12 * self.select.blocks["ROOM"]
+        lists = 12 * self.select.blocks["ROOM"] + 4 * self.parts * (self.narrow.blocks["ROOM"] + 35) + 128
         return self.row_block * (4 * padded(vocab) + 20 * self.tiles + 4 * self.groups + lists)
 
 
@@ -347,7 +352,9 @@ def plan_select(rows: int, vocab: int, itemsize: int, device: Device, capacity: 
     listed = max(2 * capacity, min(4 * capacity, 512))
     blocks = {**config.blocks, "WALK": min(config.blocks["WALK"], max(1, 2 * capacity))}
     blocks["ROOM"] = max(blocks["ROOM"], listed)
-    return Select(weights, config._replace(blocks=blocks), row_block, tiles, groups, listed)
+    narrow = lookup("narrow", device.arch, itemsize, rows)
+    parts = cdiv(vocab, narrow.blocks["BLOCK"])
+    return Select(weights, config._replace(blocks=blocks), narrow, row_block, tiles, groups, listed, parts)
 
 
 def _backward_bytes(problem: Problem, half_scores: bool, need_values: bool, need_head: bool) -> int:

@@ -18,6 +18,7 @@ SMALL = {
     "weights_product": Config({"BLOCK_T": 16, "BLOCK_V": 16, "BLOCK_K": 16}, 4, 1),
     "score_grad": Config({"BLOCK_T": 8, "BLOCK_V": 32}, 4, 1),
     "select": Config({"GROUP": 4, "WALK": 8, "BLOCK": 64, "ROOM": 32}, 4, 1),
+    "narrow": Config({"BLOCK": 32, "ROOM": 8}, 4, 1),
     "kept_forward": Config({"BLOCK_C": 8, "BLOCK_E": 16}, 4, 1),
     "kept_backward": Config({"BLOCK_C": 8, "BLOCK_E": 16}, 4, 1),
     "kept_overflow": Config({"BLOCK_C": 8, "BLOCK_E": 16}, 4, 1),

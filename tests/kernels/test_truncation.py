@@ -21,6 +21,7 @@ FORMS = pytest.mark.parametrize(
 CASES: dict[str, dict[str, Any]] = {
     "few": {"top_k": 3},
     "many": {"top_p": 0.95, "min_p": 1e-4, "gumbel_seed": 7},
+    "narrowed": {"top_p": torch.linspace(0.5, 1.0, ROWS), "temperature": 0.5},
     "rows": {
         "top_k": torch.arange(1, ROWS + 1) ** 2,
         "temperature": 0.5,

@@ -11,8 +11,9 @@ from torch import Tensor
 from ... import launching
 from ...contract import Candidates, Inputs, Options, Selection, Truncation
 from ...launching import adjacent, device_of, row_stride
-from ...plan import padded, plan_select
+from ...plan import LISTED_PARTS, Select, padded, plan_select
 from ..launch_many_rows import score_sums
+from .narrowing import BINS, narrow_kernel
 from .selection import select_kernel
 
 
@@ -67,31 +68,81 @@ def _select(inputs: Inputs, options: Options, rules: Truncation | None, capacity
     lists = float32((plan.row_block, blocks["ROOM"]))
     indices = torch.empty((plan.row_block, 2 * blocks["ROOM"]), dtype=torch.int32, device=device) if capacity else None
     sums = (*tiles, tile_argmax, groups)
+    narrow = None
+    if rules is not None and capacity == 0 and plan.parts <= LISTED_PARTS and _top_p_alone(rules):
+        narrow = _Narrow(plan, device)
     for start in range(0, num_rows, plan.row_block):
         rows = slice(start, min(start + plan.row_block, num_rows))
         part, count = inputs if plan.row_block >= num_rows else inputs.of_rows(rows), rows.stop - start
         scores, scoring = score_sums(part, options, products, sums, plan.weights, blocks["GROUP"])
         first, second, third = (_rows(tensor, rows) for tensor in found.sums)
         bias, temperature, *_, bitmask = scoring.tensors
+        of_rows = [adjacent(_rows(rule, rows)) for rule in rules or Truncation()]
+        strides = (row_stride(scores), scores.stride(-1), *scoring.strides)
+        rest = (*strides, options.vocab_start, *scoring.scalars[1:4])
+        padded_tiles = 1 << (plan.tiles - 1).bit_length()
+        if narrow is not None:
+            head = (scores, scoring.offsets, *sums[:2], bias, temperature, bitmask, of_rows[1])
+            narrow.run(count, head, (num_vocab, plan.tiles, plan.parts, *rest), padded_tiles)
         launching.launch(
             select_kernel,
             (count,),
             (
                 scores, scoring.offsets, groups, *sums[:-1], bias, temperature, bitmask,
-                *(adjacent(_rows(rule, rows)) for rule in rules or Truncation()), lists, indices,
+                *of_rows, lists, indices, *([None] * 5 if narrow is None else narrow.found),
                 _rows(found.threshold, rows), first, second, third, _rows(found.argmax, rows),
                 _rows(found.ids, rows), _rows(found.scores, rows), _rows(found.num_kept, rows),
-                num_vocab, plan.tiles, plan.groups, row_stride(scores), scores.stride(-1), *scoring.strides,
-                options.vocab_start, *scoring.scalars[1:4],
+                num_vocab, plan.tiles, plan.groups, plan.parts, *rest,
             ),
             plan.select,
             FINISH=finish,
             COUNT=capacity,
             LIST=plan.listed,
             GROUPS=1 << (plan.groups - 1).bit_length(),
-            TILES=1 << (plan.tiles - 1).bit_length(),
+            TILES=padded_tiles,
+            PARTS=1 << (plan.parts - 1).bit_length(),
+            PART_ROOM=plan.narrow.blocks["ROOM"],
         )  # fmt: skip
     return found
+
+
+def _top_p_alone(rules: Truncation) -> bool:
+    return rules.top_p is not None and all(rule is None for rule in rules._replace(top_p=None))
+
+
+class _Narrow:
+    """The passes of `narrow_kernel` over a block of rows, and what they leave."""
+
+    def __init__(self, plan: Select, device: torch.device) -> None:
+        self.plan = plan
+        rows, parts, bins = plan.row_block, plan.parts, BINS.value
+        self.keys = torch.empty((2, rows, bins), dtype=torch.int32, device=device).unbind()
+        self.masses = torch.empty((2, rows, parts, bins), dtype=torch.float32, device=device).unbind()
+        self.lists = torch.empty((rows, parts, plan.narrow.blocks["ROOM"]), dtype=torch.float32, device=device)
+        self.numbers = torch.empty((rows, parts), dtype=torch.int32, device=device)
+        self.edges = torch.empty((rows, parts, 2), dtype=torch.float32, device=device)
+
+    def run(self, count: int, head: tuple[Any, ...], rest: tuple[Any, ...], tiles: int) -> None:
+        (keys, last_keys), (masses, last_masses) = self.keys, self.masses
+        none = (None, None)
+        for before, after, lists in (
+            (none, (keys, masses), (None, None, None)),
+            ((keys, masses), (last_keys, last_masses), (None, None, None)),
+            ((last_keys, last_masses), none, (self.lists, self.numbers, self.edges)),
+        ):
+            launching.launch(
+                narrow_kernel,
+                (count * self.plan.parts,),
+                (*head, *before, *after, *lists, *rest),
+                self.plan.narrow,
+                TILES=tiles,
+                PARTS=1 << (self.plan.parts - 1).bit_length(),
+            )
+
+    @property
+    def found(self) -> tuple[Any, ...]:
+        """As `select_kernel` takes it."""
+        return self.keys[1], self.masses[1], self.lists, self.numbers, self.edges
 
 
 def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:

@@ -11,7 +11,8 @@ groups holds an entry that no entry of another group precedes. `select_kernel` t
 Nothing here is a search over the vocabulary, and nothing but groups of at most 2 C * GROUP entries is read again.
 
 A row that keeps C entries or more, by a tie at the k-th place, *overflows*, and so does every row where no capacity is
-given (C = 0). Its threshold is found over all V entries by `threshold.row_threshold`.
+given (C = 0). Its threshold is found over all V entries by `threshold.row_threshold`, or for top-p alone, where C = 0,
+from what `narrowing` has listed.
 """
 
 import triton
@@ -19,6 +20,7 @@ import triton.language as tl
 
 from ...scores import LOG_FLOOR, LOWEST, reference, row_options
 from ..many_rows import row_starts
+from .narrowing import listed_threshold
 from .threshold import BOTTOM, BY_VALUE, NEAR, halfway, key_score, middle, ordered_key, row_scores, row_threshold
 
 NO_KEY = tl.constexpr(-(2**63))
@@ -185,7 +187,7 @@ def row_sums(tile_peak_ptr, tile_total_ptr, tile_moment_ptr, tile_argmax_ptr, ro
     return peak, tl.sum(totals, 0), moment, argmax
 
 
-@triton.jit(do_not_specialize=["vocab_start", "num_tiles", "num_groups"])
+@triton.jit(do_not_specialize=["vocab_start", "num_tiles", "num_groups", "num_parts"])
 def select_kernel(
     product_ptr,  # [T, V] h . w, float32; or the logits that are given, any dtype
     offset_ptr,  # [T] int64, as for `weights_kernel`
@@ -203,6 +205,11 @@ def select_kernel(
     top_n_ptr,  # [T] int64
     list_ptr,  # [T, ROOM] float32, scratch
     index_ptr,  # [T, 2 ROOM] int32, scratch
+    key_ptr,  # of `narrow_kernel`: keys and masses of its last pass, lists, numbers and edges; None: it has not run
+    mass_ptr,
+    part_list_ptr,
+    number_ptr,
+    edge_ptr,
     threshold_ptr,  # [T] float32, out; None: without rules, all COUNT are kept
     first_ptr,  # [T] float32, out: log-sum-exp, entropy, largest probability; without FINISH peak, total, moment
     second_ptr,
@@ -214,6 +221,7 @@ def select_kernel(
     num_vocab,
     num_tiles,
     num_groups,
+    num_parts,
     stride_product_t,
     stride_product_v,
     stride_bias,
@@ -227,6 +235,8 @@ def select_kernel(
     LIST: tl.constexpr,  # entries among which the COUNT highest are chosen
     GROUPS: tl.constexpr,  # power of two >= num_groups
     TILES: tl.constexpr,  # power of two >= num_tiles
+    PARTS: tl.constexpr,  # as for `narrow_kernel`, and its ROOM
+    PART_ROOM: tl.constexpr,
     ROOM: tl.constexpr,  # of a row in the scratch
     GROUP: tl.constexpr,
     WALK: tl.constexpr,  # groups that are read at once
@@ -280,6 +290,16 @@ def select_kernel(
         tl.store(ids_ptr + row * COUNT + slots, tl.where(slots < kept, index, 0).to(tl.int64))
     else:
         overflows = True
+        if number_ptr is not None:
+            parts = tl.arange(0, PARTS)
+            numbers = tl.load(number_ptr + row * num_parts + parts, mask=parts < num_parts, other=0)
+            overflows = tl.max(numbers, 0) > PART_ROOM
+            if not overflows:
+                narrowed = (key_ptr, mass_ptr, part_list_ptr, edge_ptr)
+                threshold = listed_threshold(
+                    narrowed, row, numbers, num_parts, peak, total, lowest, top_p, PARTS, PART_ROOM
+                )
+                tl.store(threshold_ptr + row, threshold)
     if threshold_ptr is not None:  # noqa: SIM102, known when this is compiled, the other one is not
         if overflows:
             threshold = row_threshold(
