@@ -241,6 +241,9 @@ def recorded(device: Device) -> Iterator[Recording]:
     def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, add: bool = False) -> None:
         recording.products.append(Product(a.shape[0], b.shape[1], a.shape[1], a.itemsize, add))
 
+    def batched_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, add: bool = False) -> None:
+        recording.products.append(Product(a.shape[1], b.shape[2], a.shape[0] * a.shape[2], a.itemsize, add))
+
     with ExitStack() as stack:
 
         def replace(owner: Any, name: str, value: Callable[..., Any]) -> None:
@@ -249,6 +252,8 @@ def recorded(device: Device) -> Iterator[Recording]:
         replace(launching, "launch", launch)
         if hasattr(launching, "product"):
             replace(launching, "product", product)
+        if hasattr(launching, "batched_product"):
+            replace(launching, "batched_product", batched_product)
         for name, module in list(sys.modules.items()):
             if name.startswith("gircse_kernels.") and hasattr(module, "device_of"):
                 replace(module, "device_of", lambda *_: device)

@@ -142,7 +142,9 @@ def test_half_precision_steps(backend: str) -> None:
     exact = with_gradients(info_nce_reference, wide, upstream)
     assert ours[0].dtype == torch.float32
     assert ours[1].dtype == torch.bfloat16
-    torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-5, atol=1e-5)  # computed in float32 from the steps
+    # two bfloat16 parts of each vector keep 16 bits; in the interpreter, which cuts off, 14
+    rtol = 1e-5 if backend == "torch" else 4e-5
+    torch.testing.assert_close(ours[0].double(), exact[0], rtol=rtol, atol=1e-5)
     for got, want in zip(ours[1:3], exact[1:3], strict=True):
         assert (got.double() - want).abs().max() <= 2**-7 * want.abs().max()  # the interpreter cuts off
 
