@@ -2,7 +2,7 @@
 
 `gircse.engine.body` runs those for inference on a GPU; its `plain.py` holds the same functions in plain PyTorch, their
 reference. `gircse.train.capture` runs `add_rms_norm` and those of `gradients.py` and
-`rotate.py` in training.
+`rotation.py` in training.
 """
 
 from .attention import decode_attention
@@ -10,7 +10,7 @@ from .gate import ACTIVATIONS, gated
 from .gradients import gate_grad, gated_pair, norm_grad
 from .rms_norm import add_rms_norm, finish_step
 from .rotary import rotary_write
-from .rotate import rotate
+from .rotation import rotate
 
 __all__ = [
     "ACTIVATIONS",
