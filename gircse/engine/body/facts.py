@@ -120,10 +120,10 @@ class DecoderFacts:
         if len(recorder.layers) != len(body.layers):
             raise UnknownDecoderError(f"{len(recorder.layers)} of {len(body.layers)} layers attend")
         norms = [module for name, module in body.named_modules() if name.endswith("norm")]
-        kinds = {(type(norm).__name__, _eps(norm)) for norm in norms}
+        kinds = {(type(norm).__name__, eps_of(norm)) for norm in norms}
         if len(kinds) != 1:
             raise UnknownDecoderError(f"its norms differ: {', '.join(f'{n}, epsilon {e}' for n, e in sorted(kinds))}")
-        eps, offset = _eps(body.norm), _offset(body.norm)
+        eps, offset = eps_of(body.norm), offset_of(body.norm)
         dtype, device = body.norm.weight.dtype, body.norm.weight.device
         layers = [_layer(layer, call) for layer, call in zip(body.layers, recorder.layers, strict=True)]
         for parameter in _weights(layers, norms):
@@ -182,7 +182,7 @@ def _layer(layer: Any, call: Attention) -> Layer:
         out=_linears(attention.o_proj)[0],
         gate_up=_linears(*gate_up),
         down=_linears(mlp.down_proj)[0],
-        activation=_activation(getattr(mlp, act_name)),
+        activation=activation_of(getattr(mlp, act_name)),
         rotary=getattr(attention, "layer_type", None),
     )
 
@@ -233,25 +233,25 @@ def _weights(layers: list[Layer], norms: list[Any]) -> Iterator[nn.Parameter]:
             yield from linear.parameters()
 
 
-def _eps(norm: Any) -> float:
+def eps_of(norm: Any) -> float:
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if not isinstance(eps, float) or set(dict(norm.named_parameters())) != {"weight"}:
         raise UnknownDecoderError(f"{type(norm).__name__} is not an RMSNorm with one weight and an epsilon")
     return eps
 
 
-def _offset(norm: Any) -> float:
+def offset_of(norm: Any) -> float:
     """Whether a norm scales by its weight or by 1 + weight."""
     weight = norm.weight
     x = torch.linspace(-1, 2, weight.numel(), dtype=weight.dtype, device=weight.device)[None]
-    errors = {offset: relative_error(rms_norm(x, weight, _eps(norm), offset), norm(x)) for offset in (0.0, 1.0)}
+    errors = {offset: relative_error(rms_norm(x, weight, eps_of(norm), offset), norm(x)) for offset in (0.0, 1.0)}
     offset = min(errors, key=lambda offset: errors[offset])
     if not errors[offset] <= tolerance_of(weight.dtype):
         raise UnknownDecoderError(f"{type(norm).__name__} scales neither by its weight nor by 1 + weight")
     return offset
 
 
-def _activation(function: Any) -> str:
+def activation_of(function: Any) -> str:
     x = torch.linspace(-4, 4, 64, dtype=torch.float32)
     for name, known in ACTIVATIONS.items():
         if torch.allclose(function(x), known(x), rtol=1e-6, atol=1e-6):

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gircse.embedder import pooled_states
+from gircse.lm.lora import refresh_lora
 from gircse.lm.rollout import Drafter, RolloutObserver
 from gircse.model import GIRCSE
 from gircse.train.capture.bucket import Bucket
-
-if TYPE_CHECKING:
-    from gircse.train.capture.passes import CapturedPasses
+from gircse.train.capture.layers import FusedLayers
+from gircse.train.capture.shared import Shared
 
 # Replays of the forward and of the backward pass. Tests on a CPU run the functions themselves in their place.
 Passes = tuple[Callable[[], None], Callable[[], None]]
@@ -40,11 +40,12 @@ class CapturedPass:
 
     replays: Passes
 
-    def __init__(self, owner: CapturedPasses, model: GIRCSE, bucket: Bucket, drafter: Drafter | None) -> None:
-        self._owner, self._model, self._bucket, self._drafter = owner, model, bucket, drafter
+    def __init__(self, shared: Shared, model: GIRCSE, bucket: Bucket, drafter: Drafter | None) -> None:
+        self._shared, self._model, self._bucket, self._drafter = shared, model, bucket, drafter
         self.ids = torch.zeros(bucket.rows, bucket.length, dtype=torch.int64, device=model.device)
         self.mask = torch.ones_like(self.ids)
         self.entropies: list[Tensor] = []
+        self._layers = FusedLayers.of(model.causal_lm)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._reached: list[nn.Parameter] = []
         self._states: Tensor | None = None
@@ -54,7 +55,7 @@ class CapturedPass:
     def forward(self) -> None:
         """`ids`, `mask` -> the states and entropies in their buffers, and a graph for `backward`."""
         seen = _Entropies()
-        with torch.enable_grad():
+        with torch.enable_grad(), self._layers.at_work():
             self._result = pooled_states(
                 self._model.causal_lm,
                 self._model.config,
@@ -77,7 +78,7 @@ class CapturedPass:
         found = torch.autograd.grad(self._result, self._parameters, self._gradient, allow_unused=True)
         self._result = None
         self._reached = [p for p, own in zip(self._parameters, found, strict=True) if own is not None]
-        totals = [(into or self._owner.sum_of)(p) for p in self._reached]
+        totals = [(into or self._shared.sum_of)(p) for p in self._reached]
         torch._foreach_add_(totals, [own for own in found if own is not None])
 
     def warm_up(self) -> None:
@@ -85,15 +86,16 @@ class CapturedPass:
         self.forward()
         self.backward(torch.zeros_like)
         for parameter in self._reached:
-            self._owner.sum_of(parameter)
+            self._shared.sum_of(parameter)
 
     def run(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, object]:
         """-> a copy of the states [rows, K, D], and a token that `send` asks for."""
+        refresh_lora(self._model.base)  # a replay reads the copies of the weights as they are
         self.ids.copy_(ids, non_blocking=True)
         self.mask.copy_(mask, non_blocking=True)
         self.replays[0]()
         assert self._states is not None
-        self._owner.live = token = object()
+        self._shared.live = token = object()
         return self._states.clone(), token
 
     def send(self, gradient: Tensor, token: object) -> None:
@@ -102,15 +104,15 @@ class CapturedPass:
         Raises:
             RuntimeError: another micro-batch has run since, whose activations lie in the same memory.
         """
-        if token is not self._owner.live:
+        if token is not self._shared.live:
             raise RuntimeError(
                 "captured micro-batch: got a backward pass after another micro-batch, or a second one, expected one "
                 "directly after its forward pass"
             )
-        self._owner.live = None
+        self._shared.live = None
         assert self._gradient is not None
         self._gradient.copy_(gradient)
-        self._owner.attach(self._reached)
+        self._shared.attach(self._reached)
         self.replays[1]()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gircse.engine.watch import ModelWatch
 from gircse.lm.rollout import Drafter, KeptDraft, RolloutObserver
@@ -15,6 +15,7 @@ from gircse.lm.token_ids import check_prompt
 from gircse.model import GIRCSE
 from gircse.train.capture.bucket import Bucket
 from gircse.train.capture.one_pass import CapturedPass, Passes, replay
+from gircse.train.capture.shared import Shared
 from gircse.train.run_config import RunConfig
 
 MAX_GRAPHS = 64  # pairs; a capture costs as much as several passes, so none makes room for another
@@ -47,13 +48,12 @@ class CapturedPasses:
         self._model, self._watch = model, ModelWatch(model.base)
         self._record = record or self._capture
         self._passes: dict[Bucket, CapturedPass | None] = {}  # None: seen once
-        self._sums: dict[nn.Parameter, Tensor] = {}
+        self._shared = Shared()
         self._leaf = torch.empty(0, device=model.device, requires_grad=True)
         self._pool: Any = None
         self.graph_bytes = 0
         self.refusal: str | None = None
         self._told: set[str] = set()
-        self.live: object = None  # the forward replay whose activations are in the pool
 
     @classmethod
     def of(cls, model: GIRCSE, config: RunConfig) -> CapturedPasses | None:
@@ -118,26 +118,7 @@ class CapturedPasses:
     def drop(self) -> None:
         """Frees all graphs. They are captured again when their buckets come."""
         self._passes = dict.fromkeys(self._passes)
-        self._pool, self.graph_bytes, self.live = None, 0, None
-
-    def sum_of(self, parameter: nn.Parameter) -> Tensor:
-        """The buffer in which graphs add up the gradient of a weight."""
-        if parameter not in self._sums:
-            self._sums[parameter] = torch.zeros_like(parameter)
-        return self._sums[parameter]
-
-    def attach(self, parameters: list[nn.Parameter]) -> None:
-        """Makes the buffers the weights' `.grad`, which the caller of a step may have cleared or replaced."""
-        fresh = []
-        for parameter in parameters:
-            total = self._sums[parameter]
-            if parameter.grad is None:
-                fresh.append(total)
-            elif parameter.grad is not total:
-                total.copy_(parameter.grad)
-            parameter.grad = total
-        if fresh:
-            torch._foreach_zero_(fresh)
+        self._pool, self.graph_bytes, self._shared.live = None, 0, None
 
     def _captured(self, bucket: Bucket, drafter: Drafter | None, *, may_begin: bool) -> CapturedPass | None:
         """The captured pass of a bucket, None where it runs as single kernels; a new one only if it `may_begin`."""
@@ -163,7 +144,7 @@ class CapturedPasses:
         return None
 
     def _new(self, bucket: Bucket, drafter: Drafter | None) -> CapturedPass | None:
-        captured = CapturedPass(self, self._model, bucket, drafter)
+        captured = CapturedPass(self._shared, self._model, bucket, drafter)
         # what the runs before the capture draw is not drawn again by the first replay
         with torch.random.fork_rng([self._model.device] if self._model.device.type == "cuda" else []):
             try:
