@@ -317,11 +317,13 @@ class Engine:
                 stop=tokens,
             )()
             last, texts = done + 1 == tokens, len(running.texts)
-            if done and job.jacobi.tolerance and not last:
+            leaving = [last] * texts
+            if done and (job.jacobi.watch or (not last and job.jacobi.tolerance)):
                 moved = running.state.moved[:texts].tolist()  # the host waits for the device
-                leaving = [distance < job.jacobi.tolerance for distance in moved]
-            else:
-                leaving = [last] * texts
+                leaving = [last or distance < job.jacobi.tolerance for distance in moved]
+                for text, distance in zip(running.texts, moved, strict=True) if job.jacobi.watch else ():
+                    if text >= 0:
+                        job.jacobi.watch(batch.rows[text], distance)
             self._passes[done + 1] += sum(
                 text >= 0 and leaves for text, leaves in zip(running.texts, leaving, strict=True)
             )
