@@ -167,12 +167,15 @@ class _Faster(NamedTuple):
     rows: int
 
 
-# Measured with models that need 4 passes (bench/jacobi.py). Of the lines that fit a call, the one with the most rows
-# counts.
+# Of the lines that fit a call, the one with the most rows counts. CPU: SmolLM2-135M on two cores, 3 to 4 passes. CUDA:
+# estimated. A pass costs as much as a step while its tokens are fewer than the 200 or so at which a GPU is as long at
+# the arithmetic as at one read of the weights, and more in proportion beyond.
 FASTER = (
-    _Faster("cpu", math.inf, 8, 1),
+    _Faster("cpu", math.inf, 4, 1),
+    _Faster("cpu", math.inf, 8, 2),
     _Faster("cpu", math.inf, 16, 4),
-    _Faster("cuda", math.inf, 8, 8),
+    _Faster("cuda", math.inf, 4, 4),
+    _Faster("cuda", math.inf, 8, 16),
     _Faster("cuda", math.inf, 16, 32),
 )
 # A model whose texts have taken more than this share of the K passes does not settle.
