@@ -302,6 +302,7 @@ class Engine:
         """`_decode` by Jacobi passes."""
         assert job.jacobi is not None
         count, num_steps, before = len(batch.rows), job.num_steps, int(job.include_prompt)
+        tolerance, watch = job.jacobi.tolerance, job.jacobi.watch
         tokens, multiple = num_steps - before, TOKENS_BUCKET if self._limits.row_buckets else 1
         running = RunningRows(count, num_steps, pool, state, batch.slots, self._limits.buffer_rows)
         for done in range(tokens):
@@ -317,11 +318,14 @@ class Engine:
                 stop=tokens,
             )()
             last, texts = done + 1 == tokens, len(running.texts)
-            if done and job.jacobi.tolerance and not last:
+            leaving = [last] * texts
+            if done and (watch or (tolerance and not last)):
                 moved = running.state.moved[:texts].tolist()  # the host waits for the device
-                leaving = [distance < job.jacobi.tolerance for distance in moved]
-            else:
-                leaving = [last] * texts
+                leaving = [last or distance < tolerance for distance in moved]
+                if watch is not None:
+                    for text, distance in zip(running.texts, moved, strict=True):
+                        if text >= 0:
+                            watch(batch.rows[text], distance)
             self._passes[done + 1] += sum(
                 text >= 0 and leaves for text, leaves in zip(running.texts, leaving, strict=True)
             )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
 from gircse.encode.tokens import check_text, check_texts, pad, tokenize
+from gircse.engine.jacobi import Jacobi
 from gircse.inspect.failures import Finding, diagnose
 from gircse.integers import check_integer
 from gircse.lm.rollout import rollout
@@ -53,11 +54,17 @@ class SoftToken:
 
 @dataclass(frozen=True)
 class TextInspection:
-    """One text, one soft token per step, and their signs of failure (see `gircse.inspect.failures`)."""
+    """One text, one soft token per step, and their signs of failure (see `gircse.inspect.failures`).
+
+    Attributes:
+        jacobi_moves: where the config's decoding is not sequential, by how much each pass but the first moves the
+            embedding, 1 - cosine. Jacobi decoding takes one pass more than there are entries.
+    """
 
     text: str
     steps: list[SoftToken]
     warnings: list[Finding] = field(default_factory=list)
+    jacobi_moves: list[float] = field(default_factory=list)
 
 
 def inspect(
@@ -85,11 +92,16 @@ def inspect(
     ids = tokenize(model, texts, instruction=instruction, max_length=length, num_steps=num_steps)
     check_rows(ids, model.causal_lm.vocabulary, num_steps, positions=model.causal_lm.max_positions)
     inspections: list[TextInspection] = []
-    with model.inference():  # eval mode, no autocast, and other threads wait
+    jacobi = Jacobi.of(model.config)
+    with model.inference() as engine:  # eval mode, no autocast, and other threads wait
         for start in range(0, len(ids), _ROWS):
             inspections += _inspect_batch(
                 model, texts[start : start + _ROWS], ids[start : start + _ROWS], num_steps, top_n
             )
+        if jacobi is not None:
+            watched = replace(jacobi, auto=False, watch=lambda row, moved: inspections[row].jacobi_moves.append(moved))
+            options: dict[str, Any] = {"temperature": model.config.temperature, "jacobi": watched}
+            engine.states(ids, num_steps, include_prompt=model.config.include_prompt_state, **options)
     return inspections
 
 

@@ -24,6 +24,11 @@ def inspection_table(inspections: Sequence[TextInspection], *, width: int = 100)
                 for token, probability in zip(step.tokens, step.probabilities, strict=True)
             )
             lines.append(f"  {step.step:>3} {step.entropy:>8.3f} {step.cosine_to_previous:>10.4f}  {tokens}")
+        if inspection.jacobi_moves:
+            moves = ", ".join(f"{moved:.1e}" for moved in inspection.jacobi_moves)
+            lines.append(
+                f"  Jacobi decoding: {len(inspection.jacobi_moves) + 1} passes; from the second on it moves by {moves}"
+            )
         for finding in inspection.warnings:
             lines += warning_lines(finding, width=width)
         blocks.append("\n".join(lines))

@@ -105,5 +105,8 @@ class GircseConfig:
         return self if num_steps is None else replace(self, num_steps=num_steps)
 
     def with_decoding(self, decoding: str | None, jacobi_tolerance: float | None) -> GircseConfig:
-        given = {"decoding": decoding, "jacobi_tolerance": jacobi_tolerance}
-        return replace(self, **{name: value for name, value in given.items() if value is not None})
+        return replace(
+            self,
+            decoding=self.decoding if decoding is None else decoding,
+            jacobi_tolerance=self.jacobi_tolerance if jacobi_tolerance is None else jacobi_tolerance,
+        )

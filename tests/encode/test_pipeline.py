@@ -12,6 +12,7 @@ import torch
 import gircse.encode.devices
 from gircse import GIRCSE, GircseConfig
 from gircse.engine import Engine, EngineConfig
+from gircse.inspect.table import inspection_table
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 TEXTS = ["a", "the quick brown fox jumps over the lazy dog", "", "soft tokens", "x" * 70, "two words"]
@@ -337,6 +338,19 @@ def test_inspect_agrees_with_the_plain_distribution(model):
     assert first.max_probability == pytest.approx(values[0].item(), rel=1e-4)
     steps = model.encode("soft tokens", num_steps=3, return_steps=True)
     assert inspections[0].steps[2].cosine_to_previous == pytest.approx(float(steps[1] @ steps[2]), abs=1e-5)
+
+
+def test_inspect_tells_how_many_passes_jacobi_decoding_takes(model):
+    config = model.config.with_decoding("jacobi", 1e-4)
+    jacobi = GIRCSE(model.base, model.tokenizer, config).eval()
+    first, other = jacobi.inspect(["soft tokens", "a"], num_steps=12)
+    passes = [len(inspection.jacobi_moves) + 1 for inspection in (first, other)]
+    assert all(moves[-1] < 1e-4 <= min(moves[:-1]) for moves in (first.jacobi_moves, other.jacobi_moves))
+    jacobi.encode(["soft tokens", "a"], num_steps=12)
+    with jacobi.inference() as engine:
+        assert engine.report().passes == {taken: 2 * passes.count(taken) for taken in passes}
+    assert f"Jacobi decoding: {passes[0]} passes" in inspection_table([first])
+    assert model.inspect("a", num_steps=2)[0].jacobi_moves == []
 
 
 @pytest.mark.parametrize(
