@@ -242,7 +242,7 @@ def plan_forward(problem: Problem, device: Device) -> OneRow | FewRows | TwoProd
 
 def _whole_rows(problem: Problem, device: Device) -> OneRow | FewRows | None:
     # float32: a 3xTF32 product of whole rows spills, and its gradients need scores bitwise as backward recomputes them
-    most_rows = FEW_ROWS if problem.width <= NARROW_WIDTH else FEW_WIDE_ROWS
+    most_rows = FEW_ROWS if problem.width <= NARROW_WIDTH else min(FEW_ROWS, FEW_WIDE_ROWS)
     if not problem.tied or problem.itemsize != 2 or problem.width > WHOLE_WIDTH or problem.rows > most_rows:
         return None
     kernel = "one_row" if problem.rows == 1 else "few_rows"
