@@ -188,7 +188,7 @@ class Select(NamedTuple):
     tiles: int  # of a row, with sums of their own
     groups: int  # of a row, with a highest score of their own
     listed: int  # entries among which the highest ones are chosen
-    parts: int  # of a row, with a program each in `narrow_kernel`
+    parts: int  # of a row, with a program each in `narrow_kernel`; 0: too many, it does not run
 
     def scratch(self, vocab: int) -> int:
         """Bytes that a call allocates beyond its inputs and results."""
@@ -354,6 +354,7 @@ def plan_select(rows: int, vocab: int, itemsize: int, device: Device, capacity: 
     blocks["ROOM"] = max(blocks["ROOM"], listed)
     narrow = lookup("narrow", device.arch, itemsize, rows)
     parts = cdiv(vocab, narrow.blocks["BLOCK"])
+    parts = parts if parts <= LISTED_PARTS else 0
     return Select(weights, config._replace(blocks=blocks), narrow, row_block, tiles, groups, listed, parts)
 
 
