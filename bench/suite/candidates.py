@@ -5,9 +5,9 @@ The file is a JSON list. `case` is a name of `bench.cases`, the alternatives are
     [{"case": "qwen2.5-0.5b-T64-forward-bfloat16",
       "alternatives": {"few rows": {"plan": {"FEW_ROWS": 64}}, "epilogue": {"many_rows": {"epilogue": true}}}}]
 
-`candidates.json`, beside this file, asks what a first run on a new GPU must decide: pieces, tiles, warps, stages and
-programs of forms 1 and 2, from how many rows on form 3 is faster, and in form 3 who takes the exponential, in which
-dtype scores are kept, and how large a chunk is.
+`candidates.json`, beside this file, asks what the last run left open, what is worth most first: in form 3 who takes
+the exponential and how large a chunk is, forward and backward; up to how many rows wide matrices are read once; tiles,
+warps, stages and programs of forms 1 and 2; who searches for top-p's threshold.
 """
 
 from __future__ import annotations

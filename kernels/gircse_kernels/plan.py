@@ -188,7 +188,7 @@ class Select(NamedTuple):
     tiles: int  # of a row, with sums of their own
     groups: int  # of a row, with a highest score of their own
     listed: int  # entries among which the highest ones are chosen
-    parts: int  # of a row, with a program each in `narrow_kernel`
+    parts: int  # of a row, with a program each in `narrow_kernel`; 0: too many, it does not run
 
     def scratch(self, vocab: int) -> int:
         """Bytes that a call allocates beyond its inputs and results."""
@@ -242,7 +242,7 @@ def plan_forward(problem: Problem, device: Device) -> OneRow | FewRows | TwoProd
 
 def _whole_rows(problem: Problem, device: Device) -> OneRow | FewRows | None:
     # float32: a 3xTF32 product of whole rows spills, and its gradients need scores bitwise as backward recomputes them
-    most_rows = FEW_ROWS if problem.width <= NARROW_WIDTH else FEW_WIDE_ROWS
+    most_rows = FEW_ROWS if problem.width <= NARROW_WIDTH else min(FEW_ROWS, FEW_WIDE_ROWS)
     if not problem.tied or problem.itemsize != 2 or problem.width > WHOLE_WIDTH or problem.rows > most_rows:
         return None
     kernel = "one_row" if problem.rows == 1 else "few_rows"
@@ -354,6 +354,7 @@ def plan_select(rows: int, vocab: int, itemsize: int, device: Device, capacity: 
     blocks["ROOM"] = max(blocks["ROOM"], listed)
     narrow = lookup("narrow", device.arch, itemsize, rows)
     parts = cdiv(vocab, narrow.blocks["BLOCK"])
+    parts = parts if parts <= LISTED_PARTS else 0
     return Select(weights, config._replace(blocks=blocks), narrow, row_block, tiles, groups, listed, parts)
 
 

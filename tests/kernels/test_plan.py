@@ -13,7 +13,7 @@ from bench.static import plans
 from bench.static.launches import DEVICES
 
 H100 = DEVICES[90]
-WIDTH, ROWS = plan.WHOLE_WIDTH, plan.FEW_ROWS
+WIDTH, NARROW, ROWS, WIDE_ROWS = plan.WHOLE_WIDTH, plan.NARROW_WIDTH, plan.FEW_ROWS, plan.FEW_WIDE_ROWS
 
 
 @pytest.mark.parametrize("arch", DEVICES)
@@ -22,8 +22,10 @@ WIDTH, ROWS = plan.WHOLE_WIDTH, plan.FEW_ROWS
     [
         (1, WIDTH, True, 2, OneRow),
         (2, WIDTH, True, 2, FewRows),
-        (ROWS, WIDTH, True, 2, FewRows),
-        (ROWS + 1, WIDTH, True, 2, TwoProducts),
+        (WIDE_ROWS, WIDTH, True, 2, FewRows),
+        (WIDE_ROWS + 1, NARROW + 8, True, 2, TwoProducts),
+        (ROWS, NARROW, True, 2, FewRows),
+        (ROWS + 1, NARROW, True, 2, TwoProducts),
         (1, WIDTH + 8, True, 2, TwoProducts),
         (ROWS, WIDTH + 8, True, 2, TwoProducts),
         (1, 64, True, 4, TwoProducts),
@@ -61,7 +63,8 @@ def test_the_choice_for_many_problems() -> None:
     assert len(lines) >= 40
     for line in lines:
         problem, whole = line.problem, line.problem.tied and line.problem.width <= WIDTH and line.dtype == "bf16"
-        expected = (OneRow if problem.rows == 1 else FewRows) if whole and problem.rows <= ROWS else TwoProducts
+        most = ROWS if problem.width <= NARROW else WIDE_ROWS
+        expected = (OneRow if problem.rows == 1 else FewRows) if whole and problem.rows <= most else TwoProducts
         assert type(line.plan) is expected, line
         if isinstance(line.plan, TwoProducts):
             # one chunk wherever the scratch holds it: every further chunk is four more launches

@@ -1,4 +1,4 @@
-"""Up to 32 rows, tied matrix, half precision, D <= 2048: each tile of W is read once and serves both products.
+"""Up to 32 rows, or 16 where D > 1024; tied, half precision, D <= 2048: one read of a tile of W serves both products.
 
 The vocabulary is split over the programs (flash decoding). A program keeps its rows' hidden states and accumulators,
 walks the tiles of its share with an online softmax, and writes one partial result for `merge`::

@@ -11,7 +11,7 @@ from torch import Tensor
 from ... import launching
 from ...contract import Candidates, Inputs, Options, Selection, Truncation
 from ...launching import adjacent, device_of, row_stride
-from ...plan import LISTED_PARTS, Select, padded, plan_select
+from ...plan import Select, padded, plan_select
 from ..launch_many_rows import score_sums
 from .narrowing import BINS, narrow_kernel
 from .selection import select_kernel
@@ -69,7 +69,7 @@ def _select(inputs: Inputs, options: Options, rules: Truncation | None, capacity
     indices = torch.empty((plan.row_block, 2 * blocks["ROOM"]), dtype=torch.int32, device=device) if capacity else None
     sums = (*tiles, tile_argmax, groups)
     narrow = None
-    if rules is not None and capacity == 0 and plan.parts <= LISTED_PARTS and _top_p_alone(rules):
+    if rules is not None and capacity == 0 and plan.parts and _top_p_alone(rules):
         narrow = _Narrow(plan, device)
     for start in range(0, num_rows, plan.row_block):
         rows = slice(start, min(start + plan.row_block, num_rows))
@@ -100,7 +100,7 @@ def _select(inputs: Inputs, options: Options, rules: Truncation | None, capacity
             LIST=plan.listed,
             GROUPS=1 << (plan.groups - 1).bit_length(),
             TILES=padded_tiles,
-            PARTS=1 << (plan.parts - 1).bit_length(),
+            PARTS=1 << max(0, plan.parts - 1).bit_length(),
             PART_ROOM=plan.narrow.blocks["ROOM"],
         )  # fmt: skip
     return found
