@@ -32,7 +32,7 @@ from .info_nce_plain import plain_losses
 from .tiles_torch import accumulation_dtype, slices
 from .vocab_parallel import find_group
 
-# Of the unit vectors of several steps that are walked together; a single step may have more.
+# Of the unit vectors of several steps that are walked together, and the measure of a piece of candidates.
 VECTOR_BYTES = 16 << 20
 
 
@@ -87,14 +87,13 @@ class LossCall(NamedTuple):
     @property
     def piece_rows(self) -> int:
         """Candidates of each rank that a piece may have."""
-        budget, each = self.module.piece_bytes(
-            self.query_steps.shape[0], self.query_steps.shape[2], self.query_steps.dtype
-        )
-        return max(1, budget // (each * len(self.docs_of.sizes)))
+        rows, _, width = self.query_steps.shape
+        most = self.module.piece_candidates(rows, width, self.query_steps.dtype.itemsize, VECTOR_BYTES)
+        return max(1, most // len(self.docs_of.sizes))
 
     @property
     def _row_bytes(self) -> int:
-        return self.module.vector_bytes(self.query_steps.shape[2], self.query_steps.dtype)
+        return self.module.unit_bytes(self.query_steps.shape[2], self.query_steps.dtype.itemsize)
 
     def document_pieces(self) -> Located:
         return [(piece, piece.locate(self.target)) for piece in pieces(self.docs_of, self.piece_rows)]

@@ -21,17 +21,17 @@ from torch import Tensor
 from .tiles_torch import accumulation_dtype, matmul_nt, slices, tiling
 
 BLOCK_BYTES = 1 << 20
-PIECE_BYTES = 16 << 20
 
 
-def vector_bytes(width: int, dtype: torch.dtype) -> int:
-    """Of one unit vector."""
-    return width * accumulation_dtype(dtype).itemsize
+def unit_bytes(width: int, itemsize: int) -> int:
+    """Of one unit vector of steps of that size of elements."""
+    return width * max(itemsize, 4)
 
 
-def piece_bytes(rows: int, width: int, dtype: torch.dtype) -> tuple[int, int]:
-    """What the vectors of a piece of candidates may take, and what each takes; their similarities are cut further."""
-    return PIECE_BYTES, vector_bytes(width, dtype)
+def piece_candidates(rows: int, width: int, itemsize: int, budget: int) -> int:
+    """Candidates that meet ``rows`` rows in one call: as many as their vectors allow, for ``sums`` and ``gradients``
+    hold no more than tiles of similarities."""
+    return max(1, budget // unit_bytes(width, itemsize))
 
 
 def pool(steps: Tensor, pooling: str, first: int = 0, last: int | None = None) -> Pooled:

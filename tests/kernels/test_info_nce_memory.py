@@ -74,7 +74,6 @@ def test_a_tenth_of_eager_in_the_torch_backend(monkeypatch: pytest.MonkeyPatch) 
     """LARGE with all extents and all budgets scaled down alike, so that the shares of memory are the same."""
     for module, name in (
         (info_nce_op, "VECTOR_BYTES"),
-        (info_nce_torch, "PIECE_BYTES"),
         (tiles_torch, "WORKSPACE_BYTES"),
         (info_nce_torch, "BLOCK_BYTES"),
     ):

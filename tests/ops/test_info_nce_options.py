@@ -59,10 +59,10 @@ def test_every_option_against_the_plain_formula(
 ) -> None:
     monkeypatch.setattr(tiles_torch, "VOCAB_CHUNK", 5)
     monkeypatch.setattr(tiles_torch, "ROW_TILE", 3)
-    itemsize = 8 if backend == "torch" else 4
+    itemsize = 8 if backend == "torch" else 6  # of a number of a unit vector
     if symmetric:  # two groups of steps, the second shorter
         monkeypatch.setattr(info_nce_op, "VECTOR_BYTES", 2 * 6 * (7 + 19) * itemsize)
-    elif masked:  # pieces of at most 5 candidates
+    elif masked:  # pieces of a few candidates
         monkeypatch.setattr(info_nce_op, "VECTOR_BYTES", 5 * 6 * itemsize)
     arguments = {
         **problem(masked=masked, queries_masked=include_queries), "include_queries": include_queries,

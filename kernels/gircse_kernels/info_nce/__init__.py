@@ -3,8 +3,8 @@
 cuBLAS multiplies, on the tensor cores: a float32 vector is a sum of bfloat16 parts, step first, rows [K, B, P, D] and
 candidates [K, C, P, D], and a product of two such vectors is the sum over the parts' products that count. Two parts,
 for vectors of half precision, leave an error of about 2^-18; three, for float32, have its accuracy. The candidates of
-one call are a piece that meets all rows at once, so its similarities [K, B, C] exist; `piece_bytes` says how many
-bytes that takes, and one call after the other sees the next piece. Nothing waits for the device.
+one call are a piece that meets all rows at once, so its similarities [K, B, C] exist; `piece_candidates` says how many
+a piece may have, and one call after the other sees the next piece. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -16,38 +16,21 @@ from torch import Tensor
 
 from .. import launching
 from ..contract import Pooled, Sums
-from ..plan import Config
+from ..plan import Config, piece_candidates, unit_bytes, unit_parts
 from .pooling import pool_grad_kernel, pool_kernel
 from .softmax import softmax_grad_kernel, softmax_sums_kernel
 
+__all__ = ["gradients", "piece_candidates", "pool", "pool_gradient", "sums", "unit_bytes"]
+
 SMALLEST = 1e-37  # of a norm: a shorter vector has no direction
-LEAST_BYTES, MOST_BYTES = 32 << 20, 512 << 20  # of all that a piece of the candidates needs
 _ROW = Config({"BLOCK": 1024}, 4, 1)
-
-
-def parts_of(dtype: torch.dtype) -> int:
-    """bfloat16 parts of the unit vectors of steps of that dtype."""
-    return 3 if dtype == torch.float32 else 2
-
-
-def vector_bytes(width: int, dtype: torch.dtype) -> int:
-    """Of one unit vector."""
-    return 2 * parts_of(dtype) * width
-
-
-def piece_bytes(rows: int, width: int, dtype: torch.dtype) -> tuple[int, int]:
-    """What a piece of candidates may take, and what each candidate takes: its vector, the gradient of that, and its
-    similarities to `rows` rows with their gradient."""
-    vector = vector_bytes(width, dtype)
-    budget = min(max(LEAST_BYTES, 4 * rows * vector), MOST_BYTES)
-    return budget, vector + 4 * width + rows * (4 + 2 * parts_of(dtype))
 
 
 def pool(steps: Tensor, pooling: str, first: int = 0, last: int | None = None) -> Pooled:
     """Unit vectors after steps `first` + 1 to `last` (None: all) of `steps` [B, K, D], any float dtype and strides."""
     rows, num_steps, width = steps.shape
     last = num_steps if last is None else last
-    parts = parts_of(steps.dtype)
+    parts = unit_parts(steps.dtype.itemsize)
     out = torch.empty((last - first, rows, parts, width), dtype=torch.bfloat16, device=steps.device)
     norms = torch.empty((last - first, rows), dtype=torch.float32, device=steps.device)
     if rows:
