@@ -225,7 +225,7 @@ def distillation_step(student: GIRCSE, targets: Targets, num_steps: int, config:
             return loss.total, loss
 
         loss, of_loss, passes = backward_of(
-            student, ids, len(own_queries), objective, config.micro_batch_tokens, num_steps=0, monitor=monitor
+            student, ids, objective, config.micro_batch_tokens, num_steps=0, monitor=monitor
         )
         parts = {"cosine": of_loss.cosine.detach(), "kl": of_loss.kl.detach()}
         return StepResult(loss, parts, len(own), sum(map(len, ids)), passes)

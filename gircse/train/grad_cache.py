@@ -56,23 +56,31 @@ class MicroBatch(NamedTuple):
         return MicroBatch(self.rows[:0], self.input_ids[:1], self.attention_mask[:1])
 
 
-def micro_batches(ids: Sequence[Sequence[int]], budget: int, *, num_steps: int, pad_id: int) -> list[MicroBatch]:
-    """Divides texts by length, longest first, so that micro-batches need little padding.
+def micro_batches(ids: Sequence[Sequence[int]], budget: int | None, *, num_steps: int, pad_id: int) -> list[MicroBatch]:
+    """Divides texts by length, so that micro-batches need little padding. The one of most positions comes last, because
+    gradient caching embeds the last one only once.
+
+    A micro-batch holds no text of less than half the positions of its longest. So texts of one length go together, and
+    short ones cost no more than twice their positions.
 
     Args:
         ids: token ids of each text.
         budget: the most positions of a micro-batch, texts x (tokens of its longest + num_steps). A text that exceeds
-            it goes alone.
+            it goes alone. None: no limit.
         num_steps: K, which every text adds.
     """
-    order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
+    size = [len(tokens) + num_steps for tokens in ids]
     parts: list[list[int]] = []
-    for row in order:
-        if parts and (len(parts[-1]) + 1) * (len(ids[parts[-1][0]]) + num_steps) <= budget:
+    longest = 0
+    for row in sorted(range(len(ids)), key=lambda row: -size[row]):
+        fits = budget is None or (len(parts[-1]) + 1) * longest <= budget if parts else False
+        if fits and 2 * size[row] >= longest:
             parts[-1].append(row)
         else:
             parts.append([row])
-    return [MicroBatch.of(rows, ids, pad_id=pad_id) for rows in parts]
+            longest = size[row]
+    batches = [MicroBatch.of(sorted(rows), ids, pad_id=pad_id) for rows in parts]
+    return sorted(batches, key=lambda batch: positions([batch], num_steps))
 
 
 def positions(batches: Sequence[MicroBatch], num_steps: int) -> int:

@@ -15,7 +15,7 @@ from gircse.model import GIRCSE
 from gircse.train.batches import Example, mask_of
 from gircse.train.capture import CapturedPasses
 from gircse.train.config import TrainConfig
-from gircse.train.grad_cache import MicroBatch, backward, micro_batches, positions
+from gircse.train.grad_cache import backward, micro_batches, positions
 from gircse.train.ranks import Ranks
 from gircse.train.run_config import RunConfig
 from gircse.train.step_monitor import StepMonitor
@@ -170,7 +170,7 @@ def contrastive_backward(
 
     ids = [*rows.queries, *rows.passages]
     return backward_of(
-        model, ids, split, objective, config.micro_batch_tokens,
+        model, ids, objective, config.micro_batch_tokens,
         num_steps=num_steps, soft_token_gradient=soft_token_gradient, monitor=monitor,
         same_passes=ranks if config.fsdp else None, graphs=graphs,
     )  # fmt: skip
@@ -179,7 +179,6 @@ def contrastive_backward(
 def backward_of(
     model: GIRCSE,
     ids: Sequence[Sequence[int]],
-    split: int,
     objective: Callable[[Tensor], tuple[Tensor, Extra]],
     budget: int | None,
     *,
@@ -192,8 +191,7 @@ def backward_of(
     """Rollout of texts, objective and backward, at once or by gradient caching (`gircse.train.grad_cache`).
 
     Args:
-        ids: token ids of each text, the queries first.
-        split: the number of queries, which are padded apart from the passages.
+        ids: token ids of each text. Queries and passages go through the model together.
         objective: states [T, K, D] -> (scalar loss, anything).
         budget: the most positions (padding and K included) that go through the model at once; None: no limit.
         same_passes: processes that must make the same number of passes, because each of them gathers FSDP's layers.
@@ -202,14 +200,10 @@ def backward_of(
     Returns:
         (loss, anything) of `objective`; the number of micro-batches.
     """
-    pad_id = model.tokenizer.pad_token_id
-    kinds = [rows for rows in (range(split), range(split, len(ids))) if rows]
-    parts = [MicroBatch.of(rows, ids, pad_id=pad_id) for rows in kinds]
+    parts = micro_batches(ids, budget, num_steps=num_steps, pad_id=model.tokenizer.pad_token_id)
     cached = budget is not None and positions(parts, num_steps) > budget
     if same_passes is not None:
         cached = bool(same_passes.most(cached))
-    if cached and budget is not None:
-        parts = micro_batches(ids, budget, num_steps=num_steps, pad_id=pad_id)
     cached = cached or (graphs is not None and len(parts) > 1)
     if same_passes is not None:
         parts += [parts[-1].unused()] * (int(same_passes.most(len(parts))) - len(parts))

@@ -92,7 +92,7 @@ def step_memory(
     Args:
         base: a `PreTrainedModel` on the meta device in train mode, with its adapters and checkpointing; it is switched
             to the rollout's attention function.
-        prompts: one micro-batch, or the queries and the passages where the batch is not divided.
+        prompts: one micro-batch, or all rollouts that are kept at once where the batch is not divided.
         num_steps: K >= 0.
         soft_token_gradient: the factor; with 0 the steps go by the block.
         cuda: stand in for the GPU's kernels; otherwise for the CPU's.
