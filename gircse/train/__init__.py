@@ -4,6 +4,7 @@
 |---|---|
 | `loop` | `train`, and the loop that training and distillation share |
 | `step`, `grad_cache` | the training step; batches that are larger than the memory |
+| `capture/` | micro-batches as CUDA graphs |
 | `distill`, `distill_loss` | the student of a teacher: its targets, its step, its objective |
 | `settings`, `run_config` | how settings are checked; those that both kinds of run have |
 | `config`, `distill_config`, `recipes` | the settings of each kind of run; files that set them |

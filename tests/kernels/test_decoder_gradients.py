@@ -60,6 +60,24 @@ def test_gate_at_large_arguments() -> None:
         torch.testing.assert_close(found[0], torch.tensor([[0.0, 0.0, 0.5, 1.0, 1.0]]), atol=1e-6, rtol=0)
 
 
+@DTYPES
+@pytest.mark.parametrize(("heads", "width", "tables"), [(3, 16, 2), (5, 24, 1)])
+def test_rotate(heads: int, width: int, tables: int, dtype: torch.dtype) -> None:
+    """Cosines and sines of one row for all rows or of each row, whose halves differ."""
+    x = torch.randn(2, 3, heads, width).to(dtype).transpose(1, 2)
+    grad = torch.randn(2, heads, 3, width).to(dtype)
+    cos, sin = torch.randn(2, tables, 3, width).to(dtype)
+    ours = [decoder.rotate(x, cos, sin), decoder.rotate(grad, cos, sin, backward=True)]
+    assert ours[0].is_contiguous()
+    assert ours[1].transpose(1, 2).is_contiguous()
+
+    def rotated(x: Tensor) -> Tensor:
+        half = torch.cat([-x[..., width // 2 :], x[..., : width // 2]], dim=-1)
+        return x * cos[:, None].to(x.dtype) + half * sin[:, None].to(x.dtype)
+
+    check(ours, rotated, [x], grad)
+
+
 def test_no_tokens_and_wrong_arguments() -> None:
     empty, some = torch.zeros(0, 8), torch.zeros(2, 8)
     assert decoder.norm_grad(empty, empty, torch.ones(8), eps=1e-6, offset=0.0).shape == (0, 8)
@@ -68,5 +86,7 @@ def test_no_tokens_and_wrong_arguments() -> None:
         decoder.gated_pair(some, some, "relu")
     with pytest.raises(ValueError, match=r"up: got shape \[2, 4\], expected \[2, 8\]"):
         decoder.gated_pair(some, some[:, :4], "silu")
+    with pytest.raises(ValueError, match=r"sin: got shape \[1, 3, 4\], expected \[1 or 1, 2, 4\]"):
+        decoder.rotate(torch.zeros(1, 1, 2, 4), torch.zeros(1, 2, 4), torch.zeros(1, 3, 4))
     with pytest.raises(TypeError, match="grad: got torch.float16, expected torch.float32"):
         decoder.norm_grad(some, some.half(), torch.ones(8), eps=1e-6, offset=0.0)

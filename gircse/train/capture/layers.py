@@ -1,20 +1,24 @@
-"""Norms and gates of the decoder as single kernels with a backward pass, for the passes that are captured.
+"""Norms, rotary embeddings and gates as single kernels with a backward pass, for the passes that are captured.
 
 A stock RMSNorm takes seven kernels forward and more backward, most of them in float32, and leaves three tensors of its
-input's size for backward. Here it is one kernel each way, which keeps the input alone; so is the gate of an MLP.
+input's size for backward. Here it is one kernel each way, which keeps the input alone; so are the gate of an MLP and
+the rotary embedding of queries or keys.
 `torch.compile` of the layers would fuse them as well, but would compile for each shape, for a minute or more, and again
 where an adapter changes.
 
-Only layers are replaced that the engine's decoder body knows as well (`gircse.engine.body.facts`): RMSNorms whose
-values were compared on numbers, and gates whose activation was. Frozen weights in half precision or float32 are
-required; an RMSNorm that is trained keeps its own kernels.
+Only what the engine's decoder body knows as well is replaced (`gircse.engine.body.facts`): RMSNorms whose values were
+compared on numbers, gates whose activation was, and the rotary function of these decoders, which is a global of their
+module. Frozen weights in half precision or float32 are required; an RMSNorm that is trained keeps its own kernels.
 """
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,6 +30,7 @@ from gircse.lm.causal_lm import CausalLM
 from gircse.ops.backends import kernels, resolve_backend
 from gircse.ops.head_facts import text_config
 
+_ROTARY = "apply_rotary_pos_emb"
 _GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
 
@@ -34,10 +39,14 @@ class FusedLayers:
 
     Args:
         forwards: for each of them what takes the place of its `forward`.
+        rotary: the Python module whose rotary function is replaced.
     """
 
-    def __init__(self, forwards: list[tuple[nn.Module, Callable[[Tensor], Tensor]]]) -> None:
+    def __init__(
+        self, forwards: list[tuple[nn.Module, Callable[[Tensor], Tensor]]], rotary: ModuleType | None = None
+    ) -> None:
         self.forwards = forwards
+        self.rotary = rotary
 
     @classmethod
     @torch.no_grad()
@@ -52,16 +61,23 @@ class FusedLayers:
             forward = _norm(module) if name.endswith("norm") else _gate(module)
             if forward is not None:
                 found.append((module, forward))
-        return cls(found)
+        rotary = sys.modules[type(lm.body).__module__]
+        usable = resolve_backend(None, lm.embed_weight) == "triton" and hasattr(rotary, _ROTARY)
+        return cls(found, rotary if usable else None)
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """Inside, the layers run as single kernels. What they did inside can go backward at any time."""
         for module, forward in self.forwards:
             module.forward = forward
+        stock = getattr(self.rotary, _ROTARY, None)
+        if self.rotary is not None:
+            setattr(self.rotary, _ROTARY, partial(_rotated, stock, threading.get_ident()))
         try:
             yield
         finally:
+            if self.rotary is not None:
+                setattr(self.rotary, _ROTARY, stock)
             for module, _ in self.forwards:
                 del module.forward
 
@@ -95,6 +111,29 @@ def _fused_norm(x: Tensor, *, weight: Tensor, eps: float, offset: float) -> Tens
 def _fused_mlp(mlp: Any, x: Tensor, *, activation: str) -> Tensor:
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)
     return mlp.down_proj(_Gate.apply(gate.flatten(0, -2), up.flatten(0, -2), activation).view_as(gate))
+
+
+def _rotated(
+    stock: Any, thread: int, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """The stock function in other threads, and for heads that are rotated in part or are not [B, H, N, d]."""
+    fits = q.dim() == 4 and cos.dim() == 3 and cos.shape[-1] == q.shape[-1] and cos.stride() == sin.stride()
+    if threading.get_ident() != thread or args or kwargs or not fits:
+        return stock(q, k, cos, sin, *args, **kwargs)
+    return _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return kernels("decoder").rotate(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
+        return kernels("decoder").rotate(grad, *ctx.saved_tensors, backward=True), None, None
 
 
 class _Norm(torch.autograd.Function):
