@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gircse.lm.adapter import adapted_layers
-from gircse.lm.lora_products import LoraProducts, Piece, Products
+from gircse.lm.lora_products import GradientEntry, LoraProducts, Piece, Products
 from gircse.ops.autocast import autocast_dtype
 
 # Layers of one module that read the same input, in every architecture that has them by these names.
@@ -82,6 +82,7 @@ class FusedLora:
         for shared in self.inputs:
             for index, layer in enumerate(shared.layers):
                 layer.forward = _Forward(self, shared, index)
+        self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -97,12 +98,12 @@ class FusedLora:
         version = 0 if x.is_inference() else x._version
         kept, self._kept = self._kept, None
         if kept is None or kept[:3] != (id(x), version, shared) or index not in kept.outputs:
+            products = shared.products
+            if products is None or products.a.dtype != x.dtype:
+                return None
             if not shared.is_current():
                 self.refresh()
-            outputs = shared.outputs(x)
-            if outputs is None:
-                return None
-            kept = _Kept(id(x), version, shared, dict(enumerate(outputs)), x)
+            kept = _Kept(id(x), version, shared, dict(enumerate(shared.outputs(x, products))), x)
         output = kept.outputs.pop(index)
         if kept.outputs:
             self._kept = kept
@@ -133,6 +134,7 @@ class SharedInput:
         self._modules: list[Any] = []  # that hold the weights A and then B of all pieces
         self._dropout: nn.Module = nn.Identity()
         self._copied: list[Any] | None = None
+        self._entry: tuple[Any, Tensor] | None = None
 
     @property
     def products(self) -> Products | None:
@@ -141,25 +143,22 @@ class SharedInput:
         if any(layer.disable_adapters or layer.merged for layer in self.layers):
             return None
         base = self.layers[0].get_base_layer().weight
-        wanted = [base.dtype, base.device]
+        wanted = [base.dtype, base.device, base.requires_grad]
         wanted += [(*layer.active_adapters, *layer.scaling.items()) for layer in self.layers]
         if self._built_for != wanted:
             self._build(base.dtype, base.device)
             self._built_for = wanted
         return self._products
 
-    def outputs(self, x: Tensor) -> tuple[Tensor, ...] | None:
-        """Of all layers; None where PEFT must compute."""
-        products = self.products
-        if products is None or products.a.dtype != x.dtype:
-            return None
+    def outputs(self, x: Tensor, products: Products) -> tuple[Tensor, ...]:
+        """Of all layers."""
         dropout = self._dropout
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        return LoraProducts.apply(x, p, products, *self._weights())
+        return LoraProducts.apply(x, p, products, self._gradient_entry() if torch.is_grad_enabled() else None)
 
     def is_current(self) -> bool:
         """Whether the matrices hold the weights of now."""
-        return self.products is None or self._copied == _versions(self._weights())
+        return self._copied == _versions(self._weights())
 
     def stale_copies(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Copies that do not hold the weights of now, each with its weight and factor. They count as written then."""
@@ -171,6 +170,20 @@ class SharedInput:
         for piece, a, b in zip(products.pieces, weights[:count], weights[count:], strict=True):
             yield products.a[piece.rows], a, 1.0
             yield products.b[piece.layer][:, piece.columns], b, piece.scaling
+
+    def _gradient_entry(self) -> Tensor:
+        """One for all calls until the weights or the CUDA stream change: autograd runs its backward on the stream that
+        it was made on, and a stream that is captured may not wait for another."""
+        weights = self._weights()
+        stream = torch.cuda.current_stream(weights[0].device) if weights[0].is_cuda else None
+        key = (self._copied, [weight.requires_grad for weight in weights], stream)
+        if self._entry is None or self._entry[0] != key:
+            self._entry = None  # first, so that the weights' own nodes are made on the new stream, too
+            self._entry = key, GradientEntry.apply(*weights)
+        return self._entry[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_entry": None}  # no copy may lead to the weights of this model
 
     def _weights(self) -> list[Tensor]:
         return [module.weight for module in self._modules]

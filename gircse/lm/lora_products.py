@@ -56,14 +56,34 @@ class Products(NamedTuple):
     pieces: Sequence[Piece]
 
 
-class LoraProducts(torch.autograd.Function):
-    """x [.., D], the probability of dropout, `Products`, the weights A and then B of all pieces -> each y_i [.., E_i].
+class GradientEntry(torch.autograd.Function):
+    """The weights A and then B of all pieces -> a vector without values of its own, in their dtype: its gradient is
+    theirs, flat and one after the other.
 
-    Gradients go to x and to the weights, whose values are read from the copies.
+    Every product of a rollout hands one vector to autograd, which adds it to the others in one operator, instead of a
+    gradient for each weight.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dropout: float, products: Products, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *weights: Tensor) -> Tensor:
+        ctx.shapes = [weight.shape for weight in weights]
+        return weights[0].data.as_strided((sum(map(Tensor.numel, weights)),), (0,))  # no memory, and never read
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        parts = grad.split([shape.numel() for shape in ctx.shapes])
+        return tuple(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
+
+
+class LoraProducts(torch.autograd.Function):
+    """x [.., D], the probability of dropout, `Products`, a `GradientEntry` -> each y_i [.., E_i].
+
+    Gradients go to x and to the entry, which is None without autograd.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dropout: float, products: Products, entry: Tensor | None) -> tuple[Tensor, ...]:
         base, a, b, columns, _ = products
         rows = x.reshape(-1, x.shape[-1])
         dropped, mask = torch.native_dropout(rows, dropout, True) if dropout else (rows, None)
@@ -74,7 +94,7 @@ class LoraProducts(torch.autograd.Function):
             if b_i.shape[1]:
                 y.addmm_(t[:, own], b_i.T)
             outputs.append(y.view(*x.shape[:-1], -1))
-        ctx.dropout, ctx.products, ctx.dtype = dropout, products, weights[0].dtype
+        ctx.dropout, ctx.products, ctx.dtype = dropout, products, None if entry is None else entry.dtype
         # The copies are saved, so that autograd refuses a backward after they were written with a later step's weights.
         ctx.save_for_backward(dropped, mask, t, a, *b, *map(_weight_by_inputs, base))
         return tuple(outputs)
@@ -101,30 +121,27 @@ class LoraProducts(torch.autograd.Function):
             else:
                 dx += torch.ops.aten.native_dropout_backward(matmul_nt(dt, a.T), mask, 1 / (1 - ctx.dropout))
             dx = dx.view(*grads[0].shape[:-1], -1)
-        return dx, None, None, *_weight_gradients(dropped, t, dt, dy, ctx.products, ctx.dtype)
+        weights = _weight_gradients(dropped, t, dt, dy, ctx.products, ctx.dtype) if ctx.needs_input_grad[3] else None
+        return dx, None, None, weights
 
 
 def _weight_gradients(
     dropped: Tensor, t: Tensor, dt: Tensor, dy: Sequence[Tensor], products: Products, dtype: torch.dtype
-) -> list[Tensor]:
-    """Of A and then of B for all pieces: views of one buffer in `dtype`."""
+) -> Tensor:
+    """The gradient of a `GradientEntry`."""
     a, b, pieces = products.a, products.b, products.pieces
-    ranks = [piece.rows.stop - piece.rows.start for piece in pieces]
-    shapes = [(rank, a.shape[1]) for rank in ranks]
-    shapes += [(b[piece.layer].shape[0], rank) for piece, rank in zip(pieces, ranks, strict=True)]
-    sizes = [rows * columns for rows, columns in shapes]
+    shapes = [(b[piece.layer].shape[0], piece.rows.stop - piece.rows.start) for piece in pieces]
+    sizes = [a.numel(), *(outputs * rank for outputs, rank in shapes)]
     wide = dtype != dropped.dtype and dropped.device.type != "cpu"
     options: Any = {"out_dtype": dtype} if wide else {}
     flat = dropped.new_empty(sum(sizes), dtype=dtype if wide else None)
-    whole = flat[: a.numel()].view_as(a)
-    torch.mm(dt.T, dropped, out=whole, **options)
-    parts = flat.split(sizes)
-    for piece, shape, part in zip(pieces, shapes[len(pieces) :], parts[len(pieces) :], strict=True):
+    of_a, *of_b = flat.split(sizes)
+    torch.mm(dt.T, dropped, out=of_a.view(a.shape), **options)
+    for piece, shape, part in zip(pieces, shapes, of_b, strict=True):
         out = part.view(shape)
-        torch.addmm(
-            out, dy[piece.layer].T, t[:, piece.rows], beta=0, alpha=piece.scaling, out=out, **options
-        )  # beta = 0: what the buffer held does not count, not even NaN
-    return [part.view(shape) for part, shape in zip(flat.to(dtype).split(sizes), shapes, strict=True)]
+        # With beta = 0 nothing counts that the buffer held before, not even NaN.
+        torch.addmm(out, dy[piece.layer].T, t[:, piece.rows], beta=0, alpha=piece.scaling, out=out, **options)
+    return flat.to(dtype)
 
 
 def _base_product(rows: Tensor, layer: Any) -> Tensor:

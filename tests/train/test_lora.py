@@ -11,6 +11,7 @@ from peft import LoraConfig
 
 from gircse import GIRCSE
 from gircse.data.rows import Row
+from gircse.lm.lora import unfuse_lora
 from gircse.train import train
 from gircse.train.batches import TrainingData
 from gircse.train.config import TrainConfig
@@ -98,6 +99,41 @@ def test_adapters_of_a_half_precision_base_train_in_float32(base):
     for name, parameter in weights.items():
         assert (parameter != before[name])[parameter.grad != 0].float().mean() > 0.99
     assert np.isfinite(model.encode(["red"])).all()
+
+
+def test_a_step_has_the_gradients_of_pefts_layers():
+    """In float64, divided into micro-batches, with checkpointing, by the block and with the exact gradient; the second
+    step reads the weights that the first has changed."""
+    settings = TrainConfig(
+        model="", batch_size=4, num_steps=3, lora_dropout=0.0, gradient_checkpointing=True, micro_batch_tokens=80
+    )
+
+    def steps(fused: bool) -> list[list[torch.Tensor]]:
+        torch.manual_seed(0)
+        model = trainable_model(settings, GIRCSE(tiny_model("qwen2", dtype=torch.float64), tiny_tokenizer())).train()
+        weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in weights:  # B starts at zero, which gives A no gradient
+            torch.nn.init.normal_(parameter, std=0.1)
+        if not fused:
+            unfuse_lora(model.base)
+        tokenizer, results = RowTokenizer(model, settings, 3), []
+        for num_steps, factor in ((3, 0.0), (2, 1.0)):
+            rows = tokenize_rows(tokenizer, TrainingData.open(settings, rows=ROWS).batch(0), settings)
+            _, losses, passes = contrastive_backward(
+                model, rows, settings, num_steps=num_steps, soft_token_gradient=factor
+            )
+            assert passes > 1
+            results.append([losses, *(parameter.grad for parameter in weights)])
+            with torch.no_grad():
+                for parameter in weights:
+                    parameter -= 0.1 * parameter.grad
+                    parameter.grad = None
+        return results
+
+    for ours, theirs in zip(steps(True), steps(False), strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+            assert b.any()
 
 
 def test_a_head_that_no_step_gives_a_gradient_is_not_trained_in_vain():
