@@ -10,6 +10,8 @@
     load.py, save.py      folders in and out
     base_fingerprint.py   which base an adapter was trained on
     adapter.py            PEFT adapters in a model
+    lora.py               LoRA layers that read the same input compute together,
+    lora_products.py      by one autograd function
     merged_adapter.py     an adapter merged into the base, and taken out bitwise
     quantize.py           8- and 4-bit weights
     device.py             devices, autocast

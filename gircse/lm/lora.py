@@ -82,6 +82,7 @@ class FusedLora:
         for shared in self.inputs:
             for index, layer in enumerate(shared.layers):
                 layer.forward = _Forward(self, shared, index)
+        self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -142,7 +143,7 @@ class SharedInput:
         if any(layer.disable_adapters or layer.merged for layer in self.layers):
             return None
         base = self.layers[0].get_base_layer().weight
-        wanted = [base.dtype, base.device]
+        wanted = [base.dtype, base.device, base.requires_grad]
         wanted += [(*layer.active_adapters, *layer.scaling.items()) for layer in self.layers]
         if self._built_for != wanted:
             self._build(base.dtype, base.device)

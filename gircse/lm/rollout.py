@@ -13,7 +13,7 @@ other with detached tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -158,7 +158,7 @@ def draft(
 ) -> Tensor:
     """The soft tokens d_1..d_K [B, K, E], one after the other, without dropout (a `Drafter`)."""
     next_token, hidden, tokens = _next_token(lm, temperature, observer), prompt, []
-    with _switched_off(lm.body, "training"):
+    with without_dropout(lm.body):
         for t in range(num_steps):
             tokens.append(next_token(t, hidden))
             if t + 1 < num_steps:
@@ -168,9 +168,14 @@ def draft(
 
 class KeptDraft:
     """A `Drafter` that drafts in its first call and gives the same tokens in all others: the two passes of gradient
-    caching must run on the same tokens, and the second need not make them again."""
+    caching must run on the same tokens, and the second need not make them again.
 
-    def __init__(self) -> None:
+    Args:
+        drafter: makes them; default: `draft`.
+    """
+
+    def __init__(self, drafter: Drafter | None = None) -> None:
+        self._drafter = drafter
         self._tokens: dict[torch.device, Tensor] = {}  # `DataParallel` calls it on each device with other texts
 
     @property
@@ -180,7 +185,7 @@ class KeptDraft:
 
     def __call__(self, lm: CausalLM, kv: RolloutKV, prompt: Tensor, num_steps: int, **options: Any) -> Tensor:
         if prompt.device not in self._tokens:
-            self._tokens[prompt.device] = draft(lm, kv, prompt, num_steps, **options)
+            self._tokens[prompt.device] = (self._drafter or draft)(lm, kv, prompt, num_steps, **options)
         return self._tokens[prompt.device]
 
 
@@ -227,6 +232,11 @@ def _pad_right(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tenso
     real = attention_mask.to(input_ids.device) != 0
     order = real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
     return input_ids.gather(1, order), real.sum(dim=1)
+
+
+def without_dropout(body: nn.Module) -> AbstractContextManager[None]:
+    """Inside, the body is in eval mode."""
+    return _switched_off(body, "training")
 
 
 @contextmanager

@@ -89,7 +89,12 @@ def positions(batches: Sequence[MicroBatch], num_steps: int) -> int:
 
 
 def backward(
-    embed: Embed, batches: Sequence[MicroBatch], objective: Callable[[Tensor], tuple[Tensor, Extra]], *, cached: bool
+    embed: Embed,
+    batches: Sequence[MicroBatch],
+    objective: Callable[[Tensor], tuple[Tensor, Extra]],
+    *,
+    cached: bool,
+    drafter: Drafter | None = None,
 ) -> tuple[Tensor, Extra]:
     """Adds the gradient of `objective(states of all texts)` to the parameters' `.grad`.
 
@@ -99,11 +104,12 @@ def backward(
         objective: states [T, K, D] in the order of the texts -> (scalar loss, anything). It must depend on the
             parameters through the states only.
         cached: keep the activations of one micro-batch at a time, by gradient caching; otherwise of all.
+        drafter: drafts the soft tokens of each micro-batch, once; default: `gircse.lm.rollout.draft`.
 
     Returns:
         (loss, anything) of `objective`, the loss without its graph.
     """
-    drafts = [KeptDraft() for _ in batches]
+    drafts = [KeptDraft(drafter) for _ in batches]
     passes = [partial(embed, *batch[1:], drafter=draft) for batch, draft in zip(batches, drafts, strict=True)]
     if not cached:
         states = [run()[: len(batch.rows)] for run, batch in zip(passes, batches, strict=True)]

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from gircse import ops
 from gircse.encode.tokens import PromptTokenizer, prompt_limit, warn_cut, warn_of_rows
+from gircse.engine.draft import fused_drafter
+from gircse.lm.rollout import Drafter
+from gircse.lm.soft_token_gradient import SoftTokenGradient
 from gircse.model import GIRCSE
 from gircse.train.batches import Example, mask_of
 from gircse.train.capture import CapturedPasses
@@ -98,6 +101,7 @@ def _token_ids(tokenizer: PromptTokenizer, prompts: Sequence[str]) -> list[list[
 def contrastive_step(model: GIRCSE, config: TrainConfig, ranks: Ranks, *, total_steps: int) -> Step:
     """The training step of a run of `total_steps`."""
     tokenizer = RowTokenizer(model, config, config.max_num_steps)
+    drafter = drafter_of(model, config)
     graphs = CapturedPasses.of(model, config)
 
     def step(examples: Sequence[Example], number: int, monitor: StepMonitor) -> StepResult:
@@ -106,12 +110,21 @@ def contrastive_step(model: GIRCSE, config: TrainConfig, ranks: Ranks, *, total_
         loss, losses, passes = contrastive_backward(
             model, rows, config,
             num_steps=config.steps_at(number), soft_token_gradient=factor, ranks=ranks, monitor=monitor,
-            graphs=graphs,
+            graphs=graphs, drafter=drafter,
         )  # fmt: skip
         parts = {"losses": losses, "soft_token_gradient": torch.tensor(factor, dtype=torch.float64)}
         return StepResult(loss, parts, rows.texts, rows.tokens, passes)
 
     return step
+
+
+def drafter_of(model: GIRCSE, config: TrainConfig) -> Drafter | None:
+    """What drafts the soft tokens of a run: the engine's decoder on CUDA; None, for `gircse.lm.rollout.draft`, where
+    the run has no steps by the block or FSDP gathers the layers that it would read."""
+    factors = SoftTokenGradient.of(config.soft_token_gradient)
+    if model.device.type != "cuda" or config.fsdp or min(factors.first, factors.last) > 0:
+        return None
+    return fused_drafter(model.causal_lm)
 
 
 def tokenize_rows(
@@ -141,6 +154,7 @@ def contrastive_backward(
     ranks: Ranks | None = None,
     monitor: StepMonitor | None = None,
     graphs: CapturedPasses | None = None,
+    drafter: Drafter | None = None,
 ) -> tuple[Tensor, Tensor, int]:
     """Rollouts, contrastive losses, objective, backward: gradients of this process's share are left in `.grad`.
 
@@ -172,7 +186,7 @@ def contrastive_backward(
     return backward_of(
         model, ids, objective, config.micro_batch_tokens,
         num_steps=num_steps, soft_token_gradient=soft_token_gradient, monitor=monitor,
-        same_passes=ranks if config.fsdp else None, graphs=graphs,
+        same_passes=ranks if config.fsdp else None, graphs=graphs, drafter=drafter,
     )  # fmt: skip
 
 
@@ -187,6 +201,7 @@ def backward_of(
     monitor: StepMonitor | None = None,
     same_passes: Ranks | None = None,
     graphs: CapturedPasses | None = None,
+    drafter: Drafter | None = None,
 ) -> tuple[Tensor, Extra, int]:
     """Rollout of texts, objective and backward, at once or by gradient caching (`gircse.train.grad_cache`).
 
@@ -196,6 +211,7 @@ def backward_of(
         budget: the most positions (padding and K included) that go through the model at once; None: no limit.
         same_passes: processes that must make the same number of passes, because each of them gathers FSDP's layers.
         graphs: runs micro-batches as CUDA graphs; only one can await its backward pass.
+        drafter: makes the soft tokens of rollouts by the block; default: `gircse.lm.rollout.draft`.
 
     Returns:
         (loss, anything) of `objective`; the number of micro-batches.
@@ -214,12 +230,12 @@ def backward_of(
         return objective(states)
 
     embed = partial(
-        model.rollout if graphs is None else graphs.embed,
+        model.rollout if graphs is None else partial(graphs.embed, own_drafter=drafter),
         num_steps=num_steps,
         soft_token_gradient=soft_token_gradient,
         observer=monitor,
     )
-    loss, extra = backward(embed, parts, timed, cached=cached)
+    loss, extra = backward(embed, parts, timed, cached=cached, drafter=drafter)
     if monitor is not None and graphs is not None:
         monitor.graph_bytes = graphs.graph_bytes
     return loss, extra, len(parts)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gircse import GIRCSE
+from gircse.engine.draft import fused_drafter
 from gircse.train.capture import CapturedPasses
 from gircse.train.grad_cache import backward, micro_batches
 from gircse.train.lora import trainable_model
@@ -54,6 +55,18 @@ def test_a_step_in_micro_batches_is_the_step_in_one_piece(dtype: torch.dtype) ->
     assert min(seconds["prompt"], seconds["steps"], seconds["loss"]) > 0
     assert len(monitor.entropies()) == NUM_STEPS
     assert monitor.peak_bytes() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_engine_drafts_the_tokens_of_the_plain_draft(dtype: torch.dtype) -> None:
+    model, whole = model_on_gpu(config(), dtype), batch()
+    drafter = fused_drafter(model.causal_lm)
+    part = micro_batches(whole.passages, None, num_steps=NUM_STEPS, pad_id=0)[-1]
+    with torch.no_grad():
+        plain, ours = (
+            model.rollout(*part[1:], NUM_STEPS, soft_token_gradient=0, drafter=one).float() for one in (None, drafter)
+        )
+    assert (ours - plain).norm() <= (1e-4 if dtype == torch.float32 else 5e-2) * plain.norm()
 
 
 def test_the_probe_finds_a_budget_that_fits() -> None:

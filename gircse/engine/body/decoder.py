@@ -13,7 +13,6 @@ from types import ModuleType
 from typing import Protocol, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gircse.engine.body import plain
@@ -25,6 +24,7 @@ from gircse.engine.pool import PoolPass
 from gircse.engine.prefill import PrefillPass
 from gircse.engine.state import DecodeState
 from gircse.lm.causal_lm import CausalLM
+from gircse.lm.lora import FusedLora
 from gircse.lm.onednn import onednn_linears
 from gircse.ops.backends import kernels, resolve_backend
 
@@ -68,12 +68,16 @@ class FusedDecoder:
     Args:
         lm: the model.
         facts: of its decoder.
+        adapters: that work without being merged.
     """
 
-    def __init__(self, lm: CausalLM, facts: DecoderFacts) -> None:
+    def __init__(self, lm: CausalLM, facts: DecoderFacts, adapters: FusedLora | None = None) -> None:
         self._lm, self._facts = lm, facts
         self._ops, self._norm = _ops(facts.norm), {"eps": facts.eps, "offset": facts.offset}
-        self._layers = [(layer, Projection(layer.qkv), Projection(layer.gate_up)) for layer in facts.layers]
+        self._layers = [
+            (layer, *(Projection(part, adapters) for part in (layer.qkv, (layer.out,), layer.gate_up, (layer.down,))))
+            for layer in facts.layers
+        ]
         self._rotary = RotaryTables(facts.rotary, facts.norm, facts.positions)
 
     def prefill(self, kv: PrefillPass) -> Tensor:
@@ -104,7 +108,7 @@ class FusedDecoder:
         """
         ops, delta, after, norm = self._ops, None, None, self._norm
         with onednn_linears(self._lm.body, x[None]):
-            for layer, project_qkv, project_gate_up in self._layers:
+            for layer, project_qkv, project_out, project_gate_up, project_down in self._layers:
                 index, heads, kv_heads, size, scaling, window, softcap = layer.attention
                 normed = ops.add_rms_norm(x, delta, layer.before_attention, delta_weight=after, **norm)
                 qkv = project_qkv(normed)
@@ -117,11 +121,9 @@ class FusedDecoder:
                 out = kv.attention(index, query, key, value, scaling=scaling, window=window, softcap=softcap)
                 if last is not None and layer is self._facts.layers[-1]:
                     x, out = x[last], out[last]
-                delta = F.linear(out.flatten(1), layer.out.weight, layer.out.bias)
+                delta = project_out(out.flatten(1))
                 normed = ops.add_rms_norm(x, delta, layer.before_mlp, delta_weight=layer.after_attention, **norm)
-                delta = F.linear(
-                    ops.gated(project_gate_up(normed), layer.activation), layer.down.weight, layer.down.bias
-                )
+                delta = project_down(ops.gated(project_gate_up(normed), layer.activation))
                 after = layer.after_mlp
         assert delta is not None
         return x, delta

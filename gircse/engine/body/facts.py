@@ -8,7 +8,7 @@ is not known raises `UnknownDecoderError`, and then the stock body runs. `probe.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from gircse.engine.body.plain import ACTIVATIONS, rms_norm
 from gircse.lm.adapter import adapters_at_work
 from gircse.lm.attention import PromptPass, RolloutKV
 from gircse.lm.causal_lm import CausalLM
+from gircse.lm.lora import FusedLora
 from gircse.ops.head_facts import text_config
 from gircse.ops.probe import relative_error, tolerance_of
 
@@ -99,8 +100,11 @@ class DecoderFacts:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, lm: CausalLM, ids: Tensor) -> tuple[DecoderFacts, Tensor]:
+    def of(cls, lm: CausalLM, ids: Tensor, adapters: FusedLora | None = None) -> tuple[DecoderFacts, Tensor]:
         """The facts of `lm`'s decoder, and the stock states [1, N, D] of the token ids [1, N] that it was read with.
+
+        Args:
+            adapters: that our body computes beside the layers below them; any other one must be merged.
 
         Raises:
             UnknownDecoderError: the decoder, or a layer of it, is of another kind.
@@ -113,7 +117,8 @@ class DecoderFacts:
         if type(body).__module__ != f"transformers.models.{family}.modeling_{family}":
             raise UnknownDecoderError(f"{type(body).__name__} is not the class of transformers")
         _check_parts("the decoder", body, _BODY)
-        _check_hooks(body)
+        adapted = {layer for shared in adapters.inputs for layer in shared.layers} if adapters is not None else set()
+        _check_hooks(body, adapted)
         recorder = _Recorder(RolloutKV(torch.full((1,), ids.shape[1], device=ids.device)))
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         states = lm.run_body(recorder, positions, input_ids=ids)
@@ -125,7 +130,7 @@ class DecoderFacts:
             raise UnknownDecoderError(f"its norms differ: {', '.join(f'{n}, epsilon {e}' for n, e in sorted(kinds))}")
         eps, offset = eps_of(body.norm), offset_of(body.norm)
         dtype, device = body.norm.weight.dtype, body.norm.weight.device
-        layers = [_layer(layer, call) for layer, call in zip(body.layers, recorder.layers, strict=True)]
+        layers = [_layer(layer, call, adapted) for layer, call in zip(body.layers, recorder.layers, strict=True)]
         for parameter in _weights(layers, norms):
             if type(parameter) is not nn.Parameter or not parameter.is_contiguous():
                 raise UnknownDecoderError(f"a weight is a {type(parameter).__name__}, expected a plain parameter")
@@ -156,7 +161,7 @@ class _Recorder(PromptPass):
         )
 
 
-def _layer(layer: Any, call: Attention) -> Layer:
+def _layer(layer: Any, call: Attention, adapted: Set[nn.Module]) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     gemma = hasattr(layer, "pre_feedforward_layernorm")
     _check_parts("a layer", layer, {"self_attn", "mlp"} | _NORMS | (_GEMMA_NORMS if gemma else set()))
@@ -176,12 +181,12 @@ def _layer(layer: Any, call: Attention) -> Layer:
         before_mlp=(layer.pre_feedforward_layernorm if gemma else layer.post_attention_layernorm).weight,
         after_attention=layer.post_attention_layernorm.weight if gemma else None,
         after_mlp=layer.post_feedforward_layernorm.weight if gemma else None,
-        qkv=_linears(*qkv),
+        qkv=_linears(adapted, *qkv),
         q_norm=attention.q_norm.weight if norms else None,
         k_norm=attention.k_norm.weight if norms else None,
-        out=_linears(attention.o_proj)[0],
-        gate_up=_linears(*gate_up),
-        down=_linears(mlp.down_proj)[0],
+        out=_linears(adapted, attention.o_proj)[0],
+        gate_up=_linears(adapted, *gate_up),
+        down=_linears(adapted, mlp.down_proj)[0],
         activation=activation_of(getattr(mlp, act_name)),
         rotary=getattr(attention, "layer_type", None),
     )
@@ -194,7 +199,7 @@ def _check_parts(what: str, module: nn.Module, expected: set[str], *optional: st
         raise UnknownDecoderError(f"{what} ({type(module).__name__}) has the parts {', '.join(sorted(parts))}")
 
 
-def _check_hooks(body: Any) -> None:
+def _check_hooks(body: Any, adapted: Set[nn.Module]) -> None:
     """A layer that someone has hooked into or replaced computes something that is not in its weights."""
     inside = set(body.embed_tokens.modules())  # which the body calls as it is
     for name, module in body.named_modules():
@@ -204,17 +209,17 @@ def _check_hooks(body: Any) -> None:
         # transformers leaves hooks that do nothing unless a call asks for all hidden states
         if any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks):
             raise UnknownDecoderError(f"{name or 'the decoder'} has a forward hook")
-        if "forward" in vars(module):
+        if "forward" in vars(module) and module not in adapted:
             raise UnknownDecoderError(f"the forward method of {name or 'the decoder'} was replaced")
 
 
-def _linears(*layers: Any) -> tuple[nn.Linear, ...]:
-    """The layers below adapters that are merged or switched off."""
+def _linears(adapted: Set[nn.Module], *layers: Any) -> tuple[nn.Linear, ...]:
+    """The layers below adapters that are merged, switched off or among the layers `adapted`."""
     found = []
     for layer in layers:
         if hasattr(layer, "merged_adapters"):
             disabled, active, merged, _ = adapters_at_work(layer)
-            if bool(merged) == disabled and (merged or active):
+            if layer not in adapted and bool(merged) == disabled and (merged or active):
                 raise UnknownDecoderError("an adapter is active and not merged (merge_adapter() merges it)")
             layer = layer.get_base_layer()
         if type(layer) is not nn.Linear:

@@ -16,6 +16,7 @@ from gircse.engine.prefill import PrefillPass
 from gircse.engine.state import DecodeState
 from gircse.lm.causal_lm import CausalLM
 from gircse.lm.forking import rewriting_weights
+from gircse.lm.lora import FusedLora
 from gircse.ops.probe import probe_tokens, relative_error, tolerance_of
 
 if TYPE_CHECKING:
@@ -46,20 +47,23 @@ def _wanted(config: EngineConfig, device: torch.device) -> bool:
     return chosen and not config.compile
 
 
-def fused_decoder(lm: CausalLM, kernel: str) -> FusedDecoder:
+def fused_decoder(lm: CausalLM, kernel: str, adapters: FusedLora | None = None) -> FusedDecoder:
     """Our decoder body for `lm`, whose projections are fused.
+
+    Args:
+        adapters: that work without being merged, all there are.
 
     Raises:
         UnknownDecoderError: its layers are of another kind, or the states differ by more than rounding explains.
     """
     try:
         ids = probe_tokens(lm.model, lm.facts())
-        facts, expected = DecoderFacts.of(lm, ids)
+        facts, expected = DecoderFacts.of(lm, ids, adapters)
         with rewriting_weights():
             moved = [fuse(layers) for layer in facts.layers for layers in (layer.qkv, layer.gate_up)]
         if any(moved) and lm.device.type == "cuda":
             torch.cuda.empty_cache()  # a freed weight is too small for the next buffer, and would stay reserved
-        decoder = FusedDecoder(lm, facts)
+        decoder = FusedDecoder(lm, facts, adapters)
         states, expected = _states(decoder, lm, ids[0], kernel, expected[0])
     except (UnknownDecoderError, torch.OutOfMemoryError):
         raise

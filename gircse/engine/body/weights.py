@@ -10,11 +10,14 @@ new memory (`to`, a merge by PEFT) ends the fusion; the engine then finds that t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from gircse.lm.lora import FusedLora
 
 # address of a buffer -> its storage, which this does not keep alive
 _BUFFERS: dict[int, StorageWeakRef] = {}
@@ -27,12 +30,30 @@ class Projection:
 
     Args:
         layers: all with a bias or all without.
+        adapters: of adapters that work on some of them without being merged, those that read this input together.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+    def __init__(self, layers: Sequence[nn.Linear], adapters: FusedLora | None = None) -> None:
         self._layers = tuple(layers)
+        stops = list(accumulate(len(layer.weight) for layer in layers))
+        own = {id(layer): slice(stop - len(layer.weight), stop) for layer, stop in zip(layers, stops, strict=True)}
+        self._adapters = [
+            (shared, [own[id(layer.get_base_layer())] for layer in shared.layers])
+            for shared in (adapters.inputs if adapters is not None else ())
+            if id(shared.layers[0].get_base_layer()) in own
+        ]
 
     def __call__(self, x: Tensor) -> Tensor:
+        y = self._base(x)
+        for shared, columns in self._adapters:
+            products = shared.products
+            assert products is not None
+            t = F.linear(x, products.a)
+            for own, b, ranks in zip(columns, products.b, products.columns, strict=True):
+                y[:, own].addmm_(t[:, ranks], b.T)
+        return y
+
+    def _base(self, x: Tensor) -> Tensor:
         weights, biases = [layer.weight for layer in self._layers], [layer.bias for layer in self._layers]
         weight, bias = joined(weights), None if biases[0] is None else joined(biases)
         if weight is None or (bias is None and biases[0] is not None):
