@@ -18,11 +18,14 @@ _RECLAIMABLE = ("inactive_file", "active_file")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that this process can allocate now: on a GPU the free memory and what PyTorch's allocator holds unused;
-    elsewhere the machine's available memory, or less where the container (a control group) has less left."""
+    """Bytes that this process can allocate now: on a GPU the free memory and what PyTorch's allocator holds unused, but
+    for the memory of CUDA graphs; elsewhere the machine's available memory, or less where the container (a control
+    group) has less left."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        segments = [one for one in torch.cuda.memory_snapshot() if one["device"] == index]
+        unused = (one["total_size"] - one["allocated_size"] for one in segments if one["segment_pool_id"] == (0, 0))
+        return torch.cuda.mem_get_info(device)[0] + sum(unused)
     return max(0, min([_machine_bytes(), *container_bytes()]))
 
 

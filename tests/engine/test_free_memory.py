@@ -99,6 +99,16 @@ def test_it_is_that_of_the_machine_or_less(monkeypatch):
         assert free_bytes(CPU) == expected
 
 
+def test_memory_of_graphs_is_not_free(monkeypatch):
+    def segment(device, pool, total, allocated):
+        return {"device": device, "segment_pool_id": pool, "total_size": total, "allocated_size": allocated}
+
+    segments = [segment(1, (0, 0), 100, 30), segment(1, (0, 7), 1000, 0), segment(0, (0, 0), 5000, 0)]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (400, 9000))
+    assert free_bytes(torch.device("cuda", 1)) == 400 + 70
+
+
 def test_the_engine_and_the_training_probe_ask_the_same_function(monkeypatch):
     assert token_budget.free_bytes is engine_config.free_bytes is free_bytes
     monkeypatch.setattr(free_memory, "container_bytes", lambda: [400 * MIB])

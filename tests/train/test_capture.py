@@ -4,12 +4,13 @@ replays run the functions that a GPU captures; tests/gpu/test_training_gpu.py re
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from gircse.lm.lora import refresh_lora
+from gircse.lm.lora import fused_lora, refresh_lora
 from gircse.train.capture import CapturedPasses
 from gircse.train.capture.bucket import Bucket
 from gircse.train.step import contrastive_backward
@@ -35,16 +36,16 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 @pytest.mark.usefixtures("no_downcast")
 @pytest.mark.parametrize(
     ("num_steps", "factor", "budget"),
-    [(0, 0.0, None), (NUM_STEPS, 0.0, None), (NUM_STEPS, 0.0, 45), (NUM_STEPS, 1.0, 45)],
+    [(0, 0.0, None), (NUM_STEPS, 0.0, 90), (NUM_STEPS, 1.0, 90)],
 )
 def test_equals_single_kernels(num_steps, factor, budget):
-    """In the first step nothing is captured, in the second all is, and in the third nothing new. An update between the
+    """In the first step nothing is captured, in the second all is, and in the others nothing new. An update between the
     steps counts, and so does what `.grad` held before."""
     whole, settings = batch(), config(micro_batch_tokens=budget)
     model, monitor, plain = adapted(settings), StepMonitor(torch.device("cpu")), StepMonitor(torch.device("cpu"))
     graphs = CapturedPasses(model, record=run_in_place)
     made, options = [], {"num_steps": num_steps, "soft_token_gradient": factor}
-    for _ in range(3):
+    for _ in range(2):
         loss, losses, _ = contrastive_backward(model, whole, settings, **options, monitor=plain)
         expected = gradients(model)
         monitor.start()
@@ -64,29 +65,29 @@ def test_equals_single_kernels(num_steps, factor, budget):
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.mul_(1.1)
-    assert made[0] <= made[1] == made[2] > 1
+    assert made[1] == len(graphs.buckets) > 0
     assert graphs.refusal is None
 
 
 @pytest.mark.usefixtures("no_downcast")
 @pytest.mark.parametrize("factor", [0.0, 1.0])
 def test_dropout_falls_on_the_same_places(factor):
-    whole, settings = batch(), config(lora_dropout=0.3, micro_batch_tokens=60)
+    whole, settings = batch(), config(lora_dropout=0.3, micro_batch_tokens=120)
     model, results = adapted(settings), []
     for record in (run_in_place, never):
         graphs = CapturedPasses(model, record=record)
         graphs.refusal = None if record is run_in_place else "not at all"
-        for seed in (3, 4, 5):
+        for seed in (3, 4):
             torch.manual_seed(seed)
             loss = contrastive_backward(
                 model, whole, settings, num_steps=NUM_STEPS, soft_token_gradient=factor, graphs=graphs
             )[0]
             results.append((loss, gradients(model), torch.rand(2)))
         assert bool(graphs.buckets) == (record is run_in_place)
-    for captured, single in zip(results[:3], results[3:], strict=True):
+    for captured, single in zip(results[:2], results[2:], strict=True):
         for ours, theirs in zip(captured, single, strict=True):
             assert relative(ours, theirs) < 1e-10
-    assert relative(results[1][1], results[2][1]) > 1e-3
+    assert relative(results[0][1], results[1][1]) > 1e-3
 
 
 def texts(rows: int, length: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,11 +123,32 @@ def test_two_replays_are_the_same_operations(num_steps, factor):
 
     calls = []
     for _ in range(2):
+        captured.warm_up()  # as before each capture
         first, second = two_steps(replay)
         calls += [first, second]
         changed()
     assert len(calls[0]) > 100
-    assert calls[0] == calls[1] == calls[2] == calls[3]
+    assert calls[0] == calls[1]
+    assert calls[2] == calls[3]
+    names = [Counter(name for name, _ in each) for each in calls]
+    assert names[0] == names[2]  # in an order of the weights' gradients that depends on when autograd's nodes were made
+
+
+def test_a_replay_reads_the_weights_of_now():
+    """The copies of LoRA's weights that products read are written outside of the graph."""
+    model = adapted(config())
+    graphs = CapturedPasses(model, record=run_in_place)
+    for _ in range(2):
+        graphs.embed(*texts(3, 9, 0), num_steps=2)
+    (captured,) = graphs._passes.values()
+    captured.replays = lambda: None, lambda: None
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    fused = fused_lora(model.base)
+    assert not any(shared.is_current() for shared in fused.inputs)
+    graphs.embed(*texts(3, 9, 0), num_steps=2)
+    assert all(shared.is_current() for shared in fused.inputs)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("not permitted when capturing\nmore"), torch.OutOfMemoryError("full")])
