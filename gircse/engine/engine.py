@@ -254,9 +254,8 @@ class Engine:
             state.step.fill_(int(job.include_prompt))
             if job.include_prompt:
                 state.states[:, 0] = state.hidden
-            states, counts = (self._decode_jacobi if self._is_jacobi(count, job) else self._decode)(
-                batch, pool, state, job
-            )
+            decode = self._decode_jacobi if self._is_jacobi(count, job) else self._decode
+            states, counts = decode(batch, pool, state, job)
         # Checked once, just before the result is read, because the host waits for the device here.
         if not bool(states.isfinite().all()):
             pool.zero_()

@@ -142,7 +142,7 @@ def jacobi_pass(
         tokens = lm.soft_embed(state.states[:, first - 1 : stop - 1], temperature=temperature, facts=facts)
     else:
         tokens = lm.soft_embed(state.hidden, temperature=temperature, facts=facts)[:, None]
-        tokens = tokens.expand(-1, kv.stop, -1)
+        tokens = tokens.expand(-1, kv.stop, -1).contiguous()  # the decoder may write on them
     state.states[:, first:stop] = decoder.block(kv, tokens.flatten(0, 1)).view(len(state.hidden), stop - first, -1)
     embedding = pool_steps(state.states[:, :stop], pooling)[:, -1]
     torch.sub(1, F.cosine_similarity(embedding, state.embedding, dim=-1), out=state.moved).clamp_(min=0)
