@@ -1,4 +1,4 @@
-"""What `bench/quality.py` trains: the paper's ablation, attempts at step scaling, batch sizes; and at which scale."""
+"""What `bench/quality.py` trains, in the order in which it matters, and at which scale."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 
 from gircse.train.config import TrainConfig
 
-UNTRAINED = "untrained"
-PLAIN: Mapping[str, Any] = {"stepwise": False, "reg_weight": 0.0}
+_ENCODER: Mapping[str, Any] = {"num_steps": 0}
 
 
 @dataclass(frozen=True)
@@ -17,52 +16,61 @@ class Arm:
     """One way to train.
 
     Attributes:
-        group: the table it stands in.
+        what: one line for the table.
         settings: what differs from the scale's `TrainConfig`.
-        budget: texts that it trains on, as a multiple of the others'.
+        budget: steps, as a multiple of the scale's.
+        drafter: of the soft tokens (`bench.quality_drafters`); "": by definition.
+        soft_temperature: logit temperature T of the soft tokens, in training and encoding.
+        teacher: arm whose embeddings it is distilled from.
+        from_teacher: it starts from the teacher's adapter.
     """
 
     name: str
-    group: str
     what: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    budget: float = 1.0
+    budget: int = 1
+    drafter: str = ""
+    soft_temperature: float = 1.0
+    teacher: str = ""
+    from_teacher: bool = False
 
+
+def _factor(value: float | str, **more: Any) -> dict[str, Any]:
+    return {"soft_token_gradient": value, **more}
+
+
+_TEN = {"num_steps": 10}
 
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("encoder-only", "ablation", "K = 0: the prompt's last state, no generation", {"num_steps": 0, **PLAIN}),
-        Arm("one-step", "ablation", "K = 1, loss on it alone", {"num_steps": 1, **PLAIN}),
-        Arm("generation", "ablation", "K = 5, loss on the last embedding alone", PLAIN),
-        Arm("stepwise", "ablation", "K = 5, loss on every step", {"reg_weight": 0.0}),
-        Arm("gircse", "ablation", "K = 5, loss on every step, penalty on steps that get worse"),
-        Arm("range", "scaling", "K drawn from 3..10 for each batch", {"num_steps": "3:10"}),
-        Arm("range-wide", "scaling", "K drawn from 1..20 for each batch", {"num_steps": "1:20"}),
-        Arm("ten-steps", "scaling", "K = 10", {"num_steps": 10}),
-        Arm("last", "scaling", "each step's own state is its embedding (pooling = last)", {"pooling": "last"}),
-        Arm("last-range", "scaling", "pooling = last, K drawn from 3..10", {"pooling": "last", "num_steps": "3:10"}),
-        Arm("weighted", "scaling", "later steps weigh more (pooling = weighted)", {"pooling": "weighted"}),
-        Arm("sum", "scaling", "losses summed over steps: the penalty weighs K times less", {"reduction": "sum"}),
-        Arm("detached", "scaling", "the penalty holds the step before constant", {"detach_previous": True}),
-        Arm("penalty-8", "scaling", "penalty weight 8", {"reg_weight": 8.0}),
-        Arm("prompt-state", "scaling", "h_0 is the first of the K states", {"include_prompt_state": True}),
-        Arm("temperature-0.05", "scaling", "contrastive temperature 0.05", {"contrastive_temperature": 0.05}),
-        Arm("slow", "scaling", "a fifth of the learning rate", {"learning_rate": 1e-4}),
-        Arm("long", "scaling", "twice the steps", budget=2.0),
-        Arm("stepwise-long", "scaling", "no penalty, twice the steps", {"reg_weight": 0.0}, budget=2.0),
-        Arm("range-long", "scaling", "K drawn from 3..10, twice the steps", {"num_steps": "3:10"}, budget=2.0),
-        Arm("longer", "scaling", "four times the steps", budget=4.0),
-        Arm("encoder-only-long", "budget", "K = 0, twice the steps", {"num_steps": 0, **PLAIN}, budget=2.0),
-        Arm("encoder-only-longer", "budget", "K = 0, four times the steps", {"num_steps": 0, **PLAIN}, budget=4.0),
-        Arm("negatives-3", "negatives", "3 negatives a query", {"batch_size": 4}),
-        Arm("negatives-63", "negatives", "63 negatives a query", {"batch_size": 64}),
-        Arm(
-            "negatives-63-fast", "negatives", "63 negatives, twice the rate", {"batch_size": 64, "learning_rate": 1e-3}
-        ),
-        Arm("negatives-511", "negatives", "511 negatives a query", {"batch_size": 512}),
+        Arm("ten-steps-long", "K = 10 by the block, twice the steps", _TEN, budget=2),
+        Arm("distilled", "K = 0, from ten-steps-long", _ENCODER, teacher="ten-steps-long", from_teacher=True),
+        Arm("distilled-fresh", "K = 0, from ten-steps-long, new adapter", _ENCODER, teacher="ten-steps-long"),
+        Arm("factor-1", "K = 5, the paper's gradient", _factor(1.0)),
+        Arm("factor-0.1", "K = 5, a tenth of the gradient at the soft token", _factor(0.1)),
+        Arm("block", "K = 5 by the block (factor 0)"),
+        Arm("ten-steps", "K = 10 by the block", _TEN),
+        Arm("encoder-only", "K = 0", _ENCODER),
+        Arm("encoder-only-long", "K = 0, twice the steps", _ENCODER, budget=2),
+        Arm("encoder-only-longer", "K = 0, four times the steps", _ENCODER, budget=4),
+        Arm("one-step", "K = 1", {"num_steps": 1}),
+        Arm("temperature-2", "K = 5 by the block, temperature 2 at the soft token", soft_temperature=2.0),
+        Arm("new-part", "K = 5 by the block, new part of the state alone fed back", drafter="new-part"),
+        Arm("dropped-keys", "K = 5 by the block, half of the prompt's keys hidden", drafter="dropped-keys"),
+        Arm("block-long", "K = 5 by the block, twice the steps", budget=2),
+        Arm("schedule", "K = 5, factor from 0 to 1 over the first half", _factor("0:1@0.5")),
+        Arm("factor-0.3", "K = 5, factor 0.3", _factor(0.3)),
+        Arm("factor-0.03", "K = 5, factor 0.03", _factor(0.03)),
+        Arm("range", "K from 3..10 by the block", {"num_steps": "3:10"}),
+        Arm("penalty", "K = 5 by the block, penalty on steps that get worse", {"reg_weight": 1.0}),
+        Arm("range-penalty", "K from 3..10 by the block, penalty", {"num_steps": "3:10", "reg_weight": 1.0}),
+        Arm("twenty-steps", "K = 20 by the block", {"num_steps": 20}),
+        Arm("factor-1-long", "K = 5, the paper's gradient, twice the steps", _factor(1.0), budget=2),
+        Arm("ten-steps-longer", "K = 10 by the block, four times the steps", _TEN, budget=4),
     )
 }
+MOST_BUDGET = max(arm.budget for arm in ARMS.values())
 
 
 @dataclass(frozen=True)
@@ -74,32 +82,27 @@ class Scale:
     pairs: int
     train: Mapping[str, Any]
 
-    def config(self, arm: Arm, *, seed: int, **more: Any) -> TrainConfig:
-        """Settings of a run of `arm`: with another batch size it takes more or fewer steps, over as many texts."""
+    def config(self, arm: Arm, **more: Any) -> TrainConfig:
         values = {**self.train, **arm.settings}
-        rows = self.train["max_steps"] * self.train["batch_size"] * arm.budget
-        values["max_steps"] = max(1, round(rows / values["batch_size"]))
-        return TrainConfig(**values, seed=seed, **more)
+        return TrainConfig(**{**values, "max_steps": values["max_steps"] * arm.budget, **more})
 
 
 _TRAIN = {
     "num_steps": 5,
-    "soft_token_gradient": 1.0,
+    "soft_token_gradient": 0.0,
+    "reg_weight": 0.0,
     "learning_rate": 5e-4,
     "warmup_ratio": 0.1,
     "lora_dropout": 0.0,
-    "inference_steps": 5,
 }
 
 SCALES = {
-    # 10 minutes a run on one core
     "small": Scale(
         240,
         360,
         400,
         {**_TRAIN, "max_steps": 40, "batch_size": 16, "query_max_length": 32, "passage_max_length": 32},
     ),
-    # a few minutes a run on one H100
     "large": Scale(
         1000,
         1800,
@@ -108,6 +111,6 @@ SCALES = {
     ),
     # seconds, with a tiny model: for tests
     "tiny": Scale(
-        12, 60, 16, {**_TRAIN, "max_steps": 2, "batch_size": 4, "query_max_length": 12, "passage_max_length": 12}
+        12, 60, 16, {**_TRAIN, "max_steps": 2, "batch_size": 4, "query_max_length": 40, "passage_max_length": 12}
     ),
 }

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.quality_run import Run, scores
+from bench.quality_measure import ndcg
+
+Run = dict[str, Any]  # of a record, see `bench.quality.collect`
 
 _RESAMPLES = 2000
 _LEVEL = 95  # per cent
@@ -27,9 +29,9 @@ class Estimate(NamedTuple):
         return self.low > 0 or self.high < 0
 
 
-def per_query(runs: Sequence[Run], k: int, metric: str = "ndcg@10") -> np.ndarray:
-    """[seeds, queries] at K = `k`."""
-    return np.stack([scores(run["ranks"][k])[metric] for run in runs])
+def per_query(runs: Sequence[Run], k: int) -> np.ndarray:
+    """nDCG@10 at K = `k`, [seeds, queries]."""
+    return np.stack([ndcg(run["ranks"][str(k)]) for run in runs])
 
 
 def estimate(values: np.ndarray) -> Estimate:
@@ -48,9 +50,7 @@ def estimate(values: np.ndarray) -> Estimate:
     return Estimate(float(values.mean()), float(low), float(high), seeds)
 
 
-def difference(
-    ours: dict[int, Run], theirs: dict[int, Run], our_k: int, their_k: int, metric: str = "ndcg@10"
-) -> Estimate | None:
+def difference(ours: dict[int, Run], theirs: dict[int, Run], our_k: int, their_k: int) -> Estimate | None:
     """`ours` at K = `our_k` minus `theirs` at `their_k`, over the seeds that both have; None: there are none.
 
     Args:
@@ -59,6 +59,5 @@ def difference(
     seeds = sorted(set(ours) & set(theirs))
     if not seeds:
         return None
-    first = per_query([ours[seed] for seed in seeds], our_k, metric)
-    second = per_query([theirs[seed] for seed in seeds], their_k, metric)
-    return estimate(first - second)
+    first = per_query([ours[seed] for seed in seeds], our_k)
+    return estimate(first - per_query([theirs[seed] for seed in seeds], their_k))

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from bench import plots, quality, quality_corpora
-from bench.blocks_quality import ablation, negatives, other, poolings, scaling, soft_tokens, steps
+from bench.blocks_quality import figure, main_table, tried
 from bench.documents import Results
-from bench.quality_arms import ARMS, SCALES
+from bench.quality_arms import ARMS, MOST_BUDGET, SCALES
 from bench.quality_corpora import StudyCorpus, debian_packages
-from bench.quality_run import pooled, scores, states
+from bench.quality_groups import Trainer
+from bench.quality_measure import ndcg
 from bench.quality_stats import difference, estimate
-from gircse import GIRCSE, GircseConfig
+from bench.quality_tokens import GroupTokens
+from gircse import GIRCSE
+from gircse.data.rows import parse_row
 from gircse.evaluation.metrics import metrics_of
+from gircse.train import train
+from gircse.train.config import TrainConfig
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 NEEDS_APT = pytest.mark.skipif(not shutil.which("/usr/lib/apt/apt-helper"), reason="no Debian system")
@@ -47,23 +55,69 @@ def base(tmp_path_factory) -> str:
     return str(folder)
 
 
-def test_one_pass_gives_what_every_number_of_steps_gives(base, corpus):
-    texts = corpus.documents[:5]
-    for pooling, with_prompt in (("mean", False), ("last", False), ("weighted", False), ("mean", True)):
-        config = GircseConfig(pooling=pooling, include_prompt_state=with_prompt)
-        model = GIRCSE(tiny_model("llama-tied"), tiny_tokenizer(), config).eval()
-        found = pooled(states(model, texts, "find", 24), pooling, with_prompt=with_prompt)
-        for k in (0, 1, 7, 20):
-            expected = model.encode(texts, instruction="find", num_steps=k, max_length=24, normalize=False)
-            np.testing.assert_allclose(found[:, k], expected, rtol=0, atol=2e-5)
+def study_tokens(corpus: StudyCorpus, path: Path, seeds: list[int]) -> GroupTokens:
+    config = SCALES["tiny"].config(ARMS["block"], max_steps=2 * MOST_BUDGET)
+    GroupTokens.of([corpus], seeds, tiny_tokenizer(), config).save(path)
+    return GroupTokens.load(path)
+
+
+@pytest.mark.parametrize("name", ["factor-0.1", "ten-steps"])
+def test_each_run_of_a_group_is_trained_as_by_itself(name, base, corpus, tmp_path):
+    """`gircse.train.train` from the same adapter on the same rows ends with the same adapter."""
+    seeds = [4, 7]
+    config = SCALES["tiny"].config(ARMS[name])
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tokens = study_tokens(corpus, tmp_path / "tokens.npz", seeds)
+    trainer = Trainer(model, tokens, config)
+    trainer.adapters.reset(seeds)
+    trainer.adapters.save(tmp_path / "start", 1, config)
+    with torch.no_grad():  # what float16 kept of it
+        for layer in trainer.adapters.layers:
+            layer.a.copy_(layer.a.half())
+    found = trainer.train(ARMS[name], config)
+
+    settings = {"adapter": str(tmp_path / "start"), "model": base, "output": str(tmp_path / "run"), "device": "cpu"}
+    lora = {name: TrainConfig.__dataclass_fields__[name].default for name in ("lora_r", "lora_alpha", "lora_dropout")}
+    single = replace(config, seed=7, progress=False, micro_batch_tokens=4096, dtype="float32", **settings, **lora)
+    expected = train(single, rows=[parse_row(row) for row in corpus.rows()])
+    for step, entry in enumerate(expected.log):
+        assert found["losses"][step][1] == pytest.approx(entry["losses"], rel=1e-4)
+        assert found["grad_norm"][step][1] == pytest.approx(entry["grad_norm"], rel=1e-3)
+    ends = dict(expected.model.base.named_parameters())
+    for path, layer in zip(trainer.adapters.names, trainer.adapters.layers, strict=True):
+        end = ends[f"base_model.model.{path}.lora_B.default.weight"]
+        torch.testing.assert_close(layer.b[1], end, rtol=1e-3, atol=2e-5)
+        assert end.abs().max() > 1e-4
 
 
 def test_ranks_in_a_string_are_the_metrics():
     ranks = [1, 3, 10, 11, 240]
-    found = scores("13a00")
-    expected = metrics_of([[rank] for rank in ranks], 10)
-    for name in ("ndcg@10", "mrr@10"):
-        assert found[name].mean() == pytest.approx(expected[name])
+    assert ndcg("13a00").mean() == pytest.approx(metrics_of([[rank] for rank in ranks], 10)["ndcg@10"])
+
+
+def test_a_study_is_measured_as_the_model_that_it_saves(base, corpus, tmp_path, capsys):
+    study_tokens(corpus, tmp_path / "tokens.npz", [0, 1])
+    out, record = tmp_path / "runs", tmp_path / "results" / "quality-tiny.json"
+    command = ["--scale", "tiny", "--base", base, "--tokens", str(tmp_path / "tokens.npz"), "--out", str(out)]
+    arms = ["--arms", "ten-steps-long,distilled,block,new-part,dropped-keys", "--device", "cpu"]
+    assert quality.main([*command, *arms]) == 0
+    assert capsys.readouterr().out.count("measured in") == 5
+    assert quality.main([*command, *arms]) == 0
+    assert "measured in" not in capsys.readouterr().out  # a finished arm is not repeated
+
+    model = GIRCSE.from_pretrained(base, adapter=out / "adapters" / "ten-steps-long" / "code-1")
+    found = json.loads((out / "ten-steps-long.code.1.json").read_text())
+    ours = model.encode(corpus.queries, instruction=corpus.instruction, num_steps=3, max_length=40)
+    theirs = model.encode(corpus.documents, num_steps=3, max_length=12)
+    rank = 1 + (ours @ theirs.T > (ours * theirs[: len(ours)]).sum(1)[:, None] + 1e-4).sum(1)
+    assert [int(digit, 16) for digit in found["ranks"][3]] == [0 if r > 10 else r for r in rank.tolist()]
+
+    assert quality.main([*command, "--collect", str(record)]) == 0
+    results = Results(record.parent)
+    for render in (main_table, tried, figure):
+        assert "block" in render(results) or "figures/quality-tiny.png" in render(results)
+    plots.draw(results.figures["quality-tiny"], tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
 def test_interval_covers_the_truth_as_often_as_it_says():
@@ -77,12 +131,12 @@ def test_interval_covers_the_truth_as_often_as_it_says():
 
 def test_differences_are_paired_over_common_seeds():
     def runs(*digits: str) -> dict[int, dict]:
-        return {seed: {"ranks": [text]} for seed, text in enumerate(digits)}
+        return {seed: {"ranks": {"0": text}} for seed, text in enumerate(digits)}
 
     better, worse = runs("1111", "2222"), runs("2222", "2222", "0000")
-    found = difference(better, worse, 0, 0, "mrr@10")
+    found = difference(better, worse, 0, 0)
     assert found is not None
-    assert found.mean == pytest.approx(0.25)
+    assert found.mean == pytest.approx((1 - 1 / np.log2(3)) / 2)
     assert found.seeds == 2
     assert difference(better, {7: worse[0]}, 0, 0) is None
     same = difference(better, better, 0, 0)
@@ -90,59 +144,11 @@ def test_differences_are_paired_over_common_seeds():
     assert (same.low, same.high, same.clear) == (0.0, 0.0, False)
 
 
-def test_every_arm_sees_as_many_texts_and_is_a_valid_run():
-    scale = SCALES["small"]
-    usual = scale.train["max_steps"] * scale.train["batch_size"]
-    for arm in ARMS.values():
-        config = scale.config(arm, seed=3, model="m", output="o")
-        assert config.max_steps is not None
-        seen = config.max_steps * config.batch_size
-        assert abs(seen - arm.budget * usual) <= config.batch_size / 2
-
-
-def test_a_study_goes_on_and_is_rendered(base, corpus, tmp_path, monkeypatch, capsys):
-    record, work = tmp_path / "results" / "quality-tiny.json", tmp_path / "work"
-    corpus.save(work / "tiny" / "code.json")
-    common = ["--scale", "tiny", "--corpora", "code", "--base", base, "--work", str(work), "--out", str(record)]
-    assert quality.main([*common, "--arms", "untrained,encoder-only,gircse", "--seeds", "0"]) == 0
-    assert quality.main([*common, "--arms", "gircse,range,negatives-3", "--seeds", "0,1"]) == 0
-    runs = quality.finished(record, corpus)
-    wanted = {("code", arm, 0) for arm in ("untrained", "encoder-only", "gircse", "range", "negatives-3")}
-    assert set(runs) == wanted | {("code", arm, 1) for arm in ("gircse", "range", "negatives-3")}
-    assert capsys.readouterr().out.count("MRR") == 8
-
-    def never(*args, **kwargs):
-        raise AssertionError("a finished run was repeated")
-
-    monkeypatch.setattr(quality, "run", never)
-    assert quality.main([*common, "--arms", "untrained,gircse", "--seeds", "0,1"]) == 0
-
-    results = Results(record.parent)
-    for render in (ablation, steps, scaling, poolings, other, negatives, soft_tokens):
-        assert "`gircse`" in render(results) or "negatives a query" in render(results)
-    (figure,) = results.figures.values()
-    plots.draw(figure, tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 10_000
-
-    changed = json.loads(record.read_text())
-    changed["runs"][0]["fingerprint"] = "another"
-    record.write_text(json.dumps(changed))
-    assert len(quality.finished(record, corpus)) == len(runs) - 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--arms", "gircse,nothing"], "--arms: got 'nothing'"),
-        (["--corpora", "poems"], "--corpora: got 'poems'"),
-        (["--seeds", "a"], "--seeds: got 'a'"),
-    ],
-)
-def test_bad_options(arguments, message, capsys):
+def test_bad_options(capsys):
     with pytest.raises(SystemExit) as stopped:
-        quality.main(arguments)
+        quality.main(["--arms", "block,nothing"])
     assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+    assert "--arms: got 'nothing'" in capsys.readouterr().err
 
 
 def _paragraph(name: str, **fields: str) -> str:
@@ -185,10 +191,3 @@ def test_pairs_are_drawn_from_every_level():
     assert dict(zip(values.tolist(), counts.tolist(), strict=True)) == {0.0: 4, 0.1: 4, 0.5: 4, 0.9: 4}
     with pytest.raises(ValueError, match="level 1"):
         quality_corpora.balanced(scored, 40)
-
-
-def test_constant_embeddings_say_nothing():
-    from bench.quality_run import _similarity
-
-    found = _similarity(torch.ones(9, 2, 4).numpy(), [(i, i + 1, float(i)) for i in range(8)])
-    assert found["spearman"] == [0.0, 0.0]
