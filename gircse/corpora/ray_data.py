@@ -10,6 +10,7 @@ again after a machine was lost.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -129,16 +130,21 @@ def encode_dataset(
         ds.context.execution_options.preserve_order = True
     # Ray cuts blocks by bytes, and a million short texts are one block, which a single actor would get.
     ds = ds.repartition(target_num_rows_per_block=rows_per_task)
-    return ds.map_batches(
-        EncodingActor,
-        fn_constructor_args=(job, max(1, int(num_cpus))),
-        batch_size=min(window, rows_per_task),
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high),
-        num_gpus=num_gpus or None,
-        num_cpus=num_cpus,
-        memory=memory,
-        udf_modifying_row_count=False,
-        max_restarts=max_restarts,
-        max_task_retries=max_task_retries,
-    )
+    with warnings.catch_warnings():
+        # The last two arguments have no other place in the versions that gircse[ray] names.
+        warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+        return ds.map_batches(
+            EncodingActor,
+            fn_constructor_args=(job, max(1, int(num_cpus))),
+            batch_size=min(window, rows_per_task),
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high),
+            num_gpus=num_gpus or None,
+            num_cpus=num_cpus,
+            memory=memory,
+            udf_modifying_row_count=False,
+            # Without limits a row that ends its process restarts it for ever. With fewer restarts, the loss of a machine
+            # with several actors ends the job.
+            max_restarts=max_restarts,
+            max_task_retries=max_task_retries,
+        )

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from gircse.corpora.encode_files import check_source, encode_files
 from gircse.corpora.job import EncodeJob
-from gircse.corpora.manifest import STATE, begin
+from gircse.corpora.manifest import STATE, begin, forget_if_empty
 from gircse.corpora.objects import find_files, is_local, place
 from gircse.corpora.ray_data import encode_dataset
 from gircse.corpora.sources import Source
@@ -85,6 +85,7 @@ def encode_files_on_ray(
             **job.encode,
         ).write_parquet(output, mode="append")
     except Exception as error:
+        forget_if_empty(output)  # so that settings that were wrong can be set right
         raise ValueError(_what_matters(error)) from error
     there = _rows(output)
     if there != source.total:
@@ -109,8 +110,7 @@ def _what_matters(error: BaseException) -> str:
     """The line of the error that a worker raised: Ray wraps it in errors of its own, with pages of traceback."""
     while type(error).__module__.startswith("ray."):
         inner = getattr(error, "cause", None) or error.__cause__
-        if inner is None:
-            break
+        if inner is None:  # one of Ray's own, such as a worker that could not start: the line ends the traceback
+            return str(error).strip().splitlines()[-1]
         error = inner
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return str(error).splitlines()[0]  # Ray adds advice behind it

@@ -76,7 +76,7 @@ class TextEncoder:
             self._refuse(column, min(reasons), first_row, reasons[min(reasons)])
         for rows, found in self._tried(good, texts, self._options(column)):
             if isinstance(found, Exception):
-                reason = f"{type(found).__name__}: {found}"
+                reason = " ".join(f"{type(found).__name__}: {found}".split())
                 if self.job.on_error == "raise":
                     self._refuse(column, rows[0], first_row, f"{texts[rows[0]]!r:.{_SHOWN}}: {reason}", found)
                 reasons[rows[0]] = reason

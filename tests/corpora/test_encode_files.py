@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +15,7 @@ import pytest
 from gircse.cli import main
 from gircse.corpora.part import Part
 from gircse.corpora.sources import Source
+from tests.forkserver import CONTEXT
 
 TEXTS = [f"text {i} {'o' * (i % 5)}" for i in range(50)]
 ROWS = [{"id": i, "text": text, "more": {"n": [i]}} for i, text in enumerate(TEXTS)]
@@ -121,22 +119,28 @@ def test_no_rows_give_a_valid_file(encode, corpus, tmp_path):
         assert result.schema.field("embedding").type == pa.list_(pa.float32(), 32)
 
 
+def die_in_the_third_block(argv: list[str]) -> None:
+    from gircse.corpora.text_encoder import TextEncoder
+
+    call = TextEncoder.__call__
+
+    def dying(self, table, first_row):
+        if first_row == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(self, table, first_row)
+
+    TextEncoder.__call__ = dying
+    main(argv)
+
+
 def test_killed_and_started_again(base, encode, corpus, tmp_path, model):
     out, blocks = tmp_path / "out.parquet", tmp_path / ".out.parquet.gircse"
     command = ["encode", str(corpus), "--model", base, "--num-steps", "1", "--output", str(out), "--rows-per-task", "4"]
-    slow = (
-        "import sys, time, gircse.corpora.text_encoder as t; c = t.TextEncoder.__call__;"
-        "t.TextEncoder.__call__ = lambda *a: (time.sleep(.3), c(*a))[1];"
-        "from gircse.cli import main; main(sys.argv[1:])"
-    )
-    process = subprocess.Popen([sys.executable, "-c", slow, *command])
-    deadline = time.monotonic() + 120
-    while len(files(blocks)) < 2:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process = CONTEXT.Process(target=die_in_the_third_block, args=(command,))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    assert len(files(blocks)) == 2
     assert not out.exists()
     before = files(blocks)
     (blocks / ".rows-000000000000.parquet.x.partial.parquet").write_bytes(b"half")
