@@ -143,8 +143,8 @@ def encode_dataset(
             num_cpus=num_cpus,
             memory=memory,
             udf_modifying_row_count=False,
-            # Without limits a row that ends its process restarts it for ever. With fewer restarts, the loss of a machine
-            # with several actors ends the job.
+            # Without a limit a row that ends its process restarts it for ever. With fewer restarts the loss of a
+            # machine ends the job.
             max_restarts=max_restarts,
             max_task_retries=max_task_retries,
         )

@@ -65,7 +65,7 @@ def test_a_dataset_with_rows_that_fail_and_an_actor_that_dies(cluster, base, mod
     assert result.select(["id", "text"]).to_pylist() == table.to_pylist()  # in order, with an actor that died
     assert result["embedding"].is_null().to_pylist() == [i in (25, 47) for i in range(120)]
     errors = result["embedding_error"].to_pylist()
-    assert {i: e for i, e in enumerate(errors) if e is not None} == {47: "RuntimeError: refused\nby the test"}
+    assert {i: e for i, e in enumerate(errors) if e is not None} == {47: "RuntimeError: refused by the test"}
     for first in range(0, 120, 10):
         if first not in (20, 40):  # whole windows: the bits that `encode` gives
             expected = model.encode(texts[first : first + 10], num_steps=1)
@@ -75,9 +75,7 @@ def test_a_dataset_with_rows_that_fail_and_an_actor_that_dies(cluster, base, mod
 
 def test_arguments_that_would_wait_for_ever_are_refused(cluster, base):
     ds = ray.data.range(3)
-    with pytest.raises(
-        ValueError, match="workers: got 4 of 1 CPUs each, expected fewer than the 4 CPUs of the cluster"
-    ):
+    with pytest.raises(ValueError, match="workers: got 4 of 1 CPUs each, expected fewer than the 4 CPUs"):
         encode_dataset(ds, base, workers=4)
     with pytest.raises(ValueError, match="workers: got 2 of 2 CPUs each"):
         encode_dataset(ds, base, workers=(2, 8), num_cpus=2)
@@ -108,7 +106,7 @@ def test_the_driver_is_killed_and_started_again(cluster, base, corpus, tmp_path,
         "from gircse.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     process = subprocess.Popen([sys.executable, "-c", driver, *arguments], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while len(list((out / ".gircse" / "checkpoint").glob("*[0-9].parquet"))) < 2:
         assert time.monotonic() < deadline
         assert process.poll() is None
@@ -132,9 +130,9 @@ def test_a_row_that_raises_is_one_line(cluster, base, tmp_path, capsys):
     pq.write_table(pa.table({"id": ["a", "b"], "text": ["fine", "raise"]}), tmp_path / "in.parquet")
     assert main(command(base, tmp_path, tmp_path / "out", "--id", "id")) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith(
-        "gircse encode: error: text: row 1 of this table cannot be encoded: 'raise': RuntimeError: refused"
-    )
+    expected = "text: row 1 of this table cannot be encoded: 'raise': RuntimeError: refused by the test"
+    assert line == f"gircse encode: error: {expected}"
+    assert not (tmp_path / "out" / ".gircse").exists()
 
 
 def test_what_cannot_go_on_is_refused_before_a_cluster_is_met(base, corpus, tmp_path, capsys, monkeypatch):
@@ -159,9 +157,8 @@ def test_what_cannot_go_on_is_refused_before_a_cluster_is_met(base, corpus, tmp_
 
 def test_no_rows_need_no_cluster(base, tmp_path, monkeypatch):
     monkeypatch.setattr(ray, "init", None)
-    pq.write_table(
-        pa.table({"id": pa.array([], pa.int64()), "text": pa.array([], pa.string())}), tmp_path / "0.parquet"
-    )
+    empty = pa.schema([("id", pa.int64()), ("text", pa.string())]).empty_table()
+    pq.write_table(empty, tmp_path / "0.parquet")
     assert main(command(base, tmp_path, tmp_path / "out", "--id", "id")) == 0
     result = pq.read_table(tmp_path / "out")
     assert result.schema.field("embedding").type == pa.list_(pa.float32(), 32)
