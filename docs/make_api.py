@@ -46,6 +46,11 @@ NAMES = {
         "ops.pooling": ("pool_steps", "l2_normalize"),
     },
     "gircse.train, gircse.train_config": {"train.loop": ("train", "TrainResult"), "train.config": ("TrainConfig",)},
+    "gircse.corpora": {
+        "corpora.job": ("EncodeJob",),
+        "corpora.text_encoder": ("TextEncoder",),
+        "corpora.ray_data": ("encode_dataset",),
+    },
     "gircse.sentence_transformers": {
         "sentence_transformers.module": ("GIRCSEModule",),
         "sentence_transformers.losses": ("GIRCSELoss", "CachedGIRCSELoss"),

@@ -1,4 +1,4 @@
-"""`gircse encode`: a file of texts, by one process or many."""
+"""`gircse encode`: files of texts, on one machine, as a share of a Slurm array, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from typing import Any
 
 from gircse.cli.common import add_model_options, command, load_model
 
+# The options that are arguments of `GIRCSE.encode` of the same name.
+_ENCODE = ("tolerance", "max_steps", "batch_size", "max_length", "truncate_dim", "decoding", "jacobi_tolerance")
+
 
 def add(commands: Any) -> None:
     parser = command(
         commands,
         "encode",
         _encode,
-        "embed a file of texts",
-        "Reads texts line by line (or JSON Lines) and writes their embeddings, without holding the file in memory. "
-        "Into a folder, or under torchrun, it works shard by shard over all ranks and nodes, which share the folder; "
-        "started again after it was killed, also with another number of ranks, it goes on with the missing shards.",
+        "embed files of texts",
+        "Reads Parquet, JSON Lines or lines of text, from a disk or by URL, and writes embeddings, without holding the "
+        "files in memory. Parquet keeps all other columns, and started again after it was killed, the command goes on.",
     )
     add_model_options(parser, steps=False)
     parser.add_argument(
@@ -26,13 +28,17 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--tolerance", type=float, default=1e-3, help="of auto: stop when the embedding moves less")
     parser.add_argument("--max-steps", type=int, default=20, help="of auto: the most steps of a text")
-    parser.add_argument("input", help="a text file with one text a line, a .jsonl file, or - for standard input")
+    parser.add_argument(
+        "input",
+        nargs="+",
+        help=".parquet, .jsonl or files with one text a line; folders, patterns with *, URLs; or - for standard input",
+    )
     parser.add_argument(
         "--output",
         required=True,
-        help=".npy (float32 [n, D]), .jsonl ({'embedding': [..]} a line), or a folder of shards (no suffix)",
+        help=".parquet or a folder of it, also by URL; .npy (float32 [n, D]) or .jsonl ({'embedding': [..]} a line)",
     )
-    parser.add_argument("--field", default="text", help="field of a .jsonl line that holds the text")
+    parser.add_argument("--column", "--field", default="text", help="column or field that holds the texts")
     parser.add_argument("--instruction", help="what the embeddings are for")
     parser.add_argument("--truncate-dim", type=int, help="keep only the first dimensions")
     parser.add_argument("--no-normalize", action="store_true", help="do not scale embeddings to length 1")
@@ -43,10 +49,26 @@ def add(commands: Any) -> None:
         help="soft tokens one after the other, or all together in a few passes (default: as the model's config says)",
     )
     parser.add_argument("--jacobi-tolerance", type=float, help="of jacobi and auto: done when a pass moves less")
-    parser.add_argument("--shard-size", type=int, default=4096, help="texts of a shard (folder, or several ranks)")
-    parser.add_argument(
-        "--shard-timeout", type=float, default=1800, help="seconds to wait for other ranks while none finishes a shard"
+    parser.add_argument("--part", default="1/1", help="encode only this share of the rows, such as 2/8")
+    tables = parser.add_argument_group("Parquet output")
+    tables.add_argument("--output-column", default="embedding", help="column of the embeddings")
+    tables.add_argument("--output-dtype", default="float32", help="float32, float16, or int8 with a column of scales")
+    tables.add_argument("--on-error", default="raise", help="raise; or null: the reason is in the column .._error")
+    tables.add_argument(
+        "--rows-per-task", type=int, default=4096, help="rows of a file in a folder, and what a kill costs at most"
     )
+    ray = parser.add_argument_group("Ray (pip install gircse[ray])")
+    ray.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="encode on a Ray cluster; default: the one of RAY_ADDRESS or of this machine, else one is started",
+    )
+    ray.add_argument("--id", help="column of unique values, by which a run that goes on knows what is done")
+    ray.add_argument("--workers", type=_workers, default=1, help="number of models, or the fewest and the most: 1:8")
+    ray.add_argument("--num-gpus", type=float, help="GPUs of each (default: 1 if the cluster has any)")
+    ray.add_argument("--num-cpus", type=float, help="CPUs and threads of each (default: 1)")
 
 
 def _steps(value: str) -> int | str:
@@ -54,97 +76,124 @@ def _steps(value: str) -> int | str:
     return value if value == "auto" else int(value)
 
 
-def _encode(arguments: argparse.Namespace) -> None:
-    from gircse.encode.files import embedding_writer, read_texts
-    from gircse.encode.sharded import Rank, shard_folder
+def _workers(value: str) -> int | tuple[int, int]:
+    """`8`, or `1:8`."""
+    low, colon, high = value.partition(":")
+    return (int(low), int(high)) if colon else int(low)
 
-    rank = Rank.of_environment()
-    if shard_folder(arguments.output, rank.world_size) is not None:
-        _encode_sharded(arguments, rank)
-        return
-    blocks = read_texts(arguments.input, field=arguments.field)
+
+def _encode(arguments: argparse.Namespace) -> None:
+    from gircse.corpora.part import Part
+
+    part = Part.of(arguments.part)
+    suffix = Path(arguments.output).suffix
+    if arguments.ray is not None:
+        if part.count > 1:
+            raise ValueError("part: got a share with --ray, expected one of the two: Ray shares the rows itself")
+        _encode_on_ray(arguments)
+    elif suffix in (".npy", ".jsonl"):
+        _encode_texts(arguments, part)
+    elif suffix == ".parquet" or not suffix or arguments.output.endswith("/") or Path(arguments.output).is_dir():
+        _encode_tables(arguments, part)
+    else:
+        raise ValueError(
+            f"output: got {arguments.output!r}, expected a name that ends in .parquet, .npy or .jsonl, or a folder (no "
+            "suffix, or /)"
+        )
+
+
+def _encode_texts(arguments: argparse.Namespace, part: Any) -> None:
+    """Into a file that appears when all is encoded."""
+    from gircse.corpora.texts import read_corpus
+    from gircse.encode.files import embedding_writer
+
+    if "://" in arguments.output:
+        raise ValueError(
+            f"output: got {arguments.output}, expected a file on a disk, or Parquet, for which a URL will do"
+        )
+    blocks = read_corpus(arguments.input, arguments.column, part, arguments.rows_per_task)
     first = next(blocks, [])  # a bad file is reported before the model is loaded
     model = load_model(arguments, merge_adapter=True)
+    options = {"instruction": arguments.instruction, "num_steps": arguments.num_steps, **_options(arguments)}
     count = 0
-    try:
-        with embedding_writer(arguments.output) as write:
-            block: list[str] | None = first
-            while block is not None:
-                write(_encode_texts(arguments, model, block))
-                count += len(block)
-                print(f"\rencoded {count} texts", end="", file=sys.stderr, flush=True)
-                block = next(blocks, None)
-    except BaseException:
-        if count:
-            print(file=sys.stderr)  # what went wrong stands on a line of its own
-        raise
-    print(f"\rencoded {count} texts into {arguments.output}", file=sys.stderr)
+    with _progress(None) as bar, embedding_writer(arguments.output) as write:
+        block: list[str] | None = first
+        while block is not None:
+            write(model.encode(block, return_steps=arguments.return_steps, show_progress_bar=False, **options))
+            bar.update(len(block))
+            count += len(block)
+            block = next(blocks, None)
+    print(f"encoded {count} texts into {arguments.output}", file=sys.stderr)
 
 
-def _encode_texts(arguments: argparse.Namespace, model: Any, texts: list[str]) -> Any:
-    return model.encode(
-        texts,
+def _encode_tables(arguments: argparse.Namespace, part: Any) -> None:
+    from gircse.corpora.encode_files import encode_files
+
+    source = _source(arguments)
+    with _progress(len(part.of_rows(source.total, arguments.rows_per_task))) as bar:
+        report = encode_files(
+            source,
+            arguments.output,
+            _job(arguments),
+            part=part,
+            rows_per_task=arguments.rows_per_task,
+            update=bar.update,
+        )
+    print(f"encoded {report.encoded} of {report.rows} rows into {arguments.output}", file=sys.stderr)
+
+
+def _encode_on_ray(arguments: argparse.Namespace) -> None:
+    from gircse.corpora.ray_files import encode_files_on_ray
+
+    rows = encode_files_on_ray(
+        _source(arguments),
+        arguments.output,
+        _job(arguments),
+        id_column=arguments.id,
+        address=arguments.ray or None,
+        rows_per_task=arguments.rows_per_task,
+        workers=arguments.workers,
+        num_gpus=arguments.num_gpus,
+        num_cpus=arguments.num_cpus,
+    )
+    print(f"{rows} rows are in {arguments.output}", file=sys.stderr)
+
+
+def _source(arguments: argparse.Namespace) -> Any:
+    from gircse.corpora.sources import Source
+
+    if "-" in arguments.input:
+        raise ValueError("input: got - (standard input), expected files, which a run that goes on reads again")
+    return Source.of(arguments.input, arguments.column)
+
+
+def _job(arguments: argparse.Namespace) -> Any:
+    from gircse.corpora.job import EncodeJob, path_of
+
+    return EncodeJob(
+        path_of(arguments.model),
+        adapter=arguments.adapter and path_of(arguments.adapter),
+        columns={arguments.column: arguments.output_column},
         instruction=arguments.instruction,
         num_steps=arguments.num_steps,
-        tolerance=arguments.tolerance,
-        max_steps=arguments.max_steps,
-        batch_size=arguments.batch_size,
-        max_length=arguments.max_length,
-        normalize=not arguments.no_normalize,
-        truncate_dim=arguments.truncate_dim,
         return_steps=arguments.return_steps,
-        decoding=arguments.decoding,
-        jacobi_tolerance=arguments.jacobi_tolerance,
+        load={
+            "dtype": arguments.dtype,
+            "trust_remote_code": arguments.trust_remote_code,
+            **({} if arguments.device is None else {"device": arguments.device}),
+        },
+        encode=_options(arguments),
+        output_dtype=arguments.output_dtype,
+        on_error=arguments.on_error,
     )
 
 
-def _encode_sharded(arguments: argparse.Namespace, rank: Any) -> None:
-    from gircse.encode.sharded import encode_sharded
-
-    def load() -> Any:
-        arguments.device = _device_of_rank(arguments.device, rank.local_rank)
-        return load_model(arguments, merge_adapter=True)
-
-    names = (
-        "num_steps",
-        "tolerance",
-        "max_steps",
-        "instruction",
-        "max_length",
-        "truncate_dim",
-        "return_steps",
-        "decoding",
-        "jacobi_tolerance",
-        "dtype",
-    )
-    settings = {name: getattr(arguments, name) for name in names} | {"normalize": not arguments.no_normalize}
-    for name in ("model", "adapter"):  # the same folder from wherever the command is started
-        value = getattr(arguments, name)
-        settings[name] = str(Path(value).resolve()) if value and Path(value).is_dir() else value
-    prefix = f"rank {rank.rank}: " if rank.world_size > 1 else ""
-    report = encode_sharded(
-        load,
-        lambda model, texts: _encode_texts(arguments, model, texts),
-        arguments.input,
-        arguments.output,
-        settings=settings,
-        field=arguments.field,
-        shard_size=arguments.shard_size,
-        rank=rank,
-        timeout=arguments.shard_timeout,
-        log=lambda line: print(prefix + line, file=sys.stderr, flush=True),
-    )
-    print(
-        f"{prefix}encoded {report.encoded_shards} of {report.shards} shards, {report.encoded_texts} of {report.texts} "
-        f"texts into {arguments.output}",
-        file=sys.stderr,
-    )
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"normalize": not arguments.no_normalize, **{name: getattr(arguments, name) for name in _ENCODE}}
 
 
-def _device_of_rank(device: str | None, local_rank: int | None) -> str | None:
-    """A CUDA device for each process of a machine, unless the user has named one."""
-    import torch
+def _progress(total: int | None) -> Any:
+    """A bar on a terminal, nothing elsewhere."""
+    from tqdm.auto import tqdm
 
-    if local_rank is None or device not in (None, "cuda") or not torch.cuda.is_available():
-        return device
-    return f"cuda:{local_rank % torch.cuda.device_count()}"
+    return tqdm(total=total, desc="encode", unit="row", dynamic_ncols=True, disable=None)

@@ -4,8 +4,6 @@
     pipeline.py       `encode` and `encode_stream`: windows of texts through the engine, in order
     devices.py        one process, several devices
     files.py          files of texts in, files of embeddings out
-    sharded.py        a corpus over several processes
-    shard_folder.py   the folder that these processes share
 
 Training uses `tokens.py` only. Imports `gircse.embedder` and what is below it.
 """

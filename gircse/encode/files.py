@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,11 +27,45 @@ def read_texts(path: str, *, field: str = "text", block: int = BLOCK) -> Iterato
         ValueError: a line is not UTF-8 or not JSON, or has no such string; the message names file and line. OSError:
             there is no such file.
     """
+    texts = _jsonl_texts(path, field) if path.endswith(".jsonl") else (line for _, line in read_lines(path))
+    while chunk := list(islice(texts, block)):
+        yield chunk
+
+
+def read_lines(path: str) -> Iterator[tuple[int, str]]:
+    """The lines of a file as (number from 1, line without its end).
+
+    Raises:
+        ValueError: a line is not UTF-8. OSError: there is no such file.
+    """
     with _open(path) as file:
-        lines = _numbered(file, path)
-        texts = _jsonl_texts(lines, path, field) if path.endswith(".jsonl") else (line for _, line in lines)
-        while chunk := list(islice(texts, block)):
-            yield chunk
+        for number, line in enumerate(file, start=1):
+            if number == 1 and line.startswith("\ufeff"):
+                line = line[1:]
+                if not line:  # the file holds only the mark
+                    return
+            try:
+                line.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{path}:{number}: not UTF-8, at character {error.start + 1}") from None
+            yield number, line.rstrip("\r\n")
+
+
+def read_json_lines(path: str) -> Iterator[tuple[int, Any]]:
+    """The values of a .jsonl file as (number of the line from 1, value); empty lines are left out.
+
+    Raises:
+        ValueError: a line is not UTF-8 or not JSON. OSError: there is no such file.
+    """
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
+        except (ValueError, RecursionError) as error:  # thousands of digits, or deep nesting
+            raise ValueError(f"{path}:{number}: not JSON that can be read: {error}") from None
 
 
 def check_output(path: str) -> None:
@@ -54,12 +89,6 @@ def embedding_writer(path: str) -> Iterator[Callable[[np.ndarray], None]]:
                     file.writelines(json.dumps({"embedding": row.tolist()}) + "\n" for row in block)
 
                 yield write_lines
-
-
-def save_array(path: Path, array: np.ndarray) -> None:
-    """Writes an array as float32 to a .npy file. `np.save` writes through C's buffers and hides that a disk is full."""
-    with _npy_writer(path) as write:
-        write(array)
 
 
 @contextmanager
@@ -87,6 +116,10 @@ def _npy_writer(partial: Path) -> Iterator[Callable[[np.ndarray], None]]:
 
 def _open(path: str):
     # Bytes that are not UTF-8 become lone surrogates, so that the error can name their line.
+    if "://" in path:
+        import fsspec
+
+        return fsspec.open(path, "r", encoding="utf-8", errors="surrogateescape")
     if path != "-":
         return open(path, encoding="utf-8", errors="surrogateescape")
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -94,30 +127,8 @@ def _open(path: str):
     return nullcontext(sys.stdin)
 
 
-def _numbered(file: Iterable[str], path: str) -> Iterator[tuple[int, str]]:
-    """(number from 1, line without its end)."""
-    for number, line in enumerate(file, start=1):
-        if number == 1 and line.startswith("\ufeff"):
-            line = line[1:]
-            if not line:  # the file holds only the mark
-                return
-        try:
-            line.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{path}:{number}: not UTF-8, at character {error.start + 1}") from None
-        yield number, line.rstrip("\r\n")
-
-
-def _jsonl_texts(lines: Iterable[tuple[int, str]], path: str, field: str) -> Iterator[str]:
-    for number, line in lines:
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
-        except (ValueError, RecursionError) as error:  # thousands of digits, or deep nesting
-            raise ValueError(f"{path}:{number}: not JSON that can be read: {error}") from None
+def _jsonl_texts(path: str, field: str) -> Iterator[str]:
+    for number, value in read_json_lines(path):
         text = value.get(field) if isinstance(value, dict) else value
         if not isinstance(text, str):
             raise ValueError(f"{path}:{number}: expected an object with a string in {field!r}, or a string")

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gircse.encode.shard_folder import MANIFEST
-from gircse.encode.sharded import encode_sharded
+from gircse.corpora.manifest import begin
 from gircse.engine import EngineConfig
 from gircse.lm.config import CONFIG_NAME, GircseConfig
 from gircse.train.config import TrainConfig
@@ -100,20 +99,12 @@ def test_recipes(folder, data):
 
 @fuzz(60)
 @given(data=st.data())
-def test_manifests_of_shards(folder, data):
-    shards = folder / "shards"
-    shards.mkdir(exist_ok=True)
-    (folder / "in.txt").write_text("a\nb\n")
-    settings = {"shard_size": data.draw(values)} if data.draw(st.booleans()) else data.draw(values)
-    manifest = {"settings": settings, "texts": data.draw(values), "shards": 1, "complete": False}
-    (shards / MANIFEST).write_bytes(damaged(dumped(manifest), data.draw))
-
-    def never(*_: Any) -> Any:
-        raise AssertionError
-
-    call = lambda: encode_sharded(never, never, str(folder / "in.txt"), str(shards), settings={}, timeout=1)  # noqa: E731
-    _, error = outcome(call, ValueError)
-    assert str(shards) in str(error)
+def test_manifests_of_encoded_corpora(folder, data):
+    path = folder / "out" / ".gircse" / "job.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(damaged(dumped(data.draw(values)), data.draw))
+    _, error = outcome(lambda: begin(str(folder / "out"), {"model": "m", "rows_per_task": 4}), ValueError)
+    assert str(folder / "out") in str(error)
 
 
 @fuzz(60)

@@ -9,14 +9,13 @@ import json
 
 import numpy as np
 import pytest
+from pyarrow import parquet
 
 from gircse import GIRCSE
 from gircse.cli import main
 from gircse.cli.evaluate import _write_json
 from gircse.data.rows import Row
 from gircse.encode.files import embedding_writer
-from gircse.encode.shard_folder import join_shards
-from gircse.encode.sharded import encode_sharded
 from gircse.evaluation.results import Evaluation, TaskScores, write_results
 from gircse.evaluation.step_store import StepStore
 from gircse.train.distill import distill
@@ -26,26 +25,18 @@ from tests.fuzz.full_disk import files_of_at_most, names
 TOO_LARGE = "File too large"
 
 
-def embed(_: object, texts: list[str]) -> np.ndarray:
-    return np.array([[float(text)] * 64 for text in texts], dtype=np.float32)
-
-
-def test_shards(tmp_path):
-    (tmp_path / "in.txt").write_text("".join(f"{i}\n" for i in range(20)))
-    arguments = (str(tmp_path / "in.txt"), str(tmp_path / "out"))
-
-    def run():
-        return encode_sharded(object, embed, *arguments, settings={}, shard_size=8, timeout=1)
-
-    with files_of_at_most(1024), pytest.raises(OSError, match=TOO_LARGE):
-        run()
-    assert names(tmp_path / "out") in (["manifest.json"], ["manifest.json", "shard-000000.lock"])
-    assert run().encoded_shards == 3
-    with files_of_at_most(3000), pytest.raises(OSError, match=TOO_LARGE):
-        join_shards(tmp_path / "out", str(tmp_path / "all.npy"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out"]
-    join_shards(tmp_path / "out", str(tmp_path / "all.npy"))
-    np.testing.assert_array_equal(np.load(tmp_path / "all.npy"), embed(None, [str(i) for i in range(20)]))
+@pytest.mark.parametrize("name", ["out", "out.parquet"])
+def test_parquet(base, tmp_path, capsys, name):
+    texts = tmp_path / "in.txt"
+    texts.write_text("".join(f"{i}\n" for i in range(20)))
+    output = tmp_path / name
+    options = ["encode", "--model", str(base), "--output", str(output), "--rows-per-task", "8", str(texts)]
+    with files_of_at_most(2048):  # enough for the settings
+        assert main(options) == 2
+    assert TOO_LARGE in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.parquet"))
+    assert main(options) == 0
+    assert parquet.read_table(output)["text"].to_pylist() == [str(i) for i in range(20)]
 
 
 @pytest.mark.parametrize("name", ["out.npy", "out.jsonl"])

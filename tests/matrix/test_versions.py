@@ -24,7 +24,7 @@ def lower_bounds() -> dict[str, str]:
     lines = [*PROJECT["dependencies"], *(line for name, lines in extras.items() if name != "dev" for line in lines)]
     found: dict[str, str] = {}
     for requirement in map(Requirement, lines):
-        (bound,) = requirement.specifier
+        (bound,) = (part for part in requirement.specifier if part.operator != "<")
         assert bound.operator == ">=", requirement
         found[requirement.name] = min(found.get(requirement.name, bound.version), bound.version, key=Version)
     return found

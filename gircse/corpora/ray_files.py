@@ -1,0 +1,116 @@
+"""Files of texts to a folder of Parquet on a Ray cluster; started again it encodes what is missing.
+
+FOLDER/*.parquet              rows with their embeddings, in no order
+FOLDER/.gircse/job.json       the settings that decide the result
+FOLDER/.gircse/checkpoint/    the ids of the rows that are written (Ray Data's own)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from gircse.corpora.encode_files import check_source, encode_files
+from gircse.corpora.job import EncodeJob
+from gircse.corpora.manifest import STATE, begin, forget_if_empty
+from gircse.corpora.objects import find_files, is_local, place
+from gircse.corpora.ray_data import encode_dataset
+from gircse.corpora.sources import Source
+
+
+def encode_files_on_ray(
+    source: Source,
+    output: str,
+    job: EncodeJob,
+    *,
+    id_column: str | None,
+    address: str | None = None,
+    rows_per_task: int,
+    **resources: Any,
+) -> int:
+    """
+    Args:
+        source: Parquet or JSON Lines.
+        output: a folder, which all machines see, or a URL.
+        id_column: a column of values that differ in all rows.
+        address: of the cluster; default: the one of RAY_ADDRESS or of this machine, else one that is started here.
+        resources: `workers`, `num_gpus`, `num_cpus`, `memory` of `encode_dataset`.
+
+    Returns:
+        The number of rows that the folder has in the end.
+
+    Raises:
+        ValueError: a bad argument, other settings than the folder was begun with, a row that cannot be encoded; ids
+            that are not unique, found by rows that are missing at the end.
+    """
+    if source.kind == "text":
+        raise ValueError("input: got lines of text, expected Parquet or JSON Lines with an id column for Ray")
+    if output.endswith(".parquet"):
+        raise ValueError(f"output: got {output!r}, expected a folder, into which many machines write")
+    if id_column not in source.schema.names:
+        names = ", ".join(source.schema.names)
+        raise ValueError(f"id: got {id_column!r}, expected one of {names}: by it a run that goes on knows what is done")
+    check_source(source, job)
+    if not source.total:
+        return encode_files(source, output, job).rows  # Ray would write nothing
+    output = place(output)[1] if is_local(output) else output.rstrip("/")
+    begin(output, {**job.settings(), "input": source.identity(), "id": id_column, "by": "ray"})
+
+    import ray
+    from ray.data.checkpoint import CheckpointConfig
+
+    if not ray.is_initialized():
+        ray.init(address=address, logging_level="warning")
+    read = ray.data.read_parquet if source.kind == "parquet" else ray.data.read_json
+    ds = read(source.files)
+    ds.context.raise_original_map_exception = True
+    ds.context.checkpoint_config = CheckpointConfig(
+        id_column=id_column, checkpoint_path=f"{output}/{STATE}/checkpoint", delete_checkpoint_on_success=False
+    )
+    try:
+        encode_dataset(
+            ds,
+            job.model,
+            column=job.columns,
+            instruction=job.instruction,
+            adapter=job.adapter,
+            num_steps=job.num_steps,
+            return_steps=job.return_steps,
+            output_dtype=job.output_dtype,
+            on_error=job.on_error,
+            load=job.load,
+            rows_per_task=rows_per_task,
+            **resources,
+            **job.encode,
+        ).write_parquet(output, mode="append")
+    except Exception as error:
+        forget_if_empty(output)  # so that settings that were wrong can be set right
+        raise ValueError(_what_matters(error)) from error
+    there = _rows(output)
+    if there != source.total:
+        raise ValueError(
+            f"id: {output} has {there} rows, the input {source.total}; expected values of {id_column!r} that differ in "
+            "all rows, and a folder that nothing else writes into"
+        )
+    return there
+
+
+def _rows(folder: str) -> int:
+    """The rows of all Parquet files, by their footers."""
+    count = 0
+    for file in find_files([f"{folder}/*.parquet"]):
+        system, path = place(file)
+        with system.open(path, "rb") as opened:
+            count += pq.read_metadata(opened).num_rows
+    return count
+
+
+def _what_matters(error: BaseException) -> str:
+    """The line of the error that a worker raised: Ray wraps it in errors of its own, with pages of traceback."""
+    while type(error).__module__.startswith("ray."):
+        inner = getattr(error, "cause", None) or error.__cause__
+        if inner is None:  # one of Ray's own, such as a worker that could not start: the line ends the traceback
+            return str(error).strip().splitlines()[-1]
+        error = inner
+    return str(error).splitlines()[0]  # Ray adds advice behind it
