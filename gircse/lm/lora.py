@@ -62,11 +62,14 @@ def unfuse_lora(model: nn.Module) -> None:
         layer.__dict__.pop("forward", None)
 
 
-def refresh_lora(model: nn.Module) -> None:
-    """Copies the weights that have changed into the matrices of the products, in place. A forward does this by itself;
-    who replays a captured one calls it before."""
+def refresh_lora(model: nn.Module, *, always: bool = False) -> None:
+    """Copies the weights that have changed into the matrices of the products, in place. A forward does this by itself.
+
+    Args:
+        always: copy all weights, so that a graph that is captured inside reads those of each replay.
+    """
     if (fused := fused_lora(model)) is not None:
-        fused.refresh()
+        fused.refresh(always=always)
 
 
 class FusedLora:
@@ -85,9 +88,9 @@ class FusedLora:
         self.refresh()
 
     @torch.no_grad()
-    def refresh(self) -> None:
+    def refresh(self, *, always: bool = False) -> None:
         """Copies the weights that have changed into the matrices of the products, in place."""
-        stale = [copy for shared in self.inputs for copy in shared.stale_copies()]
+        stale = [copy for shared in self.inputs for copy in shared.stale_copies(always=always)]
         if stale:
             copies, weights, factors = map(list, zip(*stale, strict=True))
             torch._foreach_copy_(copies, torch._foreach_mul(weights, factors))
@@ -160,10 +163,10 @@ class SharedInput:
         """Whether the matrices hold the weights of now."""
         return self._copied == _versions(self._weights())
 
-    def stale_copies(self) -> Iterator[tuple[Tensor, Tensor, float]]:
+    def stale_copies(self, *, always: bool = False) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Copies that do not hold the weights of now, each with its weight and factor. They count as written then."""
         products = self.products
-        if products is None or self.is_current():
+        if products is None or (self.is_current() and not always):
             return
         weights, count = self._weights(), len(products.pieces)
         self._copied = _versions(weights)

@@ -29,6 +29,7 @@ from gircse.model import GIRCSE
 from gircse.show.tables import metrics_table
 from gircse.train import run_folder
 from gircse.train.batches import Example, TrainingData
+from gircse.train.capture import CapturedPasses
 from gircse.train.distill_config import DistillConfig
 from gircse.train.distill_loss import DistillLoss, distillation_loss
 from gircse.train.loop import TrainResult, open_data, run_steps, start_run, with_micro_batch_tokens
@@ -201,6 +202,7 @@ class Targets:
 def distillation_step(student: GIRCSE, targets: Targets, num_steps: int, config: DistillConfig, ranks: Ranks) -> Step:
     """The step of a distillation. Texts are cut where the teacher, which needs room for K steps, cuts them."""
     tokenizer = RowTokenizer(student, config, num_steps)
+    graphs = CapturedPasses.of(student, config)
 
     def step(examples: Sequence[Example], number: int, monitor: StepMonitor) -> StepResult:
         tokenizer.warn(examples)
@@ -225,7 +227,7 @@ def distillation_step(student: GIRCSE, targets: Targets, num_steps: int, config:
             return loss.total, loss
 
         loss, of_loss, passes = backward_of(
-            student, ids, objective, config.micro_batch_tokens, num_steps=0, monitor=monitor
+            student, ids, objective, config.micro_batch_tokens, num_steps=0, monitor=monitor, graphs=graphs
         )
         parts = {"cosine": of_loss.cosine.detach(), "kl": of_loss.kl.detach()}
         return StepResult(loss, parts, len(own), sum(map(len, ids)), passes)

@@ -41,11 +41,11 @@ def test_a_budget_that_fills_the_memory_and_no_more(monkeypatch):
 
 
 def test_activation_checkpointing_makes_room():
-    # deeper than the tiny models are: one layer of it is held in full
+    # one of the two layers is held in full
     plain, checkpointed = (
         activation_bytes(adapted(config(gradient_checkpointing=on), torch.float32), NUM_STEPS) for on in (False, True)
     )
-    assert checkpointed < 0.8 * plain
+    assert checkpointed < 0.95 * plain
 
 
 def test_the_probe_leaves_the_model_as_it_was():

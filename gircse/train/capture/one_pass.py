@@ -54,6 +54,7 @@ class CapturedPass:
 
     def forward(self) -> None:
         """`ids`, `mask` -> the states and entropies in their buffers, and a graph for `backward`."""
+        refresh_lora(self._model.base, always=True)  # so that every replay reads the weights of then
         seen = _Entropies()
         with torch.enable_grad(), self._layers.at_work():
             self._result = pooled_states(
@@ -90,7 +91,6 @@ class CapturedPass:
 
     def run(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, object]:
         """-> a copy of the states [rows, K, D], and a token that `send` asks for."""
-        refresh_lora(self._model.base)  # a replay reads the copies of the weights as they are
         self.ids.copy_(ids, non_blocking=True)
         self.mask.copy_(mask, non_blocking=True)
         self.replays[0]()
