@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gircse.lm.causal_lm import CausalLM
+from gircse.lm.lora import fuse_lora, fused_lora, unfuse_lora
 from gircse.lm.rollout import rollout
 
 if TYPE_CHECKING:
@@ -127,8 +128,8 @@ class Engine:
     Attributes:
         run: the function.
         summary: one line for `--help` and legends.
-        stock: run on what PyTorch and transformers come with (SDPA, `nn.Linear`), not on what `CausalLM.from_model` put
-            into the model.
+        stock: run on what PyTorch, transformers and PEFT come with (SDPA, `nn.Linear`, LoRA layer by layer), not on
+            what `CausalLM.from_model` and `fuse_lora` put into the model.
         steps: False for an engine that has the point K = 0 only.
         trains: whether autograd can go through it.
     """
@@ -145,12 +146,15 @@ class Engine:
         if not self.stock:
             yield self.run
             return
-        attention = lm.config._attn_implementation
+        attention, fused = lm.config._attn_implementation, fused_lora(lm.model) is not None
         lm.model.set_attn_implementation("sdpa")
+        unfuse_lora(lm.model)
         try:
             yield self.run
         finally:
             lm.model.set_attn_implementation(attention)
+            if fused:
+                fuse_lora(lm.model)
 
 
 def fresh(name: str) -> Engine:

@@ -31,6 +31,7 @@ from bench.timing import interleaved
 from bench.training import with_lora
 from gircse.lm.attention import ATTENTION_NAME
 from gircse.lm.causal_lm import CausalLM
+from gircse.lm.lora import fuse_lora
 from gircse.lm.rollout import rollout
 from gircse.train.config import TrainConfig
 from gircse.train.lora import add_lora
@@ -111,7 +112,7 @@ class Operators(TorchDispatchMode):
 def operators(num_steps: int, factor: float) -> int:
     """Of forward and backward of one rollout."""
     base = random_model(SHAPES["qwen2.5-0.5b"].config(4), dtype=torch.bfloat16, device="meta")
-    add_lora(base, TrainConfig(lora_dropout=0.0)).train()
+    fuse_lora(add_lora(base, TrainConfig(lora_dropout=0.0)).train())
     base.set_attn_implementation(ATTENTION_NAME)
     lm = CausalLM(model=base, body=base.base_model, attention_calls=4)
     ids = torch.zeros(4, 32, dtype=torch.long, device="meta")

@@ -19,6 +19,7 @@ from bench.timing import Timing, seconds
 from gircse import ops
 from gircse.lm.adapter import quiet_peft
 from gircse.lm.causal_lm import CausalLM
+from gircse.lm.lora import fuse_lora
 from gircse.ops.info_nce_reference import icr_objective_reference, info_nce_reference
 from gircse.roofline import Ceilings, ModelFacts
 from gircse.train.config import TrainConfig
@@ -79,6 +80,7 @@ def with_lora(base: PreTrainedModel, config: TrainConfig) -> CausalLM:
         adapted: Any = get_peft_model(base, lora_config(base, config))
     lm = CausalLM.from_model(adapted.get_base_model())
     lm.model.train()
+    fuse_lora(lm.model)
     return lm
 
 
