@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from gircse_kernels import plan, soft_embed
+from gircse_kernels import launching, plan, soft_embed
 from gircse_kernels.plan import Config
 
 from bench.cases import BOTH, FORWARD, Matrices
@@ -36,11 +36,9 @@ from bench.static.compile_report import PRODUCTS, SHARED_LIMIT, compile_launch, 
 from bench.static.launches import DEVICES, Call, launches
 from bench.suite.alternatives import CHOICE, Alternative, using
 from bench.suite.candidates import race
-from gircse.ops import stepwise_info_nce
 
 VOCAB, WIDTH = 151_936, 1024  # of what is timed, where the entry is for any width
-CANDIDATES, WIDE = 8192, 3584  # of the contrastive loss that is timed
-CONTRASTIVE = {"score": "similarity_kernel", "matmul": "product_kernel"}  # the loss runs on these entries, in float32
+INNER, COLUMNS = 3584, 8192  # of the float32 product that is timed
 _SECONDS = 2.0  # of timing for each entry
 
 
@@ -55,13 +53,13 @@ class Slot(NamedTuple):
     @property
     def launched(self) -> str:
         """Name of the kernel that takes the entry."""
-        return CONTRASTIVE.get(self.kernel, f"{self.kernel}_kernel")
+        return "product_kernel" if self.kernel == "matmul" else f"{self.kernel}_kernel"
 
     @property
     def call(self) -> Call:
         """What is compiled and timed."""
-        if self.kernel in CONTRASTIVE:
-            return Call("info_nce", (self.rows, CANDIDATES, 1, WIDE), "float32", backward=True)
+        if self.kernel == "matmul":
+            return Call("product", (self.rows, INNER, COLUMNS), "float32")
         width, dtype = self.width or WIDTH, "float32" if self.itemsize == 4 else "bfloat16"
         return Call("soft_embed", (self.rows, VOCAB, width, width), dtype, True, self.kernel == "score_grad")
 
@@ -103,9 +101,8 @@ def candidates(slot: Slot) -> Iterator[Config]:
         for tile, warps, stages in ((256, 8, 3), (256, 4, 4), (128, 8, 4), (128, 4, 4)):
             yield Config({"BLOCK_T": rows, "BLOCK_V": tile, "BLOCK_K": 64}, warps, stages)
     else:
-        names = ("BLOCK_T", "BLOCK_V") if slot.kernel == "score" else ("BLOCK_M", "BLOCK_N")
         for cols, warps, stages, depth in product((128, 64), (4, 8), (4, 3, 2), (32, 16)):
-            blocks = {names[0]: rows, names[1]: cols, "BLOCK_K": depth, "GROUP": 8}
+            blocks = {"BLOCK_M": rows, "BLOCK_N": cols, "BLOCK_K": depth, "GROUP": 8}
             yield Config(blocks, warps, stages, 3 if rows < 128 else 1)
 
 
@@ -150,9 +147,10 @@ def choose_measured(job: tuple[Slot, int]) -> dict[str, Any] | None:
 def timed(slot: Slot) -> Callable[[], Any]:
     """The whole op, on the present GPU."""
     call = slot.call
-    if slot.kernel in CONTRASTIVE:
-        steps = [torch.randn(n, 1, WIDE, device="cuda", requires_grad=True) for n in (slot.rows, CANDIDATES)]
-        return lambda: torch.autograd.grad(stepwise_info_nce(*steps).sum(), steps)
+    if slot.kernel == "matmul":
+        a, b = torch.randn(slot.rows, INNER, device="cuda"), torch.randn(INNER, COLUMNS, device="cuda")
+        out = a.new_empty(slot.rows, COLUMNS)
+        return lambda: launching.tf32x3_product(a, b, out, add=False)
     _, vocab, width, _ = call.sizes
     matrices = draw_matrices(Matrices(vocab, width, call.tied), getattr(torch, call.dtype), "cuda")
     return Problem.draw(slot.rows, BOTH if call.backward else FORWARD, *matrices).call(ours)

@@ -45,7 +45,6 @@ MMA = ("wgmma.mma_async", "mma.sync", "tcgen05.mma")
 PRODUCTS = (  # the kernels whose matrix products must be on the tensor cores
     "few_rows_kernel",
     "weights_product_kernel",
-    "similarity_kernel",
     "product_kernel",
     "decode_attention_kernel",  # of half precision; its float32 products are exact, off the tensor cores
 )
@@ -233,8 +232,9 @@ def table_cases(*variants: str) -> list[Case]:
         chosen = (("statistics", *variants, "top_k", "matrices"), (*variants, "top_k"), (*variants, "top_p"))
         cases += [Case(truncated._replace(variants=each)) for each in chosen]
     if {"noise", "threshold"}.isdisjoint(variants):  # which no other op has
-        sizes = [(rows, 8192, 1, 1024) for rows in (16, 64, plan.ROW_BLOCK)]
-        cases += [Case(Call("info_nce", size, "float32", backward=True, variants=variants)) for size in sizes]
+        for dtype in ("bfloat16", "float32"):
+            cases.append(Case(Call("info_nce", (64, 8192, 1, 1024), dtype, backward=True, variants=variants)))
+        cases += [Case(Call("product", (rows, 1024, 8192), "float32")) for rows in (16, 64, plan.ROW_BLOCK)]
         cases += [*decode_cases(*variants), *decoder_cases(*variants)]
     return cases
 

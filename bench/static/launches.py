@@ -64,10 +64,11 @@ class Call(NamedTuple):
     """A call of an op whose launches are wanted.
 
     Attributes:
-        op: "soft_embed", "info_nce", "decode_attention" or "decoder" (each step of a layer once, and a step's end).
-        sizes: T, V, D, E (D = 0: logits are given); or B, M, K, D; or T, S, D, E, H, H_kv (rows, slots, widths of a
-            key and of a value, heads); or T, D, H, H_kv, d, r / 2, I (rows, width, heads, columns of a head and half of
-            those that are rotated, columns of the MLP).
+        op: "soft_embed", "info_nce", "product" (our own of float32 matrices), "decode_attention" or "decoder" (each
+            step of a layer once, and a step's end).
+        sizes: T, V, D, E (D = 0: logits are given); or B, M, K, D; or M, K, N; or T, S, D, E, H, H_kv (rows, slots,
+            widths of a key and of a value, heads); or T, D, H, H_kv, d, r / 2, I (rows, width, heads, columns of a head
+            and half of those that are rotated, columns of the MLP).
         dtype: a name of torch's.
         tied: the embedding table is the head.
         backward: the gradients of the hidden states, or of both sides of the loss, too.
@@ -101,7 +102,7 @@ class Call(NamedTuple):
         """The call, with its inputs made."""
         empty = functools.partial(torch.empty, dtype=getattr(torch, self.dtype), device="meta")
         ops = {"soft_embed": _soft_embed, "info_nce": _info_nce, "decode_attention": _decode_attention}
-        return {**ops, "decoder": _decoder}[self.op](self, empty)
+        return {**ops, "decoder": _decoder, "product": _product}[self.op](self, empty)
 
 
 class Prepared(NamedTuple):
@@ -166,6 +167,12 @@ def _info_nce(call: Call, empty: Callable[..., torch.Tensor]) -> Prepared:
         lambda: stepwise_info_nce(*inputs, mask=mask, include_queries=both, symmetric=both),
         (lambda loss: torch.autograd.grad(loss, inputs, torch.empty_like(loss))) if call.backward else None,
     )
+
+
+def _product(call: Call, empty: Callable[..., torch.Tensor]) -> Prepared:
+    rows, inner, columns = call.sizes
+    a, b, out = empty(rows, inner), empty(inner, columns), empty(rows, columns)
+    return Prepared(lambda: launching.tf32x3_product(a, b, out, add=False))
 
 
 def _decode_attention(call: Call, empty: Callable[..., torch.Tensor]) -> Prepared:
@@ -241,6 +248,9 @@ def recorded(device: Device) -> Iterator[Recording]:
     def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, add: bool = False) -> None:
         recording.products.append(Product(a.shape[0], b.shape[1], a.shape[1], a.itemsize, add))
 
+    def batched_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, add: bool = False) -> None:
+        recording.products.append(Product(a.shape[1], b.shape[2], a.shape[0] * a.shape[2], a.itemsize, add))
+
     with ExitStack() as stack:
 
         def replace(owner: Any, name: str, value: Callable[..., Any]) -> None:
@@ -249,6 +259,8 @@ def recorded(device: Device) -> Iterator[Recording]:
         replace(launching, "launch", launch)
         if hasattr(launching, "product"):
             replace(launching, "product", product)
+        if hasattr(launching, "batched_product"):
+            replace(launching, "batched_product", batched_product)
         for name, module in list(sys.modules.items()):
             if name.startswith("gircse_kernels.") and hasattr(module, "device_of"):
                 replace(module, "device_of", lambda *_: device)

@@ -58,9 +58,13 @@ def _train(arguments: argparse.Namespace) -> None:
 
         print(plan(config, gpu=arguments.gpu, length=arguments.length, world_size=arguments.plan_ranks))
         return
-    from gircse.lm.environment import first_process
+    from gircse.lm.environment import environment_integer, first_process
     from gircse.train import train
+    from gircse.train.step_time import expected, taken
 
+    if first_process() and (text := expected(config, environment_integer("WORLD_SIZE", 1))):
+        print(text, flush=True)
     result = train(config)
     if first_process():
+        print(taken(result.log))
         print(f"trained {len(result.log)} steps, last loss {result.log[-1]['loss']:.4f}; model in {result.folder}")

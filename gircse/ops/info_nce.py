@@ -75,11 +75,14 @@ def stepwise_info_nce(
         z_k = l2_normalize(pool_steps(g_1..g_k))
         L_k = mean_i cross_entropy(z_k(query_i) . z_k(doc_1..M) / temperature, target_i)
 
-    Exact: similarities are float32 (float64 for float64 steps) under autocast too; the kernels multiply in 3xTF32, the
-    torch backend on CUDA follows PyTorch's process-wide TF32 setting, off by default. No [B, M] tensor is made: tiles
-    of it pass through a fixed budget below 64 MiB, and backward recomputes them. Beyond inputs and gradients there are
-    the unit vectors of one step of this rank's queries and their gradient, the same of a piece of the candidates, and,
-    for half-precision steps, one step's gradients in float32; not more with more ranks.
+    Similarities are float32 (float64 for float64 steps) under autocast too. The kernels multiply bfloat16 parts of the
+    unit vectors on the tensor cores: three for float32 steps, which is float32's accuracy, and two for half-precision
+    ones, where a logit's error stays below 1e-4 at temperature 0.02. The torch backend on CUDA follows PyTorch's
+    process-wide TF32 setting, off by default. No [B, M] tensor is made: candidates are met a piece at a time, and
+    backward recomputes the piece. Beyond inputs and gradients there are the unit vectors of one step of this rank's
+    queries and their gradient, the same of a piece of the candidates with its similarities, 32 MiB to 512 MiB together
+    (in the torch backend, which has only tiles of similarities, 16 MiB and less than 64 MiB of tiles), and, for
+    half-precision steps, one step's gradients in float32; not more with more ranks.
 
     Args:
         query_steps: [B, K, D], hidden states at the generated positions of the queries, any floating-point dtype.

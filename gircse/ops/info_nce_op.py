@@ -3,19 +3,20 @@
 Up to three products of rows with candidates, each by the backend's ``sums`` and ``gradients``::
 
     queries x documents                 always; targets are here
-    queries x queries, not oneself      include_queries; their sums are merged with the first
+    queries x queries, not oneself      include_queries; the first's sums go on
     positives x queries                 symmetric: a second loss, target oneself
 
 Candidates, documents or queries, are those of all ranks of the group. They are pooled, gathered and met a piece at a
 time, and a piece's gradient goes back to its owners before the next one is made: beside the inputs there are one
-step's vectors of this rank's rows, and of a piece. Sums over pieces are merged.
+step's vectors of this rank's rows, and of a piece. Sums go on from one piece to the next.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -26,12 +27,12 @@ from . import info_nce_torch
 from .autocast import no_autocast
 from .backends import kernels, resolve_backend
 from .differentiable_op import DifferentiableOp, Tensors
-from .info_nce_parallel import Shares, gather, pieces, scatter_sum, shares, total
+from .info_nce_parallel import Piece, Shares, gather, pieces, scatter_sum, shares, total
 from .info_nce_plain import plain_losses
 from .tiles_torch import accumulation_dtype, slices
 from .vocab_parallel import find_group
 
-# Of candidates' unit vectors, and of their gradients, that exist at a time.
+# Of the unit vectors of several steps that are walked together, and the measure of a piece of candidates.
 VECTOR_BYTES = 16 << 20
 
 
@@ -46,6 +47,9 @@ class Options(NamedTuple):
     backend: str | None
 
 
+Located: TypeAlias = list[tuple[Piece, Tensor]]  # pieces of candidates, and where in each is each row's own, [B]
+
+
 class LossCall(NamedTuple):
     """What forward and backward both walk over."""
 
@@ -58,11 +62,6 @@ class LossCall(NamedTuple):
     mirrored: Tensor | None  # [B, all B], of the symmetric loss
     rows_of: Shares
     docs_of: Shares
-
-    @property
-    def own(self) -> Tensor:
-        """[B], each row's query among this rank's."""
-        return torch.arange(self.target.shape[0], device=self.target.device)
 
     @property
     def query_mask(self) -> Tensor | None:
@@ -87,12 +86,21 @@ class LossCall(NamedTuple):
 
     @property
     def piece_rows(self) -> int:
-        """Candidates of each rank that a piece may have."""
-        return max(1, VECTOR_BYTES // (self._row_bytes * len(self.docs_of.sizes)))
+        """Candidates of each rank that a piece may have; all ranks find the same number."""
+        width, itemsize = self.query_steps.shape[2], self.query_steps.dtype.itemsize
+        most = self.module.piece_candidates(max(self.rows_of.sizes), width, itemsize, VECTOR_BYTES)
+        return max(1, most // len(self.docs_of.sizes))
 
     @property
     def _row_bytes(self) -> int:
-        return self.query_steps.shape[2] * accumulation_dtype(self.query_steps.dtype).itemsize
+        return self.module.unit_bytes(self.query_steps.shape[2], self.query_steps.dtype.itemsize)
+
+    def document_pieces(self) -> Located:
+        return [(piece, piece.locate(self.target)) for piece in pieces(self.docs_of, self.piece_rows)]
+
+    def query_pieces(self) -> Located:
+        own = torch.arange(self.target.shape[0], device=self.target.device)
+        return [(piece, piece.locate(own)) for piece in pieces(self.rows_of, self.piece_rows)]
 
     def positives(self, group: tuple[int, int]) -> Tensor:
         """[k, B, D], the unit vector of each row's document."""
@@ -132,11 +140,11 @@ class _StepwiseInfoNCE(DifferentiableOp):
                 _module(options.backend, query_steps),
                 options, query_steps, doc_steps, target, mask, mirrored, rows_of, docs_of,
             )  # fmt: skip
-            parts, kept = zip(*[_sums(call, group) for group in call.groups()], strict=True)
-            means = total(torch.cat(parts, 1), rows_of) / rows_of.total
+            found = _sums(call)
+            means = total(found.results(options.temperature), rows_of) / rows_of.total
         sizes = None if group is None else torch.tensor([rows_of.sizes, docs_of.sizes])
         # copies: what is returned is no part of one tensor, whose other parts could not be changed in place
-        return *(mean.clone() for mean in means), torch.cat(kept, 1), mirrored, sizes
+        return *(mean.clone() for mean in means), found.kept, mirrored, sizes
 
     def fake(self, tensors: Tensors, scalars: Sequence[Any]) -> Tensors:
         query_steps, mask, options = tensors[0], tensors[3], Options(*scalars)
@@ -179,9 +187,10 @@ class _StepwiseInfoNCE(DifferentiableOp):
         ]
         with no_autocast(grad_losses.device.type):
             weight = grad_losses.to(kept.dtype) / (rows_of.total * (1 + options.symmetric))
+            located = call.document_pieces(), call.query_pieces() if call.crossing else []
             for part in reversed(call.groups()):
                 steps = slice(*part)
-                _gradients(call, part, kept[:, steps], weight[steps], *outs)
+                _gradients(call, part, *located, kept[:, steps], weight[steps], *outs)
         return tuple(out if out is None else out.result for out in outs)
 
     def plain(self, tensors: Tensors, scalars: Sequence[Any]) -> Sequence[Tensor]:
@@ -235,46 +244,76 @@ def _module(backend: str | None, tensor: Tensor) -> ModuleType:
     return kernels("info_nce") if resolve_backend(backend, tensor) == "triton" else info_nce_torch
 
 
-def _sums(call: LossCall, group: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Sums over this rank's rows of loss, accuracy, positive, hardest [4, k]; what backward keeps, [2 or 4, k, B]."""
-    module, options = call.module, call.options
-    temperature = options.temperature
-    queries = call.pool(call.query_steps, group).vectors
-    documents: Sums | None = None
-    for piece in pieces(call.docs_of, call.piece_rows):
+class _AllSums(NamedTuple):
+    """What the forward finds for this rank's rows, each [K, B]."""
+
+    forward: Sums  # over all that the queries meet
+    backward: Sums | None  # of the symmetric loss
+    hardest: Tensor  # among documents alone
+
+    @property
+    def kept(self) -> Tensor:
+        """[2 or 4, K, B], what backward reads."""
+        directions = [self.forward] if self.backward is None else [self.forward, self.backward]
+        return torch.stack([t for sums in directions for t in (sums.peak, sums.total)])
+
+    def results(self, temperature: float) -> Tensor:
+        """Sums over the rows of loss, accuracy, positive, hardest, [4, K]."""
+        # log(total) >= 0 and peak - positive >= 0 are exact for a row whose target is on top: no cancellation.
+        directions = [self.forward] if self.backward is None else [self.forward, self.backward]
+        losses = [sums.total.log().add_(sums.peak - sums.positive) for sums in directions]
+        by_row = (
+            losses[0] if len(losses) == 1 else (losses[0] + losses[1]) / 2,
+            (self.forward.positive >= self.forward.hardest).to(losses[0].dtype),
+            self.forward.positive * temperature,
+            (self.hardest * temperature).clamp_min_(-1.0),
+        )
+        return torch.stack(by_row).sum(2)
+
+
+def _sums(call: LossCall) -> _AllSums:
+    docs = call.document_pieces()
+    queries = call.query_pieces() if call.crossing else []
+    groups = [_sums_of(call, group, docs, queries) for group in call.groups()]
+    if len(groups) == 1:
+        return groups[0]
+    forward, backward, hardest = zip(*groups, strict=True)
+
+    def joined(parts: Sequence[Sums]) -> Sums:
+        return Sums(*map(torch.cat, zip(*parts, strict=True)))
+
+    return _AllSums(joined(forward), joined(backward) if call.options.symmetric else None, torch.cat(hardest))
+
+
+def _sums_of(call: LossCall, group: tuple[int, int], docs: Located, queries: Located) -> _AllSums:
+    """Of some steps."""
+    options, sums = call.options, functools.partial(call.module.sums, temperature=call.options.temperature)
+    own = call.pool(call.query_steps, group).vectors
+    forward: Sums | None = None
+    backward: Sums | None = None
+    for piece, target in docs:
         candidates = gather(call.pool(call.doc_steps[piece.local], group).vectors, piece.over, 1)
-        found = module.sums(queries, candidates, piece.locate(call.target), temperature, mask=piece.pick(call.mask))
-        documents = found if documents is None else documents.merge(found)
-    assert documents is not None
-    forward, backward = documents, None
-    if call.crossing:
-        positives = call.positives(group) if options.symmetric else None
-        for piece in pieces(call.rows_of, call.piece_rows):
-            candidates, own = gather(queries[:, piece.local], piece.over, 1), piece.locate(call.own)
-            if options.include_queries:
-                none = torch.full_like(own, -1)
-                found = module.sums(
-                    queries, candidates, none, temperature, mask=piece.pick(call.query_mask), exclude=own
-                )
-                forward = forward.merge(found)
-            if positives is not None:
-                found = module.sums(positives, candidates, own, temperature, mask=piece.pick(call.mirrored))
-                backward = found if backward is None else backward.merge(found)
-    directions = [forward] if backward is None else [forward, backward]
-    # log(total) >= 0 and peak - positive >= 0 are exact for a row whose target is on top: no cancellation.
-    losses = torch.stack([(s.total.log() + (s.peak - s.positive)).sum(1) for s in directions]).mean(0)
-    sums = (
-        losses,
-        (forward.positive >= forward.hardest).to(losses.dtype).sum(1),
-        documents.positive.sum(1) * temperature,
-        (documents.hardest * temperature).clamp_min(-1.0).sum(1),
-    )
-    return torch.stack(sums), torch.stack([t for s in directions for t in (s.peak, s.total)])
+        forward = sums(own, candidates, target, mask=piece.pick(call.mask), into=forward)
+    assert forward is not None
+    hardest = forward.hardest
+    if options.include_queries:
+        hardest = hardest.clone()
+    positives = call.positives(group) if options.symmetric else None
+    for piece, oneself in queries:
+        candidates = gather(own[:, piece.local], piece.over, 1)
+        if options.include_queries:
+            none = torch.full_like(oneself, -1)
+            forward = sums(own, candidates, none, mask=piece.pick(call.query_mask), exclude=oneself, into=forward)
+        if positives is not None:
+            backward = sums(positives, candidates, oneself, mask=piece.pick(call.mirrored), into=backward)
+    return _AllSums(forward, backward, hardest)
 
 
 def _gradients(
     call: LossCall,
     group: tuple[int, int],
+    docs: Located,
+    queries: Located,
     kept: Tensor,
     weight: Tensor,
     for_queries: _StepsGradient | None,
@@ -283,15 +322,19 @@ def _gradients(
     """The part of these steps in the gradients that are wanted."""
     common: dict[str, Any] = {"temperature": call.options.temperature, "weight": weight}
     pooled = call.pool(call.query_steps, group)
-    queries = pooled.vectors
-    grad_queries = None if for_queries is None else torch.zeros_like(queries)
+    own = pooled.vectors
+    grad_queries = (
+        None if for_queries is None else pooled.norms.new_zeros((*pooled.norms.shape, call.query_steps.shape[2]))
+    )
     from_positives = None
     if call.crossing:
-        from_positives = _crossing_gradients(call, group, queries, kept, common, grad_queries, for_docs is not None)
-    for piece in pieces(call.docs_of, call.piece_rows):
-        docs = call.pool(call.doc_steps[piece.local], group)
+        from_positives = _crossing_gradients(
+            call, group, queries, own, kept, common, grad_queries, for_docs is not None
+        )
+    for piece, target in docs:
+        candidates = call.pool(call.doc_steps[piece.local], group)
         grad = call.module.gradients(
-            queries, gather(docs.vectors, piece.over, 1), piece.locate(call.target), **common,
+            own, gather(candidates.vectors, piece.over, 1), target, **common,
             peak=kept[0], total=kept[1], mask=piece.pick(call.mask),
             grad_rows=grad_queries, need_candidates=for_docs is not None,
         )  # fmt: skip
@@ -299,7 +342,7 @@ def _gradients(
             grad = scatter_sum(grad, piece.over, 1)
             if from_positives is not None:
                 grad = grad.add_(from_positives[:, piece.local])
-            for_docs.write(grad, docs, group[0], piece.local)
+            for_docs.write(grad, candidates, group[0], piece.local)
     if for_queries is not None and grad_queries is not None:
         for_queries.write(grad_queries, pooled, group[0])
 
@@ -307,7 +350,8 @@ def _gradients(
 def _crossing_gradients(
     call: LossCall,
     group: tuple[int, int],
-    queries: Tensor,
+    queries: Located,
+    own: Tensor,
     kept: Tensor,
     common: dict[str, Any],
     grad_queries: Tensor | None,
@@ -316,18 +360,20 @@ def _crossing_gradients(
     """Where queries are candidates: adds to ``grad_queries``; the gradient of this rank's documents as positives."""
     options, gradients = call.options, call.module.gradients
     positives = call.positives(group) if options.symmetric else None
-    grad_positives = torch.zeros_like(positives) if positives is not None and need_docs else None
-    for piece in pieces(call.rows_of, call.piece_rows):
-        candidates, own = gather(queries[:, piece.local], piece.over, 1), piece.locate(call.own)
+    grad_positives = None
+    if positives is not None and need_docs:
+        grad_positives = kept.new_zeros((*positives.shape[:2], call.query_steps.shape[2]))
+    for piece, oneself in queries:
+        candidates = gather(own[:, piece.local], piece.over, 1)
         found = []
         if options.include_queries and grad_queries is not None:
-            none = torch.full_like(own, -1)
-            among = {"peak": kept[0], "total": kept[1], "mask": piece.pick(call.query_mask), "exclude": own}
-            found.append(gradients(queries, candidates, none, **common, **among, grad_rows=grad_queries))
+            none = torch.full_like(oneself, -1)
+            among = {"peak": kept[0], "total": kept[1], "mask": piece.pick(call.query_mask), "exclude": oneself}
+            found.append(gradients(own, candidates, none, **common, **among, grad_rows=grad_queries))
         if positives is not None:
             back = {"peak": kept[2], "total": kept[3], "mask": piece.pick(call.mirrored)}
             wanted = {"grad_rows": grad_positives, "need_candidates": grad_queries is not None}
-            found.append(gradients(positives, candidates, own, **common, **back, **wanted))
+            found.append(gradients(positives, candidates, oneself, **common, **back, **wanted))
         if grad_queries is not None:
             grad = found[0] if len(found) == 1 else found[0].add_(found[1])
             grad_queries[:, piece.local] += scatter_sum(grad, piece.over, 1)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-GRAIN = 128  # a piece is whole tiles of the kernels
+GRAIN = 128  # sizes that cuBLAS and the torch backend's tiles like
 
 
 class Shares(NamedTuple):

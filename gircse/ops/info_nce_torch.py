@@ -6,7 +6,7 @@ backward. Kept for backward: for every row and step the largest logit and the su
 two are kept apart because their sum, the log-sum-exp, would round away the small losses (logits reach 1 / temperature,
 50 and more).
 
-``kernels/gircse_kernels/info_nce/`` offers the same functions. ``Sums`` over different candidates can be merged,
+``kernels/gircse_kernels/info_nce/`` offers the same functions. ``sums`` goes on from the ``Sums`` of other candidates,
 which is how pieces of the candidates and queries as negatives come in.
 """
 
@@ -21,6 +21,17 @@ from torch import Tensor
 from .tiles_torch import accumulation_dtype, matmul_nt, slices, tiling
 
 BLOCK_BYTES = 1 << 20
+
+
+def unit_bytes(width: int, itemsize: int) -> int:
+    """Of one unit vector of steps of that size of elements."""
+    return width * max(itemsize, 4)
+
+
+def piece_candidates(rows: int, width: int, itemsize: int, budget: int) -> int:
+    """Candidates that meet ``rows`` rows in one call: as many as their vectors allow, for ``sums`` and ``gradients``
+    hold no more than tiles of similarities."""
+    return max(1, budget // unit_bytes(width, itemsize))
 
 
 def pool(steps: Tensor, pooling: str, first: int = 0, last: int | None = None) -> Pooled:
@@ -94,16 +105,19 @@ def sums(
     *,
     mask: Tensor | None = None,
     exclude: Tensor | None = None,
+    into: Sums | None = None,
 ) -> Sums:
-    """Softmax sums of rows [K, B, D] over candidates [K, M, D].
+    """Softmax sums of rows [K, B, D] over candidates [K, M, D], and over those that ``into`` has seen, which is used
+    up.
 
     ``target`` [B] int64 (negative: elsewhere), ``mask`` [B, M] bool (True: does not count), ``exclude`` [B] int64 (a
     candidate that does not count; negative: none).
     """
     num_steps, num_rows, _ = rows.shape
-    peak = rows.new_full((num_steps, num_rows, 1), torch.finfo(rows.dtype).min)
-    total = torch.zeros_like(peak)
-    positive, hardest = torch.full_like(peak, -torch.inf), torch.full_like(peak, -torch.inf)
+    if into is None:
+        first = torch.finfo(rows.dtype).min, 0.0, -torch.inf, -torch.inf
+        into = Sums(*(rows.new_full((num_steps, num_rows), value) for value in first))
+    peak, total, positive, hardest = (each[..., None] for each in into)
     tile, size = _tiling(rows, candidates)
     for k in range(num_steps):
         for columns in slices(candidates.shape[1], size):
@@ -123,7 +137,7 @@ def sums(
                 total[k, part] *= (peak[k, part] - new_peak).exp_()
                 total[k, part] += logits.sub_(new_peak).exp_().sum(1, keepdim=True)
                 peak[k, part] = new_peak
-    return Sums(peak[..., 0], total[..., 0], positive[..., 0], hardest[..., 0])
+    return into
 
 
 def gradients(

@@ -75,6 +75,8 @@ def load_checkpoint(folder: Path, model: GIRCSE, optimizer: torch.optim.Optimize
         if not isinstance(step, int) or folder.name != f"step-{step:06d}":
             raise ValueError(f"it holds step {step!r}")
         set_peft_model_state_dict(model.base, weights)
+        for kept, own in zip(state["optimizer"]["param_groups"], optimizer.param_groups, strict=True):
+            kept["fused"] = own["fused"]  # how it is computed is this version's choice, not the checkpoint's
         optimizer.load_state_dict(state["optimizer"])
         _check_shapes(optimizer)
     except Exception as error:  # a damaged file raises errors of many kinds: unpickling, zip, header, shapes

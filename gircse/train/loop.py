@@ -47,6 +47,7 @@ from gircse.train.run_config import RunConfig
 from gircse.train.signals import StopRequest, TrainingStopped, stop_on_signals
 from gircse.train.step import Step, contrastive_step
 from gircse.train.step_monitor import StepMonitor
+from gircse.train.update import adamw, clipped_step
 
 Evaluation = Callable[[GIRCSE], dict[str, Any]]
 _Config = TypeVar("_Config", bound=RunConfig)
@@ -200,7 +201,7 @@ def run_steps(
     run = Path(config.output)
     total_steps, done = config.max_steps or data.steps_per_epoch, 0
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = adamw(parameters, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     if config.resume and (checkpoints := list_checkpoints(run)):
         done = load_checkpoint(checkpoints[-1], model, optimizer)
     log: list[dict[str, Any]] = []
@@ -227,19 +228,18 @@ def run_steps(
             result = take_step(examples, step, monitor)
             monitor.enter("update")
             weights = ranks.sum_gradients(parameters)
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-            loss = result.loss.item()
-            if not (math.isfinite(loss) and math.isfinite(grad_norm.item())):
-                what = {"step": step + 1, "loss": str(loss), "grad_norm": str(grad_norm.item()), "seed": config.seed}
+            rate = learning_rate(config, step, total_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            host_seconds = monitor.host_seconds()
+            loss, grad_norm = clipped_step(optimizer, parameters, result.loss, config.max_grad_norm)
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                what = {"step": step + 1, "loss": str(loss), "grad_norm": str(grad_norm), "seed": config.seed}
                 what |= {name: str(part.tolist()) for name, part in result.parts.items()} | {"rows": names}
                 if ranks.first:
                     save_failure(run, step + 1, model, optimizer, what)
                 ranks.wait()
                 raise _not_finite(run, what)
-            rate = learning_rate(config, step, total_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
             seconds = monitor.seconds()
@@ -251,11 +251,12 @@ def run_steps(
                 "loss": loss,
                 **{name: part.tolist() for name, part in result.parts.items()},
                 "entropy": [sum(map(float.__mul__, each, texts)) / sum(texts) for each in entropies],
-                "grad_norm": grad_norm.item(),
+                "grad_norm": grad_norm,
                 "learning_rate": rate,
                 "tokens_per_second": sum(tokens) / whole,
                 "seconds": whole,
                 "time": {phase: value / whole for phase, value in seconds.items()},
+                **({"host": min(host_seconds / whole, 1.0)} if ranks.device.type == "cuda" else {}),
                 "peak_bytes": int(max(peaks)),
                 "micro_batches": int(max(passes)),
                 **({"graph_bytes": monitor.graph_bytes} if monitor.graph_bytes else {}),

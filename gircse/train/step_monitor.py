@@ -30,10 +30,12 @@ class StepMonitor:
         self._marks: list[tuple[str, Any]] = []
         self._entropies: dict[int, list[Tensor]] = {}
         self.graph_bytes = 0
+        self._began = 0.0
 
     def start(self) -> None:
         self._marks.clear()
         self._entropies.clear()
+        self._began = time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self.enter("data")
@@ -52,6 +54,10 @@ class StepMonitor:
         for (phase, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
             total[phase] = total.get(phase, 0.0) + self._between(start, end)
         return total
+
+    def host_seconds(self) -> float:
+        """The time since `start` by the host's own clock."""
+        return time.perf_counter() - self._began
 
     def entropies(self) -> list[float]:
         """The mean entropy of each of the K soft tokens over all texts since `start`, in nats; empty with K = 0."""

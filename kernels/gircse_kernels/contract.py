@@ -202,8 +202,8 @@ class Grads(NamedTuple):
 class Pooled(NamedTuple):
     """Unit vectors of every number of steps."""
 
-    vectors: Tensor  # [K, B, D] accumulation dtype
-    norms: Tensor  # [K, B], of the sums of the steps, before they were divided
+    vectors: Tensor  # [K, B, D] accumulation dtype; of the kernels [K, B, P, D], bfloat16 parts whose sum they are
+    norms: Tensor  # [K, B] accumulation dtype, of the sums of the steps, before they were divided
 
 
 class Sums(NamedTuple):
@@ -213,11 +213,3 @@ class Sums(NamedTuple):
     total: Tensor  # sum of e^(logit - peak)
     positive: Tensor  # logit of the target; -inf where it is not among them
     hardest: Tensor  # largest logit that counts and is not the target's; -inf where there is none
-
-    def merge(self, other: Sums) -> Sums:
-        """The sums over both sets of candidates."""
-        peak = torch.maximum(self.peak, other.peak)
-        total = self.total * (self.peak - peak).exp() + other.total * (other.peak - peak).exp()
-        return Sums(
-            peak, total, torch.maximum(self.positive, other.positive), torch.maximum(self.hardest, other.hardest)
-        )

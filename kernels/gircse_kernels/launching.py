@@ -103,7 +103,7 @@ def _compiled_for(argument: Any) -> Any:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """out [M, N] = a [M, K] @ b [K, N], or out += a @ b, summed in float32: the one place where cuBLAS is called.
+    """out [M, N] = a [M, K] @ b [K, N], or out += a @ b, summed in float32, by cuBLAS.
 
     `out` has the dtype of `a` and `b`, or float32. The products of float32 matrices are never rounded to TF32: where
     the user's settings allow cuBLAS to do that, our own kernel takes its place, in 3xTF32, and no setting is touched,
@@ -117,6 +117,24 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
             torch.addmm(out, a, b, **dtype, out=out)
         else:
             torch.mm(a, b, **dtype, out=out)
+    elif a.device.type != "meta":  # the interpreter
+        result = a.float() @ b.float()
+        if add:
+            out += result
+        else:
+            out.copy_(result)
+
+
+def batched_product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """out [N, M, L] = a [N, M, K] @ b [N, K, L], or out += a @ b: bfloat16, summed in float32 `out`, by cuBLAS.
+
+    Like `launch`, replaced by tools that compile or count.
+    """
+    if a.device.type == "cuda":
+        if add:
+            torch.baddbmm(out, a, b, out_dtype=out.dtype, out=out)
+        else:
+            torch.bmm(a, b, out_dtype=out.dtype, out=out)
     elif a.device.type != "meta":  # the interpreter
         result = a.float() @ b.float()
         if add:

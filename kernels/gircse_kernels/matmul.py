@@ -1,10 +1,7 @@
 """Tiled products of float32 matrices in three TF32 products each (3xTF32): the accuracy of float32 on tensor cores.
 
-    row_dot           a tile of A B^T, for a kernel that goes on with it
-    product_kernel    C = A B or C += A B, of any strides
-
-For `info_nce`, and for `launching.product` where PyTorch's settings would let cuBLAS round float32 to TF32. Every tile
-of a result belongs to one program, so there are no atomics and two runs are bitwise equal.
+For `launching.product` where PyTorch's settings would let cuBLAS round float32 to TF32. Every tile of a result belongs
+to one program, so there are no atomics and two runs are bitwise equal.
 """
 
 import triton
@@ -27,39 +24,6 @@ def grouped(program, blocks_0, blocks_1, GROUP: tl.constexpr):
     size = tl.minimum(blocks_0 - group * GROUP, GROUP)
     inside = program % per_group
     return group * GROUP + inside % size, inside // size
-
-
-@triton.jit
-def row_dot(
-    a_ptr,  # [T, K], offset to nothing
-    b_ptr,  # [V, K]
-    rows,
-    vocab,
-    m_rows,
-    m_vocab,
-    width,
-    stride_at,
-    stride_ak,
-    stride_bv,
-    stride_bk,
-    PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """a [rows] @ b [vocab]^T, float32 [BLOCK_T, BLOCK_V]; rows and vocab int64."""
-    k = tl.arange(0, BLOCK_K)
-    p_a = a_ptr + rows[:, None] * stride_at + k[None, :] * stride_ak
-    p_b = b_ptr + vocab[:, None] * stride_bv + k[None, :] * stride_bk
-    product = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
-    for start in range(0, width, BLOCK_K):
-        m_k = k < width - start
-        a = tl.load(p_a, mask=m_rows[:, None] & m_k[None, :], other=0.0)
-        b = tl.load(p_b, mask=m_vocab[:, None] & m_k[None, :], other=0.0)
-        product = dot(a, tl.trans(b), product, PRECISION)
-        p_a += BLOCK_K * stride_ak
-        p_b += BLOCK_K * stride_bk
-    return product
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_inner"])

@@ -12,7 +12,6 @@ from gircse_kernels.plan import Choice, Config
 SMALL = {
     "one_row": Config({"BLOCK_V": 8, "PIECE": 16}, 4, 2),
     "few_rows": Config({"BLOCK_T": 16, "BLOCK_V": 16, "PIECE": 16, "GROUPS": 1}, 4, 2),
-    "score": Config({"BLOCK_T": 16, "BLOCK_V": 32, "BLOCK_K": 16, "GROUP": 2}, 4, 1),
     "matmul": Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP": 2}, 4, 1),
     "weights": Config({"BLOCK_T": 8, "BLOCK_V": 32}, 4, 1),
     "weights_product": Config({"BLOCK_T": 16, "BLOCK_V": 16, "BLOCK_K": 16}, 4, 1),

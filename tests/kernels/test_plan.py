@@ -50,7 +50,7 @@ def test_gpus_of_little_shared_memory(capability: tuple[int, int], monkeypatch: 
     assert {form for (rows, _), form in forms.items() if rows == 1} == {OneRow}
     assert {form for (rows, width), form in forms.items() if rows > 1 and width == 576} == {FewRows}
     assert {form for (rows, width), form in forms.items() if rows > 1 and width > 576} == {TwoProducts}
-    for kernel in ("one_row", "few_rows", "score", "matmul"):
+    for kernel in ("one_row", "few_rows", "matmul"):
         for itemsize in (2, 4):
             assert plan.find(kernel, device.arch, itemsize, 16, 512) == plan.find(kernel, 80, itemsize, 16, 512)
 
@@ -89,17 +89,16 @@ def test_many_rows_take_equal_blocks() -> None:
 
 def test_the_lookup_takes_the_nearest_entry_and_the_safe_default() -> None:
     for arch in DEVICES:
-        for kernel in ("score", "matmul"):
-            assert all(plan.find(kernel, arch, 4, rows) is not None for rows in (1, 16, 17, 64, 65, 4096, 10**6))
+        assert all(plan.find("matmul", arch, 4, rows) is not None for rows in (1, 16, 17, 64, 65, 4096, 10**6))
         for kernel in ("weights", "score_grad"):
             assert all(plan.find(kernel, arch, size, rows) is not None for size in (2, 4) for rows in (1, 10**6))
-    found = plan.find("score", 90, 4, 40)
+    found = plan.find("matmul", 90, 4, 40)
     assert found is not None
-    assert found.blocks["BLOCK_T"] == 64  # the smallest that holds 40 rows
-    assert plan.find("score", 90, 4, 10**6) == plan.find("score", 90, 4, 4096)
-    assert plan.find("score", 86, 4, 16) == plan.find("score", 80, 4, 16)  # the newest architecture known before it
-    assert plan.find("score", 75, 4, 16) is None
-    assert plan.lookup("score", 75, 4, 16) == plan.SAFE["score"]
+    assert found.blocks["BLOCK_M"] == 64  # the smallest that holds 40 rows
+    assert plan.find("matmul", 90, 4, 10**6) == plan.find("matmul", 90, 4, 4096)
+    assert plan.find("matmul", 86, 4, 16) == plan.find("matmul", 80, 4, 16)  # the newest architecture known before it
+    assert plan.find("matmul", 75, 4, 16) is None
+    assert plan.lookup("matmul", 75, 4, 16) == plan.SAFE["matmul"]
     assert isinstance(plan_forward(Problem(1, 1000, 64, 64, True, 2), Device(75, 40)), TwoProducts)
 
 

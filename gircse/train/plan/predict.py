@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gircse_kernels.plan import piece_candidates
+
 from gircse.integers import check_integer
 from gircse.ops.info_nce_op import VECTOR_BYTES
-from gircse.ops.tiles_torch import WORKSPACE_BYTES
 from gircse.roofline import Ceilings, ModelFacts, Work
 from gircse.show.tables import text_table
 from gircse.train.capture import refusal_of
@@ -195,14 +196,14 @@ def ceilings(gpu: Gpu, dtype: torch.dtype) -> Ceilings:
 
 
 def info_nce_bytes(queries: int, negatives: int, num_steps: int, width: int, *, ranks: int = 1) -> int:
-    """Temporaries of `stepwise_info_nce` with `queries` rows on each rank: unit vectors of its rows and their gradient,
-    the same of a piece of the candidates, for as many steps at a time as its budget holds; what later steps leave for
-    earlier ones; a few tiles of similarities."""
+    """Temporaries of `stepwise_info_nce` by the kernels with `queries` rows on each rank and states of half precision:
+    unit vectors of its rows and their gradient, for as many steps at a time as its budget holds; a piece of the
+    candidates, with its similarities and their gradients; what later steps leave for earlier ones."""
     docs, row = queries * (1 + negatives), 4 * width
     group = min(max(1, VECTOR_BYTES // (row * ranks * (queries + docs))), max(num_steps, 1))
-    piece = min(ranks * docs, max(1, VECTOR_BYTES // row))
+    piece = min(ranks * docs, piece_candidates(queries, width, 2, VECTOR_BYTES))
     carried = row * (queries + docs) if group < num_steps else 0
-    return 2 * group * row * (queries + piece) + carried + min(WORKSPACE_BYTES, 4 * 3 * queries * docs * ranks)
+    return group * (2 * row * (queries + piece) + 8 * queries * piece) + carried
 
 
 def _largest_micro_batch(

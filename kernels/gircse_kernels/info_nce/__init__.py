@@ -1,32 +1,37 @@
-"""Launchers of the contrastive kernels: pooled unit vectors, softmax sums over candidates, gradients. No autograd.
+"""Launchers of the contrastive loss: pooled unit vectors, softmax sums over candidates, gradients. No autograd.
 
-Vectors are float32, step first: rows [K, B, D], candidates [K, M, D]. What one call of `sums` returns can be merged
-with that of other candidates, which is how queries as negatives and other ranks' candidates come in. Nothing waits for
-the device.
+cuBLAS multiplies, on the tensor cores: a float32 vector is a sum of bfloat16 parts, step first, rows [K, B, P, D] and
+candidates [K, C, P, D], and a product of two such vectors is the sum over the parts' products that count. Two parts,
+for vectors of half precision, leave an error of about 2^-18; three, for float32, have its accuracy. The candidates of
+one call are a piece that meets all rows at once, so its similarities [K, B, C] exist; `piece_candidates` says how many
+a piece may have, and one call after the other sees the next piece. Nothing waits for the device.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import launching
 from ..contract import Pooled, Sums
-from ..launching import device_of
-from ..plan import ROW_BLOCK, Config, Device, cdiv, chunk_size, even_blocks, lookup
+from ..plan import Config, piece_candidates, unit_bytes, unit_parts
 from .pooling import pool_grad_kernel, pool_kernel
-from .similarity import similarity_kernel
+from .softmax import softmax_grad_kernel, softmax_sums_kernel
 
-PRECISION = "tf32x3"
+__all__ = ["gradients", "piece_candidates", "pool", "pool_gradient", "sums", "unit_bytes"]
+
 SMALLEST = 1e-37  # of a norm: a shorter vector has no direction
-CHUNK_BYTES = 32 << 20  # of a chunk's similarities, or of what is left of them
+_ROW = Config({"BLOCK": 1024}, 4, 1)
 
 
 def pool(steps: Tensor, pooling: str, first: int = 0, last: int | None = None) -> Pooled:
     """Unit vectors after steps `first` + 1 to `last` (None: all) of `steps` [B, K, D], any float dtype and strides."""
     rows, num_steps, width = steps.shape
     last = num_steps if last is None else last
-    out = torch.empty((last - first, rows, width), dtype=torch.float32, device=steps.device)
+    parts = unit_parts(steps.dtype.itemsize)
+    out = torch.empty((last - first, rows, parts, width), dtype=torch.bfloat16, device=steps.device)
     norms = torch.empty((last - first, rows), dtype=torch.float32, device=steps.device)
     if rows:
         launching.launch(
@@ -36,6 +41,7 @@ def pool(steps: Tensor, pooling: str, first: int = 0, last: int | None = None) -
             _row_config(width),
             LAST=pooling == "last",
             WEIGHTED=pooling == "weighted",
+            PARTS=parts,
         )
     return Pooled(out, norms)
 
@@ -63,6 +69,7 @@ def pool_gradient(
         BUFFERED=carry is not None,
         LAST=pooling == "last",
         WEIGHTED=pooling == "weighted",
+        PARTS=pooled.vectors.shape[2],
     )  # fmt: skip
 
 
@@ -79,30 +86,30 @@ def sums(
     *,
     mask: Tensor | None = None,
     exclude: Tensor | None = None,
-    device: Device | None = None,
+    into: Sums | None = None,
 ) -> Sums:
-    """Softmax sums of rows [K, B, D] over candidates [K, M, D].
+    """Softmax sums of rows [K, B, P, D] over candidates [K, C, P, D], and over those that `into` has seen, which is
+    used up.
 
-    `target` [B] int64 (negative: elsewhere), `mask` [B, M] bool (True: does not count), `exclude` [B] int64 (a
+    `target` [B] int64 (negative: elsewhere), `mask` [B, C] bool (True: does not count), `exclude` [B] int64 (a
     candidate that does not count; negative: none).
     """
-    num_steps, num_rows, _ = rows.shape
-    num_columns = candidates.shape[1]
+    num_steps, num_rows = rows.shape[:2]
+    scores = _scores(rows, candidates)
+    found = Sums(*scores.new_empty((4, num_steps, num_rows)).unbind()) if into is None else into
     mask = _rowwise(mask)
-    config = lookup("score", (device or device_of(rows.device)).arch, 4, min(num_rows, ROW_BLOCK))
-    tile = config.blocks["BLOCK_V"]
-    # what a chunk leaves: four numbers for each row and tile
-    chunk = chunk_size(num_columns, max(1, CHUNK_BYTES // (16 * num_steps * num_rows)) * tile, tile)
-    found: Sums | None = None
-    for start in range(0, num_columns, chunk):
-        size = min(chunk, num_columns - start)
-        parts = torch.empty((4, num_steps, cdiv(size, tile), num_rows), dtype=torch.float32, device=rows.device)
-        _similarity(rows, candidates, target, temperature, mask, exclude, start, size, config, parts=parts)
-        peak = parts[0].amax(1)
-        total = (parts[1] * (parts[0] - peak[:, None]).exp()).sum(1)
-        part = Sums(peak, total, parts[2].amax(1), parts[3].amax(1))
-        found = part if found is None else found.merge(part)
-    assert found is not None
+    launching.launch(
+        softmax_sums_kernel,
+        (num_rows, num_steps),
+        (
+            scores, target, exclude, mask, *found,
+            num_rows, scores.shape[2], 0 if mask is None else mask.stride(0), 1.0 / temperature,
+        ),
+        _ROW,
+        FIRST=into is None,
+        HAS_EXCLUDE=exclude is not None,
+        HAS_MASK=mask is not None,
+    )  # fmt: skip
     return found
 
 
@@ -119,77 +126,59 @@ def gradients(
     exclude: Tensor | None = None,
     grad_rows: Tensor | None = None,
     need_candidates: bool = True,
-    device: Device | None = None,
 ) -> Tensor | None:
     """Gradients of `sum_k weight_k sum_i (log total - (positive - peak))`: that of the rows is added to `grad_rows`
-    [K, B, D], contiguous (None: nobody wants it), that of the candidates [K, M, D] returned.
+    [K, B, D] float32 (None: nobody wants it), that of the candidates [K, C, D] float32 returned.
 
-    `peak` and `total` [K, B] are those over all candidates, of which these may be a part; `weight` [K] float32.
+    `peak` and `total` [K, B] are those over all candidates, of which these are a piece; `weight` [K] float32.
     """
-    num_steps, num_rows = rows.shape[:2]
-    num_columns = candidates.shape[1]
-    arch = (device or device_of(rows.device)).arch
-    config = lookup("score", arch, 4, min(num_rows, ROW_BLOCK))
-    block = even_blocks(num_rows, ROW_BLOCK)
-    chunk = chunk_size(num_columns, CHUNK_BYTES // (4 * num_steps * block), config.blocks["BLOCK_V"])
-    mask, weight = _rowwise(mask), weight / temperature
-    grad_candidates = torch.empty_like(candidates) if need_candidates else None
-    several = block < num_rows
-    for start in range(0, num_columns, chunk):
-        size = min(chunk, num_columns - start)
-        for first in range(0, num_rows, block):
-            part = slice(first, min(first + block, num_rows))
-            grad = torch.empty((num_steps, part.stop - first, size), dtype=torch.float32, device=rows.device)
-            picked = [t[:, part].contiguous() if several else t for t in (rows, peak, total)]
-            _similarity(
-                picked[0], candidates, target[part], temperature, None if mask is None else mask[part],
-                None if exclude is None else exclude[part], start, size, config,
-                peak=picked[1], total=picked[2], weight=weight, grad=grad,
-            )  # fmt: skip
-            for k in range(num_steps):
-                columns = slice(start, start + size)
-                if grad_rows is not None:
-                    launching.tf32x3_product(grad[k], candidates[k, columns], grad_rows[k, part], add=True)
-                if grad_candidates is not None:
-                    launching.tf32x3_product(grad[k].T, picked[0][k], grad_candidates[k, columns], add=first > 0)
+    num_steps, num_rows, parts, width = rows.shape
+    scores = _scores(rows, candidates)
+    mask = _rowwise(mask)
+    grad = rows.new_empty((num_steps, num_rows, parts, scores.shape[2]))
+    launching.launch(
+        softmax_grad_kernel,
+        (num_rows, num_steps),
+        (
+            scores, target, exclude, mask, peak.contiguous(), total.contiguous(), weight.contiguous(), grad,
+            num_rows, scores.shape[2], 0 if mask is None else mask.stride(0), 1.0 / temperature,
+        ),
+        _ROW,
+        HAS_EXCLUDE=exclude is not None,
+        HAS_MASK=mask is not None,
+        PARTS=parts,
+    )  # fmt: skip
+    del scores
+    if grad_rows is not None:
+        _add_product(grad.unbind(2), candidates.unbind(2), grad_rows)
+    if not need_candidates:
+        return None
+    grad_candidates = weight.new_empty((num_steps, candidates.shape[1], width))
+    _add_product([part.mT for part in grad.unbind(2)], rows.unbind(2), grad_candidates, first=True)
     return grad_candidates
 
 
+def _scores(rows: Tensor, candidates: Tensor) -> Tensor:
+    """x . y [K, B, C] float32."""
+    shape = rows.shape[0], rows.shape[1], candidates.shape[1]
+    scores = torch.empty(shape, dtype=torch.float32, device=rows.device)
+    _add_product(rows.unbind(2), [part.mT for part in candidates.unbind(2)], scores, first=True)
+    return scores
+
+
+def _add_product(a: Sequence[Tensor], b: Sequence[Tensor], out: Tensor, *, first: bool = False) -> None:
+    """out [K, M, N] += (sum of a's parts [K, M, L]) @ (sum of b's parts [K, L, N]); = with `first`.
+
+    Products of parts beyond the last one's size are left out; the smallest come first.
+    """
+    for order in reversed(range(len(a))):
+        for i in range(order + 1):
+            launching.batched_product(a[i], b[order - i], out, add=not first)
+            first = False
+
+
 def _rowwise(mask: Tensor | None) -> Tensor | None:
-    """The kernel walks along a row of the mask in steps of one."""
-    return mask if mask is None or mask.stride(1) == 1 else mask.contiguous()
-
-
-def _similarity(
-    rows: Tensor,
-    candidates: Tensor,
-    target: Tensor,
-    temperature: float,
-    mask: Tensor | None,
-    exclude: Tensor | None,
-    start: int,
-    size: int,
-    config: Config,
-    *,
-    peak: Tensor | None = None,
-    total: Tensor | None = None,
-    weight: Tensor | None = None,
-    grad: Tensor | None = None,
-    parts: Tensor | None = None,
-) -> None:
-    num_steps, num_rows, width = rows.shape
-    launching.launch(
-        similarity_kernel,
-        (cdiv(num_rows, config.blocks["BLOCK_T"]) * cdiv(size, config.blocks["BLOCK_V"]), num_steps),
-        (
-            rows, candidates, target, exclude, None if mask is None else mask.view(torch.int8),
-            peak, total, weight, grad, parts,
-            num_rows, candidates.shape[1], width, num_steps, start, size,
-            0 if mask is None else mask.stride(0), 1.0 / temperature,
-        ),
-        config,
-        HAS_EXCLUDE=exclude is not None,
-        HAS_MASK=mask is not None,
-        GRADIENT=grad is not None,
-        PRECISION=PRECISION,
-    )  # fmt: skip
+    """The mask as bytes; the kernels walk along its rows in steps of one."""
+    if mask is None:
+        return None
+    return (mask if mask.stride(1) == 1 else mask.contiguous()).view(torch.int8)
