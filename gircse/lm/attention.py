@@ -19,7 +19,7 @@ silently cut the gradient through keys and values, so it is refused.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -86,12 +86,12 @@ class AttentionPass:
 
 
 class _RolloutPass(AttentionPass):
-    """Builds each mask once per window size, for all layers."""
+    """Builds each mask once, for all layers of one window size."""
 
     def __init__(self, kv: RolloutKV) -> None:
         self.kv = kv
         self.differentiable = kv.differentiable
-        self._masks: dict[int | None, Tensor | None] = {}
+        self._masks: dict[Any, Any] = {}
 
 
 class PromptPass(_RolloutPass):
@@ -123,25 +123,38 @@ class StepPass(_RolloutPass):
         earlier = self.kv.steps.setdefault(layer, [])
         if len(earlier) == self.step:  # false in a checkpoint's replay, whose entry is there
             earlier.append((key, value))
-        earlier = earlier[: self.step]
-        key = torch.cat([k for k, _ in earlier] + [key], dim=2)
-        value = torch.cat([v for _, v in earlier] + [value], dim=2)
+        if self.step:
+            key = torch.cat([k for k, _ in earlier[: self.step]] + [key], dim=2)
+            value = torch.cat([v for _, v in earlier[: self.step]] + [value], dim=2)
 
-        batch, heads, queries, head_dim = query.shape
+        batch, heads, queries, _ = query.shape
         kv_heads, slots = prompt_key.shape[1:3]
-        query = query.reshape(batch, kv_heads, -1, head_dim) * scaling  # heads that share keys, in one product
-        scores = torch.cat([query @ prompt_key.transpose(-1, -2), query @ key.transpose(-1, -2)], dim=-1)
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        mask = self._masks.get(window)
-        if mask is None:
-            mask = self._masks[window] = self._mask(queries, slots, window)
-        scores = scores.unflatten(2, (-1, queries)).masked_fill(mask, float("-inf")).flatten(2, 3)
-        # Half precision takes its softmax in float32, as in every stock implementation.
-        probs = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+        hidden = self._hidden(window, kv_heads, heads // kv_heads, queries, slots, query)
+        query = query.reshape(batch * kv_heads, -1, query.shape[3])  # heads that share keys, in one product
+        keys = [part.flatten(0, 1).transpose(1, 2) for part in (prompt_key, key)]
+        if softcap is None:
+            biases = hidden.tensor_split((slots,), dim=-1)
+            scores = [torch.baddbmm(bias, query, part, alpha=scaling) for bias, part in zip(biases, keys, strict=True)]
+            together = torch.cat(scores, dim=-1)
+        else:
+            scores = [torch.bmm(query, part) for part in keys]
+            together = softcap * torch.tanh(torch.cat(scores, dim=-1) * (scaling / softcap)) + hidden
+        # In half precision softmax computes in float32 and rounds once, as in every stock implementation.
+        probs = together.softmax(-1)
         probs = F.dropout(probs, dropout) if dropout else probs
-        out = probs[..., :slots] @ prompt_value + probs[..., slots:] @ value
-        return out.reshape(batch, heads, queries, value.shape[-1])
+        of_prompt, of_steps = probs.split((slots, probs.shape[-1] - slots), dim=-1)
+        out = torch.baddbmm(torch.bmm(of_prompt, prompt_value.flatten(0, 1)), of_steps, value.flatten(0, 1))
+        return out.view(batch, heads, queries, value.shape[-1])
+
+    def _hidden(self, window: int | None, kv_heads: int, groups: int, queries: int, slots: int, like: Tensor) -> Tensor:
+        """[B * kv_heads, groups * queries, slots + steps] in the dtype of `like`: -inf where a query must not attend,
+        else 0."""
+        key = window, kv_heads, groups
+        if key not in self._masks:
+            mask = self._mask(queries, slots, window).expand(-1, kv_heads, groups, -1, -1)
+            hidden = torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill_(mask, float("-inf"))
+            self._masks[key] = hidden.view(-1, groups * queries, mask.shape[-1])
+        return self._masks[key]
 
     def _mask(self, queries: int, slots: int, window: int | None) -> Tensor:
         """[B, 1, 1, queries, slots + steps], True where a query must not attend."""

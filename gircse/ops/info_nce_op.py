@@ -86,9 +86,9 @@ class LossCall(NamedTuple):
 
     @property
     def piece_rows(self) -> int:
-        """Candidates of each rank that a piece may have."""
-        rows, _, width = self.query_steps.shape
-        most = self.module.piece_candidates(rows, width, self.query_steps.dtype.itemsize, VECTOR_BYTES)
+        """Candidates of each rank that a piece may have; all ranks find the same number."""
+        width, itemsize = self.query_steps.shape[2], self.query_steps.dtype.itemsize
+        most = self.module.piece_candidates(max(self.rows_of.sizes), width, itemsize, VECTOR_BYTES)
         return max(1, most // len(self.docs_of.sizes))
 
     @property

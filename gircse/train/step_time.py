@@ -42,8 +42,6 @@ def taken(log: Sequence[dict[str, Any]]) -> str:
 
 
 def _gpu(device_name: str) -> str | None:
-    """The name in `GPUS` of the device that CUDA calls `device_name`; of two sizes of one the larger where its name has
-    none."""
-    plain = device_name.lower().replace(" ", "").replace("-", "")
-    fitting = [name for name in GPUS if all(part in plain for part in name.split("-"))]
-    return max(fitting, key=len, default=None)
+    """The name in `GPUS` of the device that CUDA calls `device_name`."""
+    plain = device_name.lower().replace(" ", "")
+    return next((name for name in GPUS if all(part in plain for part in name.split("-"))), None)
