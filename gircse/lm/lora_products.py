@@ -119,7 +119,8 @@ class LoraProducts(torch.autograd.Function):
             if mask is None:
                 dx.addmm_(dt, a)
             else:
-                dx += torch.ops.aten.native_dropout_backward(matmul_nt(dt, a.T), mask, 1 / (1 - ctx.dropout))
+                scale = 1 / (1 - ctx.dropout) if ctx.dropout < 1 else 0.0
+                dx.addcmul_(matmul_nt(dt, a.T), mask, value=scale)
             dx = dx.view(*grads[0].shape[:-1], -1)
         weights = _weight_gradients(dropped, t, dt, dy, ctx.products, ctx.dtype) if ctx.needs_input_grad[3] else None
         return dx, None, None, weights
