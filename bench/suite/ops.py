@@ -56,10 +56,12 @@ def run_loss(session: Session) -> None:
 
 
 def _loss(session: Session, name: str, size: Size) -> dict[str, Any]:
-    device, ceilings = session.device, session.ceilings("float32")
+    device = session.device
+    rate, products = info_nce.arithmetic(device, torch.float32)
+    ceilings = session.ceilings(str(rate).removeprefix("torch."))
     point = info_nce.measure(size, device, torch.float32, 5, ("eager", "ours"))
     times, peaks = point["milliseconds"], point["peak_extra_bytes"]
-    floor = ceilings.seconds([info_nce.floor(size, torch.float32)]) * 1e3
+    floor = ceilings.seconds([info_nce.floor(size, torch.float32, products)]) * 1e3
     line = {
         "case": name,
         "floor": floor,

@@ -31,7 +31,8 @@ def clipped_step(
     sharded = isinstance(norm, DTensor)
     both = torch.stack([loss.detach().double(), (norm.full_tensor() if isinstance(norm, DTensor) else norm).double()])
     if not sharded:
-        optimizer.found_inf = 1 - both.isfinite().all().float()  # what `torch.amp.GradScaler` sets, too
+        # what `torch.amp.GradScaler` sets, too
+        optimizer.found_inf = 1 - both.isfinite().all().float()  # type: ignore[attr-defined]
         optimizer.step()
     found = both.tolist()
     if sharded and all(map(math.isfinite, found)):
