@@ -15,12 +15,29 @@ from bench.tables import Column, Row, column, markdown
 SHOWN_STEPS = (0, 1, 2, 3, 5, 7, 10, 15, 20)
 ENCODERS = ("encoder-only", "encoder-only-long", "encoder-only-longer")
 MAIN = (
-    *("encoder-only", "one-step", "factor-1", "factor-0.1", "block", "ten-steps"),
-    *("encoder-only-long", "factor-1-long", "block-long", "ten-steps-long", "encoder-only-longer", "ten-steps-longer"),
+    *("encoder-only", "one-step", "paper", "factor-1", "factor-0.1", "block", "ten-steps"),
+    *(
+        "encoder-only-long",
+        "paper-long",
+        "factor-1-long",
+        "block-long",
+        "ten-steps-long",
+        "encoder-only-longer",
+        "ten-steps-longer",
+    ),
     *("distilled", "distilled-fresh"),
 )
-DRAWN = ("encoder-only-long", "factor-1", "block", "ten-steps", "ten-steps-long")
-NO_STUDY = "no record yet: `python bench/quality.py`"
+DRAWN = (
+    "encoder-only",
+    "encoder-only-long",
+    "factor-1",
+    "paper-long",
+    "factor-1-long",
+    "block",
+    "ten-steps",
+    "ten-steps-long",
+)
+NO_STUDY = "not in the record yet: `python bench/quality.py`"
 
 Arms = dict[str, dict[int, Run]]  # arm -> seed -> run
 
@@ -41,7 +58,8 @@ def own_steps(arm: str) -> int:
 
 
 def training_seconds(runs: dict[int, Run]) -> float:
-    return float(np.mean([run["step_seconds"] * run["steps"] for run in runs.values()]))
+    """Of the quietest seed."""
+    return min(run["step_seconds"] * run["steps"] for run in runs.values())
 
 
 def same_steps(arm: str) -> str:
@@ -78,6 +96,7 @@ def _row(arm: str, arms: Arms) -> Row:
         "arm": arm,
         "what": ARMS[arm].what,
         "steps": next(iter(runs.values()))["steps"],
+        "seeds": ", ".join(map(str, sorted(runs))),
         "seconds": training_seconds(runs),
         "k": k,
         "value": estimate(per_query(list(runs.values()), k)),
@@ -85,7 +104,6 @@ def _row(arm: str, arms: Arms) -> Row:
         "norm": [float(np.mean([run["grad_norm"][i] for run in runs.values()])) for i in (0, 1)],
         "steps_gain": against(same_steps(arm)),
         "time_gain": against(timed),
-        "time_steps": arms[timed][next(iter(arms[timed]))]["steps"] if timed in arms else None,
         "one": difference(runs, runs, k, 1) if k > 1 else None,
         "twenty": difference(runs, runs, 20, k) if k else None,
         "ten": difference(runs, runs, 10, 1),
@@ -103,6 +121,7 @@ def main_table(results: Results) -> str:
         _ARM,
         _WHAT,
         column("steps", "steps"),
+        column("seeds", "seeds"),
         column("seconds", "seconds", "{:.0f}"),
         _interval("nDCG@10", "value"),
         _interval("minus encoder-only, same steps", "steps_gain", "+"),
@@ -125,7 +144,12 @@ def tried(results: Results) -> str:
         _interval("K = 10 minus K = 1", "ten", "+"),
     ]
     others = ["block", *(arm for arm in ARMS if arm not in MAIN)]
-    return _sections(results, lambda arms: markdown(columns, [_row(arm, arms) for arm in others if arm in arms]))
+
+    def shown(arms: Arms) -> str:
+        rows = [_row(arm, arms) for arm in others if arm in arms]
+        return markdown(columns, rows) if rows else ""
+
+    return _sections(results, shown)
 
 
 @block("quality-figure")
@@ -160,10 +184,11 @@ def _sections(results: Results, table: Any) -> str:
         for corpus, size in record["corpora"].items():
             arms = grouped(record, corpus)
             train = SCALES[record["scale"]].train
+            if not (shown := table(arms)):
+                continue
             parts.append(
                 f"**{corpus}**{results.mark(record)} ({record['base']}, {train['batch_size']} rows a step out of "
-                f"{size['training']:,}, {size['queries']} queries, {size['documents']} documents, seeds "
-                f"{', '.join(map(str, sorted({run['seed'] for run in record['runs']})))}; "
-                f"{record['provenance']['device']}, {record['provenance']['date'][:10]})\n\n{table(arms)}"
+                f"{size['training']:,}, {size['queries']} queries, {size['documents']} documents; "
+                f"{record['provenance']['device']}, {record['provenance']['date'][:10]})\n\n{shown}"
             )
     return "\n\n".join(parts) or NO_STUDY

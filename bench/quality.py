@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Does generation pay? Trains and measures the arms of `bench/quality_arms.py` on two corpora, three seeds each.
 
-    python bench/quality.py                            # on a GPU: minutes
+    python bench/quality.py                            # on a GPU
     python bench/quality.py --arms block,encoder-only --jobs 1 --device cpu
     python bench/quality.py --prepare                  # only builds corpora and token ids, for a machine without them
 

@@ -67,6 +67,8 @@ ARMS = {
         Arm("range-penalty", "K from 3..10 by the block, penalty", {"num_steps": "3:10", "reg_weight": 1.0}),
         Arm("twenty-steps", "K = 20 by the block", {"num_steps": 20}),
         Arm("factor-1-long", "K = 5, the paper's gradient, twice the steps", _factor(1.0), budget=2),
+        Arm("paper", "K = 5, the paper's gradient and penalty", _factor(1.0, reg_weight=1.0)),
+        Arm("paper-long", "the same, twice the steps", _factor(1.0, reg_weight=1.0), budget=2),
         Arm("ten-steps-longer", "K = 10 by the block, four times the steps", _TEN, budget=4),
     )
 }
