@@ -74,7 +74,8 @@ def encode_files(
         try:
             encoded = _encode_missing(blocks, job, update)
         except BaseException:
-            forget_if_empty(folder)  # so that settings that were wrong can be set right
+            if single or part == WHOLE:  # else commands for other shares go by these settings
+                forget_if_empty(folder)  # so that settings that were wrong can be set right
             raise
         begin(folder, settings)  # nobody else has begun it anew meanwhile
         if single:
