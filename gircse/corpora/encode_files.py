@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gircse.corpora.columns import texts_of
-from gircse.corpora.job import EncodeJob
+from gircse.corpora.job import ROWS_PER_TASK, WINDOW, EncodeJob
 from gircse.corpora.manifest import begin, forget_if_empty
 from gircse.corpora.objects import is_local, new_object, place, remove
 from gircse.corpora.part import WHOLE, Part
@@ -26,9 +26,6 @@ from gircse.corpora.sources import Source
 from gircse.corpora.text_encoder import TextEncoder
 from gircse.files.lock import folder_lock
 from gircse.integers import check_integer
-
-WINDOW = 2048  # rows that are encoded at once; more gain nothing, however unlike their lengths are
-ROWS_PER_TASK = 4096
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,8 @@ def encode_files(
         try:
             encoded = _encode_missing(blocks, job, update)
         except BaseException:
-            forget_if_empty(folder)  # so that settings that were wrong can be set right
+            if single or part == WHOLE:  # else commands for other shares go by these settings
+                forget_if_empty(folder)  # so that settings that were wrong can be set right
             raise
         begin(folder, settings)  # nobody else has begun it anew meanwhile
         if single:

@@ -10,6 +10,8 @@ from typing import Any
 
 OUTPUT_DTYPES = ("float32", "float16", "int8")
 ON_ERROR = ("raise", "null")
+WINDOW = 2048  # rows that are encoded at once; more gain nothing, however unlike their lengths are
+ROWS_PER_TASK = 4096
 
 
 @dataclass(frozen=True)

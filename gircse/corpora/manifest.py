@@ -7,6 +7,7 @@ other files beside the data for data.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any
 
 from gircse.corpora.objects import new_object, place, remove, visible
@@ -53,4 +54,5 @@ def begin(folder: str, settings: dict[str, Any]) -> bool:
 def forget_if_empty(folder: str) -> None:
     """Removes the manifest of a folder that nothing was written into."""
     if not visible(folder):
-        remove(f"{folder}/{STATE}")
+        with suppress(FileNotFoundError):
+            remove(f"{folder}/{STATE}")

@@ -12,16 +12,14 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from gircse.corpora.job import EncodeJob, output_columns, path_of
+from gircse.corpora.job import ROWS_PER_TASK, WINDOW, EncodeJob, output_columns, path_of
 from gircse.integers import check_integer
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-WINDOW = 2048
-ROWS_PER_TASK = 4096
 
 
 class EncodingActor:
@@ -94,6 +92,48 @@ def encode_dataset(
         ValueError: an argument is out of range, or so many workers that no processor is left to read and write, for
             which Ray would wait without a word.
     """
+    job = EncodeJob(
+        path_of(model),
+        adapter=None if adapter is None else path_of(adapter),
+        columns=output_columns(column),
+        instruction=instruction,
+        num_steps=num_steps,
+        return_steps=return_steps,
+        load=load or {},
+        encode=encode,
+        output_dtype=output_dtype,
+        on_error=on_error,
+    )
+    if preserve_order:
+        ds.context.execution_options.preserve_order = True
+    return map_job(
+        ds,
+        job,
+        window=window,
+        rows_per_task=rows_per_task,
+        workers=workers,
+        num_gpus=num_gpus,
+        num_cpus=num_cpus,
+        memory=memory,
+        max_restarts=max_restarts,
+        max_task_retries=max_task_retries,
+    )
+
+
+def map_job(
+    ds: Any,
+    job: EncodeJob,
+    *,
+    window: int = WINDOW,
+    rows_per_task: int = ROWS_PER_TASK,
+    workers: int | tuple[int, int] = 1,
+    num_gpus: float | None = None,
+    num_cpus: float | None = None,
+    memory: float | None = None,
+    max_restarts: int = 5,
+    max_task_retries: int = -1,
+) -> Any:
+    """`encode_dataset` of a job, with the arguments of the same names and their errors."""
     import ray
 
     low, high = (workers, workers) if isinstance(workers, int) else workers
@@ -110,24 +150,10 @@ def encode_dataset(
             f"workers: got {low} of {num_cpus:g} CPUs each, expected fewer than the {resources.get('CPU', 0):g} CPUs "
             "of the cluster in all, because reading and writing need one"
         )
-    load = dict(load or {})
+    load = dict(job.load)
     # Without this Ray leaves an actor all GPUs of its machine, which others were given.
     if not num_gpus and str(load.setdefault("device", "cpu")).startswith("cuda"):
         raise ValueError(f"num_gpus: got 0 with device {load['device']!r}, expected more")
-    job = EncodeJob(
-        path_of(model),
-        adapter=None if adapter is None else path_of(adapter),
-        columns=output_columns(column),
-        instruction=instruction,
-        num_steps=num_steps,
-        return_steps=return_steps,
-        load=load,
-        encode=encode,
-        output_dtype=output_dtype,
-        on_error=on_error,
-    )
-    if preserve_order:
-        ds.context.execution_options.preserve_order = True
     # Ray cuts blocks by bytes, and a million short texts are one block, which a single actor would get.
     ds = ds.repartition(target_num_rows_per_block=rows_per_task)
     with warnings.catch_warnings():
@@ -135,7 +161,7 @@ def encode_dataset(
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
         return ds.map_batches(
             EncodingActor,
-            fn_constructor_args=(job, max(1, int(num_cpus))),
+            fn_constructor_args=(replace(job, load=load), max(1, int(num_cpus))),
             batch_size=min(window, rows_per_task),
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high),

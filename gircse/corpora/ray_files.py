@@ -7,6 +7,7 @@ FOLDER/.gircse/checkpoint/    the ids of the rows that are written (Ray Data's o
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -15,7 +16,7 @@ from gircse.corpora.encode_files import check_source, encode_files
 from gircse.corpora.job import EncodeJob
 from gircse.corpora.manifest import STATE, begin, forget_if_empty
 from gircse.corpora.objects import find_files, is_local, place
-from gircse.corpora.ray_data import encode_dataset
+from gircse.corpora.ray_data import map_job
 from gircse.corpora.sources import Source
 
 
@@ -35,7 +36,7 @@ def encode_files_on_ray(
         output: a folder, which all machines see, or a URL.
         id_column: a column of values that differ in all rows.
         address: of the cluster; default: the one of RAY_ADDRESS or of this machine, else one that is started here.
-        resources: `workers`, `num_gpus`, `num_cpus`, `memory` of `encode_dataset`.
+        resources: `workers`, `num_gpus`, `num_cpus`, `memory` of `gircse.corpora.encode_dataset`.
 
     Returns:
         The number of rows that the folder has in the end.
@@ -62,28 +63,19 @@ def encode_files_on_ray(
 
     if not ray.is_initialized():
         ray.init(address=address, logging_level="warning")
+    # Ray lists files in threads, and two that import at the same moment can see half a module. So the driver imports it
+    # here, and workers try again.
+    with suppress(ModuleNotFoundError):
+        import fsspec.implementations.http  # noqa: F401
     read = ray.data.read_parquet if source.kind == "parquet" else ray.data.read_json
     ds = read(source.files)
     ds.context.raise_original_map_exception = True
+    ds.context.retried_map_errors, ds.context.max_map_retries = ["cannot import name 'HTTPFileSystem'"], 3
     ds.context.checkpoint_config = CheckpointConfig(
         id_column=id_column, checkpoint_path=f"{output}/{STATE}/checkpoint", delete_checkpoint_on_success=False
     )
     try:
-        encode_dataset(
-            ds,
-            job.model,
-            column=job.columns,
-            instruction=job.instruction,
-            adapter=job.adapter,
-            num_steps=job.num_steps,
-            return_steps=job.return_steps,
-            output_dtype=job.output_dtype,
-            on_error=job.on_error,
-            load=job.load,
-            rows_per_task=rows_per_task,
-            **resources,
-            **job.encode,
-        ).write_parquet(output, mode="append")
+        map_job(ds, job, rows_per_task=rows_per_task, **resources).write_parquet(output, mode="append")
     except Exception as error:
         forget_if_empty(output)  # so that settings that were wrong can be set right
         raise ValueError(_what_matters(error)) from error

@@ -28,7 +28,7 @@ def test_blocks_run(base, model, tmp_path, monkeypatch, capsys):
     lists = pa.FixedSizeListArray.from_arrays(pa.array(expected.reshape(-1)), expected.shape[1])
     pq.write_table(table.append_column("embedding", lists), tmp_path / "embeddings" / "0.parquet")
     names: dict = {"path": base}
-    blocks = [block for block in _blocks(PAGE, "python") if "ray" not in block]
+    blocks = [block for block in _blocks(PAGE, "python") if "import ray" not in block]
     assert len(blocks) == 3
     for number, block in enumerate(blocks):
         for shown, real in SUBSTITUTES.items():
