@@ -39,7 +39,7 @@ from bench.static.launches import DEVICES
 from bench.suite import attention, candidates, models, ops, plan, precompile, summary, tests
 from bench.suite.session import Session, say
 
-SECTIONS = ("ops", "engine", "step", "attention", "training", "loss", "plan", "tests")
+SECTIONS = ("ops", "engine", "step", "train", "attention", "training", "loss", "plan", "tests")
 _COMPILE_SECONDS = 60.0
 
 
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _sections(session: Session, options: argparse.Namespace) -> None:
     runs: dict[tuple[str, ...], Callable[[], None]] = {
         ("ops",): lambda: ops.run(session),
-        ("engine", "step", "training"): lambda: models.run(session, options.only, profiled=options.profile),
+        ("engine", "step", "train", "training"): lambda: models.run(session, options.only, profiled=options.profile),
         ("attention",): lambda: attention.run(session),
         ("loss",): lambda: ops.run_loss(session),
         ("plan",): lambda: plan.run(session),

@@ -41,6 +41,7 @@ MEASURED_BY: dict[str, tuple[str, ...]] = {
     "soft-token-gradient": ("bench.soft_token_gradient",),
     "tests": ("tests.gpu", "tests.conftest"),
     "throughput": ("bench.throughput", "bench.encode_check", "bench.floors", "bench.shapes"),
+    "train-step": ("bench.suite.train_steps", "bench.floors", "bench.shapes"),
     "training": ("bench.training", "bench.train_check", "bench.floors", "bench.shapes"),
 }
 _SHOWS = {f"bench.{name}" for name in ("documents", "plots", "provenance", "records", "sources", "tables")}

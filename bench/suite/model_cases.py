@@ -17,7 +17,8 @@ class ModelCase:
     Attributes:
         section: "engine": encoding, official-style evaluation (unless `baseline` is False) against the generation
             engine. "training": a step of 1 query + 2 passages a row with LoRA, the reference algorithm with
-            checkpointing against ours. "step": the captured decode step alone (`bench.suite.steps`); K = 1.
+            checkpointing against our rollout, both eager. "train": such a step as `gircse train` makes it
+            (`bench.suite.train_steps`). "step": the captured decode step alone (`bench.suite.steps`); K = 1.
         shape: a name of `bench.shapes.SHAPES`.
         rows: texts of an encoding, queries of a training step.
         length: tokens of every text.
@@ -25,6 +26,8 @@ class ModelCase:
         seconds: about how long it takes on an H100, checks included, once the model is there.
         layers: depth, None for all.
         dtype: of the model, a name of torch's.
+        compared: the K at which the reference algorithm is timed, too ("train").
+        exact: target of the largest of them with the gradient through the soft tokens ("train"); None: not timed.
     """
 
     section: str
@@ -36,10 +39,13 @@ class ModelCase:
     baseline: bool = True
     layers: int | None = None
     dtype: str = "bfloat16"
+    compared: tuple[int, ...] = ()
+    exact: Target | None = None
 
     @property
     def name(self) -> str:
-        kind, letter = {"training": ("train", "Q"), "engine": ("encode", "B"), "step": ("step", "B")}[self.section]
+        names = {"training": ("train", "Q"), "train": ("train-step", "Q"), "engine": ("encode", "B")}
+        kind, letter = names.get(self.section, ("step", "B"))
         return f"{kind}-{self.shape}-{letter}{self.rows}-N{self.length}"
 
     @property
@@ -63,8 +69,21 @@ MODEL_CASES = [
     _case("engine", _LARGE, 64, 512, 45, k0=Target(milliseconds=740), k20=Target(milliseconds=880)),
     _case("step", _LARGE, 64, 520, 12, k1=Target(milliseconds=6.6)),
     _case("engine", _SMALL, 512, 512, 15, k0=_ANY, k20=Target(over_zero=1.25), baseline=False),
-    _case("training", _SMALL, 8, 512, 25, k0=_ANY, k5=Target(20, over_floor=3, over_zero=1.25)),
-    _case("training", _LARGE, 4, 512, 70, k0=_ANY, k5=Target(5, over_floor=1.6, over_zero=1.25)),
+    _case(
+        "train",
+        _SMALL,
+        8,
+        512,
+        30,
+        k0=_ANY,
+        k5=Target(20, over_floor=3, over_zero=1.25),
+        k20=Target(over_zero=1.5),
+        compared=(0, 5),
+        exact=Target(8),
+    ),
+    _case("train", _SMALL, 64, 32, 15, k0=_ANY, k5=Target(8), compared=(5,)),
+    _case("training", _SMALL, 8, 512, 25, k0=_ANY, k5=_ANY),
+    _case("train", _LARGE, 4, 512, 60, k0=_ANY, k5=Target(5, over_floor=1.6, over_zero=1.25), compared=(5,)),
 ]
 # The suite's dry run. The bounds are made up: one that is met, one that is not.
 _CUT: dict[str, Any] = {"layers": 1, "dtype": "float32", "k0": _ANY}
@@ -72,4 +91,5 @@ SMOKE_MODEL_CASES = [
     _case("engine", "smollm2-135m", 2, 8, 5, k2=Target(1e9, milliseconds=1e9), **_CUT),
     _case("training", "smollm2-135m", 2, 8, 5, k2=Target(1e9, over_zero=1e9), **_CUT),
     _case("step", "smollm2-135m", 2, 8, 5, layers=1, dtype="float32", k1=Target(milliseconds=1e9)),
+    _case("train", "smollm2-135m", 2, 8, 5, k2=Target(1e-9), compared=(2,), exact=Target(1e-9), **_CUT),
 ]

@@ -19,7 +19,7 @@ from bench.engines import CACHED, ENGINES, GRAPH, OFFICIAL_EVAL, REFERENCE, forg
 from bench.memory import give_back
 from bench.records import judged, problems, settings
 from bench.shapes import SHAPES, random_model
-from bench.suite import steps
+from bench.suite import steps, train_steps
 from bench.suite.model_cases import MODEL_CASES, SMOKE_MODEL_CASES, ModelCase
 from bench.suite.profile import profile
 from bench.suite.session import Record, Session, say
@@ -45,6 +45,9 @@ def run(session: Session, sections: Sequence[str], *, profiled: bool) -> None:
         for case in (case for case in todo if case.section == "step"):
             _step(session, weights, case)
         weights.end_of_encoding()
+        for case in (case for case in todo if case.section == "train"):
+            session.measure(case.name, case.seconds, lambda case=case: train_steps.measure(session, case))
+            give_back(session.device)
         for case in (case for case in todo if case.section == "training"):
             if session.fits(case.name, case.seconds):
                 with session.surviving(case.name):
@@ -81,7 +84,11 @@ class _Weights:
 
 def _finished(session: Session, case: ModelCase, profiled: bool) -> bool:
     """A case whose profile is asked for and not there is measured again."""
-    missing = profiled and case.section != "step" and not list(session.folder.glob(f"profile-*{case.name}.txt"))
+    missing = (
+        profiled
+        and case.section not in ("step", "train")
+        and not list(session.folder.glob(f"profile-*{case.name}.txt"))
+    )
     return not missing and session.had(case.name)
 
 

@@ -65,7 +65,7 @@ def calls(sections: Sequence[str], *, smoke: bool = False) -> list[Call]:
     if "ops" in sections:
         found += [op_call(case) for case in (SMOKE_CASES if smoke else CASES)]
     for case in () if smoke else [case for case in MODEL_CASES if case.section in sections]:
-        trains = case.section == "training"
+        trains = case.section in ("training", "train")
         # the engine's buffers hold a power of two rows; the checks take few rows, in float32 too
         timed = (case.rows, 2 * case.rows) if trains else (1 << (case.rows - 1).bit_length(), *_CHECKED_ROWS)
         for rows, dtype in [(n, case.dtype) for n in timed] + [
