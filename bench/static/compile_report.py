@@ -200,8 +200,8 @@ _DECODERS = {
 
 
 def decoder_cases(*variants: str) -> list[Case]:
-    """The kernels between the products of a layer; also as they are where a launch must not start before the one in front
-    of it has ended."""
+    """The kernels between the products of a layer; also where a launch must not start before the one in
+    front of it has ended."""
     calls = [Call("decoder", (64, *sizes), "bfloat16", variants=variants) for sizes in _DECODERS.values()]
     calls += [Call("decoder", (64, *_DECODERS["qwen2.5-0.5b"]), "float32", variants=variants)]
     return [*map(Case, calls), Case(calls[0], '{"plan": {"DEPENDENT_LAUNCH": false}}')]

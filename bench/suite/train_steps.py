@@ -1,4 +1,4 @@
-"""A training step as `gircse train` makes it, micro-batches as CUDA graphs where it makes them, beside the reference."""
+"""A training step as `gircse train` makes it, with CUDA graphs where it makes them, beside the reference algorithm."""
 
 from __future__ import annotations
 

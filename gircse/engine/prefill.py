@@ -18,7 +18,6 @@ from gircse.engine import varlen
 from gircse.engine.pool import KVPool, PoolPass
 from gircse.lm.attention import causal_attention, causal_band
 
-
 MOST_SPARE = 512  # tokens that a captured prefill may have too many
 
 

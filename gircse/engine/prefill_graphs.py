@@ -1,8 +1,8 @@
 """Prefills of few tokens as CUDA graphs.
 
 The host starts nine kernels a layer for a prefill, whatever its tokens. For few tokens, or thousands of a small model,
-it takes longer to start them than the device to run them, and a graph starts them at once. One graph serves all batches of
-a bucket of (texts, tokens) in buffers of the same shape.
+it takes longer to start them than the device to run them, and a graph starts them at once. One graph serves all
+batches of a bucket of (texts, tokens) in buffers of the same shape.
 """
 
 from __future__ import annotations

@@ -81,7 +81,13 @@ class FusedDecoder:
         self._lm, self._facts = lm, facts
         self._ops, self._norm = _ops(facts.norm), {"eps": facts.eps, "offset": facts.offset}
         self._layers = [
-            (layer, *(Projection(part, adapters) for part in (layer.qkv, (layer.out,), layer.gate_up, (layer.down,))))
+            (
+                layer,
+                Projection(layer.qkv, adapters),
+                Projection((layer.out,), adapters),
+                Projection(layer.gate_up, adapters),
+                Projection((layer.down,), adapters),
+            )
             for layer in facts.layers
         ]
         self._rotary = RotaryTables(facts.rotary, facts.norm, facts.positions)

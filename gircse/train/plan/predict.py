@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gircse_kernels.plan import piece_candidates
+from gircse_kernels.pieces import piece_candidates
 
 from gircse.integers import check_integer
 from gircse.ops.info_nce_op import VECTOR_BYTES

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .. import launching
 from ..contract import Pooled, Sums
-from ..plan import Config, piece_candidates, unit_bytes, unit_parts
+from ..pieces import piece_candidates, unit_bytes, unit_parts
+from ..plan import Config
 from .pooling import pool_grad_kernel, pool_kernel
 from .softmax import softmax_grad_kernel, softmax_sums_kernel
 
