@@ -1,4 +1,4 @@
-"""How many candidates of the contrastive loss meet all rows at once. Plans of a training run, too, ask without Triton."""
+"""How many candidates of the contrastive loss meet all rows at once. Training plans ask here, too, without Triton."""
 
 from __future__ import annotations
 
