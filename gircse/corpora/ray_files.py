@@ -7,6 +7,7 @@ FOLDER/.gircse/checkpoint/    the ids of the rows that are written (Ray Data's o
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 from typing import Any
 
@@ -62,7 +63,7 @@ def encode_files_on_ray(
     from ray.data.checkpoint import CheckpointConfig
 
     if not ray.is_initialized():
-        ray.init(address=address, logging_level="warning")
+        ray.init(address=address, logging_level=logging.WARNING)
     # Ray lists files in threads, and two that import at the same moment can see half a module. So the driver imports it
     # here, and workers try again.
     with suppress(ModuleNotFoundError):
