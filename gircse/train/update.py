@@ -11,8 +11,15 @@ from torch.distributed.tensor import DTensor
 
 
 def adamw(parameters: Sequence[Tensor], *, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW whose steps are one operator for all parameters, on the CPU too."""
-    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
+    """AdamW whose steps are one operator for all parameters, on the CPU too.
+
+    That operator does not count its writes in the parameters' versions, by which copies of weights are found to be old
+    (`gircse.lm.lora`, `gircse.lm.merged_adapter`). So every step of this optimizer counts them.
+    """
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
+    optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(parameters))
+    return optimizer
 
 
 def clipped_step(

@@ -19,6 +19,7 @@ from gircse.train.lora import lora_targets, trainable_model
 from gircse.train.plan.predict import plan
 from gircse.train.run_config import LORA_TARGETS
 from gircse.train.step import RowTokenizer, contrastive_backward, tokenize_rows
+from gircse.train.update import adamw, clipped_step
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 WORDS = ["red", "blue", "fox", "dog"]
@@ -103,7 +104,7 @@ def test_adapters_of_a_half_precision_base_train_in_float32(base):
 
 def test_a_step_has_the_gradients_of_pefts_layers():
     """In float64, divided into micro-batches, with checkpointing, by the block and with the exact gradient; the second
-    step reads the weights that the first has changed."""
+    step reads the weights that the optimizer of a run has changed."""
     settings = TrainConfig(
         model="", batch_size=4, num_steps=3, lora_dropout=0.0, gradient_checkpointing=True, micro_batch_tokens=80
     )
@@ -116,18 +117,17 @@ def test_a_step_has_the_gradients_of_pefts_layers():
             torch.nn.init.normal_(parameter, std=0.1)
         if not fused:
             unfuse_lora(model.base)
+        optimizer = adamw(weights, learning_rate=0.1, weight_decay=0.0)
         tokenizer, results = RowTokenizer(model, settings, 3), []
         for num_steps, factor in ((3, 0.0), (2, 1.0)):
             rows = tokenize_rows(tokenizer, TrainingData.open(settings, rows=ROWS).batch(0), settings)
-            _, losses, passes = contrastive_backward(
+            loss, losses, passes = contrastive_backward(
                 model, rows, settings, num_steps=num_steps, soft_token_gradient=factor
             )
             assert passes > 1
-            results.append([losses, *(parameter.grad for parameter in weights)])
-            with torch.no_grad():
-                for parameter in weights:
-                    parameter -= 0.1 * parameter.grad
-                    parameter.grad = None
+            results.append([losses, *(parameter.grad.clone() for parameter in weights)])
+            clipped_step(optimizer, weights, loss, 1e3)
+            optimizer.zero_grad()
         return results
 
     for ours, theirs in zip(steps(True), steps(False), strict=True):
