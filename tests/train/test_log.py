@@ -134,7 +134,7 @@ def test_wandb_that_is_not_there(tmp_path, monkeypatch):
 
 
 def test_the_monitor_shares_out_the_time_and_averages_over_texts(monkeypatch):
-    clock = iter([0.0, 1.0, 3.0, 6.0, 7.0, 9.0, 10.0])
+    clock = iter([0.0, 0.0, 1.0, 3.0, 6.0, 7.0, 9.0, 10.0, 12.0])
     monkeypatch.setattr("gircse.train.step_monitor.time.perf_counter", lambda: next(clock))
     monitor = StepMonitor(torch.device("cpu"))
     monitor.start()
@@ -144,6 +144,7 @@ def test_the_monitor_shares_out_the_time_and_averages_over_texts(monkeypatch):
     monitor.soft_token(1, torch.tensor([0.5, 0.5]))
     monitor.soft_token(0, torch.tensor([6.0]))
     assert monitor.seconds() == {"data": 1.0, "prompt": 4.0, "steps": 3.0, "loss": 1.0, "update": 1.0}
+    assert monitor.host_seconds() == 12.0
     assert monitor.entropies() == [3.0, 0.5]
     assert monitor.peak_bytes() > 1 << 20
     assert set(PHASES) == {"data", "prompt", "steps", "loss", "update"}
