@@ -54,7 +54,7 @@ def pool(steps: Tensor, pooling: str, first: int = 0, last: int | None = None) -
             if k >= first:
                 norm = torch.linalg.vector_norm(acc, dim=-1)
                 norms[k - first, part] = norm
-                torch.div(acc, torch.where(norm > 0, norm, 1.0)[:, None], out=vectors[k - first, part])
+                torch.div(acc, norm.masked_fill(norm == 0, 1.0)[:, None], out=vectors[k - first, part])
     return Pooled(vectors, norms)
 
 
@@ -131,7 +131,7 @@ def sums(
                 new_peak = torch.maximum(peak[k, part], highest)
                 # the target's logit out of the way for a moment: the rest's largest is the hardest negative
                 kept = logits.gather(1, index)
-                logits.scatter_(1, index, torch.where(inside, -torch.inf, kept))
+                logits.scatter_(1, index, kept.masked_fill(inside, -torch.inf))
                 torch.maximum(hardest[k, part], logits.amax(1, keepdim=True), out=hardest[k, part])
                 logits.scatter_(1, index, kept)
                 total[k, part] *= (peak[k, part] - new_peak).exp_()
