@@ -34,6 +34,9 @@ def fuse_lora(model: nn.Module) -> FusedLora | None:
     Layers of other kinds (DoRA and other variants, LoRA with a bias, quantized or trained base layers, embeddings) keep
     PEFT's forward, and a warning counts them.
 
+    A weight has changed where its autograd version or its storage has. A fused optimizer of PyTorch counts no version:
+    call `torch.autograd.graph.increment_version` of the weights after its step, as `gircse.train.update.adamw` does.
+
     Returns:
         The layers by inputs; None where the model has no LoRA layer that can.
     """
@@ -133,6 +136,7 @@ class SharedInput:
     def __init__(self, layers: Sequence[Any]) -> None:
         self.layers = tuple(layers)
         self._products: Products | None = None
+        self._matrices: dict[tuple, tuple[Tensor, list[Tensor]]] = {}
         self._built_for: list[Any] | None = None
         self._modules: list[Any] = []  # that hold the weights A and then B of all pieces
         self._dropout: nn.Module = nn.Identity()
@@ -141,8 +145,8 @@ class SharedInput:
 
     @property
     def products(self) -> Products | None:
-        """The stacked matrices of the active adapters; None where PEFT must compute. Their storage stays until other
-        adapters become active or the base gets another dtype or device. `FusedLora.refresh` writes the weights."""
+        """The stacked matrices of the active adapters; None where PEFT must compute. Those of each choice of
+        adapters stay where they are, because a captured graph may read them. `FusedLora.refresh` writes the weights."""
         if any(layer.disable_adapters or layer.merged for layer in self.layers):
             return None
         base = self.layers[0].get_base_layer().weight
@@ -192,7 +196,7 @@ class SharedInput:
         return [module.weight for module in self._modules]
 
     def _build(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocates the matrices of the adapters that are active now."""
+        """Stacks the adapters that are active now."""
         self._products = self._copied = None
         pieces: list[Piece] = []
         columns, modules_a, modules_b, dropouts = [], [], [], []
@@ -212,12 +216,20 @@ class SharedInput:
         if not pieces or not all(map(_is_plain, self.layers)) or len({getattr(d, "p", 0.0) for d in dropouts}) > 1:
             return
         self._dropout = dropouts[0]
-        with torch.inference_mode(False):
-            a = torch.empty(stop, modules_a[0].in_features, dtype=dtype, device=device)
-            b = [
-                torch.empty(layer.out_features, own.stop - own.start, dtype=dtype, device=device)
-                for layer, own in zip(self.layers, columns, strict=True)
-            ]
+        key = (
+            dtype,
+            device,
+            *((own.stop, *layer.active_adapters) for layer, own in zip(self.layers, columns, strict=True)),
+        )
+        if key not in self._matrices:
+            with torch.inference_mode(False):
+                a = torch.empty(stop, modules_a[0].in_features, dtype=dtype, device=device)
+                b = [
+                    torch.empty(layer.out_features, own.stop - own.start, dtype=dtype, device=device)
+                    for layer, own in zip(self.layers, columns, strict=True)
+                ]
+            self._matrices[key] = a, b
+        a, b = self._matrices[key]
         self._products = Products([layer.get_base_layer() for layer in self.layers], a, b, columns, pieces)
 
 

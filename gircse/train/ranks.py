@@ -15,7 +15,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -184,7 +184,10 @@ def join_ranks(device: str | None, *, timeout: float) -> Iterator[Ranks]:
         yield Ranks(own, dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
         return
     if environment_integer("WORLD_SIZE", 1) <= 1:
-        yield Ranks(own)
+        # Gradient caching repeats the dropout masks of the current device.
+        named = own.type == "cuda" and own.index is not None
+        with torch.cuda.device(own) if named else nullcontext():
+            yield Ranks(own)
         return
     store, rank, size = _meet(timeout)
     if own.type == "cuda":
