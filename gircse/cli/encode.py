@@ -87,6 +87,12 @@ def _encode(arguments: argparse.Namespace) -> None:
 
     part = Part.of(arguments.part)
     suffix = Path(arguments.output).suffix
+    if suffix and (output := Path(arguments.output)).is_file():
+        from gircse.corpora.objects import find_files
+
+        inputs = [] if "-" in arguments.input else find_files(arguments.input)
+        if any(Path(file).exists() and output.samefile(file) for file in inputs):
+            raise ValueError(f"output: got {arguments.output}, which is an input, expected another file")
     if arguments.ray is not None:
         if part.count > 1:
             raise ValueError("part: got a share with --ray, expected one of the two: Ray shares the rows itself")

@@ -44,11 +44,18 @@ def embedding_column(values: np.ndarray, missing: np.ndarray, dtype: str) -> tup
         missing: bool [n]; these rows are null.
         dtype: one of `OUTPUT_DTYPES`.
 
+    Raises:
+        ValueError: values that float16 cannot hold.
+
     Returns:
         `fixed_size_list<dtype>[D]`, or `fixed_size_list<fixed_size_list<dtype>[D]>[K]`; and None, or the scales:
         float32, or `fixed_size_list<float>[K]`. Values are `integers * scale`, the largest becomes 127.
     """
     scales = None
+    if dtype == "float16" and (np.isfinite(values) & (np.abs(values) > np.finfo(np.float16).max)).any():
+        raise ValueError(
+            f"output_dtype: got float16 for values up to {np.nanmax(np.abs(values)):g}, expected float32 or int8"
+        )
     if dtype == "int8":
         factors = np.abs(values).max(axis=-1, initial=0).astype(np.float32) / np.float32(127)
         values = np.rint(values / np.where(factors > 0, factors, 1)[..., None])

@@ -69,7 +69,8 @@ def encode_files_on_ray(
     with suppress(ModuleNotFoundError):
         import fsspec.implementations.http  # noqa: F401
     read = ray.data.read_parquet if source.kind == "parquet" else ray.data.read_json
-    ds = read(source.files)
+    # By default Ray leaves out files with other endings (.pq), and makes columns of folders named like lang=en.
+    ds = read(source.files, partitioning=None, file_extensions=["parquet", "pq", "jsonl"])
     ds.context.raise_original_map_exception = True
     ds.context.retried_map_errors, ds.context.max_map_retries = ["cannot import name 'HTTPFileSystem'"], 3
     ds.context.checkpoint_config = CheckpointConfig(

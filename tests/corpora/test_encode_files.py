@@ -223,3 +223,12 @@ def test_any_rows_of_any_files(corpus):
     pq.write_table(pa.Table.from_pylist(ROWS[:5]), corpus / "b.parquet")
     with pytest.raises(ValueError, match="have become shorter, expected 50 rows"):
         list(source.tables(range(50), 6))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_an_output_that_is_an_input_is_refused(name, tmp_path, capsys):
+    file = tmp_path / name
+    file.write_text('{"text": "a red fox"}\n')
+    assert main(["encode", str(file), "--model", "none", "--output", str(file)]) != 0
+    assert "which is an input" in capsys.readouterr().err
+    assert file.read_text() == '{"text": "a red fox"}\n'
