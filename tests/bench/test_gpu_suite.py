@@ -18,7 +18,7 @@ from bench import gpu_suite, op_engines, records
 from bench.cases import CASES
 from bench.op_engines import eager
 from bench.provenance import ROOT
-from bench.suite import attention, models, ops, plan, session, steps, summary, tests
+from bench.suite import attention, models, ops, plan, session, steps, summary, tests, train_steps
 from bench.suite.model_cases import MODEL_CASES
 from bench.tables import table
 from tests.bench.suite_runner import LOSS, MODELS, OPS, Runner
@@ -48,16 +48,19 @@ def test_everything_is_measured_in_the_order_of_its_worth(everything):
     assert header.split() == ["case", "floor", "ms", "ours", "baseline", "x", "target", "met"]
     lines = runner.lines()
     assert list(lines)[: len(OPS)] == OPS
-    assert [name for name in lines if name.startswith(("encode", "train"))] == [
-        f"{name}, K = {k}" for name in MODELS[:2] for k in (0, 2)
-    ]
+    steps_of = [f"{name}, K = {k}" for name in (*MODELS[:2], MODELS[3]) for k in (0, 2)]
+    exact = f"{MODELS[3]}, K = 2, {train_steps.EXACT}"
+    assert [name for name in lines if name.startswith(("encode", "train"))] == [*steps_of, exact]
     assert [name for name in lines if name.startswith(MODELS[2])] == [
         f"{MODELS[2]}, fused decoder",
         f"{MODELS[2]}, dependent launch",
     ]
     assert {line["met"] for line in lines.values()} == {None, True, False}
     for name, line in lines.items():
-        assert name.startswith("plan") or (line["ours"] > 0 and line["floor"] > 0 and line["baseline"] > 0)
+        if not name.startswith("plan"):
+            assert line["ours"] > 0
+            assert line["floor"] > 0
+            assert name == f"{MODELS[3]}, K = 0" or line["baseline"] > 0  # only the K of `compared` have a baseline
     assert runner.record("summary")["skipped"] == runner.record("summary")["problems"] == []
 
 
@@ -227,9 +230,9 @@ def test_what_does_not_fit_is_named_and_a_second_call_goes_on(suite, capsys):
     assert suite("--minutes", "0.0001") == 0
     assert suite.measured == []
     skipped = suite.record("summary")["skipped"]
-    encoding, training, step = MODELS  # in the order of their worth, but one shape after the other
+    encoding, training, step, train = MODELS  # in the order of their worth, but one shape after the other
     plans = [f"plan {case.shape}" for case in plan.plan_check.SMOKE_CASES]
-    assert skipped == ["tests", *OPS, encoding, step, training, attention.NAME, LOSS, *plans]
+    assert skipped == ["tests", *OPS, encoding, step, train, training, attention.NAME, LOSS, *plans]
     printed = capsys.readouterr().out
     assert f"skipped: {OPS[0]} takes about" in printed
     assert f"no time for: tests, {OPS[0]}" in printed
@@ -270,6 +273,7 @@ def test_the_table_fits_on_one_screen():
     for case in MODEL_CASES:
         ways = (steps.OURS, "dependent launch") if case.section == "step" else [f"K = {k}" for k in case.targets]
         target = max(case.targets.values(), key=lambda target: len(str(target)))
+        ways += [f"K = {case.compared[-1]}, {train_steps.EXACT}"] if case.exact is not None else []
         lines += [target.judge({"case": f"{case.name}, {way}", **times}) for way in ways]
     lines += [
         ops.LOSS_TARGET.judge({"case": f"info_nce-B{s.rows}-M{s.candidates}-D{s.width}", **times}) for s in ops.SIZES
