@@ -273,7 +273,7 @@ def test_the_table_fits_on_one_screen():
     for case in MODEL_CASES:
         ways = (steps.OURS, "dependent launch") if case.section == "step" else [f"K = {k}" for k in case.targets]
         target = max(case.targets.values(), key=lambda target: len(str(target)))
-        ways += [f"K = {case.compared[-1]}, {train_steps.EXACT}"] if case.exact is not None else []
+        ways = [*ways, f"K = {case.compared[-1]}, {train_steps.EXACT}"] if case.exact is not None else ways
         lines += [target.judge({"case": f"{case.name}, {way}", **times}) for way in ways]
     lines += [
         ops.LOSS_TARGET.judge({"case": f"info_nce-B{s.rows}-M{s.candidates}-D{s.width}", **times}) for s in ops.SIZES

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from gircse.lm.attention import ATTENTION_NAME, PromptPass, RolloutKV
 from gircse.lm.causal_lm import CausalLM
+from gircse.lm.lora import fused_lora
 from gircse.lm.rollout import rollout
 from gircse.ops.backends import TRITON_DTYPES, kernels
 from gircse.ops.tiles_torch import ROW_TILE, VOCAB_CHUNK, WORKSPACE_BYTES, accumulation_dtype
@@ -106,7 +107,7 @@ def step_memory(
     if any(parameter.device.type != "meta" for parameter in base.parameters()):
         raise ValueError("base: got parameters with storage, expected a model on the meta device")
     base.set_attn_implementation(ATTENTION_NAME)
-    live = LiveBytes([*base.parameters(), *base.buffers()])
+    live = LiveBytes([*base.parameters(), *base.buffers(), *_lora_matrices(base)])
     lm = _StandIn(model=base, body=base.base_model, cuda=cuda, any_rows=any_rows, live=live)
     states: list[Tensor] = []
     prompt = steps = 0
@@ -128,6 +129,13 @@ def step_memory(
     keys_values = sum(lm.kept)
     live.cut()
     return StepMemory(keys_values, prompt - keys_values, steps, tuple(live.moments))
+
+
+def _lora_matrices(base: Any) -> list[Tensor]:
+    """The copies of LoRA's weights that the products read: they stay from step to step, as parameters do."""
+    fused = fused_lora(base)
+    products = [shared.products for shared in fused.inputs] if fused is not None else []
+    return [matrix for found in products if found is not None for matrix in (found.a, *found.b)]
 
 
 class LiveBytes(TorchDispatchMode):
