@@ -8,7 +8,6 @@ FOLDER/.gircse/checkpoint/    the ids of the rows that are written (Ray Data's o
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -64,15 +63,11 @@ def encode_files_on_ray(
 
     if not ray.is_initialized():
         ray.init(address=address, logging_level=logging.WARNING)
-    # Ray lists files in threads, and two that import at the same moment can see half a module. So the driver imports it
-    # here, and workers try again.
-    with suppress(ModuleNotFoundError):
-        import fsspec.implementations.http  # noqa: F401
+    # The newer reader lists files in threads, and two that import a module at the same moment can see half of it.
+    ray.data.DataContext.get_current().use_datasource_v2 = False
     read = ray.data.read_parquet if source.kind == "parquet" else ray.data.read_json
-    # By default Ray leaves out files with other endings (.pq), and makes columns of folders named like lang=en.
-    ds = read(source.files, partitioning=None, file_extensions=["parquet", "pq", "jsonl"])
+    ds = read(source.files)
     ds.context.raise_original_map_exception = True
-    ds.context.retried_map_errors, ds.context.max_map_retries = ["cannot import name 'HTTPFileSystem'"], 3
     ds.context.checkpoint_config = CheckpointConfig(
         id_column=id_column, checkpoint_path=f"{output}/{STATE}/checkpoint", delete_checkpoint_on_success=False
     )
