@@ -98,7 +98,7 @@ class Engine:
         self._watch = ModelWatch(lm.model)
         self._not_fused: str | None = None
         self._warned: set[str] = set()
-        self._passes: Counter[int] = Counter()
+        self._passes: Counter[tuple[int, float, int]] = Counter()  # texts by tokens, tolerance and passes
         self._size = 0
         self._pool: KVPool | None = None
         self._state: DecodeState | None = None
@@ -120,13 +120,16 @@ class Engine:
         return self.lm is lm and self.config == config and here
 
     def report(self) -> EngineReport:
+        passes: Counter[int] = Counter()
+        for (_, _, taken), texts in self._passes.items():
+            passes[taken] += texts
         return EngineReport(
             kv_bytes=self._pool.bytes if self._pool is not None else 0,
             state_bytes=self._state.bytes if self._state is not None else 0,
             graph_bytes=self._runner.graph_bytes,
             graphs=self._runner.buckets,
             steps=self._runner.costs,
-            passes={passes: texts for passes, texts in sorted(self._passes.items()) if texts},
+            passes={taken: texts for taken, texts in sorted(passes.items()) if texts},
             not_captured=self._runner.refusal,
             not_fused=self._not_fused,
             limits=self._limits,
@@ -204,7 +207,10 @@ class Engine:
                 try:
                     if shared and job.prefix is None:
                         job = job._replace(prefix=self._prefix(rows[0][:shared]))
-                    batch = next_batch(order[done:], lengths, self._limits.at_most(max_rows), num_steps, prefix=shared)
+                    limits = self._limits.at_most(max_rows)
+                    if jacobi is not None and not jacobi.auto:  # a pass computes as many tokens as a prefill at most
+                        limits = limits.at_most(max(1, limits.prefill_tokens // max(1, num_steps)))
+                    batch = next_batch(order[done:], lengths, limits, num_steps, prefix=shared)
                     states, counts = self._run_batch(batch, job)
                 except RuntimeError as error:
                     if not _out_of_memory(error) or self._limits.smallest:
@@ -293,8 +299,9 @@ class Engine:
         """Whether a batch of so many rows is decoded by Jacobi passes."""
         if job.jacobi is None or not job.jacobi.auto:
             return job.jacobi is not None
-        tokens, texts = job.num_steps - int(job.include_prompt), self._passes.total()
-        passes = sum(passes * texts for passes, texts in self._passes.items()) / texts if texts else 0.0
+        tokens = job.num_steps - int(job.include_prompt)
+        known = {key: texts for key, texts in self._passes.items() if key[:2] == (tokens, job.jacobi.tolerance)}
+        passes = sum(key[2] * texts for key, texts in known.items()) / max(1, sum(known.values()))
         return is_faster(self._device.type, self._size, count, tokens, passes)
 
     def _decode_jacobi(self, batch: DecodeBatch, pool: KVPool, state: DecodeState, job: _Job) -> tuple[Tensor, Tensor]:
@@ -325,7 +332,7 @@ class Engine:
                     for text, distance in zip(running.texts, moved, strict=True):
                         if text >= 0:
                             watch(batch.rows[text], distance)
-            self._passes[done + 1] += sum(
+            self._passes[tokens, tolerance, done + 1] += sum(
                 text >= 0 and leaves for text, leaves in zip(running.texts, leaving, strict=True)
             )
             if not running.leave(leaving, num_steps):

@@ -190,7 +190,7 @@ def is_faster(device: str, parameters: int, rows: int, tokens: int, passes: floa
         parameters: of the decoder.
         rows: texts of the batch.
         tokens: soft tokens of each.
-        passes: the mean number of passes of the texts so far; 0: none is known.
+        passes: the mean number of passes of the texts so far with this K and tolerance; 0: none is known.
     """
     fits = [
         line.rows

@@ -142,3 +142,11 @@ def test_auto_on_the_engine():
     for _ in range(2):  # the second time by single steps, because no row has settled
         assert relative_error(engine.states(rows, 16, jacobi=auto), expected) <= 1e-6
         assert engine.report().passes == {16: 1}
+    engine.states(rows, 16, jacobi=replace(auto, tolerance=2.0))  # of which nothing is known yet
+    assert engine.report().passes == {2: 1, 16: 1}
+
+
+def test_a_pass_has_no_more_tokens_than_a_prefill():
+    engine, sizes = engine_of("llama", EngineConfig(prefill_tokens=3 * K)), []
+    engine.run(rows_of((4,) * 5), K, lambda chosen, states, counts: sizes.append(len(chosen)), jacobi=EXACT)
+    assert sizes == [3, 2]
