@@ -38,7 +38,7 @@ class OutOfTime(RuntimeError):
 
 
 class GroupedLora(nn.Module):
-    """A frozen linear layer with one float32 LoRA adapter a run, for inputs [runs * rows, .., in] of the base's dtype."""
+    """A frozen linear layer with one float32 LoRA adapter a run, for inputs [runs * rows, .., in] of its dtype."""
 
     def __init__(self, base: nn.Linear, a: Tensor, b: Tensor, scale: float) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ class Trainer:
     def encode(self, ids: Tensor, lengths: Tensor, steps: int, arm: Arm) -> Tensor:
         """[runs, n, N] ids -> h_0, g_1..g_K of each, [runs, n, K + 1, D] float32 on the device."""
         parts = [
-            self._states(a.flatten(0, 1), b.flatten(), steps, 0.0, arm, training=False).unflatten(0, (len(ids), -1))
+            self._states(a.flatten(0, 1), b.flatten(), steps, 1.0, arm, training=False).unflatten(0, (len(ids), -1))
             for a, b in zip(ids.split(128, dim=1), lengths.split(128, dim=1), strict=True)
         ]
         return torch.cat(parts, dim=1)
