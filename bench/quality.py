@@ -148,7 +148,7 @@ def _trainer(base: str, dtype: str, tokens: Path, device: str, jobs: int, config
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
     torch.set_float32_matmul_precision("high" if device != "cpu" else "highest")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype)).to(device)
-    trainer = Trainer(model, GroupTokens.load(tokens), config)
+    trainer = Trainer(model, GroupTokens.load(tokens), config, at_once=1 if device == "cpu" else None)
     print(f"process {os.getpid()}: model ready in {time.monotonic() - began:.1f} s", flush=True)
     return trainer
 

@@ -38,19 +38,23 @@ class OutOfTime(RuntimeError):
 
 
 class GroupedLora(nn.Module):
-    """A frozen linear layer with one float32 LoRA adapter a run, for inputs [runs * rows, .., in] of its dtype."""
+    """A frozen linear layer with one float32 LoRA adapter a run, for inputs [runs * rows, .., in] of its dtype.
+
+    Attributes:
+        chosen: the runs whose rows the input has.
+    """
 
     def __init__(self, base: nn.Linear, a: Tensor, b: Tensor, scale: float) -> None:
         super().__init__()
         self.base, self.scale = base, scale
         self.a, self.b = nn.Parameter(a), nn.Parameter(b)  # [runs, r, in], [runs, out, r]
+        self.chosen = slice(None)
 
     def forward(self, x: Tensor) -> Tensor:
-        runs = len(self.a)
         y = self.base(x)
-        a, b = self.a.to(x.dtype), self.b.to(x.dtype)
-        low = x.reshape(runs, -1, x.shape[-1]) @ a.transpose(1, 2)
-        return torch.baddbmm(y.reshape(runs, -1, y.shape[-1]), low, b.transpose(1, 2), alpha=self.scale).view_as(y)
+        a, b = self.a[self.chosen].to(x.dtype), self.b[self.chosen].to(x.dtype)
+        low = x.reshape(len(a), -1, x.shape[-1]) @ a.transpose(1, 2)
+        return torch.baddbmm(y.reshape(len(a), -1, y.shape[-1]), low, b.transpose(1, 2), alpha=self.scale).view_as(y)
 
 
 class Adapters:
@@ -83,6 +87,11 @@ class Adapters:
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, lora)
             self.layers.append(lora)
+
+    def choose(self, runs: slice) -> None:
+        """The runs whose rows the next passes have."""
+        for layer in self.layers:
+            layer.chosen = runs
 
     def reset(self, seeds: Sequence[int]) -> None:
         """Fresh adapters: A uniform as PEFT's, B zero; those of one seed are the same in every arm."""
@@ -126,30 +135,47 @@ class Trainer:
     """The base with the adapters of `tokens`' runs on it.
 
     Args:
+        at_once: runs that share a pass, the parts of a group; None: all. On a CPU more than one only takes memory.
         deadline: seconds of `time.monotonic` after which `OutOfTime` is raised.
     """
 
-    def __init__(self, model: Any, tokens: GroupTokens, config: TrainConfig, deadline: float = math.inf) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokens: GroupTokens,
+        config: TrainConfig,
+        *,
+        at_once: int | None = None,
+        deadline: float = math.inf,
+    ) -> None:
         model.requires_grad_(False)
         model.eval()
         self.lm = CausalLM.from_model(model)
         self.tokens, self.deadline = tokens, deadline
         self.adapters = Adapters(model, len(tokens.runs), config)
         self.device = self.adapters.flat.device
+        count = at_once or len(tokens.runs)
+        self.parts = [slice(first, first + count) for first in range(0, len(tokens.runs), count)]
 
-    def _states(self, ids: Tensor, lengths: Tensor, steps: int, factor: float, arm: Arm, *, training: bool) -> Tensor:
-        """[rows, N] ids -> h_0, g_1..g_K [rows, K + 1, D], float32."""
+    def _states(
+        self, runs: slice, ids: Tensor, lengths: Tensor, steps: int, factor: float, arm: Arm, *, training: bool
+    ) -> Tensor:
+        """[runs, texts, N] ids of the group -> h_0, g_1..g_K of some runs, [runs, texts, K + 1, D], float32."""
         if time.monotonic() > self.deadline:
             raise OutOfTime
+        self.adapters.choose(runs)
+        ids, lengths = ids[runs], lengths[runs]
+        count, ids, lengths = len(ids), ids.flatten(0, 1), lengths.flatten()
         mask = torch.arange(ids.shape[1], device=self.device) < lengths[:, None]
         drafter = DRAFTERS.get(arm.drafter)
         if training and arm.drafter in DROPPING:
-            return DROPPING[arm.drafter](self.lm, ids, lengths, steps, arm.soft_temperature).float()
+            states = DROPPING[arm.drafter](self.lm, ids, lengths, steps, arm.soft_temperature)
+            return states.float().unflatten(0, (count, -1))
         result = rollout(
             self.lm, ids, mask, steps,
             temperature=arm.soft_temperature, soft_token_gradient=0.0 if drafter else factor, drafter=drafter,
         )  # fmt: skip
-        return result.with_prompt.float()
+        return result.with_prompt.float().unflatten(0, (count, -1))
 
     def train(self, arm: Arm, config: TrainConfig, targets: Tensor | None = None) -> dict[str, Any]:
         """Trains every run; with `targets` [steps, runs, texts, D], a teacher's embeddings, by distillation.
@@ -169,17 +195,21 @@ class Trainer:
             batch = self.tokens.batch(step, self.device)
             steps = config.steps_at(step)
             factor = config.soft_token_gradient_at(step, total)
-            states = self._states(batch.ids, batch.lengths, steps, factor, arm, training=True)
-            states = (states[:, 1:] if steps else states).unflatten(0, (len(self.tokens.runs), -1))
-            objective = (
-                _contrastive(states, batch.mask, config)
-                if targets is None
-                else _distillation(states, targets[step].to(self.device))
-            )
-            with warnings.catch_warnings():
-                # the gradients are parts of one matrix, which clipping and AdamW take at once
-                warnings.filterwarnings("ignore", message="grad and param do not obey")
-                torch.stack([loss for loss, _ in objective]).sum().backward()
+            ids, lengths = (each.unflatten(0, (len(self.tokens.runs), -1)) for each in (batch.ids, batch.lengths))
+            measured = []
+            for runs in self.parts:
+                states = self._states(runs, ids, lengths, steps, factor, arm, training=True)
+                states = states[:, :, 1:] if steps else states
+                objective = (
+                    _contrastive(states, None if batch.mask is None else batch.mask[runs], config)
+                    if targets is None
+                    else _distillation(states, targets[step, runs].to(self.device))
+                )
+                with warnings.catch_warnings():
+                    # the gradients are parts of one matrix, which clipping and AdamW take at once
+                    warnings.filterwarnings("ignore", message="grad and param do not obey")
+                    torch.stack([loss for loss, _ in objective]).sum().backward()
+                measured += [each for _, each in objective]
             with torch.no_grad():
                 norm = flat.grad.norm(dim=1)
                 flat.grad *= (config.max_grad_norm / (norm + 1e-6)).clamp(max=1)[:, None]
@@ -187,7 +217,7 @@ class Trainer:
                 group["lr"] = learning_rate(config, step, total)
             optimizer.step()
             flat.grad.zero_()
-            losses.append(torch.stack([each for _, each in objective]).detach())
+            losses.append(torch.stack(measured).detach())
             norms.append(norm)
             if step % 5 == 4:
                 torch.cuda.synchronize() if self.device.type == "cuda" else None
@@ -201,11 +231,12 @@ class Trainer:
     @torch.no_grad()
     def encode(self, ids: Tensor, lengths: Tensor, steps: int, arm: Arm) -> Tensor:
         """[runs, n, N] ids -> h_0, g_1..g_K of each, [runs, n, K + 1, D] float32 on the device."""
+        batches = list(zip(ids.split(128, dim=1), lengths.split(128, dim=1), strict=True))
         parts = [
-            self._states(a.flatten(0, 1), b.flatten(), steps, 1.0, arm, training=False).unflatten(0, (len(ids), -1))
-            for a, b in zip(ids.split(128, dim=1), lengths.split(128, dim=1), strict=True)
+            torch.cat([self._states(runs, *batch, steps, 1.0, arm, training=False) for batch in batches], dim=1)
+            for runs in self.parts
         ]
-        return torch.cat(parts, dim=1)
+        return torch.cat(parts)
 
     def embeddings(self, steps: int, count: int, arm: Arm) -> Tensor:
         """z_K of the texts of the first `count` batches, [count, runs, texts, D]."""
