@@ -4,16 +4,26 @@ launch, unless a CUDA graph holds it.
 
     python bench/step_operators.py
 
-Qwen2 of 4 layers in bfloat16 on the CPU, LoRA with dropout on seven projections, 4 rows of three texts. Half the
-difference between runs of 4 and of 2 steps leaves out what a run does once.
+Qwen2 of 4 layers in bfloat16 on the CPU, LoRA with dropout on seven projections, 4 rows of three texts. It is
+the third step, because a run on a GPU captures its passes in the second.
+
+"cuda" is the path that a run on a GPU takes: captured micro-batches with fused layers, soft tokens drafted on the
+engine's decoder. Each start of a kernel counts, by the kernel's name, inside of our operators too, and so does each
+product that they leave to cuBLAS; an allocation starts nothing. So PyTorch's own operators are the only ones that may
+start more than one. No kernel runs here: what would be its result is ones, on which no count depends.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,35 +34,82 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gircse import GIRCSE
 from gircse.data.rows import Row
+from gircse.engine import draft as engine_draft
+from gircse.engine import pool
+from gircse.engine.body import decoder, probe
+from gircse.ops import info_nce_op, soft_embed_op
+from gircse.train import step as train_step
+from gircse.train.capture import CapturedPasses, layers
 from gircse.train.config import TrainConfig
 from gircse.train.loop import train
+from gircse.train.step_monitor import StepMonitor
 from tests.tiny_models import tiny_tokenizer
 
 CASES = ((0, 0.0), (5, 0.0), (20, 0.0), (5, 1.0))  # K and the factor of the soft tokens' gradient
+ALLOCATIONS = ("empty", "new_empty", "empty_like")
+NO_KERNEL = (
+    *ALLOCATIONS,
+    "set_",
+    "promote_types",
+    "profiler._record_function_enter_new",
+    "profiler._record_function_exit",
+)
 
 
 class OperatorCounts(TorchDispatchMode):
-    """Counts operators other than views, by name."""
+    """Counts operators other than views, by name.
 
-    def __init__(self) -> None:
+    Args:
+        inside: count those that our operators are made of in their place, and none that starts no kernel. What they
+            allocate is filled with ones.
+    """
+
+    def __init__(self, *, inside: bool = False) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self.looks_on = inside  # see `gircse.ops.observers`
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         returns = func._schema.returns
         is_view = any(item.alias_info is not None and not item.alias_info.is_write for item in returns)
-        if not is_view and func.overloadpacket is not torch.ops.aten._unsafe_view:
-            self.counts[str(func.overloadpacket).removeprefix("aten.")] += 1
-        return func(*args, **(kwargs or {}))
+        name = str(func.overloadpacket).removeprefix("aten.")
+        if not is_view and name != "_unsafe_view" and not (self.looks_on and name in NO_KERNEL):
+            self.counts[name] += 1
+        result = func(*args, **(kwargs or {}))
+        if self.looks_on and name in ALLOCATIONS and result.is_floating_point():
+            result.fill_(1)
+        return result
 
 
-def operators_of_a_step(num_steps: int, factor: float) -> Counter[str]:
+@contextmanager
+def as_on_cuda(counted: OperatorCounts) -> Iterator[None]:
+    """Inside, a run on the CPU goes the way of one on a GPU, and the starts of kernels are counted."""
+    from gircse_kernels import launching
+
+    def in_place(captured):  # what a capture does with a pass, without a graph
+        captured.warm_up()
+        return captured.forward, captured.backward
+
+    with ExitStack() as stack:
+
+        def replace(owner: Any, name: str, value: Any) -> None:
+            stack.enter_context(patch.object(owner, name, value))
+
+        for module in (decoder, info_nce_op, layers, soft_embed_op):
+            replace(module, "resolve_backend", lambda *_: "triton")
+        replace(engine_draft, "decode_kernel", lambda *_: "triton")
+        replace(pool, "_zeros", lambda count, like: like.new_zeros(count))
+        replace(train_step, "drafter_of", lambda model, _: engine_draft.fused_drafter(model.causal_lm))
+        replace(train_step.CapturedPasses, "of", lambda model, _: CapturedPasses(model, record=in_place))
+        replace(probe, "tolerance_of", lambda _: math.inf)
+        replace(launching, "launch", lambda kernel, *_, **__: counted.counts.update([kernel.fn.__name__]))
+        for name in ("product", "batched_product"):
+            replace(launching, name, lambda *_, name=name, **__: counted.counts.update([name]))
+        yield
+
+
+def operators_of_a_step(num_steps: int, factor: float, *, cuda: bool = False) -> Counter[str]:
     """Of one training step, by name."""
-    few, many = (_of_a_run(steps, num_steps, factor) for steps in (2, 4))
-    return Counter({name: (count - few[name]) // 2 for name, count in many.items()})
-
-
-def _of_a_run(steps: int, num_steps: int, factor: float) -> Counter[str]:
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "qwen2", tie_word_embeddings=True, max_position_embeddings=512, hidden_size=32, intermediate_size=48,
@@ -60,20 +117,34 @@ def _of_a_run(steps: int, num_steps: int, factor: float) -> Counter[str]:
     )  # fmt: skip
     model = GIRCSE(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), tiny_tokenizer())
     rows = [Row("", f"q {i}", (f"p {i}",), (f"n {i}",)) for i in range(8)]
-    with tempfile.TemporaryDirectory() as folder, OperatorCounts() as counted:
+    counted, until = OperatorCounts(inside=cuda), []
+    start = StepMonitor.start
+
+    def noted(monitor: StepMonitor) -> None:
+        until.append(counted.counts.copy())
+        start(monitor)
+
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         settings = TrainConfig(
-            output=f"{folder}/run", num_steps=num_steps, soft_token_gradient=factor, batch_size=4, max_steps=steps,
-            micro_batch_tokens=100_000, save_every=100, progress=False,
+            output=f"{folder}/run", num_steps=num_steps, soft_token_gradient=factor, batch_size=4, max_steps=4,
+            micro_batch_tokens=100_000, save_every=100, progress=False, device="cpu",
         )  # fmt: skip
+        stack.enter_context(patch.object(StepMonitor, "start", noted))
+        if cuda:
+            stack.enter_context(as_on_cuda(counted))
+        stack.enter_context(counted)
         train(settings, rows=rows, model=model)
-    return counted.counts
+    return until[3] - until[2]
 
 
 def main() -> int:
+    """Prints the rows of the table in docs/training.md."""
     for num_steps, factor in CASES:
-        counts = operators_of_a_step(num_steps, factor)
-        kinds = ", ".join(f"{name} {count:,}" for name, count in counts.most_common(8))
-        print(f"K = {num_steps}, soft_token_gradient {factor:g}: {counts.total():,} operators; {kinds}", flush=True)
+        name = f"K = {num_steps}" + (", the paper's gradient" if factor else " by the block" if num_steps else "")
+        paths = [operators_of_a_step(num_steps, factor, cuda=cuda) for cuda in (False, True)]
+        kinds = (", ".join(f"{kind} {count:,}" for kind, count in counts.most_common(6)) for counts in paths)
+        cells = (f"{counts.total():,}: {kind}" for counts, kind in zip(paths, kinds, strict=True))
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
     return 0
 
 

@@ -1,10 +1,10 @@
 """The torch backend of ``stepwise_info_nce``: pooling, and tiles of similarities with an online softmax.
 
-Vectors are laid out step first, rows [K, B, D] and candidates [K, M, D]. For each step the outer loop walks the
-candidates in chunks, the inner one the rows in tiles; one [R, C] tile of similarities exists at a time, forward or
-backward. Kept for backward: for every row and step the largest logit and the sum of exponentials relative to it. The
-two are kept apart because their sum, the log-sum-exp, would round away the small losses (logits reach 1 / temperature,
-50 and more).
+Vectors are laid out step first, rows [K, B, D] and candidates [K, M, D]. The outer loop walks the candidates in chunks,
+the inner one the rows in tiles; one tile of similarities exists at a time, forward or backward: [R, C] of one step, or
+[k, R, C] of as many steps as stay in the cache together, so that small batches take few operators. Kept for backward:
+for every row and step the largest logit and the sum of exponentials relative to it. The two are kept apart because
+their sum, the log-sum-exp, would round away the small losses (logits reach 1 / temperature, 50 and more).
 
 ``kernels/gircse_kernels/info_nce/`` offers the same functions. ``sums`` goes on from the ``Sums`` of other candidates,
 which is how pieces of the candidates and queries as negatives come in.
@@ -45,16 +45,16 @@ def pool(steps: Tensor, pooling: str, first: int = 0, last: int | None = None) -
     vectors = torch.empty((last - first, rows, width), dtype=dtype, device=steps.device)
     norms = torch.empty((last - first, rows), dtype=dtype, device=steps.device)
     for part in _row_blocks(vectors):
-        acc = torch.zeros((part.stop - part.start, width), dtype=dtype, device=steps.device)
-        for k in range(first if pooling == "last" else 0, last):
-            if pooling == "last":
-                acc = steps[part, k].to(dtype)
-            else:
-                acc.add_(steps[part, k].to(dtype), alpha=k + 1 if pooling == "weighted" else 1)
-            if k >= first:
-                norm = torch.linalg.vector_norm(acc, dim=-1)
-                norms[k - first, part] = norm
-                torch.div(acc, norm.masked_fill(norm == 0, 1.0)[:, None], out=vectors[k - first, part])
+        unit, norm = vectors[:, part], norms[:, part]
+        if pooling == "last":
+            unit.copy_(steps[part, first:last].transpose(0, 1))
+        else:
+            acc = torch.zeros((part.stop - part.start, width), dtype=dtype, device=steps.device)
+            for k in range(last):
+                out = acc if k < first else unit[k - first]
+                acc = torch.add(acc, steps[part, k], alpha=k + 1 if pooling == "weighted" else 1, out=out)
+        torch.linalg.vector_norm(unit, dim=-1, out=norm)
+        unit.div_(norm.masked_fill(norm == 0, 1.0)[..., None])
     return Pooled(vectors, norms)
 
 
@@ -71,30 +71,30 @@ def pool_gradient(
     last = first + grad.shape[0]
     weights = [k + 1 if pooling == "weighted" else 1 for k in range(out.shape[1])]
     for part in _row_blocks(grad):
-        later = None  # step i takes part in all z_k with k >= i
-        if pooling != "last" and last < out.shape[1]:
-            later = out[part, last] / weights[last] if carry is None else carry[part]
-        for k in reversed(range(first, last)):
-            inner, direction = grad[k - first, part], unit[k - first, part]
-            along = torch.linalg.vecdot(direction, inner)[:, None]
-            inner.addcmul_(direction, along, value=-1.0).mul_(_inverse(norms[k - first, part]))
-            if later is not None:
-                inner += later
-            if pooling != "last":
-                later = inner
-            out[part, k] = inner * weights[k] if weights[k] > 1 else inner
-        if carry is not None and later is not None:
-            carry[part] = later
+        inner, direction = grad[:, part], unit[:, part]
+        along = torch.linalg.vecdot(direction, inner)[..., None]
+        inner.addcmul_(direction, along, value=-1.0).mul_(_inverse(norms[:, part]))
+        if pooling != "last":
+            later = None  # step i takes part in all z_k with k >= i
+            if last < out.shape[1]:
+                later = out[part, last] / weights[last] if carry is None else carry[part]
+            for each in reversed(inner.unbind()):
+                later = each if later is None else each.add_(later)
+            if carry is not None:
+                carry[part] = inner[0]
+        if pooling == "weighted":
+            torch._foreach_mul_(inner.unbind(), weights[first:last])
+        out[part, first:last] = inner.transpose(0, 1)
 
 
 def _row_blocks(vectors: Tensor) -> Iterator[slice]:
-    """Rows whose vectors of one step stay in the cache while their steps are walked."""
-    return slices(vectors.shape[1], max(1, BLOCK_BYTES // (vectors.shape[2] * vectors.itemsize)))
+    """Rows whose vectors [K, R, D] stay in the cache while their steps are walked."""
+    return slices(vectors.shape[1], max(1, BLOCK_BYTES // (len(vectors) * vectors.shape[2] * vectors.itemsize)))
 
 
 def _inverse(norms: Tensor) -> Tensor:
-    """1 / norm [B, 1]; 0 for a zero vector."""
-    return torch.where(norms > 0, norms.reciprocal(), 0.0)[:, None]
+    """1 / norm [K, B, 1]; 0 for a zero vector."""
+    return torch.where(norms > 0, norms.reciprocal(), 0.0)[..., None]
 
 
 def sums(
@@ -113,30 +113,23 @@ def sums(
     ``target`` [B] int64 (negative: elsewhere), ``mask`` [B, M] bool (True: does not count), ``exclude`` [B] int64 (a
     candidate that does not count; negative: none).
     """
-    num_steps, num_rows, _ = rows.shape
     if into is None:
         first = torch.finfo(rows.dtype).min, 0.0, -torch.inf, -torch.inf
-        into = Sums(*(rows.new_full((num_steps, num_rows), value) for value in first))
-    peak, total, positive, hardest = (each[..., None] for each in into)
-    tile, size = _tiling(rows, candidates)
-    for k in range(num_steps):
-        for columns in slices(candidates.shape[1], size):
-            for part in slices(num_rows, tile):
-                logits, inside, index = _logits(
-                    rows[k, part], candidates[k, columns], target[part], temperature, mask, exclude, part, columns
-                )
-                mine = torch.where(inside, logits.gather(1, index), -torch.inf)
-                torch.maximum(positive[k, part], mine, out=positive[k, part])
-                highest = logits.amax(1, keepdim=True)
-                new_peak = torch.maximum(peak[k, part], highest)
-                # the target's logit out of the way for a moment: the rest's largest is the hardest negative
-                kept = logits.gather(1, index)
-                logits.scatter_(1, index, kept.masked_fill(inside, -torch.inf))
-                torch.maximum(hardest[k, part], logits.amax(1, keepdim=True), out=hardest[k, part])
-                logits.scatter_(1, index, kept)
-                total[k, part] *= (peak[k, part] - new_peak).exp_()
-                total[k, part] += logits.sub_(new_peak).exp_().sum(1, keepdim=True)
-                peak[k, part] = new_peak
+        into = Sums(*(rows.new_full(rows.shape[:2], value) for value in first))
+    peaks, totals, positives, hardest = (each[..., None] for each in into)
+    for steps, columns, part in _tiles(rows, candidates):
+        logits, inside, index = _logits(rows, candidates, target, temperature, mask, exclude, steps, columns, part)
+        peak, total, positive, other = (each[steps, part] for each in (peaks, totals, positives, hardest))
+        mine = logits.gather(2, index)
+        torch.maximum(positive, mine.masked_fill(~inside, -torch.inf), out=positive)
+        new_peak = torch.maximum(peak, logits.amax(2, keepdim=True))
+        # the target's logit out of the way for a moment: the rest's largest is the hardest negative
+        logits.scatter_(2, index, mine.masked_fill(inside, -torch.inf))
+        torch.maximum(other, logits.amax(2, keepdim=True), out=other)
+        logits.scatter_(2, index, mine)
+        total *= (peak - new_peak).exp_()
+        total += logits.sub_(new_peak).exp_().sum(2, keepdim=True)
+        peak.copy_(new_peak)
     return into
 
 
@@ -160,56 +153,58 @@ def gradients(
     ``peak`` and ``total`` [K, B] are those over all candidates, of which these may be a part; ``weight`` [K]. The
     target's one is subtracted inside its tile (``p - 1``, one element a row): no atomics, two runs are bitwise equal.
     """
-    num_steps, num_rows, _ = rows.shape
     grad_candidates = torch.zeros_like(candidates) if need_candidates else None
     weight = weight / temperature
-    tile, size = _tiling(rows, candidates)
-    for k in range(num_steps):
-        for columns in slices(candidates.shape[1], size):
-            chunk = candidates[k, columns]
-            for part in slices(num_rows, tile):
-                logits, inside, index = _logits(
-                    rows[k, part], chunk, target[part], temperature, mask, exclude, part, columns
-                )
-                probs = logits.sub_(peak[k, part, None]).exp_().div_(total[k, part, None])
-                probs.scatter_add_(1, index, inside.to(probs.dtype).neg_())
-                probs.mul_(weight[k])
-                if grad_rows is not None:
-                    grad_rows[k, part] += matmul_nt(probs, chunk.T)
-                if grad_candidates is not None:
-                    grad_candidates[k, columns] += matmul_nt(probs.T, rows[k, part].T)
+    for steps, columns, part in _tiles(rows, candidates):
+        logits, inside, index = _logits(rows, candidates, target, temperature, mask, exclude, steps, columns, part)
+        probs = logits.sub_(peak[steps, part, None]).exp_().div_(total[steps, part, None])
+        probs.scatter_add_(2, index, inside.to(probs.dtype).neg_().expand_as(index))
+        probs.mul_(weight[steps, None, None])
+        for k, of_step in enumerate(probs, steps.start):
+            if grad_rows is not None:
+                grad_rows[k, part] += matmul_nt(of_step, candidates[k, columns].T)
+            if grad_candidates is not None:
+                grad_candidates[k, columns] += matmul_nt(of_step.T, rows[k, part].T)
     return grad_candidates
+
+
+def _tiles(rows: Tensor, candidates: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """Steps, candidates and rows that meet at a time."""
+    num_steps, num_rows, width = rows.shape
+    num_candidates, itemsize = candidates.shape[1], rows.itemsize
+    tile, size = tiling(num_rows, num_candidates, tiles=4, per_vocab=width, per_row=width, itemsize=itemsize)
+    for steps in slices(num_steps, max(1, BLOCK_BYTES // (tile * size * itemsize))):
+        for columns in slices(num_candidates, size):
+            for part in slices(num_rows, tile):
+                yield steps, columns, part
 
 
 def _logits(
     rows: Tensor,
-    chunk: Tensor,
+    candidates: Tensor,
     target: Tensor,
     temperature: float,
     mask: Tensor | None,
     exclude: Tensor | None,
-    part: slice,
+    steps: slice,
     columns: slice,
+    part: slice,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A tile of logits, -inf where a candidate does not count; whether the target is inside; its column."""
-    logits = matmul_nt(rows, chunk).div_(temperature)
+    """A tile of logits [k, R, C], -inf where a candidate does not count; whether the target is inside [R, 1]; its
+    column [k, R, 1]."""
+    pairs = zip(rows[steps, part], candidates[steps, columns], strict=True)
+    products = [matmul_nt(*pair) for pair in pairs]
+    logits = (products[0][None] if len(products) == 1 else torch.stack(products)).div_(temperature)
     if mask is not None:
         logits.masked_fill_(mask[part, columns], -torch.inf)
     if exclude is not None:
-        out, column = _in_columns(exclude[part], columns)
-        logits.scatter_(1, column, torch.where(out, -torch.inf, logits.gather(1, column)))
-    return logits, *_in_columns(target, columns)
+        out, column = _in_columns(exclude[part], columns, len(logits))
+        logits.scatter_(2, column, logits.gather(2, column).masked_fill_(out, -torch.inf))
+    return logits, *_in_columns(target[part], columns, len(logits))
 
 
-def _tiling(rows: Tensor, candidates: Tensor) -> tuple[int, int]:
-    width = rows.shape[2]
-    return tiling(
-        rows.shape[1], candidates.shape[1], tiles=4, per_vocab=width, per_row=width, itemsize=rows.dtype.itemsize
-    )
-
-
-def _in_columns(index: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Whether each row's index lies in this chunk, and its column there (any valid one if not), both [R, 1]."""
+def _in_columns(index: Tensor, columns: slice, num_steps: int) -> tuple[Tensor, Tensor]:
+    """Whether each row's index lies in this chunk, [R, 1], and its column there (any valid one if not), [k, R, 1]."""
     column = (index - columns.start)[:, None]
-    width = columns.stop - columns.start
-    return (column >= 0) & (column < width), column.clamp(0, width - 1)
+    clamped = column.clamp(0, columns.stop - columns.start - 1)
+    return column == clamped, clamped.expand(num_steps, -1, -1)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gircse.ops import l2_normalize, pool_steps, stepwise_info_nce, tiles_torch
+from gircse.ops import info_nce_torch, l2_normalize, pool_steps, stepwise_info_nce, tiles_torch
 from gircse.ops.info_nce_reference import info_nce_reference, pool_steps_reference
 
 POOLINGS = ["mean", "last", "weighted"]
@@ -20,9 +20,14 @@ POOLINGS = ["mean", "last", "weighted"]
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several chunks and tiles, the last of each ragged, at the shapes of these tests."""
-    monkeypatch.setattr(tiles_torch, "VOCAB_CHUNK", 8)
-    monkeypatch.setattr(tiles_torch, "ROW_TILE", 3)
+    """Several chunks, tiles and groups of steps, the last of each ragged, at the shapes of these tests."""
+    shrink(monkeypatch)
+
+
+def shrink(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tiles_torch, "VOCAB_CHUNK", 8)
+    patch.setattr(tiles_torch, "ROW_TILE", 3)
+    patch.setattr(info_nce_torch, "BLOCK_BYTES", 3 * 3 * 8 * 4)  # similarities of three steps in float32
 
 
 @pytest.fixture(autouse=True)
@@ -74,8 +79,7 @@ def test_any_shape_and_target(rows: int, candidates: int, steps: int, width: int
     tensors = [torch.randn(n, steps, width, generator=generator) for n in (rows, candidates)]
     target = torch.randint(candidates, (rows,), generator=generator)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles_torch, "VOCAB_CHUNK", 8)
-        patch.setattr(tiles_torch, "ROW_TILE", 3)
+        shrink(patch)
         ours = run(stepwise_info_nce, tensors, torch.float64, target, temperature=0.1, pooling=pooling)
     truth = run(info_nce_reference, tensors, torch.float64, target, temperature=0.1, pooling=pooling)
     for mine, exact in zip(ours, truth, strict=True):
