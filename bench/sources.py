@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import hashlib
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +47,7 @@ MEASURED_BY: dict[str, tuple[str, ...]] = {
 _SHOWS = {f"bench.{name}" for name in ("documents", "plots", "provenance", "records", "sources", "tables")}
 
 
-@lru_cache
+@cache
 def sources_hash(benchmark: str) -> str:
     """16 hex digits over names and contents of everything that a record of this kind depends on."""
     digest = hashlib.sha256()
@@ -74,7 +74,7 @@ def dependencies(roots: tuple[str, ...]) -> dict[str, Path]:
     return dict(sorted((reached | data).items()))
 
 
-@lru_cache
+@cache
 def modules() -> dict[str, Path]:
     """Every module of this checkout by the name that it is imported by."""
     files = {}
@@ -85,7 +85,7 @@ def modules() -> dict[str, Path]:
     return files
 
 
-@lru_cache
+@cache
 def imports(name: str) -> frozenset[str]:
     """Modules that one module imports, wherever in it; not those that it imports for type checkers alone."""
     path = modules()[name]
@@ -104,13 +104,13 @@ def imports(name: str) -> frozenset[str]:
 
 def _executed(tree: ast.AST) -> Iterator[ast.AST]:
     """All nodes but the bodies of `if TYPE_CHECKING:`."""
-    yield tree
-    for child in ast.iter_child_nodes(tree):
-        if isinstance(child, ast.If) and _last_name(child.test) == "TYPE_CHECKING":
-            for node in child.orelse:
-                yield from _executed(node)
-        else:
-            yield from _executed(child)
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        for child in ast.iter_child_nodes(node):
+            checked = isinstance(child, ast.If) and _last_name(child.test) == "TYPE_CHECKING"
+            waiting += child.orelse if checked else [child]
 
 
 def _last_name(node: ast.expr) -> str:
@@ -126,7 +126,7 @@ def _absolute(node: ast.ImportFrom, package: str) -> str:
     return ".".join([*parts, *([node.module] if node.module else [])])
 
 
-@lru_cache
+@cache
 def _home(package: str, name: str) -> str:
     """`from package import name` -> the module that this loads: a submodule, or where a package that loads its names
     late (`__getattr__`) says to type checkers that the name is from."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the suite may reach for a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,10 @@ from tests.own_warnings import caused_by_us
 if not torch.cuda.is_available():
     # The kernels then run on CPU tensors, in Triton's interpreter. It is chosen when they are imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if find_spec("triton"):
+        from tests.interpreter import replace_once_a_launch
+
+        replace_once_a_launch()
 
 from tests.tiny_models import tiny_model, tiny_tokenizer  # after that choice: transformers may import triton
 

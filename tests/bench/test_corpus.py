@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sysconfig
 from dataclasses import replace
 from pathlib import Path
 
@@ -214,7 +215,9 @@ def test_floor_with_a_shared_prefix():
     assert apart.flops - shared.flops == 2 * facts.prompt([8]).flops
 
 
-def test_docstrings_are_the_same_every_time(tmp_path):
+def test_docstrings_are_the_same_every_time(tmp_path, monkeypatch):
+    part = Path(sysconfig.get_paths()["stdlib"]) / "asyncio"
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(part)})
     outs = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
     for out in outs:
         assert docstrings.main(["--limit", "40", "--out", str(out)]) == 0

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
+from typing import Any
 
 import torch
 
 from bench import info_nce
-from bench.provenance import ROOT
+from tests.forkserver import CONTEXT
 
 
-def test_the_exchange_between_ranks_is_measured() -> None:
-    command = [sys.executable, "bench/info_nce.py", "--ranks", "3", "--smoke", "--repeats", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    record = json.loads(done.stdout.splitlines()[-1])
+def test_the_exchange_between_ranks_is_measured(monkeypatch, capsys) -> None:
+    start = torch.multiprocessing.start_processes
+
+    def forked(*arguments: Any, start_method: str, **options: Any) -> Any:
+        assert start_method == "spawn"  # which would import everything anew, once in each rank
+        return start(*arguments, start_method=CONTEXT.get_start_method(), **options)
+
+    monkeypatch.setattr(torch.multiprocessing, "start_processes", forked)
+    monkeypatch.setattr(sys, "argv", ["bench/info_nce.py", "--ranks", "3", "--smoke", "--repeats", "1"])
+    assert info_nce.main() == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert record["ranks"] == 3
     assert record["exchange_seconds"] > 0
     assert record["seconds"] > 0

@@ -14,6 +14,7 @@ from bench import documents, op_engines, report, run, sweep, sweep_jobs
 from bench.blocks_scaling import COMMAND
 from bench.cases import BOTH, FORWARD, PASSES
 from bench.engines import ENGINES, GRAPH
+from bench.shapes import SHAPES
 from bench.sweep import CURVES, NAMES, TOLERANCES, Curve, curves_of, judge, log_slope, slopes_of
 from bench.sweep_jobs import SoftEmbed, soft_embed_held
 from gircse.roofline import Ceilings
@@ -23,6 +24,7 @@ from gircse.roofline import Ceilings
 def measure(tmp_path, monkeypatch):
     """Runs main() on tiny sizes; the ceilings are given, not measured."""
     monkeypatch.setattr(sweep, "measure_ceilings", lambda *_: Ceilings(1e11, 1e10))
+    monkeypatch.setitem(SHAPES["smollm2-135m"].settings, "vocab_size", 4096)  # it would take most of the time
 
     def call(*curves: str) -> int:
         return run.main(["--sweep", *curves, "--quick", "--device", "cpu", "--out", str(tmp_path / "sweep")])

@@ -66,10 +66,13 @@ class Saved:
         return tensor
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m", "qwen2.5-0.5b"])
 @pytest.mark.parametrize(
-    ("dtype", "checkpointing", "factor"),
-    [(torch.float32, False, 1.0), (torch.float32, True, 0.0), (torch.bfloat16, False, 1.0)],
+    ("name", "dtype", "checkpointing", "factor"),
+    [
+        ("smollm2-135m", torch.float32, False, 1.0),
+        ("smollm2-135m", torch.float32, True, 0.0),
+        ("qwen2.5-0.5b", torch.bfloat16, False, 1.0),
+    ],
 )
 def test_what_autograd_saves_and_the_peak(name, dtype, checkpointing, factor):
     (meta, lm), length, num_steps = models(name, checkpointing, dtype), 24, 3
