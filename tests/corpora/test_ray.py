@@ -4,7 +4,6 @@ import torch and transformers."""
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -21,17 +20,10 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install gircs
 from gircse.cli import main  # noqa: E402
 from gircse.corpora import encode_dataset  # noqa: E402
 from gircse.corpora.ray_data import EncodingActor  # noqa: E402
-from tests.corpora.slow_and_dying import MARK, PAUSE  # noqa: E402
+from tests.corpora.slow_and_dying import runtime  # noqa: E402
 
 TEXTS = [f"text {i} {'o' * (i % 5)}" for i in range(120)]
 CPUS = 3  # a worker, what reads and writes, and what finds the rows that are done
-ROOT = Path(__file__).parents[2]
-
-
-def runtime(folder: Path, pause: float = 0.0) -> dict:
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    environment = {MARK: str(folder / "died"), PAUSE: str(pause), "PYTHONPATH": paths}
-    return {"worker_process_setup_hook": "tests.corpora.slow_and_dying.prepare", "env_vars": environment}
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +131,7 @@ def test_the_driver_is_killed_and_started_again(cluster, base, corpus, tmp_path,
     assert f"instruction: {out} was begun with None, got 'find'" in capsys.readouterr().err
     assert main(arguments) == 0
     assert "120 rows are in" in capsys.readouterr().err
-    assert ray.data.DataContext.get_current().use_datasource_v2  # Ray's default, of which other jobs of the process know
+    assert ray.data.DataContext.get_current().use_datasource_v2  # as other jobs of the process expect
     result = pq.read_table(out).sort_by("id")
     assert result.column_names == ["id", "text", "embedding"]
     assert result["id"].to_pylist() == list(range(120))
