@@ -13,6 +13,6 @@ def ray(results: Results) -> str:
     parts = []
     for name, record in results.of("ray-encode").items():
         columns = filled(ray_encode.COLUMNS, record["points"])
-        origin = f"`{name}.json`{results.mark(record)}: {versions([record])}; `{record['provenance']['command']}`"
+        origin = f"`{name}.json`{results.mark(record)}: `python bench/ray_encode.py`, {versions([record])}"
         parts += [origin, markdown(columns, record["points"])]
     return "\n\n".join(parts) or "no record yet: `python bench/ray_encode.py`"
