@@ -67,7 +67,7 @@ def encode_files_on_ray(
     context = ray.data.DataContext.get_current().copy()
     # The newer reader lists files in threads, and two that import a module at the same moment can see half of it.
     context.use_datasource_v2 = False
-    with ray.data.DataContext.current(context):
+    with ray.data.DataContext.current(context):  # Ray's own reading of the checkpoint goes by it, too
         # By default Ray makes a column of a folder named lang=en, leaves out files that end in .pq, and takes texts of
         # JSON Lines for times where they look like it.
         if source.kind == "parquet":
@@ -75,15 +75,15 @@ def encode_files_on_ray(
         else:
             options = pa_json.ParseOptions(explicit_schema=source.schema)
             ds = ray.data.read_json(source.files, partitioning=None, parse_options=options)
-    ds.context.raise_original_map_exception = True
-    ds.context.checkpoint_config = CheckpointConfig(
-        id_column=id_column, checkpoint_path=f"{output}/{STATE}/checkpoint", delete_checkpoint_on_success=False
-    )
-    try:
-        map_job(ds, job, rows_per_task=rows_per_task, **resources).write_parquet(output, mode="append")
-    except Exception as error:
-        forget_if_empty(output)  # so that settings that were wrong can be set right
-        raise ValueError(_what_matters(error)) from error
+        ds.context.raise_original_map_exception = True
+        ds.context.checkpoint_config = CheckpointConfig(
+            id_column=id_column, checkpoint_path=f"{output}/{STATE}/checkpoint", delete_checkpoint_on_success=False
+        )
+        try:
+            map_job(ds, job, rows_per_task=rows_per_task, **resources).write_parquet(output, mode="append")
+        except Exception as error:
+            forget_if_empty(output)  # so that settings that were wrong can be set right
+            raise ValueError(_what_matters(error)) from error
     there = _rows(output)
     if there != source.total:
         raise ValueError(

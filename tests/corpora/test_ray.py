@@ -115,7 +115,9 @@ def test_the_driver_is_killed_and_started_again(cluster, base, corpus, tmp_path,
     arguments = command(base, corpus, out, "--id", "id")
     driver = (
         f"import sys, ray; ray.init({cluster!r}, runtime_env={runtime(tmp_path, pause=0.5)!r}, logging_level='error');"
-        "from gircse.cli import main; sys.exit(main(sys.argv[1:]))"
+        "from gircse.cli import main; import gircse.corpora.ray_files;"
+        "assert 'torch' not in sys.modules;"  # which a driver would spend seconds on
+        "sys.exit(main(sys.argv[1:]))"
     )
     process = subprocess.Popen([sys.executable, "-c", driver, *arguments], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
