@@ -34,6 +34,7 @@ MEASURED_BY: dict[str, tuple[str, ...]] = {
     "op": ("bench.op_measure", "bench.floors"),
     "plan": ("bench.plan_check",),
     "quality": ("bench.quality",),
+    "ray-encode": ("bench.ray_encode",),
     "scaling": ("bench.sweep",),
     "summary": ("bench.suite",),
     "step": ("bench.suite.steps", "bench.floors", "bench.shapes"),

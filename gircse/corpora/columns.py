@@ -36,26 +36,32 @@ def _decoded(value: bytes | None) -> str | int | None:
         return error.start
 
 
+def check_values(values: np.ndarray, dtype: str) -> None:
+    """
+    Raises:
+        ValueError: values that `dtype`, one of `OUTPUT_DTYPES`, cannot hold.
+    """
+    if dtype == "float16" and (np.isfinite(values) & (np.abs(values) > np.finfo(np.float16).max)).any():
+        raise ValueError(
+            f"output_dtype: got float16 for values up to {np.nanmax(np.abs(values)):g}, expected float32 or int8"
+        )
+    if dtype == "int8" and not np.isfinite(values).all():
+        raise ValueError("output_dtype: got int8 for values that are not finite, expected float32")
+
+
 def embedding_column(values: np.ndarray, missing: np.ndarray, dtype: str) -> tuple[pa.Array, pa.Array | None]:
     """Embeddings as lists of fixed size, which every reader of Parquet understands, and for int8 their scales.
 
     Args:
-        values: float32 [n, D] or [n, K, D].
+        values: float32 [n, D] or [n, K, D], which `check_values` has seen.
         missing: bool [n]; these rows are null.
         dtype: one of `OUTPUT_DTYPES`.
-
-    Raises:
-        ValueError: values that float16 cannot hold.
 
     Returns:
         `fixed_size_list<dtype>[D]`, or `fixed_size_list<fixed_size_list<dtype>[D]>[K]`; and None, or the scales:
         float32, or `fixed_size_list<float>[K]`. Values are `integers * scale`, the largest becomes 127.
     """
     scales = None
-    if dtype == "float16" and (np.isfinite(values) & (np.abs(values) > np.finfo(np.float16).max)).any():
-        raise ValueError(
-            f"output_dtype: got float16 for values up to {np.nanmax(np.abs(values)):g}, expected float32 or int8"
-        )
     if dtype == "int8":
         factors = np.abs(values).max(axis=-1, initial=0).astype(np.float32) / np.float32(127)
         values = np.rint(values / np.where(factors > 0, factors, 1)[..., None])

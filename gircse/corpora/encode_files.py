@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,9 +24,11 @@ from gircse.corpora.manifest import begin, forget_if_empty
 from gircse.corpora.objects import is_local, new_object, place, remove
 from gircse.corpora.part import WHOLE, Part
 from gircse.corpora.sources import Source
-from gircse.corpora.text_encoder import TextEncoder
 from gircse.files.lock import folder_lock
 from gircse.integers import check_integer
+
+if TYPE_CHECKING:
+    from gircse.corpora.text_encoder import TextEncoder
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,8 @@ def _encode_missing(blocks: list[_Block], job: EncodeJob, update: Callable[[int]
     for block in blocks:
         if not block.is_there():
             if encoder is None:
+                from gircse.corpora.text_encoder import TextEncoder  # PyTorch, which a driver of Ray does without
+
                 encoder = TextEncoder(job)
             _write(block.url, block.encoded(encoder), update)
             encoded += len(block.rows)

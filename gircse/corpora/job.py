@@ -8,10 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gircse.files.digest import sha256_of_folder
+
 OUTPUT_DTYPES = ("float32", "float16", "int8")
 ON_ERROR = ("raise", "null")
 WINDOW = 2048  # rows that are encoded at once; more gain nothing, however unlike their lengths are
 ROWS_PER_TASK = 4096
+# Files of a model's folder that decide what it computes. Logs and notes may change.
+_LOADED = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
 
 
 @dataclass(frozen=True)
@@ -74,22 +78,24 @@ class EncodeJob:
     def check_columns(self, there: Sequence[str]) -> None:
         """
         Raises:
-            ValueError: a column of texts is missing, or one of the results is there already.
+            ValueError: a column of texts is missing or there twice, or one of the results is there already.
         """
         for column in self.columns:
             if column not in there:
                 raise ValueError(f"column: got {column!r}, expected one of {', '.join(there)}")
+            if list(there).count(column) > 1:
+                raise ValueError(f"column: got {column!r}, which is the name of several columns, expected one")
             for name in self.outputs(column):
                 if name in there:
                     raise ValueError(f"column: the input has a column {name!r} already, expected another name for it")
 
     def settings(self) -> dict[str, Any]:
         """All that decides the result, as JSON values. A folder is named by its whole path, so that it is the same from
-        wherever the command is started."""
+        wherever the command is started, and by a digest of its files, because its weights may be trained on."""
         values = asdict(self)
         for name in ("model", "adapter"):
-            value = values[name]
-            values[name] = str(Path(value).resolve()) if value and Path(value).is_dir() else value
+            if values[name] and (folder := Path(values[name])).is_dir():
+                values |= {name: str(folder.resolve()), f"{name}_sha256": sha256_of_folder(folder, _LOADED)}
         # what does not change the result
         values["load"] = {k: str(v) for k, v in sorted(self.load.items()) if k != "device" and v is not None}
         values["encode"] = {k: v for k, v in sorted(self.encode.items()) if k != "batch_size" and v is not None}

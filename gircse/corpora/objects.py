@@ -72,7 +72,9 @@ def visible(folder: str) -> list[str]:
     if not system.isdir(path):
         return []
     system.invalidate_cache(path)
-    names = [entry.rstrip("/").rpartition("/")[2] for entry in system.ls(path, detail=False)]
+    # Some object stores list a marker of the folder itself.
+    entries = [entry.rstrip("/") for entry in system.ls(path, detail=False)]
+    names = [entry.rpartition("/")[2] for entry in entries if entry != path.rstrip("/")]
     return sorted(name for name in names if not name.startswith("."))
 
 

@@ -23,19 +23,22 @@ if TYPE_CHECKING:
 
 
 class EncodingActor:
-    """A `TextEncoder` in a process of its own."""
+    """A `TextEncoder` in a process of its own. It refuses rows without a value of `id_column`, where there is one."""
 
-    def __init__(self, job: EncodeJob, threads: int) -> None:
+    def __init__(self, job: EncodeJob, threads: int, id_column: str | None) -> None:
         import torch
 
         from gircse.corpora.text_encoder import TextEncoder
 
         torch.set_num_threads(threads)
         self.encoder = TextEncoder(job)
+        self.id_column = id_column
 
     def __call__(self, table: pa.Table) -> pa.Table:
         from gircse.corpora.text_encoder import is_broken_device
 
+        if self.id_column and table[self.id_column].null_count:
+            raise ValueError(f"id: got null in column {self.id_column!r}, expected a value in every row")
         try:
             return self.encoder(table)
         except Exception as error:
@@ -133,7 +136,8 @@ def map_job(
     max_restarts: int = 5,
     max_task_retries: int = -1,
 ) -> Any:
-    """`encode_dataset` of a job, with the arguments of the same names and their errors."""
+    """`encode_dataset` of a job, with the arguments of the same names and their errors. Where the dataset has a
+    checkpoint, a row without an id raises."""
     import ray
 
     low, high = (workers, workers) if isinstance(workers, int) else workers
@@ -145,15 +149,21 @@ def map_job(
     if num_gpus is None:
         num_gpus = 1 if resources.get("GPU") else 0
     num_cpus = 1 if num_cpus is None else num_cpus
-    if low * num_cpus >= resources.get("CPU", 0):
+    checkpoint = ds.context.checkpoint_config
+    # A run that goes on has an actor that leaves out the rows of the checkpoint. With no CPU left Ray waits for ever.
+    cpus, others = resources.get("CPU", 0), 1 if checkpoint is None else 2
+    if low * num_cpus + others > cpus:
         raise ValueError(
-            f"workers: got {low} of {num_cpus:g} CPUs each, expected fewer than the {resources.get('CPU', 0):g} CPUs "
-            "of the cluster in all, because reading and writing need one"
+            f"workers: got {low} of {num_cpus:g} CPUs each, expected at most {max(0, cpus - others):g} CPUs in all: of "
+            f"the cluster's {cpus:g} CPUs one is left to read and write"
+            + ("" if checkpoint is None else ", one to find the rows that are done")
         )
     load = dict(job.load)
-    # Without this Ray leaves an actor all GPUs of its machine, which others were given.
-    if not num_gpus and str(load.setdefault("device", "cpu")).startswith("cuda"):
-        raise ValueError(f"num_gpus: got 0 with device {load['device']!r}, expected more")
+    if not num_gpus:
+        # Without this Ray leaves an actor all GPUs of its machine, which others were given.
+        load["device"] = load.get("device") or "cpu"
+        if str(load["device"]).startswith("cuda"):
+            raise ValueError(f"num_gpus: got 0 with device {load['device']!r}, expected more")
     # Ray cuts blocks by bytes, and a million short texts are one block, which a single actor would get.
     ds = ds.repartition(target_num_rows_per_block=rows_per_task)
     with warnings.catch_warnings():
@@ -161,7 +171,11 @@ def map_job(
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
         return ds.map_batches(
             EncodingActor,
-            fn_constructor_args=(replace(job, load=load), max(1, int(num_cpus))),
+            fn_constructor_args=(
+                replace(job, load=load),
+                max(1, int(num_cpus)),
+                None if checkpoint is None else checkpoint.id_column,
+            ),
             batch_size=min(window, rows_per_task),
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from gircse.corpora.encode_files import check_source, encode_files
@@ -49,7 +50,7 @@ def encode_files_on_ray(
         raise ValueError("input: got lines of text, expected Parquet or JSON Lines with an id column for Ray")
     if output.endswith(".parquet"):
         raise ValueError(f"output: got {output!r}, expected a folder, into which many machines write")
-    if id_column not in source.schema.names:
+    if id_column is None or source.schema.names.count(id_column) != 1:
         names = ", ".join(source.schema.names)
         raise ValueError(f"id: got {id_column!r}, expected one of {names}: by it a run that goes on knows what is done")
     check_source(source, job)
@@ -63,19 +64,26 @@ def encode_files_on_ray(
 
     if not ray.is_initialized():
         ray.init(address=address, logging_level=logging.WARNING)
+    context = ray.data.DataContext.get_current().copy()
     # The newer reader lists files in threads, and two that import a module at the same moment can see half of it.
-    ray.data.DataContext.get_current().use_datasource_v2 = False
-    read = ray.data.read_parquet if source.kind == "parquet" else ray.data.read_json
-    ds = read(source.files)
-    ds.context.raise_original_map_exception = True
-    ds.context.checkpoint_config = CheckpointConfig(
-        id_column=id_column, checkpoint_path=f"{output}/{STATE}/checkpoint", delete_checkpoint_on_success=False
-    )
-    try:
-        map_job(ds, job, rows_per_task=rows_per_task, **resources).write_parquet(output, mode="append")
-    except Exception as error:
-        forget_if_empty(output)  # so that settings that were wrong can be set right
-        raise ValueError(_what_matters(error)) from error
+    context.use_datasource_v2 = False
+    with ray.data.DataContext.current(context):  # Ray's own reading of the checkpoint goes by it, too
+        # By default Ray makes a column of a folder named lang=en, leaves out files that end in .pq, and takes texts of
+        # JSON Lines for times where they look like it.
+        if source.kind == "parquet":
+            ds = ray.data.read_parquet(source.files, partitioning=None, file_extensions=None)
+        else:
+            options = pa_json.ParseOptions(explicit_schema=source.schema)
+            ds = ray.data.read_json(source.files, partitioning=None, parse_options=options)
+        ds.context.raise_original_map_exception = True
+        ds.context.checkpoint_config = CheckpointConfig(
+            id_column=id_column, checkpoint_path=f"{output}/{STATE}/checkpoint", delete_checkpoint_on_success=False
+        )
+        try:
+            map_job(ds, job, rows_per_task=rows_per_task, **resources).write_parquet(output, mode="append")
+        except Exception as error:
+            forget_if_empty(output)  # so that settings that were wrong can be set right
+            raise ValueError(_what_matters(error)) from error
     there = _rows(output)
     if there != source.total:
         raise ValueError(

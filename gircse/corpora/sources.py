@@ -15,7 +15,7 @@ from gircse.corpora.columns import texts_of
 from gircse.corpora.objects import find_files, kind_of, place
 from gircse.encode.files import read_json_lines, read_lines
 
-_HEAD_BYTES = 64 * 2**10
+_HASHED_BYTES = 64 * 2**10
 _BLOCK = 2048
 
 
@@ -61,7 +61,8 @@ class Source:
         return sum(self.rows)
 
     def identity(self) -> list[list[Any]]:
-        """For each file its name, its size and the hash of its beginning (the whole may be terabytes)."""
+        """For each file its name, its size and a hash of its beginning, and of Parquet's end, where the sizes and the
+        extremes of all its columns are (the whole may be terabytes)."""
         return [identity_of(file) for file in self.files]
 
     def tables(self, rows: range, size: int) -> Iterator[pa.Table]:
@@ -103,8 +104,13 @@ class Source:
 
 def identity_of(file: str) -> list[Any]:
     system, path = place(file)
+    size = system.size(path)
     with system.open(path, "rb") as opened:
-        return [file, system.size(path), hashlib.sha256(opened.read(_HEAD_BYTES)).hexdigest()]
+        digest = hashlib.sha256(opened.read(_HASHED_BYTES))
+        if kind_of(file) == "parquet":
+            opened.seek(max(0, size - _HASHED_BYTES))
+            digest.update(opened.read())
+    return [file, size, digest.hexdigest()]
 
 
 def read_column(file: str, column: str) -> Iterator[list[str]]:

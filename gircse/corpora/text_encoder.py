@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from gircse.corpora.columns import embedding_column, texts_of
+from gircse.corpora.columns import check_values, embedding_column, texts_of
 from gircse.corpora.job import EncodeJob
 from gircse.encode.pipeline import EncodeOptions
 from gircse.model import GIRCSE
@@ -97,6 +97,7 @@ class TextEncoder:
         found: Any
         try:
             found = self.model.encode([texts[row] or "" for row in rows], show_progress_bar=False, **options)
+            check_values(found, self.job.output_dtype)
         except Exception as error:
             if is_broken_device(error):
                 raise

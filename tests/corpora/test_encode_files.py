@@ -7,12 +7,14 @@ import os
 import signal
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from gircse.cli import main
+from gircse.corpora.objects import visible
 from gircse.corpora.part import Part
 from gircse.corpora.sources import Source
 from tests.forkserver import CONTEXT
@@ -58,8 +60,6 @@ def test_parquet_to_parquet_keeps_order_and_columns(encode, corpus, tmp_path, mo
 
 
 def test_other_kinds_and_urls(encode, corpus, tmp_path, model):
-    import fsspec
-
     expected = model.encode(TEXTS, num_steps=1)
     lines = tmp_path / "in.jsonl"
     rows = [{**row, "late": 0.5} if i > 40 else row for i, row in enumerate(ROWS)]
@@ -223,6 +223,26 @@ def test_any_rows_of_any_files(corpus):
     pq.write_table(pa.Table.from_pylist(ROWS[:5]), corpus / "b.parquet")
     with pytest.raises(ValueError, match="have become shorter, expected 50 rows"):
         list(source.tables(range(50), 6))
+
+
+def test_an_input_that_changes_at_its_end_is_another(tmp_path):
+    found = []
+    for last in "ab":
+        texts = [str(i) * 10_000 for i in range(10, 30)] + [last]
+        pq.write_table(pa.table({"text": texts}), tmp_path / "x.parquet", compression="none", use_dictionary=False)
+        found.append(Source.of([str(tmp_path)], "text").identity()[0])
+    assert found[0][:2] == found[1][:2]  # the name and the size
+    assert found[0] != found[1]
+
+
+def test_the_marker_of_a_folder_is_no_file_in_it(monkeypatch):
+    class Store(fsspec.implementations.memory.MemoryFileSystem):
+        def ls(self, path, detail=True, **options):
+            return [f"{path}/"]
+
+    monkeypatch.setattr("gircse.corpora.objects.place", lambda url: (Store(), "/bucket/out"))
+    Store().mkdirs("/bucket/out", exist_ok=True)
+    assert visible("s3://bucket/out") == []
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])

@@ -1,8 +1,9 @@
-"""Ray Data: one cluster of this machine for all tests, and few jobs, because each takes seconds."""
+"""Ray Data: one cluster of this machine for all tests, and few jobs and workers, because each worker takes seconds to
+import torch and transformers."""
 
 from __future__ import annotations
 
-import os
+import json
 import signal
 import subprocess
 import sys
@@ -18,16 +19,11 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install gircs
 
 from gircse.cli import main  # noqa: E402
 from gircse.corpora import encode_dataset  # noqa: E402
-from tests.corpora.slow_and_dying import MARK, PAUSE  # noqa: E402
+from gircse.corpora.ray_data import EncodingActor  # noqa: E402
+from tests.corpora.slow_and_dying import runtime  # noqa: E402
 
 TEXTS = [f"text {i} {'o' * (i % 5)}" for i in range(120)]
-ROOT = Path(__file__).parents[2]
-
-
-def runtime(folder: Path, pause: float = 0.0) -> dict:
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    environment = {MARK: str(folder / "died"), PAUSE: str(pause), "PYTHONPATH": paths}
-    return {"worker_process_setup_hook": "tests.corpora.slow_and_dying.prepare", "env_vars": environment}
+CPUS = 3  # a worker, what reads and writes, and what finds the rows that are done
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +34,7 @@ def cluster(tmp_path_factory):
         patch.delenv("RAY_ADDRESS", raising=False)
         context = ray.init(
             address="local",
-            num_cpus=4,
+            num_cpus=CPUS,
             object_store_memory=200_000_000,
             include_dashboard=False,
             log_to_driver=False,
@@ -59,7 +55,7 @@ def test_a_dataset_with_rows_that_fail_and_an_actor_that_dies(cluster, base, mod
     table = pa.table({"id": range(120), "text": texts})
     ds = ray.data.from_arrow([table.slice(0, 50), table.slice(50)])
     options = {"num_steps": 1, "window": 10, "rows_per_task": 20, "on_error": "null", "preserve_order": True}
-    done = encode_dataset(ds, base, **options, workers=(1, 2))
+    done = encode_dataset(ds, base, **options)
     result = pa.concat_tables(ray.get(done.to_arrow_refs()))
     assert result.column_names == ["id", "text", "embedding", "embedding_error"]
     assert result.select(["id", "text"]).to_pylist() == table.to_pylist()  # in order, with an actor that died
@@ -73,29 +69,45 @@ def test_a_dataset_with_rows_that_fail_and_an_actor_that_dies(cluster, base, mod
     np.testing.assert_allclose(embeddings(result.slice(31, 1)), model.encode([""], num_steps=1), atol=1e-6)
 
 
-def test_arguments_that_would_wait_for_ever_are_refused(cluster, base):
+def test_arguments_that_would_wait_for_ever_are_refused(cluster, base, tmp_path):
     ds = ray.data.range(3)
-    with pytest.raises(ValueError, match="workers: got 4 of 1 CPUs each, expected fewer than the 4 CPUs"):
-        encode_dataset(ds, base, workers=4)
-    with pytest.raises(ValueError, match="workers: got 2 of 2 CPUs each"):
-        encode_dataset(ds, base, workers=(2, 8), num_cpus=2)
+    with pytest.raises(ValueError, match="workers: got 3 of 1 CPUs each, expected at most 2 CPUs in all"):
+        encode_dataset(ds, base, workers=3)
+    with pytest.raises(ValueError, match=r"workers: got 2 of 1.25 CPUs each"):
+        encode_dataset(ds, base, workers=(2, 8), num_cpus=1.25)
     with pytest.raises(ValueError, match="num_gpus: got 0 with device 'cuda'"):
         encode_dataset(ds, base, num_gpus=0, load={"device": "cuda"})
     with pytest.raises(ValueError, match="workers: got 1, expected an integer >= 2"):
         encode_dataset(ds, base, workers=(2, 1))
+    encode_dataset(ds, base, workers=2)
+    ds.context.checkpoint_config = ray.data.checkpoint.CheckpointConfig("id", str(tmp_path))
+    with pytest.raises(ValueError, match="expected at most 1 CPUs in all: .* one to find the rows that are done"):
+        encode_dataset(ds, base, workers=2)
+
+
+def test_a_row_without_an_id_is_refused():
+    actor = object.__new__(EncodingActor)
+    actor.encoder, actor.id_column = (lambda table: table), "id"
+    whole = pa.table({"id": [1, 2], "text": ["a", "b"]})
+    assert actor(whole) is whole
+    with pytest.raises(ValueError, match="id: got null in column 'id', expected a value in every row"):
+        actor(pa.table({"id": [1, None], "text": ["a", "b"]}))
 
 
 @pytest.fixture
 def corpus(tmp_path) -> Path:
-    for k in range(4):
+    """Of a folder and an ending that Ray treats in a way of its own."""
+    folder = tmp_path / "lang=en"
+    folder.mkdir()
+    for k, suffix in enumerate(("parquet", "parquet", "pq", "pq")):
         rows = range(30 * k, 30 * k + 30)
-        pq.write_table(pa.table({"id": rows, "text": [TEXTS[i] for i in rows]}), tmp_path / f"{k}.parquet")
-    return tmp_path
+        pq.write_table(pa.table({"id": rows, "text": [TEXTS[i] for i in rows]}), folder / f"{k}.{suffix}")
+    return folder
 
 
 def command(base: str, corpus: Path, out: Path, *more: str) -> list[str]:
     options = ["--model", base, "--output", str(out), "--num-steps", "1", "--rows-per-task", "10"]
-    return ["encode", str(corpus / "*.parquet"), *options, "--ray", *more]
+    return ["encode", str(corpus), *options, "--ray", *more]
 
 
 def test_the_driver_is_killed_and_started_again(cluster, base, corpus, tmp_path, model, capsys):
@@ -103,7 +115,9 @@ def test_the_driver_is_killed_and_started_again(cluster, base, corpus, tmp_path,
     arguments = command(base, corpus, out, "--id", "id")
     driver = (
         f"import sys, ray; ray.init({cluster!r}, runtime_env={runtime(tmp_path, pause=0.5)!r}, logging_level='error');"
-        "from gircse.cli import main; sys.exit(main(sys.argv[1:]))"
+        "from gircse.cli import main; import gircse.corpora.ray_files;"
+        "assert 'torch' not in sys.modules;"  # which a driver would spend seconds on
+        "sys.exit(main(sys.argv[1:]))"
     )
     process = subprocess.Popen([sys.executable, "-c", driver, *arguments], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
@@ -119,19 +133,30 @@ def test_the_driver_is_killed_and_started_again(cluster, base, corpus, tmp_path,
     assert f"instruction: {out} was begun with None, got 'find'" in capsys.readouterr().err
     assert main(arguments) == 0
     assert "120 rows are in" in capsys.readouterr().err
+    assert ray.data.DataContext.get_current().use_datasource_v2  # as other jobs of the process expect
     result = pq.read_table(out).sort_by("id")
+    assert result.column_names == ["id", "text", "embedding"]
     assert result["id"].to_pylist() == list(range(120))
     assert result["text"].to_pylist() == TEXTS
     np.testing.assert_allclose(embeddings(result), model.encode(TEXTS, num_steps=1), atol=1e-6)
     assert sum(path.exists() and path.stat().st_mtime_ns == time for path, time in before.items()) >= 2
 
 
-def test_a_row_that_raises_is_one_line(cluster, base, tmp_path, capsys):
-    pq.write_table(pa.table({"id": ["a", "b"], "text": ["fine", "raise"]}), tmp_path / "in.parquet")
-    assert main(command(base, tmp_path, tmp_path / "out", "--id", "id")) == 2
+def test_an_error_of_a_worker_is_one_line(cluster, base, tmp_path, capsys, monkeypatch):
+    class Raising:
+        def __call__(self, table: pa.Table) -> pa.Table:
+            raise ValueError(f"refused: {', '.join(map(str, table.schema.types))}\nby the test") from KeyError("cause")
+
+    def map_job(ds, job, **options):
+        return ds.map_batches(Raising, batch_format="pyarrow", compute=ray.data.ActorPoolStrategy(size=1))
+
+    monkeypatch.setattr("gircse.corpora.ray_files.map_job", map_job)  # a worker without a model starts at once
+    (tmp_path / "in").mkdir()
+    row = {"id": "2020-01-01", "text": "2020-01-02", "more": [1]}  # texts that Ray would take for times
+    (tmp_path / "in" / "a.jsonl").write_text(json.dumps(row))
+    assert main(command(base, tmp_path / "in", tmp_path / "out", "--id", "id")) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    expected = "text: row 1 of this table cannot be encoded: 'raise': RuntimeError: refused by the test"
-    assert line == f"gircse encode: error: {expected}"
+    assert line == "gircse encode: error: refused: string, string, list<item: int64>"
     assert not (tmp_path / "out" / ".gircse").exists()
 
 

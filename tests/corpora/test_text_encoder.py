@@ -110,11 +110,33 @@ def test_a_row_that_fails_is_found(encoder, monkeypatch):
     assert [row is None for row in result["embedding"].to_pylist()] == [False, False, False, True, False]
 
 
+@pytest.mark.parametrize(("dtype", "value", "reason"), [("float16", 7e4, "up to 70000"), ("int8", np.nan, "finite")])
+def test_a_row_that_the_type_cannot_hold_is_named(encoder, monkeypatch, dtype, value, reason):
+    encode = type(encoder.model).encode
+
+    def beyond(self, texts, **options):
+        embeddings = encode(self, texts, **options)
+        embeddings[[text == "blue fox" for text in texts], 3] = value
+        return embeddings
+
+    monkeypatch.setattr(type(encoder.model), "encode", beyond)
+    with pytest.raises(
+        ValueError, match=f"text: row 3 of this table .*'blue fox': .*output_dtype: got {dtype} .*{reason}"
+    ):
+        changed(encoder, output_dtype=dtype)(table())
+    result = changed(encoder, output_dtype=dtype, on_error="null")(table())
+    assert [row is None for row in result["embedding"].to_pylist()] == [False, False, False, True, False]
+    assert reason in result["embedding_error"][3].as_py()
+
+
 def test_columns_that_do_not_fit_are_named(encoder):
     with pytest.raises(ValueError, match="column: got 'text', expected one of id"):
         encoder(table().select(["id"]))
     with pytest.raises(ValueError, match="the input has a column 'embedding' already"):
         encoder(encoder(table()))
+    doubled = table().append_column("text", table()["text"])
+    with pytest.raises(ValueError, match="column: got 'text', which is the name of several columns"):
+        encoder(doubled)
     with pytest.raises(TypeError, match="text: got a column of int64, expected strings"):
         encoder(pa.table({"text": [1]}))
     dictionary = pa.chunked_array([pa.array(["a", None, "a"]).dictionary_encode()])
@@ -142,6 +164,20 @@ def test_what_is_written_down_is_json_and_decides_the_result(base, monkeypatch):
     assert json.loads(json.dumps(settings)) == settings
     assert settings["load"] == {}
     assert settings["encode"] == {"max_length": 9}
+
+
+def test_other_weights_in_the_same_folder_are_other_settings(tmp_path):
+    def settings():
+        return EncodeJob("hub/name", adapter=str(tmp_path)).settings()
+
+    for name in ("adapter_model.safetensors", "README.md"):
+        (tmp_path / name).write_bytes(bytes(200_000))
+    before = settings()
+    (tmp_path / "README.md").write_text("changed")
+    assert settings() == before
+    (tmp_path / "adapter_model.safetensors").write_bytes(bytes(199_999) + b"\1")
+    different = {name for name, value in settings().items() if value != before[name]}
+    assert different == {"adapter_sha256"}
 
 
 def test_datasets_maps_and_does_not_take_another_models_result(encoder, model, tmp_path):
