@@ -13,7 +13,7 @@ This is the fixed-point iteration with which Santilli et al. (arXiv 2305.10427) 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,7 +32,11 @@ from gircse.ops.head_facts import HeadFacts
 from gircse.ops.pooling import pool_steps
 
 # With `Limits.row_buckets` a pass takes a multiple of so many tokens of a row, so that there are few graphs.
-TOKENS_BUCKET = 4
+TOKENS_BUCKET = 8
+
+# After every pass: the indices of the rows in it, their states [n, K, D], and by how much z_K of each has moved, 1 -
+# cosine; None after the first pass.
+Watch = Callable[[Sequence[int], Tensor, Sequence[float] | None], None]
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,13 @@ class Jacobi:
         pooling: how z_K is made of the states.
         tolerance: a row stops when z_K has changed by less, 1 - cosine; with 0 every row takes K passes.
         auto: only batches that it makes faster, by `is_faster`; others are decoded one step after the other.
-        watch: is told after every pass but the first of each row in it (its index, and by how much z_K has moved).
+        watch: is told about every pass.
     """
 
     pooling: str
     tolerance: float
     auto: bool = False
-    watch: Callable[[int, float], None] | None = None
+    watch: Watch | None = None
 
     @classmethod
     def of(cls, config: GircseConfig) -> Jacobi | None:

@@ -120,6 +120,7 @@ def test_two_passes_are_the_same_operations(name, decoder):
 def test_tokens_of_a_pass():
     assert [first_token(done, 7, 1) for done in range(7)] == list(range(7))
     assert [first_token(done, 7, 4) for done in range(7)] == [0, 1, 1, 3, 3, 3, 3]
+    assert {20 - first_token(done, 20, 8) for done in range(20)} == {20, 19, 16, 8}
     assert [first_token(done, 2, 4) for done in range(2)] == [0, 1]
 
 
