@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 from statistics import fmean
+from typing import Any
 
 from bench import jacobi, jacobi_quality
 from bench.blocks_performance import versions
 from bench.documents import Record, Results, block
 from bench.plots import Figure, Panel, Series
-from bench.tables import column, filled, markdown
+from bench.tables import Column, column, filled, markdown
 
 _SHOWN = 60  # characters of a model's path
 _CLOSE = 1e-3  # the default tolerance
+_DISTANCES = jacobi_quality.DISTANCES
+_QUALITY: list[Column] = [
+    column("corpus", "corpus"),
+    column("K", "num_steps"),
+    column("way", "way"),
+    column("passes", "passes", "{:.1f}"),
+    column("most", "most_passes"),
+    *_DISTANCES,
+    column("nDCG@10", "ndcg", "{:.4f}"),
+    column("change", "change", "{:+.4f}"),
+    column("largest change", "largest_change", "{:+.4f}"),
+]
 _STARTS = [
     column("start", "start"),
     column("passes", "passes"),
     column("positions", "positions"),
-    column("1 - cosine: mean", "mean", "{:.1e}"),
-    column("largest", "largest", "{:.1e}"),
+    *_DISTANCES[::2],
 ]
+
+
+_MEANS = ("passes", "mean", "p99", "ndcg", "change")
+_LARGEST = ("most_passes", "largest")
 
 
 @block("jacobi-quality")
@@ -29,7 +45,8 @@ def quality(results: Results) -> str:
         figure = results.figure(name, "1 - cosine to the sequential embedding after each pass", _figure(record))
         parts += [
             _caption(results, name, record),
-            markdown(jacobi_quality.COLUMNS, record["points"]),
+            "Means over the models of a corpus, one for each seed; the largest values are those over all.",
+            markdown(_QUALITY, _quality(record)),
             figure,
             f"Starts of the passes, trained models: what each takes until the mean is below {_CLOSE:g}.",
             markdown(_STARTS, _starts(record)),
@@ -53,6 +70,35 @@ def _records(results: Results, kind: str) -> list[tuple[str, Record]]:
 
 def _caption(results: Results, name: str, record: Record, what: str = "") -> str:
     return f"`{name}.json`{results.mark(record)}: {what}{versions([record])}; `{record['provenance']['command']}`"
+
+
+def _quality(record: Record) -> list[dict[str, Any]]:
+    """A line for each corpus (and the untrained model on it), K and way; numbers of passes with the largest K only."""
+    largest_steps = max(point["num_steps"] for point in record["points"])
+    sequential: dict[tuple[str, str, int], float] = {}
+    lines: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    for point in record["points"]:
+        model = point["model"], point["corpus"], point["num_steps"]
+        corpus = point["corpus"] + (", untrained" if point["model"] == "untrained" else "")
+        if "passes" not in point:
+            sequential[model], way = point["ndcg"], "sequential"
+        elif "tolerance" in point:
+            way = f"tolerance {point['tolerance']:g}"
+        elif point["num_steps"] == largest_steps:
+            way = f"{point['after']} pass{'es' if point['after'] > 1 else ''}"
+        else:
+            continue
+        change = {"change": point["ndcg"] - sequential[model]} if "passes" in point else {}
+        lines.setdefault((corpus, point["num_steps"], way), []).append(point | change)
+    rows = []
+    for (corpus, num_steps, way), points in lines.items():
+        row: dict[str, Any] = {"corpus": corpus, "num_steps": num_steps, "way": way}
+        row |= {name: fmean(point[name] for point in points) for name in _MEANS if name in points[0]}
+        row |= {name: max(point[name] for point in points) for name in _LARGEST if name in points[0]}
+        if "change" in row:
+            row["largest_change"] = max((point["change"] for point in points), key=abs)
+        rows.append(row)
+    return rows
 
 
 def _starts(record: Record) -> list[dict[str, object]]:

@@ -3,13 +3,14 @@
 
     python bench/jacobi.py speed --shape qwen2.5-0.5b --dtype bfloat16 --rows 1 64 --length 32
     python bench/jacobi.py speed --base BASE --adapter ADAPTER --rows 1 2 4 8 16 64 --steps 5 10 20
-    python bench/jacobi.py quality --base BASE --adapters FOLDER --corpora code.json packages.json --out RECORD
+    python bench/jacobi.py quality --base BASE --adapters code-0 packages-0 --corpora code.json packages.json
 
-`speed` takes random weights, which do not settle as trained ones do, or a trained adapter. For each tolerance it prints
-the passes that the texts took and the seconds of an encoding, prompt included, in turn with the sequential one's.
-`quality` takes every adapter below a folder (and the base without one) and the test set of the corpus whose name is in
-the adapter's path, and measures passes, 1 - cosine to the sequential embedding and nDCG@10; for each start of the
-passes that was tried, too.
+`speed` takes random weights, which do not settle as trained ones do, or a trained adapter, and random tokens or those
+of a corpus. For each tolerance it prints the passes that the texts took and the seconds of an encoding, prompt
+included, in turn with the sequential one's, and whether decoding="auto" would take the passes.
+`quality` takes for each trained model (and the base without an adapter) the test set of the corpus whose name that of
+its folder begins with, and measures passes, 1 - cosine to the sequential embedding and nDCG@10; for the base and the
+first model of each corpus also each start of the passes that was tried. The record is saved after each model.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,9 @@ from bench.records import save
 from bench.shapes import SHAPES, random_model
 from bench.tables import Column, column, table
 from bench.timing import seconds
+from gircse.encode.tokens import tokenize
 from gircse.engine import Engine, Jacobi
+from gircse.engine.jacobi import is_faster
 from gircse.lm.causal_lm import CausalLM
 from gircse.model import GIRCSE
 
@@ -48,18 +52,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     speed.add_argument("--shape", choices=SHAPES, help="random weights of this shape")
     speed.add_argument("--layers", type=int, help="cut the shape to so many")
     speed.add_argument("--adapter", type=Path)
+    speed.add_argument("--corpus", type=Path, help="a file of `StudyCorpus.save`, whose documents are the texts")
     speed.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64])
     speed.add_argument("--length", type=int, default=40, help="tokens of each text (default: %(default)s)")
     speed.add_argument("--steps", type=int, nargs="+", default=[20])
     speed.add_argument("--tolerances", type=float, nargs="+", default=[1e-3])
-    speed.add_argument("--repeats", type=int, default=7)
+    speed.add_argument("--repeats", type=int, default=7, help="with one text; fewer with more, but 3 at least")
     quality = commands.add_parser("quality")
-    quality.add_argument("--adapters", type=Path, required=True, help="folder of trained models")
+    quality.add_argument("--adapters", type=Path, nargs="+", required=True, help="folders of trained models, in order")
     quality.add_argument("--corpora", type=Path, nargs="+", required=True, help="files of `StudyCorpus.save`")
     quality.add_argument("--texts", type=int, help="so many queries and documents at most")
-    quality.add_argument("--start-texts", type=int, default=64, help="of the comparison of starts")
-    quality.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20])
-    quality.add_argument("--tolerances", type=float, nargs="+", default=[2, 1e-2, 3e-3, 1e-3])
+    quality.add_argument("--untrained-texts", type=int, default=24, help="of the base (default: %(default)s)")
+    quality.add_argument("--start-texts", type=int, default=16, help="of the comparison of starts")
+    quality.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20], help="ascending")
+    quality.add_argument("--tolerances", type=float, nargs="+", default=[1e-2, 3e-3, 1e-3, 3e-4])
     for command in (speed, quality):
         command.add_argument("--base", help="folder of the base model")
         command.add_argument("--dtype", choices=DTYPES, default="float32")
@@ -67,49 +73,60 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record = {"benchmark": "jacobi", "kind": options.command, "dtype": options.dtype}
-    record |= (measure_speed if options.command == "speed" else measure_quality)(options, device)
     record["provenance"] = provenance(device, "jacobi")
-    if options.out:
-        save(record, options.out)
+    for found in (measure_speed if options.command == "speed" else measure_quality)(options, device):
+        if options.out:
+            save(record | found, options.out)
     return 0
 
 
-def measure_speed(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def measure_speed(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """The record's fields so far, after each number of rows and K."""
+    generator, most = torch.Generator().manual_seed(0), max(options.rows)
     if options.shape:
         model = random_model(SHAPES[options.shape].config(options.layers), dtype=DTYPES[options.dtype], device=device)
         lm = CausalLM.from_model(model)
     else:
-        lm = _trained(options, options.adapter, device).causal_lm
-    engine, generator = Engine(lm), torch.Generator().manual_seed(0)
-    points = []
+        trained = _trained(options, options.adapter, device)
+        lm = trained.causal_lm
+    texts = torch.randint(3, lm.vocabulary, (max(most, 16), options.length), generator=generator).tolist()
+    if options.corpus:
+        documents = test_set(options.corpus, None).documents
+        lengths = {"max_length": options.length, "num_steps": max(options.steps)}
+        rows = tokenize(trained, documents, instruction=None, **lengths)
+        texts = [row for row in rows if len(row) == options.length]
+    engine = Engine(lm)
+    size = sum(parameter.numel() for parameter in lm.body.parameters())
+    plans = {None: None} | {tolerance: Jacobi("mean", tolerance) for tolerance in options.tolerances}
+    points: list[dict[str, Any]] = []
     for rows in options.rows:
-        texts = torch.randint(3, lm.vocabulary, (rows, options.length), generator=generator).tolist()
+        repeats = max(3, options.repeats // rows)
+        batches = [
+            [texts[(start + row) % len(texts)] for row in range(rows)] for start in range(0, rows * repeats, rows)
+        ]
         for steps in options.steps:
-            plans: dict[float | None, Jacobi | None] = {None: None}
-            plans |= {tolerance: Jacobi("mean", tolerance) for tolerance in options.tolerances}
-            passes: dict[float | None, float] = {}
-            for tolerance, jacobi in plans.items():
-                before = _total(engine)
-                engine.states(texts, steps, jacobi=jacobi)
-                passes[tolerance] = (_total(engine) - before) / rows
-                engine.states(texts, steps, jacobi=jacobi)  # a prefill is captured in the second batch of its bucket
-                engine.states(texts, steps, jacobi=jacobi)
+            for jacobi in plans.values():
+                for _ in range(3 if device.type == "cuda" else 1):  # the second batch of a bucket captures its prefill
+                    engine.states(batches[0], steps, jacobi=jacobi)
             runs: dict[float | None, list[float]] = {tolerance: [] for tolerance in plans}
-            for _ in range(options.repeats):
+            passes = dict.fromkeys(plans, 0)
+            for batch in batches:
                 for tolerance, jacobi in plans.items():
-                    runs[tolerance].append(seconds(partial(engine.states, texts, steps, jacobi=jacobi), device))
+                    so_far = _total(engine)
+                    runs[tolerance].append(seconds(partial(engine.states, batch, steps, jacobi=jacobi), device))
+                    passes[tolerance] += _total(engine) - so_far
             sequential = statistics.median(runs[None])
-            points += [
-                {"rows": rows, "length": options.length, "num_steps": steps, "tolerance": tolerance}
-                | {"passes": passes[tolerance], "seconds": statistics.median(runs[tolerance]), "runs": runs[tolerance]}
-                | {"sequential_seconds": sequential, "sequential_runs": runs[None]}
-                for tolerance in options.tolerances
-            ]
+            for tolerance in options.tolerances:
+                taken = passes[tolerance] / (rows * repeats)
+                point = {"rows": rows, "length": options.length, "num_steps": steps, "tolerance": tolerance}
+                point |= {"passes": taken, "seconds": statistics.median(runs[tolerance]), "runs": runs[tolerance]}
+                point |= {"sequential_seconds": sequential, "sequential_runs": runs[None]}
+                point |= {"auto": is_faster(device.type, size, rows, steps, taken)}
+                points.append(point)
             print(table(SPEED_COLUMNS, points[-len(options.tolerances) :]), flush=True)
-    launches = [cost for cost in engine.report().steps if cost.tokens > 1]
-    print("kernels of a captured pass:", sorted({cost.launches for cost in launches}) or "none is captured")
-    model_name = options.shape or str(options.adapter or options.base)
-    return {"model": model_name, "points": points, "pass_launches": [cost._asdict() for cost in launches]}
+            launches = [cost._asdict() for cost in engine.report().steps if cost.tokens > 1]
+            model_name = options.shape or str(options.adapter or options.base)
+            yield {"model": model_name, "points": points, "pass_launches": launches}
 
 
 def _trained(options: argparse.Namespace, adapter: Path | None, device: torch.device) -> GIRCSE:
@@ -132,26 +149,31 @@ SPEED_COLUMNS: list[Column] = [
     column("sequential ms", "sequential_seconds", "{:.1f}", 1e3),
     column("Jacobi ms", "seconds", "{:.1f}", 1e3),
     ("sequential / Jacobi", lambda point: f"{point['sequential_seconds'] / point['seconds']:.2f}"),
+    ("auto", lambda point: "Jacobi" if point["auto"] else "sequential"),
 ]
 
 
-def measure_quality(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def measure_quality(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """The record's fields so far, after each model."""
     found: dict[str, list[Any]] = {"points": [], "starts": []}
-    trained = sorted(path.parent for path in options.adapters.rglob("adapter_config.json"))
-    for path in options.corpora:
-        corpus = test_set(path, options.texts)
-        mine = [folder for folder in trained if corpus.name in str(folder.relative_to(options.adapters))]
-        for folder in [None, *mine]:
-            model = _trained(options, folder, device)
-            name = "untrained" if folder is None else str(folder.relative_to(options.adapters))
-            what = {"model": name, "corpus": corpus.name}
-            points = [what | point for point in measure(model, corpus, options.steps, options.tolerances)]
+    paths = {path.stem: path for path in options.corpora}
+    models = [(None, name, options.untrained_texts) for name in paths]
+    models += [(folder, folder.name.split("-")[0], options.texts) for folder in options.adapters]
+    seen: set[tuple[bool, str]] = set()
+    for folder, name, count in models:
+        corpus = test_set(paths[name], count)
+        model, started = _trained(options, folder, device), time.process_time()
+        what = {"model": "untrained" if folder is None else "/".join(folder.parts[-2:]), "corpus": corpus.name}
+        points = [what | point for point in measure(model, corpus, options.steps, options.tolerances)]
+        print(table(COLUMNS, points), f"{time.process_time() - started:.0f} s", sep="\n", flush=True)
+        found["points"] += points
+        if (folder is None, name) not in seen:
+            seen.add((folder is None, name))
             texts = corpus.documents[: options.start_texts]
             starts = [what | point for point in measure_starts(model, texts, max(options.steps))]
-            print(table(COLUMNS, points), table(START_COLUMNS, starts), sep="\n\n", end="\n\n", flush=True)
-            found["points"] += points
+            print(table(START_COLUMNS, starts), f"{time.process_time() - started:.0f} s", sep="\n", flush=True)
             found["starts"] += starts
-    return found
+        yield found
 
 
 if __name__ == "__main__":

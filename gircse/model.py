@@ -128,7 +128,7 @@ class GIRCSE(Embedder):
             decoding: "sequential", "jacobi" (all steps together, in a few passes) or "auto" (whichever is faster for
                 the texts of a batch; embeddings depend on it, to the tolerance); default: the config's.
             jacobi_tolerance: with "jacobi" and "auto", a text is done when a pass moves its last embedding by less,
-                1 - cosine; 0 gives the sequential result. Default: the config's.
+                1 - cosine; 0 gives the sequential result. Default: the config's. Sequential decoding takes none.
             show_progress_bar: default: on a terminal, for more than 64 texts.
             devices: spread the texts over these devices, each with a copy of the model during the call.
 

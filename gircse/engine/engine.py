@@ -289,7 +289,8 @@ class Engine:
             if taken == num_steps or taken < 2:
                 continue
             rows = len(running.state.hidden)
-            if not running.leave(job.settled(running.state.states[: len(running.texts), :taken]).tolist(), taken):
+            settled = job.settled(running.state.states[: len(running.texts), :taken]).tolist()
+            if not running.leave([row for row, is_settled in enumerate(settled) if is_settled], taken):
                 break
             if len(running.state.hidden) < rows:
                 step = self._runner.bind(self._decoder, pool, running.state, batch.slots, job.temperature)
@@ -323,18 +324,15 @@ class Engine:
                 first=first_token(done, tokens, multiple),
                 stop=tokens,
             )()
-            last, texts = done + 1 == tokens, len(running.texts)
-            leaving = [last] * texts
+            last, moved = done + 1 == tokens, None
+            texts = {row: text for row, text in enumerate(running.texts) if text >= 0}
             if done and (watch or (tolerance and not last)):
-                moved = running.state.moved[:texts].tolist()  # the host waits for the device
-                leaving = [last or distance < tolerance for distance in moved]
-                if watch is not None:
-                    for text, distance in zip(running.texts, moved, strict=True):
-                        if text >= 0:
-                            watch(batch.rows[text], distance)
-            self._passes[tokens, tolerance, done + 1] += sum(
-                text >= 0 and leaves for text, leaves in zip(running.texts, leaving, strict=True)
-            )
+                moved = running.state.moved.tolist()  # the host waits for the device
+            if watch is not None:
+                chosen, states = [batch.rows[text] for text in texts.values()], running.state.states[[*texts]]
+                watch(chosen, states[:, :num_steps], None if moved is None else [moved[row] for row in texts])
+            leaving = [row for row in texts if last or (moved is not None and moved[row] < tolerance)]
+            self._passes[tokens, tolerance, done + 1] += len(leaving)
             if not running.leave(leaving, num_steps):
                 break
         states, counts = running.result()

@@ -39,13 +39,17 @@ class RunningRows:
         self._states = state.states.new_zeros(count, num_steps, state.states.shape[-1])
         self._counts = torch.full((count,), num_steps)
 
-    def leave(self, leaving: Sequence[bool], taken: int) -> bool:
-        """Keeps the first `taken` states of the rows that leave, and moves the others together where that makes the
-        buffers smaller. -> whether any text is left."""
-        for row, text in enumerate(self.texts):
-            if leaving[row] and text >= 0:
-                self._states[text, :taken], self._counts[text] = self.state.states[row, :taken], taken
-                self.texts[row] = -1
+    def leave(self, rows: Sequence[int], taken: int) -> bool:
+        """Keeps the first `taken` states of these rows, whose texts have settled, and moves the others together where
+        that makes the buffers smaller. Rows that have no text any more are passed over. -> whether any text is left."""
+        rows = [row for row in rows if self.texts[row] >= 0]
+        if rows:
+            texts = [self.texts[row] for row in rows]
+            source, target = torch.tensor([rows, texts], device=self._states.device)
+            self._states[target, :taken] = self.state.states[source, :taken]
+            self._counts[texts] = taken
+        for row in rows:
+            self.texts[row] = -1
         left = sum(text >= 0 for text in self.texts)
         if left and self._buffer_rows(left) < len(self.state.hidden):
             self._compact(left)
@@ -53,10 +57,7 @@ class RunningRows:
 
     def result(self) -> tuple[Tensor, Tensor]:
         """The states [n, K, D] of all texts, and how many count of each [n]. What is still running has all K."""
-        num_steps = self._states.shape[1]
-        for row, text in enumerate(self.texts):
-            if text >= 0:
-                self._states[text] = self.state.states[row, :num_steps]
+        self.leave(range(len(self.texts)), self._states.shape[1])
         return self._states, self._counts
 
     def _compact(self, left: int) -> None:

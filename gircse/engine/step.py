@@ -25,9 +25,9 @@ from gircse.engine.step_cost import StepCost, step_cost
 from gircse.lm.causal_lm import CausalLM
 from gircse.ops.head_facts import HeadFacts
 
-# At these counts all graphs or passes are dropped and made again when they are needed, so that memory stays bounded.
+# So that memory stays bounded, a new graph replaces the one that was not used for the longest time.
 MAX_GRAPHS = 48
-MAX_PASSES = 128  # sizes of batches whose index tensors are kept
+MAX_PASSES = 128  # sizes of batches whose index tensors are kept; then all are dropped
 
 
 def decode_step(
@@ -60,8 +60,8 @@ class StepRunner:
         self.captures = capture == "always" or (capture == "auto" and lm.device.type == "cuda")
         self.refusal: str | None = None
         self.graph_bytes = 0
-        self._graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
-        self._costs: dict[tuple[int, int, int], StepCost] = {}
+        self._graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Any]] = {}  # with the pass that it goes on reading
+        self._costs: dict[tuple[bool, tuple[int, int, int]], StepCost] = {}
         self._passes: dict[tuple, Any] = {}
         self._memory: Any = None
         self._prefills = PrefillGraphs()
@@ -153,11 +153,12 @@ class StepRunner:
             restored: tensors that `run` writes and reads.
         """
         key = (size, options)
-        if self.captures and key not in self._graphs and len(self._graphs) >= MAX_GRAPHS:
-            self.drop()  # before the pass is made, which the new graph goes on reading
+        if key in self._graphs:
+            self._graphs[key] = self._graphs.pop(key)  # the last one, because it is the one used last
+            return self._graphs[key][0].replay
         kv = self._passes.get((size, options[1:]))
         if kv is None or kv.pool is not pool or kv.start.data_ptr() != state.position.data_ptr():
-            if not self.captures and len(self._passes) >= MAX_PASSES:  # a captured graph goes on reading its pass
+            if len(self._passes) >= MAX_PASSES:
                 self._passes.clear()
             kv = self._passes[size, options[1:]] = make()
 
@@ -167,26 +168,28 @@ class StepRunner:
             run(kv, facts)
 
         def count() -> None:
-            self._costs[size] = step_cost(step, pool, state, size[2], size[0])
+            self._costs[isinstance(kv, JacobiPass), size] = step_cost(step, pool, state, size[2], size[0])
 
         if not self.captures:
             return step
-        if key not in self._graphs:
-            try:
-                self._graphs[key] = self._capture(step, restored, count if self._counted else None)
-            except torch.OutOfMemoryError:
+        if len(self._graphs) >= MAX_GRAPHS:
+            self._graphs.pop(next(iter(self._graphs)))
+        try:
+            graph = self._capture(step, restored, count if self._counted else None)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a model's forward may do many things that a capture forbids
+            if self._required:
                 raise
-            except Exception as error:  # a model's forward may do many things that a capture forbids
-                if self._required:
-                    raise
-                self.captures, self.refusal = False, f"{type(error).__name__}: {str(error).splitlines()[0]}"
-                warnings.warn(
-                    f"the generation step cannot be captured as a CUDA graph and runs eagerly, which is slower: "
-                    f"{self.refusal}",
-                    stacklevel=3,
-                )
-                return step
-        return self._graphs[key].replay
+            self.captures, self.refusal = False, f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            warnings.warn(
+                f"the generation step cannot be captured as a CUDA graph and runs eagerly, which is slower: "
+                f"{self.refusal}",
+                stacklevel=3,
+            )
+            return step
+        self._graphs[key] = graph, kv
+        return graph.replay
 
     def _capture(
         self, run: Callable[[], Any], restored: Sequence[Tensor] = (), counted: Callable[[], Any] | None = None

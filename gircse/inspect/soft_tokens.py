@@ -99,7 +99,12 @@ def inspect(
                 model, texts[start : start + _ROWS], ids[start : start + _ROWS], num_steps, top_n
             )
         if jacobi is not None:
-            watched = replace(jacobi, auto=False, watch=lambda row, moved: inspections[row].jacobi_moves.append(moved))
+
+            def watch(rows: Sequence[int], states: torch.Tensor, moved: Sequence[float] | None) -> None:
+                for row, distance in zip(rows, moved or (), strict=False):
+                    inspections[row].jacobi_moves.append(distance)
+
+            watched = replace(jacobi, auto=False, watch=watch)
             options: dict[str, Any] = {"temperature": model.config.temperature, "jacobi": watched}
             engine.states(ids, num_steps, include_prompt=model.config.include_prompt_state, **options)
     return inspections

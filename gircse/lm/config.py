@@ -105,8 +105,15 @@ class GircseConfig:
         return self if num_steps is None else replace(self, num_steps=num_steps)
 
     def with_decoding(self, decoding: str | None, jacobi_tolerance: float | None) -> GircseConfig:
-        return replace(
+        """Raises ValueError: a bad value, or a tolerance for sequential decoding, which has none."""
+        config = replace(
             self,
             decoding=self.decoding if decoding is None else decoding,
             jacobi_tolerance=self.jacobi_tolerance if jacobi_tolerance is None else jacobi_tolerance,
         )
+        if jacobi_tolerance is not None and config.decoding == "sequential":
+            raise ValueError(
+                f"jacobi_tolerance: got {jacobi_tolerance!r} with decoding='sequential', expected None, or decoding="
+                "'jacobi' or 'auto'"
+            )
+        return config

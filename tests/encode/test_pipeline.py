@@ -312,6 +312,7 @@ def test_an_error_on_one_device_ends_the_call(model, monkeypatch):
         (["a"], {"decoding": "fast"}, ValueError, "decoding: got 'fast', expected one of 'sequential'"),
         (["a"], {"jacobi_tolerance": -1}, ValueError, "jacobi_tolerance: got -1, expected a number from 0 to 2"),
         (["a"], {"jacobi_tolerance": True}, ValueError, "jacobi_tolerance: got True"),
+        (["a"], {"jacobi_tolerance": 0.1}, ValueError, "jacobi_tolerance: got 0.1 with decoding='sequential'"),
         (["a"], {"devices": []}, ValueError, r"devices: got \[\], expected a list"),
         (["a"], {"devices": ["cup"]}, ValueError, "devices: got 'cup'"),
         (["a"], {"devices": ["cuda:77"]}, ValueError, "devices: got 'cuda:77'"),

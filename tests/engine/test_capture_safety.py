@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from gircse.engine import step
 from gircse.engine.body import StockDecoder
 from gircse.engine.body.probe import fused_decoder
 from gircse.engine.pool import KVPool
@@ -115,3 +118,14 @@ def test_a_capture_that_fails_falls_back_with_one_warning(monkeypatch):
     runner.bind(StockDecoder(lm), pool, state, SLOTS, 0.5)
     assert len(attempts) == 1
     assert runner.refusal == "RuntimeError: operation not permitted when stream is capturing"
+
+
+def test_a_new_graph_replaces_the_one_that_was_not_used_for_the_longest_time(monkeypatch):
+    lm, state, _ = prepared_step("llama")
+    runner = StepRunner(lm, capture="never", kernel="sdpa")
+    runner.captures, captured = True, []
+    monkeypatch.setattr(step, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(runner, "_capture", lambda run, *_: captured.append(run) or SimpleNamespace(replay=run))
+    decoder, pool = StockDecoder(lm), KVPool(ROWS * SLOTS)
+    bound = [runner.bind(decoder, pool, state, SLOTS, temperature) for temperature in (1.0, 2.0, 1.0, 3.0, 1.0, 2.0)]
+    assert [captured.index(function) for function in bound] == [0, 1, 0, 2, 0, 3]

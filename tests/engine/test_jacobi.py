@@ -10,7 +10,7 @@ import torch
 
 from gircse.engine import EngineConfig
 from gircse.engine.body import StockDecoder
-from gircse.engine.jacobi import FASTER, MOST_PASSES, Jacobi, JacobiPass, first_token, is_faster, jacobi_pass
+from gircse.engine.jacobi import FASTER, Jacobi, JacobiPass, first_token, is_faster, jacobi_pass
 from gircse.lm.attention import RolloutKV
 from gircse.ops.pooling import pool_steps
 from tests.engine.test_capture_safety import ROWS, SLOTS, fused, prepared, two_steps
@@ -120,17 +120,20 @@ def test_two_passes_are_the_same_operations(name, decoder):
 def test_tokens_of_a_pass():
     assert [first_token(done, 7, 1) for done in range(7)] == list(range(7))
     assert [first_token(done, 7, 4) for done in range(7)] == [0, 1, 1, 3, 3, 3, 3]
+    assert {20 - first_token(done, 20, 8) for done in range(20)} == {20, 19, 16, 8}
     assert [first_token(done, 2, 4) for done in range(2)] == [0, 1]
 
 
 def test_auto_takes_what_is_faster():
     for device in ("cpu", "cuda"):
-        longest = max(line.tokens for line in FASTER if line.device == device)
-        most = max(line.rows for line in FASTER if line.device == device)
-        assert is_faster(device, 1, 1, longest, 4.0)
-        assert not is_faster(device, 1, most + 1, longest, 4.0)
-        assert not is_faster(device, 1, 1, 2, 0.0)
-        assert not is_faster(device, 1, 1, longest, MOST_PASSES * longest + 1)
+        one, *_, last = (line for line in FASTER if line.device == device)
+        assert is_faster(device, 1, last.rows, 20, 20 * last.passes)
+        assert not is_faster(device, 1, last.rows, 20, 20 * last.passes + 1)  # texts that do not settle
+        assert not is_faster(device, 1, last.rows, last.tokens - 1, 0.0)
+        assert not is_faster(device, 1, last.rows + 1, 20, 0.0)
+        assert is_faster(device, 1, one.rows, 20, 20 * one.passes)
+        assert not is_faster(device, 1, 1, 20, 20 * one.passes + 1)
+        assert not is_faster(device, 1, 1, one.tokens - 1, 0.0)
     assert not is_faster("mps", 1, 1, 20, 4.0)
 
 

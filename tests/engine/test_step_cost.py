@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from gircse.engine import varlen
 from gircse.engine.body.probe import fused_decoder
 from gircse.engine.decode import DecodePass
+from gircse.engine.jacobi import JacobiPass
 from gircse.engine.pool import KVPool
 from gircse.engine.prefill import PrefillPass
 from gircse.engine.state import DecodeState
@@ -96,6 +97,27 @@ def test_a_prefill_is_nine_launches_a_layer_and_six_at_most(name, unlaunched, op
     with torch.inference_mode():
         prefill()
         cost = step_cost(prefill, pool, state, 48)
+    assert cost.launches <= 9 * lm.config.num_hidden_layers + 6
+
+
+def test_the_layers_of_a_jacobi_pass_are_nine_launches_each(
+    unlaunched,
+    operator,  # noqa: F811
+    monkeypatch,
+):
+    monkeypatch.setattr(varlen, "usable", lambda *_: True)
+    lm, decoder = on_kernels("qwen2")
+    pool, state = KVPool(3 * 48), DecodeState.allocate(3, 4, torch.empty(0, lm.hidden_size))
+    decoder.prefill(PrefillPass(pool, 3, 48, 0, [[5] * 9, [6, 7], [8]], None, lm.device))
+    kv = JacobiPass(pool, 3, 48, state.position, 1, 4)
+
+    def one_pass():
+        kv.begin()
+        decoder.block(kv, torch.empty(9, lm.hidden_size))
+
+    with torch.inference_mode():
+        one_pass()
+        cost = step_cost(one_pass, pool, state, 48, 3)
     assert cost.launches <= 9 * lm.config.num_hidden_layers + 6
 
 
