@@ -20,8 +20,6 @@ from gircse.train.run_config import RunConfig
 
 MAX_GRAPHS = 64  # pairs; a capture costs as much as several passes, so none makes room for another
 _NOT_CAPTURED = {
-    "gradient_checkpointing": "gradient_checkpointing repeats layers with an earlier state of the generator, which a "
-    "graph cannot set; smaller micro_batch_tokens save memory as well",
     "fsdp": "fsdp gathers layers by hooks",
     "quantization": "quantised matrices are multiplied by another library",
 }
