@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from gircse.lm.lora import fused_lora
 from gircse.train.capture import CapturedPasses
 from gircse.train.capture.bucket import Bucket
 from gircse.train.capture.checkpoints import packed, unpacked
+from gircse.train.grad_cache import micro_batches
 from gircse.train.step import contrastive_backward
 from gircse.train.step_monitor import StepMonitor
 from tests.capture_guard import two_steps
@@ -242,6 +244,18 @@ def test_runs_that_make_no_graphs():
     for setting in ({"fsdp": True}, {"quantization": "nf4"}):
         with pytest.warns(UserWarning, match="not captured as CUDA graphs"):
             assert CapturedPasses.of(on_gpu, config(**setting)) is None
+
+
+def test_micro_batches_stay_within_their_budget_as_buckets():
+    graphs = CapturedPasses(adapted(config()), record=run_in_place)
+    padded = partial(graphs.padded, num_steps=5)
+    for budget in (90, 2000):
+        parts = micro_batches(
+            [[7] * (3 + row % 30) for row in range(200)], budget, num_steps=5, pad_id=0, padded=padded
+        )
+        shapes = [Bucket.of(part.input_ids.shape, 5, 0.0, most_positions=None) for part in parts]
+        assert max(shape.positions for shape in shapes) <= budget
+        assert min(len(part.rows) for part in parts[:-1]) > 1 or budget == 90
 
 
 def test_buckets_are_few_and_little_larger():

@@ -26,6 +26,10 @@ from gircse.lm.lora_products import Drop, dropout_scale
 _GATHER_BITS = sum(1 << 7 * i for i in range(1, 9))  # times eight bytes of 0 or 1: their bits in the highest byte
 
 
+class RandomOperatorError(RuntimeError):
+    """A checkpointed layer draws random numbers for something else than the dropout of LoRA layers."""
+
+
 @contextmanager
 def checkpoints_without_generator(
     body: nn.Module, lora: FusedLora | None, second_pass: Callable[[], AbstractContextManager[None]]
@@ -33,7 +37,7 @@ def checkpoints_without_generator(
     """Inside, the checkpointed layers of `body` work as the module says, and their second pass runs in `second_pass()`.
 
     Raises:
-        RuntimeError: in either pass, where a layer draws random numbers for anything but the dropout of `lora`.
+        RandomOperatorError: in either pass.
     """
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -115,7 +119,7 @@ class _NoOtherDraws(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded in function.tags and not self.open and _draws(function, args, kwargs):
-            raise RuntimeError(
+            raise RandomOperatorError(
                 f"{function.overloadpacket} draws random numbers in a checkpointed layer, and a graph cannot draw them "
                 "twice"
             )

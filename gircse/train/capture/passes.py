@@ -13,7 +13,7 @@ from gircse.engine.watch import ModelWatch
 from gircse.lm.rollout import Drafter, KeptDraft, RolloutObserver
 from gircse.lm.token_ids import check_prompt
 from gircse.model import GIRCSE
-from gircse.train.capture.bucket import Bucket
+from gircse.train.capture.bucket import Bucket, bucket_shape
 from gircse.train.capture.one_pass import CapturedPass, Passes, replay
 from gircse.train.capture.shared import Shared
 from gircse.train.run_config import RunConfig
@@ -72,6 +72,10 @@ class CapturedPasses:
 
     def __str__(self) -> str:
         return f"{len(self.buckets)} micro-batches as CUDA graphs, {self.graph_bytes / 2**30:.2f} GiB"
+
+    def padded(self, rows: int, length: int, *, num_steps: int) -> tuple[int, int]:
+        """Texts and tokens of the bucket of a micro-batch."""
+        return bucket_shape(rows, length, num_steps=num_steps, most_positions=self._model.causal_lm.max_positions)
 
     def embed(
         self,
