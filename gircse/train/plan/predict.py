@@ -42,7 +42,7 @@ CONTEXT_BYTES = 640 << 20
 # The share of the memory that a step may use. The rest is lost to fragmentation of PyTorch's allocator.
 USABLE = 0.95
 _GIB = 2**30
-_GRAPHS = "CUDA graphs (activations once more)"
+GRAPHS = "CUDA graphs (activations once more)"
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Plan:
     def allocated_bytes(self) -> int:
         """All but the CUDA context and the graphs: what `torch.cuda.max_memory_allocated` should show, less cuBLAS'
         workspaces."""
-        return self.total_bytes - self.memory["CUDA context"] - self.memory.get(_GRAPHS, 0)
+        return self.total_bytes - self.memory["CUDA context"] - self.memory.get(GRAPHS, 0)
 
     @property
     def step_seconds(self) -> float:
@@ -244,7 +244,7 @@ def _plan(job: _Job) -> Plan:
             **fixed,
             **({"gradient cache": states} if parts.cached else {}),
             **_activations(step, at_least=loss),
-            **({_GRAPHS: step.peak} if job.graphs else {}),
+            **({GRAPHS: step.peak} if job.graphs else {}),
             "CUDA context": CONTEXT_BYTES,
         },
         seconds=_seconds(job, parts, facts, ceilings(job.gpu, base.dtype)),
