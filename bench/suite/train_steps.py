@@ -12,6 +12,7 @@ from bench import training
 from bench.batches import FIXED
 from bench.cases import Target
 from bench.engines import REFERENCE
+from bench.plan_check import TOLERANCE
 from bench.shapes import SHAPES, random_model
 from bench.suite.model_cases import ModelCase
 from bench.suite.session import Record, Session
@@ -23,6 +24,7 @@ from gircse.roofline import ModelFacts
 from gircse.train.capture import CapturedPasses
 from gircse.train.config import TrainConfig
 from gircse.train.lora import trainable_model
+from gircse.train.plan.predict import GRAPHS, plan
 from gircse.train.step import TokenizedRows, contrastive_backward
 from tests.tiny_models import tiny_tokenizer
 
@@ -49,12 +51,15 @@ def measure(session: Session, case: ModelCase) -> Record:
     ways = [(k, 0.0, target) for k, target in case.targets.items()]
     ways += [(case.compared[-1], 1.0, case.exact)] if case.exact is not None else []
     theirs: dict[int, float] = {}
+    last: tuple[int, float, int] | None = None  # the largest replay
     for k, factor, target in ways:
         timing, peak = ours.time(k, factor, session.device)
         zero = timing.seconds if k == 0 else zero
         if k in case.compared and k not in theirs:
             reference.step(k)
             theirs[k] = reference.step(k)
+        if session.device.type == "cuda" and ours.graphs.refusal is None:
+            last = max(last or (k, factor, peak), (k, factor, peak), key=lambda one: one[2])
         floor = ceilings.seconds(facts.training(lengths, k))
         what = f"K = {k}" + (f", {EXACT}" if factor else "")
         points.append(
@@ -72,9 +77,28 @@ def measure(session: Session, case: ModelCase) -> Record:
         "points": points,
         "graphs": str(ours.graphs),
         "not_captured": ours.graphs.refusal,
+        "memory": None if last is None else memory_of(session, case, *last),
         "agreement": verdict_of(lambda: _agreement(ours, max(case.compared))),
         "lines": lines,
     }
+
+
+def memory_of(session: Session, case: ModelCase, k: int, factor: float, measured: int) -> dict[str, Any]:
+    """The bytes of a replayed step beside those that the plan predicts; a problem where they are too far apart.
+
+    A replay holds no activations outside of its graphs, and this step has no optimizer.
+    """
+    settings = TrainConfig(
+        lora_dropout=0.0, num_steps=k, soft_token_gradient=factor, batch_size=case.rows, dtype=case.dtype,
+        query_max_length=case.length, passage_max_length=case.length,
+    )  # fmt: skip
+    memory = plan(settings, gpu="h100", negatives=1, model_config=SHAPES[case.shape].config(case.layers)).memory
+    parts = ("frozen weights", "LoRA weights", "LoRA copies", "LoRA gradients", GRAPHS)
+    predicted = sum(memory[part] for part in parts)
+    error = predicted / measured - 1
+    if abs(error) > TOLERANCE:
+        session.problem(f"{case.name}: predicted memory is off by {error:+.1%}, expected within {TOLERANCE:.0%}")
+    return {"num_steps": k, "predicted_bytes": predicted, "measured_bytes": measured, "error": error}
 
 
 class _Ours:

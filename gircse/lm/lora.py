@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gircse.lm.adapter import adapted_layers
-from gircse.lm.lora_products import GradientEntry, LoraProducts, Piece, Products
+from gircse.lm.lora_products import Drop, GradientEntry, LoraProducts, Piece, Products, drop
 from gircse.ops.autocast import autocast_dtype
 
 # Layers of one module that read the same input, in every architecture that has them by these names.
@@ -80,10 +80,12 @@ class FusedLora:
 
     Attributes:
         inputs: one entry for each input that adapted layers read.
+        drop: computes their dropout.
     """
 
     def __init__(self, groups: Sequence[Sequence[Any]]) -> None:
         self.inputs = tuple(SharedInput(layers) for layers in groups)
+        self.drop: Drop = drop
         self._kept: _Kept | None = None
         for shared in self.inputs:
             for index, layer in enumerate(shared.layers):
@@ -109,7 +111,7 @@ class FusedLora:
                 return None
             if not shared.is_current():
                 self.refresh()
-            kept = _Kept(id(x), version, shared, dict(enumerate(shared.outputs(x, products))), x)
+            kept = _Kept(id(x), version, shared, dict(enumerate(shared.outputs(x, products, self.drop))), x)
         output = kept.outputs.pop(index)
         if kept.outputs:
             self._kept = kept
@@ -157,11 +159,11 @@ class SharedInput:
             self._built_for = wanted
         return self._products
 
-    def outputs(self, x: Tensor, products: Products) -> tuple[Tensor, ...]:
+    def outputs(self, x: Tensor, products: Products, drop: Drop) -> tuple[Tensor, ...]:
         """Of all layers."""
         dropout = self._dropout
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        return LoraProducts.apply(x, p, products, self._gradient_entry() if torch.is_grad_enabled() else None)
+        return LoraProducts.apply(x, p, drop, products, self._gradient_entry() if torch.is_grad_enabled() else None)
 
     def is_current(self) -> bool:
         """Whether the matrices hold the weights of now."""

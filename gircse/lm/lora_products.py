@@ -11,7 +11,7 @@ before, and writes the gradients of all weights into one buffer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,19 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from gircse.ops.tiles_torch import matmul_nt
+
+# x, the probability -> x with dropout, and the mask of the elements that stay, bool in its shape.
+Drop = Callable[[Tensor, float], tuple[Tensor, Tensor]]
+
+
+def drop(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """PyTorch's dropout, a `Drop`."""
+    return torch.native_dropout(x, p, True)
+
+
+def dropout_scale(p: float) -> float:
+    """The factor of the elements that stay."""
+    return 1 / (1 - p) if p < 1 else 0.0
 
 
 class Piece(NamedTuple):
@@ -77,16 +90,18 @@ class GradientEntry(torch.autograd.Function):
 
 
 class LoraProducts(torch.autograd.Function):
-    """x [.., D], the probability of dropout, `Products`, a `GradientEntry` -> each y_i [.., E_i].
+    """x [.., D], the probability of dropout, a `Drop`, `Products`, a `GradientEntry` -> each y_i [.., E_i].
 
     Gradients go to x and to the entry, which is None without autograd.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dropout: float, products: Products, entry: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, dropout: float, drop: Drop, products: Products, entry: Tensor | None
+    ) -> tuple[Tensor, ...]:
         base, a, b, columns, _ = products
         rows = x.reshape(-1, x.shape[-1])
-        dropped, mask = torch.native_dropout(rows, dropout, True) if dropout else (rows, None)
+        dropped, mask = drop(rows, dropout) if dropout else (rows, None)
         t = matmul_nt(dropped, a)
         outputs = []
         for layer, b_i, own in zip(base, b, columns, strict=True):
@@ -119,11 +134,10 @@ class LoraProducts(torch.autograd.Function):
             if mask is None:
                 dx.addmm_(dt, a)
             else:
-                scale = 1 / (1 - ctx.dropout) if ctx.dropout < 1 else 0.0
-                dx.addcmul_(matmul_nt(dt, a.T), mask, value=scale)
+                dx.addcmul_(matmul_nt(dt, a.T), mask, value=dropout_scale(ctx.dropout))
             dx = dx.view(*grads[0].shape[:-1], -1)
-        weights = _weight_gradients(dropped, t, dt, dy, ctx.products, ctx.dtype) if ctx.needs_input_grad[3] else None
-        return dx, None, None, weights
+        weights = _weight_gradients(dropped, t, dt, dy, ctx.products, ctx.dtype) if ctx.needs_input_grad[4] else None
+        return dx, None, None, None, weights
 
 
 def _weight_gradients(

@@ -30,6 +30,7 @@ from gircse.show.tables import metrics_table
 from gircse.train import run_folder
 from gircse.train.batches import Example, TrainingData
 from gircse.train.capture import CapturedPasses
+from gircse.train.checkpointing import enable_checkpointing
 from gircse.train.distill_config import DistillConfig
 from gircse.train.distill_loss import DistillLoss, distillation_loss
 from gircse.train.loop import TrainResult, open_data, run_steps, start_run, with_micro_batch_tokens
@@ -146,8 +147,7 @@ def student_of(teacher: GIRCSE, config: DistillConfig) -> GIRCSE:
                 del base.peft_config  # PEFT leaves it behind, and the plain base would look like an adapted one
         base = add_lora(base, config)
     student = GIRCSE(base, teacher.tokenizer, replace(teacher.config, num_steps=0))
-    if config.gradient_checkpointing:
-        student.gradient_checkpointing_enable()
+    enable_checkpointing(student, config)
     fuse_lora(student.base)
     return student
 

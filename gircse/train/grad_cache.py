@@ -56,31 +56,52 @@ class MicroBatch(NamedTuple):
         return MicroBatch(self.rows[:0], self.input_ids[:1], self.attention_mask[:1])
 
 
-def micro_batches(ids: Sequence[Sequence[int]], budget: int | None, *, num_steps: int, pad_id: int) -> list[MicroBatch]:
+# Texts and tokens of the longest -> the same of the tensor that goes through the model.
+Padded = Callable[[int, int], tuple[int, int]]
+
+
+def micro_batches(
+    ids: Sequence[Sequence[int]], budget: int | None, *, num_steps: int, pad_id: int, padded: Padded | None = None
+) -> list[MicroBatch]:
     """Divides texts by length, so that micro-batches need little padding. The one of most positions comes last, because
     gradient caching embeds the last one only once.
+
+    Args:
+        ids: token ids of each text.
+        budget, num_steps, padded: see `groups`.
+    """
+    parts = groups(list(map(len, ids)), budget, num_steps=num_steps, padded=padded)
+    batches = [MicroBatch.of(sorted(rows), ids, pad_id=pad_id) for rows in parts]
+    return sorted(batches, key=lambda batch: positions([batch], num_steps))
+
+
+def groups(
+    lengths: Sequence[int], budget: int | None, *, num_steps: int, padded: Padded | None = None
+) -> list[list[int]]:
+    """The texts of each micro-batch, by index, the longest first.
 
     A micro-batch holds no text of less than half the positions of its longest. So texts of one length go together, and
     short ones cost no more than twice their positions.
 
     Args:
-        ids: token ids of each text.
+        lengths: tokens of each text.
         budget: the most positions of a micro-batch, texts x (tokens of its longest + num_steps). A text that exceeds
             it goes alone. None: no limit.
         num_steps: K, which every text adds.
+        padded: the shape that counts for the budget, where micro-batches are padded further.
     """
-    size = [len(tokens) + num_steps for tokens in ids]
     parts: list[list[int]] = []
-    longest = 0
-    for row in sorted(range(len(ids)), key=lambda row: -size[row]):
-        fits = budget is None or (len(parts[-1]) + 1) * longest <= budget if parts else False
-        if fits and 2 * size[row] >= longest:
-            parts[-1].append(row)
-        else:
-            parts.append([row])
-            longest = size[row]
-    batches = [MicroBatch.of(sorted(rows), ids, pad_id=pad_id) for rows in parts]
-    return sorted(batches, key=lambda batch: positions([batch], num_steps))
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if parts:
+            longest = lengths[parts[-1][0]]
+            shape = len(parts[-1]) + 1, longest
+            texts, tokens = shape if padded is None else padded(*shape)
+            fits = budget is None or texts * (tokens + num_steps) <= budget
+            if fits and 2 * (lengths[row] + num_steps) >= longest + num_steps:
+                parts[-1].append(row)
+                continue
+        parts.append([row])
+    return parts
 
 
 def positions(batches: Sequence[MicroBatch], num_steps: int) -> int:

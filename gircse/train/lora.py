@@ -16,6 +16,7 @@ from gircse.lm.lora import fuse_lora
 from gircse.lm.prompts import DEFAULT_TEMPLATE
 from gircse.model import GIRCSE
 from gircse.ops.head_facts import vocabulary_layers
+from gircse.train.checkpointing import enable_checkpointing
 from gircse.train.config import TrainConfig
 from gircse.train.ranks import Ranks
 from gircse.train.run_config import LORA_TARGETS, RunConfig
@@ -63,8 +64,7 @@ def trainable_model(config: TrainConfig, model: GIRCSE | None = None, *, ranks: 
             "soft_token_gradient: got 0 and an adapter on the model's head, which only soft tokens reach, expected a "
             "factor > 0"
         )
-    if config.gradient_checkpointing:
-        trained.gradient_checkpointing_enable()
+    enable_checkpointing(trained, config)
     fuse_lora(trained.base)
     return trained
 

@@ -49,6 +49,9 @@ class RunConfig(Settings):
         LORA_TARGETS, "names of the adapted layers; models without them adapt all their linear layers"
     )
     gradient_checkpointing: bool = setting(False, "recompute the prompt pass in backward: less memory, more time")
+    checkpointed_layers: int | None = setting(
+        None, "with gradient_checkpointing, the number of layers that are recomputed (see --plan); default: all"
+    )
     micro_batch_tokens: int | None = setting(
         None, "tokens (padding and K included) that go through the model at once; default: what a memory probe allows"
     )
@@ -70,7 +73,9 @@ class RunConfig(Settings):
     def __post_init__(self) -> None:
         self.check_types()
         self.expect_integers("batch_size", "query_max_length", "passage_max_length", "lora_r", "lora_alpha")
-        self.expect_integers("save_every", "keep_checkpoints", "max_steps", "micro_batch_tokens")
+        self.expect_integers("save_every", "keep_checkpoints", "max_steps", "micro_batch_tokens", "checkpointed_layers")
+        alone = self.checkpointed_layers is not None and not self.gradient_checkpointing
+        self.expect("checkpointed_layers", not alone, "no number without gradient_checkpointing")
         self.expect_integers("max_negatives", least=0)
         self.expect_positive("learning_rate", "max_grad_norm", "rank_timeout")
         self.expect_not_negative("weight_decay")

@@ -208,7 +208,8 @@ def backward_of(
     Args:
         ids: token ids of each text. Queries and passages go through the model together.
         objective: states [T, K, D] -> (scalar loss, anything).
-        budget: the most positions (padding and K included) that go through the model at once; None: no limit.
+        budget: the most positions (padding, that of buckets, too, and K included) that go through the model at once;
+            None: no limit.
         same_passes: processes that must make the same number of passes, because each of them gathers FSDP's layers.
         graphs: runs micro-batches as CUDA graphs; only one can await its backward pass.
         drafter: makes the soft tokens of rollouts by the block; default: `gircse.lm.rollout.draft`.
@@ -216,7 +217,10 @@ def backward_of(
     Returns:
         (loss, anything) of `objective`; the number of micro-batches.
     """
-    parts = micro_batches(ids, budget, num_steps=num_steps, pad_id=model.tokenizer.pad_token_id)
+    parts = micro_batches(
+        ids, budget, num_steps=num_steps, pad_id=model.tokenizer.pad_token_id,
+        padded=None if graphs is None else partial(graphs.padded, num_steps=num_steps),
+    )  # fmt: skip
     cached = budget is not None and positions(parts, num_steps) > budget
     if same_passes is not None:
         cached = bool(same_passes.most(cached))

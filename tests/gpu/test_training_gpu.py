@@ -76,10 +76,15 @@ def test_the_probe_finds_a_budget_that_fits() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize(("num_steps", "factor"), [(0, 0.0), (NUM_STEPS, 0.0), (NUM_STEPS, 1.0)])
-def test_captured_micro_batches_give_the_gradients_of_single_kernels(num_steps: int, factor: float) -> None:
+@pytest.mark.parametrize(
+    ("num_steps", "factor", "checkpointing"),
+    [(0, 0.0, False), (NUM_STEPS, 0.0, False), (NUM_STEPS, 0.0, True), (NUM_STEPS, 1.0, True)],
+)
+def test_captured_micro_batches_give_the_gradients_of_single_kernels(
+    num_steps: int, factor: float, checkpointing: bool
+) -> None:
     """With dropout, over updates of the weights; graphs are made in the second step and replayed in the others."""
-    settings = config(lora_dropout=0.2, micro_batch_tokens=120)
+    settings = config(lora_dropout=0.2, micro_batch_tokens=120, gradient_checkpointing=checkpointing)
     model, whole, found = model_on_gpu(settings), batch(), []
     weights = [p for p in model.parameters() if p.requires_grad]
     start = [p.detach().clone() for p in weights]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,8 @@ import torch
 from gircse.lm.lora import fused_lora
 from gircse.train.capture import CapturedPasses
 from gircse.train.capture.bucket import Bucket
+from gircse.train.capture.checkpoints import packed, unpacked
+from gircse.train.grad_cache import micro_batches
 from gircse.train.step import contrastive_backward
 from gircse.train.step_monitor import StepMonitor
 from tests.capture_guard import two_steps
@@ -70,11 +73,15 @@ def test_equals_single_kernels(num_steps, factor, budget):
 
 
 @pytest.mark.usefixtures("no_downcast")
-@pytest.mark.parametrize("factor", [0.0, 1.0])
-def test_dropout_falls_on_the_same_places(factor):
-    whole, settings = batch(), config(lora_dropout=0.3, micro_batch_tokens=120)
+@pytest.mark.parametrize(("factor", "checkpointing"), [(0.0, False), (0.0, True), (1.0, True)])
+def test_dropout_falls_on_the_same_places(factor, checkpointing):
+    """With checkpointing in graphs, too, where a layer's second pass draws nothing."""
+    whole, settings = batch(), config(lora_dropout=0.3, micro_batch_tokens=120, gradient_checkpointing=checkpointing)
     model, results = adapted(settings), []
     for record in (run_in_place, never):
+        if record is never:
+            for layer in model.causal_lm.body.layers:
+                layer.gradient_checkpointing = False
         graphs = CapturedPasses(model, record=record)
         graphs.refusal = None if record is run_in_place else "not at all"
         for seed in (3, 4):
@@ -97,11 +104,14 @@ def texts(rows: int, length: int, seed: int) -> tuple[torch.Tensor, torch.Tensor
     return ids, mask
 
 
-@pytest.mark.parametrize(("num_steps", "factor"), [(0, 0.0), (NUM_STEPS, 0.0), (NUM_STEPS, 1.0)])
-def test_two_replays_are_the_same_operations(num_steps, factor):
+@pytest.mark.parametrize(
+    ("num_steps", "factor", "checkpointing"),
+    [(0, 0.0, False), (NUM_STEPS, 0.0, True), (NUM_STEPS, 0.0, False), (NUM_STEPS, 1.0, False)],
+)
+def test_two_replays_are_the_same_operations(num_steps, factor, checkpointing):
     """Forward and backward, on other texts and after an update of the weights: no wait for the device, no number or
     address that changes."""
-    model = adapted(config(lora_dropout=0.1), dtype=torch.float32)
+    model = adapted(config(lora_dropout=0.1, gradient_checkpointing=checkpointing), dtype=torch.float32)
     graphs = CapturedPasses(model, record=run_in_place)
     for seed in range(2):
         graphs.embed(*texts(3, 9, seed), num_steps=num_steps, soft_token_gradient=factor).sum().backward()
@@ -169,6 +179,32 @@ def test_a_capture_that_fails_falls_back_with_one_warning(error):
     assert relative(states[0], model.rollout(*kept, 2)) < 1e-10
 
 
+@pytest.mark.parametrize("own", ["attention", "an unknown layer"])
+def test_checkpoints_of_layers_with_other_dropout_are_not_captured(own):
+    model, kept = adapted(config(gradient_checkpointing=True, lora_dropout=0.1)), texts(3, 9, 0)
+    for layer in model.causal_lm.body.layers:
+        if own == "attention":
+            layer.self_attn.attention_dropout = 0.1
+        else:
+            layer.input_layernorm.register_forward_hook(lambda _, __, out: torch.nn.functional.dropout(out, 0.1))
+    graphs = CapturedPasses(model, record=run_in_place)
+    options = {"num_steps": 2, "soft_token_gradient": 0}
+    graphs.embed(*kept, **options)
+    with pytest.warns(UserWarning, match="draws random numbers in a checkpointed layer"):
+        graphs.embed(*kept, **options).sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        graphs.embed(*kept, **options).sum().backward()
+    assert graphs.buckets == []
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (5, 7), (0, 8)])
+def test_masks_of_one_bit(shape):
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    assert packed(mask).nbytes == -(-mask.numel() // 8)
+    assert torch.equal(unpacked(packed(mask), mask.shape), mask)
+
+
 def test_activations_of_one_micro_batch_live_at_a_time():
     graphs = CapturedPasses(adapted(config()), record=run_in_place)
     for _ in range(2):
@@ -205,9 +241,21 @@ def test_runs_that_make_no_graphs():
     on_gpu = SimpleNamespace(device=torch.device("cuda"))
     assert CapturedPasses.of(adapted(config()), config()) is None
     assert CapturedPasses.of(on_gpu, config(cuda_graphs=False)) is None
-    for setting in ({"gradient_checkpointing": True}, {"fsdp": True}, {"quantization": "nf4"}):
+    for setting in ({"fsdp": True}, {"quantization": "nf4"}):
         with pytest.warns(UserWarning, match="not captured as CUDA graphs"):
             assert CapturedPasses.of(on_gpu, config(**setting)) is None
+
+
+def test_micro_batches_stay_within_their_budget_as_buckets():
+    graphs = CapturedPasses(adapted(config()), record=run_in_place)
+    padded = partial(graphs.padded, num_steps=5)
+    for budget in (90, 2000):
+        parts = micro_batches(
+            [[7] * (3 + row % 30) for row in range(200)], budget, num_steps=5, pad_id=0, padded=padded
+        )
+        shapes = [Bucket.of(part.input_ids.shape, 5, 0.0, most_positions=None) for part in parts]
+        assert max(shape.positions for shape in shapes) <= budget
+        assert min(len(part.rows) for part in parts[:-1]) > 1 or budget == 90
 
 
 def test_buckets_are_few_and_little_larger():

@@ -94,8 +94,8 @@ def test_the_step_is_the_plain_objective_of_the_batch(base, tmp_path):
 
 def test_gradient_checkpointing_changes_nothing_but_memory(base, tmp_path):
     runs = [
-        train(config(base, tmp_path, output=str(tmp_path / str(on)), max_steps=2, gradient_checkpointing=on), rows=ROWS)
-        for on in (False, True)
+        train(config(base, tmp_path, output=str(tmp_path / str(on)), max_steps=2, **options), rows=ROWS)
+        for on, options in enumerate(({}, {"gradient_checkpointing": True, "checkpointed_layers": 1}))
     ]
     for one, other in zip(*(run.log for run in runs), strict=True):
         np.testing.assert_allclose(one["losses"], other["losses"], rtol=1e-4)

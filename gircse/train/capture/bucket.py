@@ -23,9 +23,7 @@ class Bucket(NamedTuple):
     @classmethod
     def of(cls, shape: torch.Size, num_steps: int, soft_token_gradient: float, *, most_positions: int | None) -> Bucket:
         """The bucket of token ids [b, N], which has a few rows and tokens more."""
-        rows, length = _rounded(shape[0]), _rounded(shape[1], _LENGTH_STEP)
-        if most_positions is not None:
-            length = max(shape[1], min(length, most_positions - num_steps))
+        rows, length = bucket_shape(*shape, num_steps=num_steps, most_positions=most_positions)
         return cls(rows, length, num_steps, float(soft_token_gradient))
 
     @property
@@ -38,6 +36,14 @@ class Bucket(NamedTuple):
         ids, mask = F.pad(input_ids, room), F.pad(attention_mask, room)
         mask[len(input_ids) :, 0] = 1
         return ids, mask
+
+
+def bucket_shape(rows: int, length: int, *, num_steps: int, most_positions: int | None = None) -> tuple[int, int]:
+    """Texts and tokens of the bucket of `rows` texts of `length` tokens, in a model that has `most_positions`."""
+    padded = _rounded(length, _LENGTH_STEP)
+    if most_positions is not None:
+        padded = max(length, min(padded, most_positions - num_steps))
+    return _rounded(rows), padded
 
 
 def _rounded(count: int, least: int = 1) -> int:

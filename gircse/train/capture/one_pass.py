@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gircse.embedder import pooled_states
-from gircse.lm.lora import refresh_lora
+from gircse.lm.lora import fused_lora, refresh_lora
 from gircse.lm.rollout import Drafter, RolloutObserver
 from gircse.model import GIRCSE
 from gircse.train.capture.bucket import Bucket
+from gircse.train.capture.checkpoints import checkpoints_without_generator
 from gircse.train.capture.layers import FusedLayers
 from gircse.train.capture.shared import Shared
 
@@ -55,10 +56,11 @@ class CapturedPass:
     def forward(self) -> None:
         """`ids`, `mask` -> the states and entropies in their buffers, and a graph for `backward`."""
         refresh_lora(self._model.base, always=True)  # so that every replay reads the weights of then
-        seen = _Entropies()
-        with torch.enable_grad(), self._layers.at_work():
+        seen, lm = _Entropies(), self._model.causal_lm
+        checkpoints = checkpoints_without_generator(lm.body, fused_lora(self._model.base), self._layers.at_work)
+        with torch.enable_grad(), self._layers.at_work(), checkpoints:
             self._result = pooled_states(
-                self._model.causal_lm,
+                lm,
                 self._model.config,
                 self.ids,
                 self.mask,

@@ -13,15 +13,13 @@ from gircse.engine.watch import ModelWatch
 from gircse.lm.rollout import Drafter, KeptDraft, RolloutObserver
 from gircse.lm.token_ids import check_prompt
 from gircse.model import GIRCSE
-from gircse.train.capture.bucket import Bucket
+from gircse.train.capture.bucket import Bucket, bucket_shape
 from gircse.train.capture.one_pass import CapturedPass, Passes, replay
 from gircse.train.capture.shared import Shared
 from gircse.train.run_config import RunConfig
 
 MAX_GRAPHS = 64  # pairs; a capture costs as much as several passes, so none makes room for another
 _NOT_CAPTURED = {
-    "gradient_checkpointing": "gradient_checkpointing repeats layers with an earlier state of the generator, which a "
-    "graph cannot set; smaller micro_batch_tokens save memory as well",
     "fsdp": "fsdp gathers layers by hooks",
     "quantization": "quantised matrices are multiplied by another library",
 }
@@ -74,6 +72,10 @@ class CapturedPasses:
 
     def __str__(self) -> str:
         return f"{len(self.buckets)} micro-batches as CUDA graphs, {self.graph_bytes / 2**30:.2f} GiB"
+
+    def padded(self, rows: int, length: int, *, num_steps: int) -> tuple[int, int]:
+        """Texts and tokens of the bucket of a micro-batch."""
+        return bucket_shape(rows, length, num_steps=num_steps, most_positions=self._model.causal_lm.max_positions)
 
     def embed(
         self,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from gircse.lm.lora import fused_lora
 from gircse.lm.rollout import rollout
 from gircse.ops.backends import TRITON_DTYPES, kernels
 from gircse.ops.tiles_torch import ROW_TILE, VOCAB_CHUNK, WORKSPACE_BYTES, accumulation_dtype
+from gircse.train.capture.checkpoints import checkpoints_without_generator
 
 # Whose plans: an H100's compute capability and multiprocessors. Another GPU's hold as much within a few MiB.
 _DEVICE = (90, 132)
@@ -72,6 +73,15 @@ class StepMemory:
             tuple(map(on, self.moments, other.moments)),
         )
 
+    def at_least(self, other: StepMemory) -> StepMemory:
+        """The larger of both, part by part."""
+        return StepMemory(
+            max(self.keys_values, other.keys_values),
+            max(self.prompt, other.prompt),
+            max(self.steps, other.steps),
+            tuple(map(max, self.moments, other.moments)),
+        )
+
     @property
     def temporaries(self) -> int:
         """What the peak needs beyond what forward leaves: a layer's buffers in backward, workspaces, the loss."""
@@ -85,6 +95,7 @@ def step_memory(
     soft_token_gradient: float,
     *,
     cuda: bool,
+    captured: bool = False,
     loss_bytes: int = 0,
     any_rows: bool = False,
 ) -> StepMemory:
@@ -97,25 +108,30 @@ def step_memory(
         num_steps: K >= 0.
         soft_token_gradient: the factor; with 0 the steps go by the block.
         cuda: stand in for the GPU's kernels; otherwise for the CPU's.
+        captured: the passes become CUDA graphs, whose checkpointed layers keep their dropout masks.
         loss_bytes: temporaries of the loss, between forward and backward.
         any_rows: count the workspace of `soft_embed` on a GPU at its bound, whatever the rows, so that the memory of
             one row and of two can be extrapolated to any number.
 
     Raises:
-        ValueError: the model has storage.
+        ValueError: the model has storage. RandomOperatorError: its checkpointed layers cannot be captured.
     """
     if any(parameter.device.type != "meta" for parameter in base.parameters()):
         raise ValueError("base: got parameters with storage, expected a model on the meta device")
     base.set_attn_implementation(ATTENTION_NAME)
-    live = LiveBytes([*base.parameters(), *base.buffers(), *_lora_matrices(base)])
+    live = LiveBytes([*base.parameters(), *base.buffers(), *lora_matrices(base)])
+    checkpoints = checkpoints_without_generator(base, fused_lora(base), nullcontext) if captured else nullcontext()
+    drafter = _draft if cuda else None
     lm = _StandIn(model=base, body=base.base_model, cuda=cuda, any_rows=any_rows, live=live)
     states: list[Tensor] = []
     prompt = steps = 0
-    with _dropout_of_the_device(base, cuda), live:
+    with _dropout_of_the_device(base, cuda), checkpoints, live:
         for rows, length in prompts:
             before = live.now
             ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
-            hidden = rollout(lm, ids, torch.ones_like(ids), num_steps, soft_token_gradient=soft_token_gradient)
+            hidden = rollout(
+                lm, ids, torch.ones_like(ids), num_steps, soft_token_gradient=soft_token_gradient, drafter=drafter
+            )
             of_steps = live.now - lm.marks[-1]
             states.append(hidden.steps if num_steps else hidden.prompt)
             del hidden, ids  # by the block h_0 has no gradient: what autograd kept for it goes
@@ -131,11 +147,24 @@ def step_memory(
     return StepMemory(keys_values, prompt - keys_values, steps, tuple(live.moments))
 
 
-def _lora_matrices(base: Any) -> list[Tensor]:
+def lora_matrices(base: Any) -> list[Tensor]:
     """The copies of LoRA's weights that the products read: they stay from step to step, as parameters do."""
     fused = fused_lora(base)
     products = [shared.products for shared in fused.inputs] if fused is not None else []
     return [matrix for found in products if found is not None for matrix in (found.a, *found.b)]
+
+
+@torch.no_grad()
+def _draft(lm: CausalLM, kv: RolloutKV, prompt: Tensor, num_steps: int, **options: Any) -> Tensor:
+    """What the engine's drafter (`gircse.engine.draft`) holds: its own keys and values, and the tokens."""
+    pool = [
+        part.new_empty(*part.shape[:2], part.shape[2] + num_steps, part.shape[3])
+        for pair in kv.prompt.values()
+        for part in pair
+    ]
+    tokens = torch.stack([lm.soft_embed(prompt) for _ in range(num_steps)], dim=1)
+    del pool
+    return tokens
 
 
 class LiveBytes(TorchDispatchMode):

@@ -10,8 +10,9 @@ values of time / floor.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from gircse_kernels.pieces import piece_candidates
@@ -21,10 +22,12 @@ from gircse.ops.info_nce_op import VECTOR_BYTES
 from gircse.roofline import Ceilings, ModelFacts, Work
 from gircse.show.tables import text_table
 from gircse.train.capture import refusal_of
+from gircse.train.capture.checkpoints import RandomOperatorError
 from gircse.train.config import TrainConfig
-from gircse.train.plan.extrapolate import StepRows, TracedModel
+from gircse.train.plan.extrapolate import PartlyCheckpointed, StepRows, TracedModel, partly_checkpointed
 from gircse.train.plan.gpus import GPUS, Gpu
-from gircse.train.plan.meta_step import PromptShape, StepMemory
+from gircse.train.plan.meta_step import StepMemory, lora_matrices
+from gircse.train.plan.parts import Parts, largest_bucket
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +42,7 @@ CONTEXT_BYTES = 640 << 20
 # The share of the memory that a step may use. The rest is lost to fragmentation of PyTorch's allocator.
 USABLE = 0.95
 _GIB = 2**30
-_GRAPHS = "CUDA graphs (activations once more)"
+GRAPHS = "CUDA graphs (activations once more)"
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,9 @@ class Plan:
         seconds: {phase: floor in seconds}, which add up to the floor of the step.
         network_seconds: the least time for what FSDP gathers, which may overlap with the phases; 0 without FSDP.
         micro_batch_tokens: those of the config; None where the batch is not divided.
-        largest_micro_batch_tokens: the most that fit with gradient caching; None where not even one row fits.
+        largest_micro_batch_tokens: the most that fit with gradient caching; None where not even one text fits.
+        fewest_checkpointed_layers: that must be checkpointed so that the step fits; None where all are too few.
+        layers: of the decoder.
     """
 
     heading: tuple[str, ...]
@@ -63,6 +68,8 @@ class Plan:
     network_seconds: float
     micro_batch_tokens: int | None
     largest_micro_batch_tokens: int | None
+    fewest_checkpointed_layers: int | None
+    layers: int
 
     @property
     def total_bytes(self) -> int:
@@ -73,7 +80,7 @@ class Plan:
     def allocated_bytes(self) -> int:
         """All but the CUDA context and the graphs: what `torch.cuda.max_memory_allocated` should show, less cuBLAS'
         workspaces."""
-        return self.total_bytes - self.memory["CUDA context"] - self.memory.get(_GRAPHS, 0)
+        return self.total_bytes - self.memory["CUDA context"] - self.memory.get(GRAPHS, 0)
 
     @property
     def step_seconds(self) -> float:
@@ -98,8 +105,12 @@ class Plan:
         """Whether it fits, and what would."""
         room = f"{self.total_bytes / _GIB:.1f} of {USABLE * self.gpu.memory / _GIB:.1f} usable GiB"
         line = f"{'fits' if self.fits else 'does NOT fit'}: {room} ({self.gpu.name})"
+        if self.fewest_checkpointed_layers is None:
+            line += f"; nor with all {self.layers} layers checkpointed"
+        elif self.fewest_checkpointed_layers:
+            line += f"; fewest checkpointed layers that fit: {self.fewest_checkpointed_layers} of {self.layers}"
         if self.largest_micro_batch_tokens is None:
-            return f"{line}; not even a micro-batch of one row fits"
+            return f"{line}; not even a micro-batch of one text fits"
         return f"{line}; largest micro_batch_tokens that fits: {self.largest_micro_batch_tokens:,}"
 
 
@@ -135,59 +146,124 @@ def plan(
         check_integer("length", length, least=1)
     if negatives is None:
         negatives = 1 if config.max_negatives is None else config.max_negatives
+    if model_config is None:
+        from transformers import AutoConfig
+
+        model_config = AutoConfig.from_pretrained(config.model)
     steps = config.max_num_steps if num_steps is None else num_steps
-    factor = config.max_soft_token_gradient
-    by_block = factor == 0 and steps > 0
-    model = TracedModel.of(config, model_config)
-    base, facts = model.base, model.facts
-    rows = math.ceil(config.batch_size / world_size)
-    prompts = [
-        PromptShape(rows, min(length or config.query_max_length, config.query_max_length)),
-        PromptShape(rows * (1 + negatives), min(length or config.passage_max_length, config.passage_max_length)),
-    ]
-    parts = [
-        one if config.micro_batch_tokens is None else divided(one, config.micro_batch_tokens, steps) for one in prompts
-    ]
-    fixed = _fixed(base, facts, config.quantization, world_size if config.fsdp else 1)
-    loss = info_nce_bytes(rows, negatives, steps, facts.hidden, ranks=world_size)
-    of_length = {
-        tokens: StepRows.of(model, tokens, steps, factor) for tokens in sorted({one.length for one in prompts})
-    }
-    by_rows = [of_length[one.length] for one in prompts]
-    states = _cache_bytes(prompts, steps, facts, by_block)
-    largest = max(
-        (of_rows.memory(part.rows) for of_rows, part in zip(by_rows, parts, strict=True)), key=lambda one: one.peak
-    )
-    if config.micro_batch_tokens is None:
-        memory = fixed | _activations(model.memory(prompts, steps, factor, loss_bytes=loss))
-    else:
-        memory = fixed | {"gradient cache": states} | _activations(largest, at_least=loss)
     graphs = config.cuda_graphs and refusal_of(config) is None
-    if graphs:
-        memory |= {_GRAPHS: largest.peak}
-    room = (USABLE * device.memory - sum(fixed.values()) - states - CONTEXT_BYTES) / (1 + graphs)
-    # of the whole decoder: forward, then what goes backward, is computed again for gradient caching, and by checkpoints
-    differentiable = 2 if by_block else 1 + steps
-    passes = 1 + steps + differentiable * (1 if config.micro_batch_tokens is None else 2)
-    passes += config.gradient_checkpointing * (1 + by_block)
-    passes *= sum(math.ceil(whole.rows / part.rows) for whole, part in zip(prompts, parts, strict=True))
-    gathered = fixed["frozen weights"] * (world_size - 1) * passes if config.fsdp else 0
-    where = f"{world_size} x {device.name}" + (", FSDP" if config.fsdp else "")
-    return Plan(
-        heading=_heading(config, base, prompts, parts, f"{steps}{' by the block' if by_block else ''}", where),
-        gpu=device,
-        memory=memory | {"CUDA context": CONTEXT_BYTES},
-        seconds=_seconds(config, prompts, parts, steps, facts, ceilings(device, base.dtype), by_block),
-        network_seconds=gathered / device.link_bytes_per_s,
+    sides = (config.query_max_length, 1), (config.passage_max_length, 1 + negatives)
+    rows = math.ceil(config.batch_size / world_size)
+    lengths = [min(length or limit, limit) for limit, texts in sides for _ in range(rows * texts)]
+    job = _Job(config, model_config, device, world_size, lengths, negatives, steps, graphs)
+    try:
+        return _plan(job)
+    except RandomOperatorError:  # a run would not capture this model either
+        return _plan(replace(job, graphs=False))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is planned.
+
+    Attributes:
+        lengths: tokens of each text of a rank.
+        graphs: whether micro-batches become CUDA graphs.
+    """
+
+    config: TrainConfig
+    model_config: PretrainedConfig
+    gpu: Gpu
+    world_size: int
+    lengths: list[int]
+    negatives: int
+    num_steps: int
+    graphs: bool
+
+    @property
+    def by_block(self) -> bool:
+        return self.config.max_soft_token_gradient == 0 and self.num_steps > 0
+
+    @property
+    def checkpointed(self) -> int:
+        """The number of checkpointed layers."""
+        some, layers = self.config.checkpointed_layers, self.model_config.num_hidden_layers
+        if some is None:
+            return layers * self.config.gradient_checkpointing
+        self.config.expect("checkpointed_layers", some <= layers, f"at most {layers}, all layers")
+        return some
+
+    def traced(self, checkpointed: int | None) -> TracedModel:
+        """The model with a number of checkpointed layers, None for all."""
+        some: dict[str, Any] = {
+            "gradient_checkpointing": checkpointed != 0,
+            "checkpointed_layers": checkpointed or None,
+        }
+        return TracedModel.of(replace(self.config, **some), self.model_config, captured=self.graphs)
+
+
+class _Memory:
+    """The memory of a job's steps with a number of checkpointed layers, None for all."""
+
+    def __init__(self, job: _Job, traced: Callable[[int | None], TracedModel], checkpointed: int | None) -> None:
+        self._sizes = job.num_steps, job.config.max_soft_token_gradient
+        self._rows: dict[int, StepRows] = {}
+        self.model = PartlyCheckpointed(traced, checkpointed)
+
+    def of_texts(self, length: int) -> StepRows:
+        """Of a micro-batch of texts of this length, by their number."""
+        if length not in self._rows:
+            self._rows[length] = StepRows.of(self.model, length, *self._sizes)
+        return self._rows[length]
+
+    def of_step(self, parts: Parts, loss_bytes: int) -> StepMemory:
+        """At the fullest time of a step: of its largest micro-batch with gradient caching, otherwise of all of them."""
+        if not parts.cached:
+            return self.model.memory(parts.shapes, *self._sizes, loss_bytes=loss_bytes)
+        return max((self.of_texts(length).memory(rows) for rows, length in parts.shapes), key=lambda one: one.peak)
+
+
+def _plan(job: _Job) -> Plan:
+    config, steps = job.config, job.num_steps
+    parts = Parts.of(job.lengths, config.micro_batch_tokens, steps, graphs=job.graphs)
+    traced = cache(job.traced)
+    every_layer = job.checkpointed == job.model_config.num_hidden_layers
+    memory = _Memory(job, traced, None if every_layer else job.checkpointed)
+    base, facts = memory.model.base, memory.model.facts
+    fixed = _fixed(base, facts, config.quantization, job.world_size if config.fsdp else 1)
+    rows = len(job.lengths) // (2 + job.negatives)
+    loss = info_nce_bytes(rows, job.negatives, steps, facts.hidden, ranks=job.world_size)
+    states = _cache_bytes(len(job.lengths), steps, facts, job.by_block)
+    step = memory.of_step(parts, loss)
+    copies = 1 + job.graphs
+    room = USABLE * job.gpu.memory - sum(fixed.values()) - CONTEXT_BYTES  # for activations and the cache
+    found = Plan(
+        heading=_heading(job, base, parts),
+        gpu=job.gpu,
+        memory={
+            **fixed,
+            **({"gradient cache": states} if parts.cached else {}),
+            **_activations(step, at_least=loss),
+            **({GRAPHS: step.peak} if job.graphs else {}),
+            "CUDA context": CONTEXT_BYTES,
+        },
+        seconds=_seconds(job, parts, facts, ceilings(job.gpu, base.dtype)),
+        network_seconds=_gathered_bytes(job, parts, fixed) / job.gpu.link_bytes_per_s,
         micro_batch_tokens=config.micro_batch_tokens,
-        largest_micro_batch_tokens=_largest_micro_batch(by_rows, prompts, room, steps) if room >= loss else None,
+        largest_micro_batch_tokens=_largest_micro_batch(job, memory, (room - states) / copies, loss),
+        fewest_checkpointed_layers=0,
+        layers=facts.layers,
     )
-
-
-def divided(prompts: PromptShape, micro_batch_tokens: int, num_steps: int) -> PromptShape:
-    """A micro-batch of `prompts`: as many rows as its tokens, K steps included, allow; at least one."""
-    rows = max(1, micro_batch_tokens // (prompts.length + num_steps))
-    return PromptShape(min(prompts.rows, rows), prompts.length)
+    if found.fits and not config.gradient_checkpointing:
+        return found
+    none, one, every = (_Memory(job, traced, count).of_step(parts, loss) for count in (0, 1, None))
+    most = (room - states * parts.cached) / copies
+    numbers = range(facts.layers + 1)
+    peaks = (partly_checkpointed(none, one, every, layers=count).peak if count else none.peak for count in numbers)
+    return replace(
+        found,
+        fewest_checkpointed_layers=next((n for n, peak in zip(numbers, peaks, strict=True) if peak <= most), None),
+    )
 
 
 def ceilings(gpu: Gpu, dtype: torch.dtype) -> Ceilings:
@@ -206,24 +282,30 @@ def info_nce_bytes(queries: int, negatives: int, num_steps: int, width: int, *, 
     return group * (2 * row * (queries + piece) + 8 * queries * piece) + carried
 
 
-def _largest_micro_batch(
-    by_rows: Sequence[StepRows], prompts: Sequence[PromptShape], room: float, num_steps: int
-) -> int | None:
-    """Tokens of the largest micro-batch that fits into `room` bytes, at most all; None if not even one row fits."""
-    rows = [of_rows.largest(room) for of_rows in by_rows]
-    if 0 in rows:
+def _largest_micro_batch(job: _Job, memory: _Memory, room: float, loss_bytes: int) -> int | None:
+    """Tokens of the largest micro-batch that fits into `room` bytes, at most all; None if not even one text fits."""
+    if room < loss_bytes:
         return None
-    limits = [most * (one.length + num_steps) for most, one in zip(rows, prompts, strict=True) if most < one.rows]
-    return min([max(one.rows * (one.length + num_steps) for one in prompts), *limits])
+    shapes = Parts.of(job.lengths, None, job.num_steps, graphs=job.graphs).shapes
+    limits = [max(shape.rows * (shape.length + job.num_steps) for shape in shapes)]
+    for shape in shapes:
+        most = memory.of_texts(shape.length).largest(room)
+        if most == 0:
+            return None
+        if most < shape.rows:
+            most = largest_bucket(most, shape.length, job.num_steps) if job.graphs else most
+            limits.append(most * (shape.length + job.num_steps))
+    return min(limits)
 
 
 def _fixed(base: Any, facts: ModelFacts, quantization: str | None, shards: int) -> dict[str, int]:
-    """Bytes that do not depend on the batch; `shards` processes share the layers."""
+    """Bytes that do not depend on the batch; `shards` processes share the frozen layers."""
     frozen = sum(p.nbytes for p in base.parameters() if not p.requires_grad) - int(_spared(facts, quantization))
-    lora = sum(p.nbytes for p in base.parameters() if p.requires_grad) // shards
+    lora = sum(p.nbytes for p in base.parameters() if p.requires_grad)
     parts = {
         "frozen weights": frozen // shards,
         "LoRA weights": lora,
+        "LoRA copies": sum(matrix.nbytes for matrix in lora_matrices(base)),
         "LoRA gradients": lora,
         "AdamW moments": 2 * lora,
     }
@@ -251,68 +333,61 @@ def _activations(step: StepMemory, at_least: int = 0) -> dict[str, int]:
     }
 
 
-def _cache_bytes(prompts: Sequence[PromptShape], num_steps: int, facts: ModelFacts, by_block: bool) -> int:
+def _cache_bytes(texts: int, num_steps: int, facts: ModelFacts, by_block: bool) -> int:
     """Gradient caching keeps the states [B, K, D] of the whole batch, the loss' gradient for them, and the drafted
     tokens."""
-    return (2 + by_block) * sum(one.rows for one in prompts) * max(num_steps, 1) * facts.hidden * facts.itemsize
+    return (2 + by_block) * texts * max(num_steps, 1) * facts.hidden * facts.itemsize
 
 
-def _seconds(
-    config: TrainConfig,
-    prompts: Sequence[PromptShape],
-    parts: Sequence[PromptShape],
-    num_steps: int,
-    facts: ModelFacts,
-    rates: Ceilings,
-    by_block: bool,
-) -> dict[str, float]:
+def _gathered_bytes(job: _Job, parts: Parts, fixed: dict[str, int]) -> float:
+    """What FSDP sends to each process in a step: the decoder for forward, for what goes backward, and for what gradient
+    caching and checkpointing compute again."""
+    if not job.config.fsdp:
+        return 0.0
+    share = job.checkpointed / job.model_config.num_hidden_layers
+    differentiable = 2 if job.by_block else 1 + job.num_steps
+    passes = 1 + job.num_steps + differentiable * (1 + parts.cached) + share * (1 + job.by_block)
+    return fixed["frozen weights"] * (job.world_size - 1) * passes * parts.each.total()
+
+
+def _seconds(job: _Job, parts: Parts, facts: ModelFacts, rates: Ceilings) -> dict[str, float]:
     """The floor of each phase, over all micro-batches. Adapters, norms and launches are not counted."""
-    spared = _spared(facts, config.quantization)  # a pass need not read these bytes
+    spared = _spared(facts, job.config.quantization)  # a pass need not read these bytes
 
     def floor(phases: Sequence[Work]) -> float:
         return rates.seconds([work._replace(bytes=work.bytes - spared * work.decoder) for work in phases])
 
     seconds = dict.fromkeys(("prompt, forward", "steps, forward", "backward"), 0.0)
     again = {"prompt": 0.0, "steps": 0.0}  # of forward, what gradient caching computes twice
-    for whole, part in zip(prompts, parts, strict=True):
-        full, rest = divmod(whole.rows, part.rows)
-        for rows, count in ((part.rows, full), (rest, 1)):
-            if not rows:
-                continue
-            (prompt, *steps), backward = facts.training_passes([whole.length] * rows, num_steps, by_block=by_block)
-            seconds["prompt, forward"] += count * floor([prompt])
-            seconds["steps, forward"] += count * floor(steps)
-            seconds["backward"] += count * floor(backward)
-            again["prompt"] += count * floor([prompt])
-            again["steps"] += count * floor(steps[-1:] if by_block else steps)  # the draft is kept
-    if config.micro_batch_tokens is not None:
+    for part, count in parts.each.items():
+        (prompt, *steps), backward = facts.training_passes(part.lengths, job.num_steps, by_block=job.by_block)
+        seconds["prompt, forward"] += count * floor([prompt])
+        seconds["steps, forward"] += count * floor(steps)
+        seconds["backward"] += count * floor(backward)
+        again["prompt"] += count * floor([prompt])
+        again["steps"] += count * floor(steps[-1:] if job.by_block else steps)  # the draft is kept
+    if parts.cached:
         seconds["gradient caching, the extra forward"] = again["prompt"] + again["steps"]
-    if config.gradient_checkpointing:
-        seconds["checkpointing, the prompt again"] = again["prompt"]
-        if by_block:
-            seconds["checkpointing, the block again"] = again["steps"]
+    if job.checkpointed:
+        share = job.checkpointed / facts.layers
+        seconds["checkpointing, the prompt again"] = share * again["prompt"]
+        if job.by_block:
+            seconds["checkpointing, the block again"] = share * again["steps"]
     return seconds
 
 
-def _heading(
-    config: TrainConfig,
-    base: Any,
-    prompts: Sequence[PromptShape],
-    parts: Sequence[PromptShape],
-    num_steps: str,
-    where: str,
-) -> tuple[str, ...]:
-    adapter = sum(p.numel() for p in base.parameters() if p.requires_grad)
-    name = config.model or type(base).__name__
+def _heading(job: _Job, base: Any, parts: Parts) -> tuple[str, ...]:
+    config, adapter = job.config, sum(p.numel() for p in base.parameters() if p.requires_grad)
     dtype = str(base.dtype).removeprefix("torch.")
     dtype += f", matrices in {config.quantization}" if config.quantization else ""
-    queries, passages = prompts
-    divided_into = "not divided"
-    if config.micro_batch_tokens is not None:
-        divided_into = f"in micro-batches of {parts[0].rows} queries or {parts[1].rows} passages"
+    layers = "" if config.checkpointed_layers is None else f" of {config.checkpointed_layers} layers"
+    rows, length = max(parts.shapes, key=lambda shape: shape.rows * (shape.length + job.num_steps))
+    divided = f"in {parts.each.total()} micro-batches, the largest of {rows} texts of {length} tokens"
     return (
-        f"{name} ({dtype}) on {where}; LoRA of {adapter / 1e6:.1f}M parameters, K = {num_steps}"
-        + (", gradient checkpointing" if config.gradient_checkpointing else ""),
-        f"a rank has {queries.rows} queries of {queries.length} tokens and {passages.rows} passages of "
-        f"{passages.length}, {divided_into}",
+        f"{config.model or type(base).__name__} ({dtype}) on {job.world_size} x {job.gpu.name}"
+        + (", FSDP" if config.fsdp else "")
+        + f"; LoRA of {adapter / 1e6:.1f}M parameters, K = {job.num_steps}{' by the block' if job.by_block else ''}"
+        + (f", gradient checkpointing{layers}" if config.gradient_checkpointing else ""),
+        f"a rank has {len(job.lengths)} texts of up to {max(job.lengths)} tokens, "
+        + (divided if parts.cached else "not divided"),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -10,13 +11,14 @@ import torch
 
 from bench.memory import peak_extra_bytes
 from bench.shapes import SHAPES, random_model
+from gircse import GIRCSE
 from gircse.lm.causal_lm import CausalLM
 from gircse.lm.rollout import rollout
 from gircse.train.config import TrainConfig
-from gircse.train.lora import add_lora
-from gircse.train.plan.extrapolate import TracedModel
+from gircse.train.lora import add_lora, trainable_model
+from gircse.train.plan.extrapolate import PartlyCheckpointed, TracedModel
 from gircse.train.plan.meta_step import LiveBytes, PromptShape, _kernel_workspace, step_memory
-from tests.tiny_models import CONFIGS, tiny_model
+from tests.tiny_models import CONFIGS, tiny_model, tiny_tokenizer
 
 WITHIN = 0.15
 ROWS = 2
@@ -92,6 +94,37 @@ def test_what_autograd_saves_and_the_peak(name, dtype, checkpointing, factor):
         assert kept == pytest.approx(saved.bytes, rel=WITHIN)
     del saved
     assert predicted.peak == pytest.approx(peak_extra_bytes(step, torch.device("cpu")), rel=WITHIN)
+
+
+def test_the_peak_with_some_layers_checkpointed():
+    config, kept = shape_config("smollm2-135m", 4), 2
+    settings = TrainConfig(dtype="float32", gradient_checkpointing=True, checkpointed_layers=kept)
+    models = {
+        count: TracedModel.of(
+            replace(settings, gradient_checkpointing=count != 0, checkpointed_layers=count or None), config
+        )
+        for count in (0, 1, None)
+    }
+    sizes = [PromptShape(ROWS, 24)], 3, 0.0
+    none, some, every = (
+        PartlyCheckpointed(models.__getitem__, count).memory(*sizes, cuda=False).peak for count in (0, kept, None)
+    )
+    model = trainable_model(settings, GIRCSE(random_model(config, dtype=torch.float32, device="cpu"), tiny_tokenizer()))
+    on = [layer.gradient_checkpointing for layer in model.causal_lm.body.layers]
+    assert on == [True, True, False, False]
+    for parameter in model.train().parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    ids = torch.randint(0, 4096, (ROWS, 24))
+
+    def step():
+        states = rollout(model.causal_lm, ids, torch.ones_like(ids), 3, soft_token_gradient=0.0).steps
+        states.backward(torch.ones_like(states))
+
+    step()
+    measured = peak_extra_bytes(step, torch.device("cpu"))
+    assert some == pytest.approx(measured, rel=WITHIN)
+    assert some < 0.7 * none
+    assert every < none
 
 
 @pytest.mark.parametrize(("name", "checkpointing", "factor"), [("smollm2-135m", False, 0.0), ("mistral-7b", True, 1.0)])
