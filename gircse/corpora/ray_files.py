@@ -73,8 +73,9 @@ def encode_files_on_ray(
         if source.kind == "parquet":
             ds = ray.data.read_parquet(source.files, partitioning=None, file_extensions=None)
         else:
-            options = pa_json.ParseOptions(explicit_schema=source.schema)
-            ds = ray.data.read_json(source.files, partitioning=None, parse_options=options)
+            types = pa_json.ParseOptions(explicit_schema=source.schema)
+            options: dict[str, Any] = {"partitioning": None, "parse_options": types}
+            ds = ray.data.read_json(source.files, **options)
         ds.context.raise_original_map_exception = True
         ds.context.checkpoint_config = CheckpointConfig(
             id_column=id_column, checkpoint_path=f"{output}/{STATE}/checkpoint", delete_checkpoint_on_success=False
