@@ -188,24 +188,24 @@ def test_texts_and_embeddings_are_let_go(model):
     assert most <= 3 * 16
 
 
-def test_a_hundred_thousand_texts_in_flat_memory():
+def test_twenty_thousand_texts_in_flat_memory():
     """Order is checked by content: a text's embedding is that of its number."""
     model = GIRCSE(
         tiny_model("llama", num_hidden_layers=1, hidden_size=8, intermediate_size=8, head_dim=2),
         tiny_tokenizer(),
         GircseConfig(num_steps=1),
     )
-    count, kinds = 100_000, 50
+    count, kinds = 20_000, 50
     texts = [f"{i:02d}" + "ab" * (i % 5) for i in range(kinds)]
     expected = model.encode(texts)
     peak = 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for i, embedding in enumerate(model.encode_stream((texts[j % kinds] for j in range(count)), window=4096)):
+        for i, embedding in enumerate(model.encode_stream((texts[j % kinds] for j in range(count)), window=1024)):
             if i % 997 == 0:
                 np.testing.assert_allclose(embedding, expected[i % kinds], atol=1e-5)
             if i == count // 5:
                 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert i == count - 1
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 48 * 1024  # KiB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 10 * 1024  # KiB
     assert torch.is_inference_mode_enabled() is False

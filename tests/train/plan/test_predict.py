@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from gircse.cli import main
 from gircse.roofline import ModelFacts
 from gircse.train.capture.bucket import bucket_shape
 from gircse.train.config import TrainConfig
+from gircse.train.plan.extrapolate import TracedModel
 from gircse.train.plan.gpus import GPUS
 from gircse.train.plan.parts import Parts
 from gircse.train.plan.predict import USABLE, ceilings, info_nce_bytes, plan
@@ -23,6 +27,32 @@ ROOT = Path(__file__).resolve().parents[3]
 
 LAYERS = 2
 SHALLOW = SHAPES["qwen2.5-7b"].config(LAYERS)  # its plan takes a second
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_once() -> Iterator[None]:
+    """Plans that differ in the GPU, the batch or the steps have one traced model, whose counts are made once."""
+    models: dict[Any, tuple[TracedModel, Any]] = {}
+    counts: dict[Any, Any] = {}
+    traced, counted = TracedModel.of, TracedModel.memory
+    same = {"batch_size": 1, "micro_batch_tokens": None, "num_steps": 1, "soft_token_gradient": 1.0}
+
+    def of(config: TrainConfig, model_config: Any = None, **options: Any) -> TracedModel:
+        key = repr((replace(config, **same), options)), id(model_config)
+        if key not in models:  # the config is kept, as otherwise another one may come to have its id
+            models[key] = traced(config, model_config, **options), model_config
+        return models[key][0]
+
+    def memory(model: TracedModel, *sizes: Any, **options: Any) -> Any:
+        key = id(model), repr((sizes, options))
+        if key not in counts:
+            counts[key] = counted(model, *sizes, **options)
+        return counts[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TracedModel, "of", staticmethod(of))
+        patch.setattr(TracedModel, "memory", memory)
+        yield
 
 
 def settings(**options):
