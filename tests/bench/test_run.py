@@ -167,7 +167,7 @@ def narrow(name, layers):
     [
         (CONFIGS["llama-tied"](), 6, ["recompute"]),
         (CONFIGS["gemma"](), 3, []),
-        (narrow("smollm2-135m", 2), 8, []),
+        (narrow("smollm2-135m", 2), 4, []),
     ],
     ids=["llama", "gemma", "smollm2-135m"],
 )

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -8,9 +7,9 @@ import pytest
 import torch
 
 from examples.latent_reasoning import main, reason, think_fused, think_plain
+from tests.script import run_script
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = {"steps": 4, "temperature": 0.7, "max_new_tokens": 3}
 
 
@@ -57,16 +56,14 @@ def test_the_options_of_the_command(
 
 
 @pytest.mark.smollm2
-def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """As a user starts it, and its plain form in this process, which has imported everything already."""
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a user starts it, and its plain form in this process."""
     arguments = ["--max-new-tokens", "6", "The capital of France is", "Water"]
-    command = [sys.executable, str(ROOT / "examples" / "latent_reasoning.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    printed = run_script("examples/latent_reasoning.py", arguments, tmp_path)
     monkeypatch.setattr(sys, "argv", ["latent_reasoning.py", *arguments, "--plain"])
     assert main() == 0
     fused, plain = (
-        [line for line in text.splitlines() if "answer:" in line] for text in (done.stdout, capsys.readouterr().out)
+        [line for line in text.splitlines() if "answer:" in line] for text in (printed, capsys.readouterr().out)
     )
     assert len(fused) == 2
     assert fused == plain

@@ -19,9 +19,11 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape).to(dtype)
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
+# every pooling in every dtype, and one of them in every width
+@pytest.mark.parametrize(
+    ("pooling", "width"), [*((pooling, 100) for pooling in POOLINGS), *(("mean", width) for width in (5, 64))]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("width", [5, 64, 100])
 def test_pool(pooling: str, dtype: torch.dtype, width: int) -> None:
     steps = normal(7, 4, width, dtype=dtype)
     steps[3] = 0  # no direction: zero, and a zero gradient
@@ -85,9 +87,13 @@ def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(info_nce, "_ROW", Config({"BLOCK": 16}, 4, 1))
 
 
-@pytest.mark.parametrize(("masked", "excluded"), OPTIONS)
-@pytest.mark.parametrize(("temperature", "parts"), [(0.02, 3), (1.0, 2)])
-@pytest.mark.parametrize(("rows", "candidates"), [(37, 75), (1, 40), (20, 1)])
+@pytest.mark.parametrize(
+    ("rows", "candidates", "temperature", "parts", "masked", "excluded"),
+    [
+        *((37, 75, *numbers, *options) for numbers in ((0.02, 3), (1.0, 2)) for options in OPTIONS),
+        *((*sizes, 0.02, 3, *options) for sizes in ((1, 40), (20, 1)) for options in (OPTIONS[0], OPTIONS[3])),
+    ],
+)
 def test_sums_and_gradients(
     rows: int, candidates: int, masked: bool, excluded: bool, temperature: float, parts: int
 ) -> None:

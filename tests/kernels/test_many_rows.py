@@ -32,8 +32,13 @@ WAYS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
 
 
 @INTERPRETER
-@pytest.mark.parametrize("embed", [None, 35], ids=["tied", "untied"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "embed"),
+    [
+        *((way, None) for way in WAYS),
+        *((way, 35) for way in WAYS if way not in ("our product, float16", "P kept, float32 scores")),
+    ],
+)  # the two left out differ from another untied one by their dtype alone
 def test_as_accurate_as_eager(way: str, embed: int | None) -> None:
     """Without statistics, for which scores would stay float32."""
     dtype, choices = WAYS[way]
