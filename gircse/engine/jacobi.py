@@ -172,13 +172,13 @@ class _Faster(NamedTuple):
     passes: float
 
 
-# CPU: SmolLM2-135M on two cores with K = 20. A pass of one text takes as long as 1.8 steps, of four as 3.2, and less
-# as its tokens become fewer. CUDA: estimated. A pass costs as much as a step while its tokens are fewer than the 200 or
-# so at which a GPU is as long at the arithmetic as at one read of the weights, and more in proportion beyond.
+# CPU: SmolLM2-135M on two cores (bench/results/jacobi-speed-cpu.json): with one and two texts Jacobi is as fast as single
+# steps when it takes .65 of K passes, with four .45, with eight .2, which trained models do not reach. CUDA: estimated.
+# A pass costs as much as a step while its tokens are fewer than the 200 or so at which a GPU is as long at the arithmetic
+# as at one read of the weights, and more in proportion beyond.
 FASTER = (
-    _Faster("cpu", math.inf, 4, 1, 0.5),
-    _Faster("cpu", math.inf, 8, 2, 0.4),
-    _Faster("cpu", math.inf, 16, 4, 0.25),
+    _Faster("cpu", math.inf, 4, 2, 0.6),
+    _Faster("cpu", math.inf, 8, 4, 0.45),
     _Faster("cuda", math.inf, 4, 4, 0.5),
     _Faster("cuda", math.inf, 8, 16, 0.5),
     _Faster("cuda", math.inf, 16, 32, 0.5),
