@@ -73,20 +73,24 @@ def _caption(results: Results, name: str, record: Record, what: str = "") -> str
 
 
 def _quality(record: Record) -> list[dict[str, Any]]:
-    """A line for each corpus (and the untrained model on it), K and way; numbers of passes with the largest K only."""
+    """A line for each corpus (and the untrained model on it), K and way. With a smaller K than the largest only the
+    default tolerance, and none of the untrained model, for which the figure shows the passes."""
     largest_steps = max(point["num_steps"] for point in record["points"])
     sequential: dict[tuple[str, str, int], float] = {}
     lines: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for point in record["points"]:
         model = point["model"], point["corpus"], point["num_steps"]
-        corpus = point["corpus"] + (", untrained" if point["model"] == "untrained" else "")
+        untrained, largest = point["model"] == "untrained", point["num_steps"] == largest_steps
+        corpus = point["corpus"] + (", untrained" if untrained else "")
         if "passes" not in point:
             sequential[model], way = point["ndcg"], "sequential"
-        elif "tolerance" in point:
+        elif "tolerance" in point and (largest or point["tolerance"] == _CLOSE):
             way = f"tolerance {point['tolerance']:g}"
-        elif point["num_steps"] == largest_steps:
+        elif "after" in point and largest and not untrained:
             way = f"{point['after']} pass{'es' if point['after'] > 1 else ''}"
         else:
+            continue
+        if untrained and not largest:
             continue
         change = {"change": point["ndcg"] - sequential[model]} if "passes" in point else {}
         lines.setdefault((corpus, point["num_steps"], way), []).append(point | change)
