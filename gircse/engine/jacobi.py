@@ -172,10 +172,10 @@ class _Faster(NamedTuple):
     passes: float
 
 
-# CPU: SmolLM2-135M on two cores (bench/results/jacobi-speed-cpu.json): with one and two texts Jacobi is as fast as single
-# steps when it takes .65 of K passes, with four .45, with eight .2, about what trained models take. CUDA: estimated.
-# A pass costs as much as a step while its tokens are fewer than the 200 or so at which a GPU is as long at the arithmetic
-# as at one read of the weights, and more in proportion beyond.
+# CPU: SmolLM2-135M on two cores (bench/results/jacobi-speed-cpu.json): with one and two texts Jacobi is as fast as
+# single steps when it takes .65 of K passes, with four .45, with eight .2, about what trained models take. CUDA:
+# estimated. A pass costs as much as a step while its tokens are fewer than the 200 or so at which a GPU is as long at
+# the arithmetic as at one read of the weights, and more in proportion beyond.
 FASTER = (
     _Faster("cpu", math.inf, 4, 2, 0.6),
     _Faster("cpu", math.inf, 8, 4, 0.45),
