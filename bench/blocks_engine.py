@@ -81,6 +81,8 @@ def _quality(record: Record) -> list[dict[str, Any]]:
     for point in record["points"]:
         model = point["model"], point["corpus"], point["num_steps"]
         untrained, largest = point["model"] == "untrained", point["num_steps"] == largest_steps
+        if untrained and not largest:
+            continue
         corpus = point["corpus"] + (", untrained" if untrained else "")
         if "passes" not in point:
             sequential[model], way = point["ndcg"], "sequential"
@@ -89,8 +91,6 @@ def _quality(record: Record) -> list[dict[str, Any]]:
         elif "after" in point and largest and not untrained:
             way = f"{point['after']} pass{'es' if point['after'] > 1 else ''}"
         else:
-            continue
-        if untrained and not largest:
             continue
         change = {"change": point["ndcg"] - sequential[model]} if "passes" in point else {}
         lines.setdefault((corpus, point["num_steps"], way), []).append(point | change)

@@ -195,13 +195,12 @@ class Trainer:
             batch = self.tokens.batch(step, self.device)
             steps = config.steps_at(step)
             factor = config.soft_token_gradient_at(step, total)
-            ids, lengths = (each.unflatten(0, (len(self.tokens.runs), -1)) for each in (batch.ids, batch.lengths))
             measured = []
             for runs in self.parts:
-                states = self._states(runs, ids, lengths, steps, factor, arm, training=True)
+                states = self._states(runs, batch.ids, batch.lengths, steps, factor, arm, training=True)
                 states = states[:, :, 1:] if steps else states
                 objective = (
-                    _contrastive(states, None if batch.mask is None else batch.mask[runs], config)
+                    _contrastive(states, batch.mask[runs], config)
                     if targets is None
                     else _distillation(states, targets[step, runs].to(self.device))
                 )
@@ -240,11 +239,11 @@ class Trainer:
 
     def embeddings(self, steps: int, count: int, arm: Arm) -> Tensor:
         """z_K of the texts of the first `count` batches, [count, runs, texts, D]."""
-        runs, parts = len(self.tokens.runs), []
+        parts = []
         for first in range(0, count, 4):
             batches = [self.tokens.batch(step, self.device) for step in range(first, min(count, first + 4))]
-            ids = torch.cat([each.ids.unflatten(0, (runs, -1)) for each in batches], dim=1)
-            lengths = torch.cat([each.lengths.unflatten(0, (runs, -1)) for each in batches], dim=1)
+            ids = torch.cat([each.ids for each in batches], dim=1)
+            lengths = torch.cat([each.lengths for each in batches], dim=1)
             z = self.encode(ids, lengths, steps, arm)[:, :, 1:].mean(dim=2)
             parts.append(z.unflatten(1, (len(batches), -1)).transpose(0, 1))
         return torch.cat(parts)
@@ -253,7 +252,7 @@ class Trainer:
 Objective = list[tuple[Tensor, Tensor]]  # of each run, loss and parts
 
 
-def _contrastive(states: Tensor, mask: Tensor | None, config: TrainConfig) -> Objective:
+def _contrastive(states: Tensor, mask: Tensor, config: TrainConfig) -> Objective:
     """(objective, its parts L_1..L_K) of each run, states [runs, queries and as many passages, K, D]."""
     split, results = states.shape[1] // 2, []
     target = torch.arange(split, device=states.device)
@@ -261,7 +260,7 @@ def _contrastive(states: Tensor, mask: Tensor | None, config: TrainConfig) -> Ob
         losses = ops.stepwise_info_nce(
             own[:split], own[split:], target,
             temperature=config.contrastive_temperature, pooling=config.pooling,
-            mask=None if mask is None else mask[run],
+            mask=mask[run],
         )  # fmt: skip
         counted = losses if config.stepwise else losses[-1:]
         loss = ops.icr_objective(counted, reg_weight=config.reg_weight, reduction=config.reduction)

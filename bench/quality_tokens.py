@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     """One step of all runs.
 
     Attributes:
-        ids, lengths: [runs * texts, N] and [runs * texts]; of each run the queries, then their documents.
+        ids, lengths: [runs, texts, N] and [runs, texts]; of each run the queries, then their documents.
         mask: [runs, queries, documents] bool, True where a document does not count for a query.
     """
 
@@ -60,7 +60,7 @@ class GroupTokens:
 
     def batch(self, step: int, device: torch.device) -> Batch:
         ids, lengths, masks = (self.arrays[name][step].to(device) for name in ("ids", "lengths", "masks"))
-        return Batch(ids.flatten(0, 1).long(), lengths.flatten().long(), masks)
+        return Batch(ids.long(), lengths.long(), masks)
 
     def held_out(self, corpus: str) -> HeldOut:
         return HeldOut(*(self.arrays[f"{corpus}.{field}"] for field in HeldOut._fields))

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from gircse.lm.lora import FusedLora
-from gircse.lm.lora_products import Drop, dropout_scale
+from gircse.lm.lora_products import Drop, drop, dropout_scale
 
 _GATHER_BITS = sum(1 << 7 * i for i in range(1, 9))  # times eight bytes of 0 or 1: their bits in the highest byte
 
@@ -88,7 +88,7 @@ def _dropping(lora: FusedLora | None, drop: Drop) -> Iterator[None]:
 
 
 def _draw(masks: list[Tensor], x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    dropped, mask = torch.native_dropout(x, p, True)
+    dropped, mask = drop(x, p)
     masks.append(packed(mask))
     return dropped, mask
 
